@@ -1,0 +1,203 @@
+"""The teacher's context C: where it comes from, and how it stands in the teacher's prompt.
+
+`contexts` is a pure function from one group of rollouts to one context (or none) per rollout; `teacher_prompt` is a pure
+function from a problem and a context to token ids. Section numbers refer to the paper, arXiv 2605.15113v1.
+
+sources   environment     the verifier's text on a failed rollout
+          sibling         another, successful rollout of the same group
+          critique        the model's own review of a failed rollout, written with the reference answer in view
+          solution_first  a sibling where there is one, else the environment's text; never both
+          both            a sibling where there is one, and the environment's text
+
+A success needs a context as well, or the E-step has no positives. With sibling and solution_first it is another success.
+With environment and critique the paper is silent; here a success borrows the text of a random failure of its own group,
+because any text that only successes see ("all tests passed") tells the teacher the label and nothing else.
+"""
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+SOURCES = ("environment", "sibling", "critique", "solution_first", "both")
+
+# The layout of the teacher's user message follows lasgroup/SDPO @0e6d510 (question, solution, feedback, closing line);
+# the words are ours. All of them can be replaced from the command line.
+SOLUTION_TEMPLATE = "\n\nHere is a correct solution from an earlier attempt:\n\n{solution}"
+FEEDBACK_TEMPLATE = "\n\nAn earlier attempt of yours failed. This is the feedback on it:\n\n{feedback}"
+CRITIQUE_TEMPLATE = "\n\nAn earlier attempt of yours failed. A reviewer wrote about it:\n\n{critique}"
+CLOSING = "\n\nNow answer the original question."
+CRITIQUE_REQUEST = (
+    "{question}\n\nA student's attempt, which is wrong:\n\n{attempt}\n\nThe reference answer, for your eyes only:\n\n"
+    "{reference}\n\nIn two or three sentences, say where the attempt went wrong and what to look at again. "
+    "Do not reveal the reference answer."
+)
+
+
+@dataclass(frozen=True)
+class Templates:
+    solution: str = SOLUTION_TEMPLATE
+    feedback: str = FEEDBACK_TEMPLATE
+    critique: str = CRITIQUE_TEMPLATE
+    closing: str = CLOSING
+    request: str = CRITIQUE_REQUEST
+
+    def __post_init__(self):
+        holes = {"solution": ("solution",), "feedback": ("feedback",), "critique": ("critique",)}
+        holes["request"] = ("question", "attempt", "reference")
+        for name, hole in ((name, hole) for name in holes for hole in holes[name]):
+            if getattr(self, name).count("{" + hole + "}") != 1:
+                raise ValueError(f"the {name} template must contain {{{hole}}} exactly once")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the teacher sees beside the prompt. `kind` names the sections present, so that the log can tell
+    P(success | kind); `rows` are the group's rows the texts came from (never the row itself for a solution)."""
+
+    kind: str
+    solution: str = ""
+    feedback: str = ""
+    critique: str = ""
+    rows: tuple[int, ...] = ()
+
+
+# ---- From a group to contexts ----------------------------------------------------------------------------
+
+
+def contexts(
+    source: str,
+    rewards: Sequence[int],
+    responses: Sequence[str],
+    texts: Sequence[str],
+    rng: random.Random,
+    borrow: bool = True,
+) -> list[Context | None]:
+    """One context, or None, for each rollout of one group.
+
+    rewards: r of each row, 0 or 1; responses: decoded responses; texts: for a failed row the verifier's text, or its
+    critique when source is "critique" ("" where there is none). rng decides between siblings and between failures to
+    borrow from. Raises ValueError for an unknown source.
+    """
+    if source not in SOURCES:
+        raise ValueError(f"unknown feedback source {source!r}: choose one of {', '.join(SOURCES)}")
+    success = [i for i, r in enumerate(rewards) if r == 1]
+    failure = [i for i, r in enumerate(rewards) if r == 0 and texts[i]]
+
+    def sibling(i: int) -> int | None:
+        others = [j for j in success if j != i]  # "a successful trajectory ... excluding itself"
+        return rng.choice(others) if others else None
+
+    def told(i: int) -> int | None:
+        """The row whose text row i sees: its own after a failure, a random failure's for a success that borrows."""
+        if rewards[i] == 0:
+            return i if texts[i] else None
+        return rng.choice(failure) if borrow and failure else None
+
+    out: list[Context | None] = []
+    for i in range(len(rewards)):
+        solution = None if source in ("environment", "critique") else sibling(i)
+        if source in ("environment", "critique"):
+            row = told(i)
+        elif source == "solution_first":
+            row = told(i) if solution is None and rewards[i] == 0 else None
+        elif source == "both":
+            # A success sees the same kind of context as its failing siblings, so a lone one sees nothing.
+            row = told(i) if solution is not None or rewards[i] == 0 else None
+        else:
+            row = None
+        if solution is None and row is None:
+            out.append(None)
+            continue
+        section = "critique" if source == "critique" else "environment"
+        text = "" if row is None else texts[row]
+        out.append(
+            Context(
+                kind="+".join(name for name, j in (("sibling", solution), (section, row)) if j is not None),
+                solution="" if solution is None else strip_thinking(responses[solution]),
+                feedback=text if section == "environment" else "",
+                critique=text if section == "critique" else "",
+                rows=tuple(j for j in (solution, row) if j is not None),
+            )
+        )
+    return out
+
+
+def strip_thinking(text: str) -> str:
+    """The text without <think>…</think>; an opened block that never closes is dropped to its end."""
+    return re.sub(r"<think>.*?(</think>|\Z)", "", text, flags=re.DOTALL).strip()
+
+
+# ---- From messages to token ids --------------------------------------------------------------------------
+
+# Private-use characters mark where plain text goes while the chat template is rendered.
+_OPEN, _CLOSE = "\ue000", "\ue001"
+
+
+def render(tokenizer, messages: list[dict[str, str]]) -> str:
+    """Messages as the text that the model continues, with the generation header. Thinking mode is off everywhere. A
+    tokenizer without a chat template (a base model) gets system and user text joined by blank lines."""
+    if tokenizer.chat_template is None:
+        return "\n\n".join(m["content"] for m in messages) + "\n\n"
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+
+
+def student_prompt(tokenizer, messages: list[dict[str, str]]) -> list[int]:
+    """Token ids of x: the task's messages and the generation header."""
+    return tokenizer(render(tokenizer, messages), add_special_tokens=False).input_ids
+
+
+def encode(
+    tokenizer, messages: list[dict[str, str]], parts: list[str], max_tokens: int
+) -> tuple[list[int], int]:
+    """Token ids of `messages` with the last one's content replaced by the joined `parts`, and the number of tokens cut.
+
+    parts: odd places hold texts written by models and programs, even places the prompt's own words. A special token
+    spelled inside a text must stay text, so each is encoded by itself without special tokens and set between the pieces
+    of the rendered prompt. Only texts are ever cut to stay within max_tokens, the longest first, at their ends. Raises
+    ValueError if the prompt is too long even without any text.
+    """
+    marked = "".join(f"{_OPEN}{i}{_CLOSE}" if i % 2 else part for i, part in enumerate(parts))
+    rendered = render(tokenizer, [*messages[:-1], {**messages[-1], "content": marked}])
+    pieces = [
+        tokenizer(parts[int(piece)], add_special_tokens=False, split_special_tokens=True).input_ids
+        if i % 2
+        else tokenizer(piece, add_special_tokens=False).input_ids
+        for i, piece in enumerate(re.split(f"{_OPEN}(\\d+){_CLOSE}", rendered))
+    ]
+    excess = over = max(0, sum(map(len, pieces)) - max_tokens)
+    for i in sorted(range(1, len(pieces), 2), key=lambda i: -len(pieces[i])):
+        cut = min(over, len(pieces[i]))
+        pieces[i], over = pieces[i][: len(pieces[i]) - cut], over - cut
+    if over:
+        raise ValueError(f"a prompt is {over} tokens longer than the limit of {max_tokens} even without its context")
+    return [token for piece in pieces for token in piece], excess
+
+
+def teacher_prompt(
+    tokenizer, messages: list[dict[str, str]], context: Context, templates: Templates, max_tokens: int
+) -> tuple[list[int], int]:
+    """Token ids of the teacher's prompt (x, C), and how many tokens of C were cut to stay within max_tokens.
+
+    System messages unchanged, then one user message: question, solution section, feedback or critique section, closing
+    line. The student's attempt is not quoted: it is the continuation that is scored.
+    """
+    parts = [messages[-1]["content"]]
+    for section in ("solution", "feedback", "critique"):
+        if text := getattr(context, section):
+            before, after = getattr(templates, section).split("{" + section + "}")
+            parts[-1] += before
+            parts += [text, after]
+    parts[-1] += templates.closing
+    return encode(tokenizer, messages, parts, max_tokens)
+
+
+def critique_prompt(
+    tokenizer, messages: list[dict[str, str]], attempt: str, reference: str, templates: Templates, max_tokens: int
+) -> tuple[list[int], int]:
+    """Token ids of the request for a critique: problem, attempt and reference answer in one user message (Sec. 4.2),
+    and how many tokens of them were cut."""
+    texts = {"question": messages[-1]["content"], "attempt": strip_thinking(attempt), "reference": reference}
+    parts = re.split(r"\{(question|attempt|reference)\}", templates.request)
+    parts[1::2] = [texts[hole] for hole in parts[1::2]]
+    return encode(tokenizer, messages[-1:], parts, max_tokens)

@@ -1,0 +1,262 @@
+"""Every objective of VPD (arXiv 2605.15113v1) and its baselines as a pure function of tensors.
+
+Nothing here knows a model, a setting or a file; only torch is imported, so a function can be copied into
+another project together with the helpers its docstring names. Symbols follow the paper:
+
+    B sequences, T response tokens, V vocabulary, K top-k
+    log p, log q    log-probabilities, normalised over the last axis
+    logp (B, T)     log p(y_t | prompt, y_<t): already shifted, so position t belongs to response token t
+    mask (B, T)     1 on response tokens including EOS, 0 on padding
+
+KL always names its arguments: kl(log_p, log_q) is KL(p‖q) = E_p[log p − log q]. Per-token results are (B, T),
+unreduced and unmasked; `sequence_mean` is the only reduction. Wherever a teacher enters, it is detached here.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+DIVERGENCES = ("kl_student_teacher", "kl_teacher_student", "js")
+
+
+# ---- Distributions ---------------------------------------------------------------------------------------
+
+
+def kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """KL(p‖q) = Σ p (log p − log q) over the last axis.
+
+    log_p, log_q: (..., V) log-probabilities. Returns (...). Symbols with p = 0 contribute 0.
+    """
+    assert log_p.shape == log_q.shape, f"log_p {tuple(log_p.shape)} and log_q {tuple(log_q.shape)} differ"
+    # 0 log 0 = 0: the difference is masked, not the product, so that the gradient stays finite as well.
+    gap = (log_p - log_q).masked_fill(log_p == -math.inf, 0.0)
+    return (log_p.exp() * gap).sum(-1)
+
+
+def token_logp(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """log p(y_t | ·) = logits[y_t] − logsumexp(logits).
+
+    logits: (B, T, V); tokens: (B, T) integer ids. Returns (B, T).
+    """
+    assert logits.shape[:-1] == tokens.shape, f"logits {tuple(logits.shape)} do not fit tokens {tuple(tokens.shape)}"
+    return torch.log_softmax(logits, dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def top_k_with_tail(student_logits: torch.Tensor, teacher_logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities at the student's k likeliest tokens, and one bucket for all other tokens.
+
+    log p_tail = log(1 − Σ_k p_k) = log(−expm1(min(log Σ_k p_k, −1e-7))), for student and teacher alike.
+
+    student_logits, teacher_logits: (B, T, V). Returns two (B, T, k+1), tail last; the teacher's is detached, and so
+    is the choice of tokens. Source: lasgroup/SDPO @0e6d510. When the k tokens hold all the mass, the tail is pinned
+    at 1e-7; there the clamp passes no gradient, so a full head cannot push mass into the tail through this bucket.
+    """
+    assert student_logits.shape == teacher_logits.shape, (
+        f"student_logits {tuple(student_logits.shape)} and teacher_logits {tuple(teacher_logits.shape)} differ"
+    )
+    assert 1 <= k <= student_logits.shape[-1], f"k = {k} is not in 1..{student_logits.shape[-1]}, the vocabulary"
+    top = student_logits.detach().topk(k, dim=-1).indices  # (B, T, k)
+
+    def buckets(logits: torch.Tensor) -> torch.Tensor:
+        head = torch.log_softmax(logits, dim=-1).gather(-1, top)  # (B, T, k), true probabilities
+        tail = torch.log(-torch.expm1(torch.logsumexp(head, -1, keepdim=True).clamp(max=-1e-7)))
+        return torch.cat([head, tail], dim=-1)  # (B, T, k+1)
+
+    return buckets(student_logits), buckets(teacher_logits.detach())
+
+
+def divergence(log_s: torch.Tensor, log_t: torch.Tensor, kind: str) -> torch.Tensor:
+    """D(S, T) between student S and teacher T, per token. Eq. 10 of the paper is kl_student_teacher. Needs `kl`.
+
+    kl_student_teacher   KL(S‖T)                                (the paper's "reverse")
+    kl_teacher_student   KL(T‖S)                                (the paper's "forward")
+    js                   ½ KL(S‖M) + ½ KL(T‖M),  M = ½ S + ½ T
+
+    log_s, log_t: (B, T, V or K+1) log-probabilities. Returns (B, T). log_t carries no gradient; in "js" the student's
+    gradient runs through the weights and through the mixture.
+    """
+    assert log_s.shape == log_t.shape, f"log_s {tuple(log_s.shape)} and log_t {tuple(log_t.shape)} differ"
+    log_t = log_t.detach()
+    if kind == "kl_student_teacher":
+        return kl(log_s, log_t)
+    if kind == "kl_teacher_student":
+        return kl(log_t, log_s)
+    if kind == "js":
+        log_m = torch.logaddexp(log_s, log_t) - math.log(2.0)
+        return 0.5 * kl(log_s, log_m) + 0.5 * kl(log_t, log_m)
+    raise ValueError(f"unknown divergence {kind!r}: choose one of {', '.join(DIVERGENCES)}")
+
+
+def distillation_loss(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, kind: str, top_k: int | None = None
+) -> torch.Tensor:
+    """The token-level loss of the M-step (Eq. 10) and of SDPO (Eq. 2): D(π(·|x,y_<t), sg q(·|x,C,y_<t)).
+
+    student_logits, teacher_logits: (B, T, V); kind: see `divergence`; top_k: None compares whole vocabularies, else the
+    student's top_k tokens and the tail. Returns (B, T). Needs `divergence`, `kl`, `top_k_with_tail`.
+
+    With the visited prefixes y_<t frozen, this is the sum's local term; it is not the gradient of the sequence KL(π‖q).
+    """
+    if top_k is None:
+        log_s, log_t = torch.log_softmax(student_logits, -1), torch.log_softmax(teacher_logits.detach(), -1)
+    else:
+        log_s, log_t = top_k_with_tail(student_logits, teacher_logits, top_k)
+    return divergence(log_s, log_t, kind)
+
+
+# ---- Weights and reductions ------------------------------------------------------------------------------
+
+
+def truncated_ratio(logp: torch.Tensor, old_logp: torch.Tensor, limit: float) -> torch.Tensor:
+    """Importance weight of a token, min(exp(log π − log π_old), limit), detached.
+
+    logp, old_logp: (B, T). Returns (B, T). Source: lasgroup/SDPO @0e6d510 (limit 2).
+    """
+    assert logp.shape == old_logp.shape, f"logp {tuple(logp.shape)} and old_logp {tuple(old_logp.shape)} differ"
+    return (logp.detach() - old_logp.detach()).exp().clamp(max=limit)
+
+
+def sequence_mean(per_token: torch.Tensor, mask: torch.Tensor, num_sequences: int) -> torch.Tensor:
+    """The one reduction: L = (1/N) Σᵢ meanₜ(lossᵢₜ) over the row's masked tokens; an empty row counts 0.
+
+    per_token, mask: (B, T). num_sequences: N, all sequences of the optimizer step (masked ones included, all
+    micro-batches, all ranks), so the sum of micro-batch results is the whole step's loss. Returns ().
+    """
+    assert per_token.shape == mask.shape, f"per_token {tuple(per_token.shape)} and mask {tuple(mask.shape)} differ"
+    kept = per_token.masked_fill(mask == 0, 0.0)  # whatever stands on padding, inf and nan included, stays out
+    return (kept.sum(-1) / mask.sum(-1).clamp(min=1)).sum() / num_sequences
+
+
+# ---- Policy gradient -------------------------------------------------------------------------------------
+
+
+def group_advantages(rewards: torch.Tensor, group_size: int, divide_by_std: bool = False) -> torch.Tensor:
+    """Aᵢ = rᵢ − mean(r of its group); with divide_by_std also / (std + 1e-6), the (n−1) standard deviation.
+
+    rewards: (B,), the rows of a group adjacent. Returns (B,). Source: lasgroup/SDPO @0e6d510 does not divide.
+    Raises ValueError if B is no multiple of group_size, or for the std of a group of one.
+    """
+    assert rewards.ndim == 1, f"rewards must be (B,), not {tuple(rewards.shape)}"
+    if len(rewards) % group_size:
+        raise ValueError(f"{len(rewards)} rewards do not divide into groups of {group_size}")
+    groups = rewards.view(-1, group_size)  # (B/G, G)
+    advantages = groups - groups.mean(1, keepdim=True)
+    if divide_by_std:
+        if group_size < 2:
+            raise ValueError("a group of 1 has no standard deviation")
+        advantages = advantages / (groups.std(1, keepdim=True) + 1e-6)
+    return advantages.reshape(-1)
+
+
+def grpo_loss(
+    logp: torch.Tensor,
+    old_logp: torch.Tensor,
+    advantages: torch.Tensor,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    dual_clip: float = 3.0,
+) -> torch.Tensor:
+    """Clipped policy gradient: −min(ρ A, clip(ρ, 1−clip_low, 1+clip_high) A), ρ = exp(log π − log π_old).
+
+    Where A < 0 the loss is at most dual_clip · |A| (dual clip). No KL term. At ρ = 1 the gradient in logp is −A.
+
+    logp, old_logp: (B, T); advantages: (B,) for a sequence or (B, T) for tokens (B.24, B.28). Returns (B, T). Only logp
+    carries a gradient. Source: lasgroup/SDPO @0e6d510 (0.2, 0.28, 3).
+    """
+    assert logp.shape == old_logp.shape, f"logp {tuple(logp.shape)} and old_logp {tuple(old_logp.shape)} differ"
+    assert advantages.shape in (logp.shape, logp.shape[:1]), (
+        f"advantages {tuple(advantages.shape)} are neither (B,) nor (B, T) of logp {tuple(logp.shape)}"
+    )
+    A = advantages.detach() if advantages.ndim == 2 else advantages.detach().unsqueeze(-1)  # (B, T) or (B, 1)
+    # exp(±20) is far outside every clip range; without the bound a ratio that overflows gives 0 · inf = nan backward.
+    rho = (logp - old_logp.detach()).clamp(-20.0, 20.0).exp()
+    loss = -torch.minimum(rho * A, rho.clamp(1 - clip_low, 1 + clip_high) * A)
+    return torch.where(A < 0, torch.minimum(loss, dual_clip * A.abs()), loss)
+
+
+def reshaped_advantages(
+    advantages: torch.Tensor, teacher_logp: torch.Tensor, student_logp: torch.Tensor, w_rl: float, w_opd: float
+) -> torch.Tensor:
+    """Aₜ = w_rl A + w_opd A^SDPOₜ,  A^SDPOₜ = sg(log q(yₜ|x,C,y_<t) − log π(yₜ|x,y_<t)).  (B.24)
+
+    advantages: (B,); teacher_logp, student_logp: (B, T). Returns (B, T), detached. For a row without a context pass its
+    student_logp twice: A^SDPO = 0 and the row keeps its GRPO part.
+    """
+    assert advantages.shape == teacher_logp.shape[:1], f"advantages {tuple(advantages.shape)} must be (B,)"
+    assert teacher_logp.shape == student_logp.shape, (
+        f"teacher_logp {tuple(teacher_logp.shape)} and student_logp {tuple(student_logp.shape)} differ"
+    )
+    return (w_rl * advantages.unsqueeze(-1) + w_opd * (teacher_logp - student_logp)).detach()
+
+
+def reweighted_advantages(
+    advantages: torch.Tensor, teacher_logp: torch.Tensor, student_logp: torch.Tensor, lam: float, clip: float
+) -> torch.Tensor:
+    """Aₜ = A · ((1−λ) + λ · clip(wₜ, 1−ε_w, 1+ε_w)),  wₜ = exp(sign(A) · A^SDPOₜ).  (B.26 to B.28)
+
+    advantages: (B,); teacher_logp, student_logp: (B, T); lam: λ in [0, 1]; clip: ε_w. Returns (B, T), detached. For a
+    row without a context pass its student_logp twice: wₜ = 1. Source of the values: RLSD (2604.03128), ε_w 0.2.
+    """
+    assert advantages.shape == teacher_logp.shape[:1], f"advantages {tuple(advantages.shape)} must be (B,)"
+    assert teacher_logp.shape == student_logp.shape, (
+        f"teacher_logp {tuple(teacher_logp.shape)} and student_logp {tuple(student_logp.shape)} differ"
+    )
+    A = advantages.unsqueeze(-1)  # (B, 1)
+    w = (A.sign() * (teacher_logp - student_logp)).exp().clamp(1 - clip, 1 + clip)
+    return (A * ((1 - lam) + lam * w)).detach()
+
+
+# ---- E-step ----------------------------------------------------------------------------------------------
+
+
+def implicit_reward(
+    teacher_logp: torch.Tensor, student_logp: torch.Tensor, mask: torch.Tensor, beta: float
+) -> torch.Tensor:
+    """r̃(x,y,C) = β (log q_φ(y|x,C) − log π_θ(y|x)), sequence log-probabilities: the SUM over tokens.  (Eq. 7)
+
+    teacher_logp, student_logp, mask: (B, T). Returns (B,). The student is frozen: it is detached here.
+    """
+    assert teacher_logp.shape == student_logp.shape == mask.shape, (
+        f"teacher_logp {tuple(teacher_logp.shape)}, student_logp {tuple(student_logp.shape)} and mask {tuple(mask.shape)} differ"
+    )
+    return beta * (teacher_logp - student_logp.detach()).masked_fill(mask == 0, 0.0).sum(-1)
+
+
+def reward_shift(implicit_rewards: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
+    """One batch's value for the shift δ: ½ (mean_{r=1} r̃ + mean_{r=0} r̃), detached.  (below Eq. 9)
+
+    implicit_rewards: (B,); rewards: (B,) of 0 and 1. Returns (). Raises ValueError when a class is empty.
+    """
+    assert implicit_rewards.shape == rewards.shape, (
+        f"implicit_rewards {tuple(implicit_rewards.shape)} and rewards {tuple(rewards.shape)} differ"
+    )
+    success, failure = implicit_rewards.detach()[rewards == 1], implicit_rewards.detach()[rewards == 0]
+    if len(success) == 0 or len(failure) == 0:
+        raise ValueError(f"the shift needs both outcomes: {len(success)} successes, {len(failure)} failures")
+    return 0.5 * (success.mean() + failure.mean())
+
+
+def bco_loss(
+    implicit_rewards: torch.Tensor,
+    rewards: torch.Tensor,
+    shift: torch.Tensor | float,
+    num_pos: int | None = None,
+    num_neg: int | None = None,
+) -> torch.Tensor:
+    """L_E = −(1/n₊) Σ_{r=1} log σ(r̃ − δ) − (1/n₋) Σ_{r=0} log σ(−(r̃ − δ)).  (Eq. 9)
+
+    implicit_rewards: (B,); rewards: (B,) of 0 and 1; shift: δ, carries no gradient; num_pos, num_neg: n₊ and n₋ of the
+    whole optimizer step when these rows are one of its micro-batches (default: of these rows). Returns (). A class
+    without rows adds nothing. The gradient in r̃ is −σ(−(r̃−δ))/n₊ on a success and +σ(r̃−δ)/n₋ on a failure.
+    """
+    assert implicit_rewards.shape == rewards.shape, (
+        f"implicit_rewards {tuple(implicit_rewards.shape)} and rewards {tuple(rewards.shape)} differ"
+    )
+    assert ((rewards == 0) | (rewards == 1)).all(), "rewards must be 0 or 1"
+    shift = shift.detach() if isinstance(shift, torch.Tensor) else shift
+    success = (rewards == 1).to(implicit_rewards.dtype)
+    num_pos = max(int(success.sum()) if num_pos is None else num_pos, 1)
+    num_neg = max(int((1 - success).sum()) if num_neg is None else num_neg, 1)
+    logit = implicit_rewards - shift
+    return -(success * F.logsigmoid(logit)).sum() / num_pos - ((1 - success) * F.logsigmoid(-logit)).sum() / num_neg

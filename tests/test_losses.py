@@ -1,0 +1,612 @@
+"""What losses.py promises, checked by hand arithmetic, closed-form gradients and hostile inputs.
+
+Distributions are typed as probabilities, so every expected value can be followed with a pencil. Everything runs in
+float64 unless a test is about float32 itself. Logits are log-probabilities plus a constant, which softmax must ignore.
+"""
+
+import ast
+import inspect
+import math
+import sys
+from math import exp, expm1, log
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # losses.py is one folder up; pytest may start anywhere
+import losses as L  # noqa: E402
+
+torch.set_num_threads(1)
+
+f64 = torch.float64
+KINDS = ("kl_student_teacher", "kl_teacher_student", "js")
+
+
+def tensor(*values):
+    return torch.tensor(values, dtype=f64)
+
+
+def logits(*probabilities, offset=3.0):
+    """(1, 1, V) logits of one token whose softmax is the given distribution."""
+    return (tensor(*probabilities).log() + offset).view(1, 1, -1)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=f64)
+
+
+def live(x):
+    return x.detach().clone().requires_grad_()
+
+
+def sigmoid(x):
+    return 1 / (1 + exp(-x))
+
+
+def close(actual, expected, tol=1e-12):
+    """Equal in shape and, up to tol, in value; nan equals nothing."""
+    torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=tol, atol=tol)
+
+
+def gradients(output, *inputs):
+    return torch.autograd.grad(output.sum(), inputs, allow_unused=True)
+
+
+def untouched(gradient):
+    return gradient is None or bool((gradient == 0).all())
+
+
+# The pair used most: asymmetric, and neither a permutation of the other.
+S, T, M = (0.7, 0.2, 0.1), (0.2, 0.3, 0.5), (0.45, 0.25, 0.3)  # M = ½ S + ½ T
+KL_ST = 0.7 * log(0.7 / 0.2) + 0.2 * log(0.2 / 0.3) + 0.1 * log(0.1 / 0.5)
+KL_TS = 0.2 * log(0.2 / 0.7) + 0.3 * log(0.3 / 0.2) + 0.5 * log(0.5 / 0.1)
+KL_SM = 0.7 * log(0.7 / 0.45) + 0.2 * log(0.2 / 0.25) + 0.1 * log(0.1 / 0.3)
+KL_TM = 0.2 * log(0.2 / 0.45) + 0.3 * log(0.3 / 0.25) + 0.5 * log(0.5 / 0.3)
+BY_HAND = {"kl_student_teacher": KL_ST, "kl_teacher_student": KL_TS, "js": 0.5 * KL_SM + 0.5 * KL_TM}
+
+# The same for buckets. The student's two likeliest tokens are 1 and 3, the teacher's are 0 and 2.
+S4, T4 = (0.15, 0.5, 0.05, 0.3), (0.4, 0.1, 0.35, 0.15)
+S4_BUCKETS, T4_BUCKETS = (0.5, 0.3, 0.15 + 0.05), (0.1, 0.15, 0.4 + 0.35)
+
+
+# ---- Distributions ---------------------------------------------------------------------------------------
+
+
+def test_kl_is_the_expectation_under_its_first_argument_over_the_last_axis():
+    log_p, log_q = tensor(S, T, T).log().view(3, 1, 3), tensor(T, S, T).log().view(3, 1, 3)
+    close(L.kl(log_p, log_q), [[KL_ST], [KL_TS], [0.0]])
+    assert abs(KL_ST - KL_TS) > 0.02  # otherwise the line above could not tell the directions apart
+
+
+@pytest.mark.parametrize("q0", [0.3, 0.0])
+def test_a_symbol_with_p_zero_adds_nothing_to_kl_and_its_gradient_is_finite(q0):
+    log_p, log_q = live(tensor(0.0, 0.4, 0.6).log()), live(tensor(q0, 0.2, 0.5).log())
+    value = L.kl(log_p, log_q)
+    close(value, 0.4 * log(0.4 / 0.2) + 0.6 * log(0.6 / 0.5))
+    d_p, d_q = gradients(value, log_p, log_q)
+    close(d_p, [0.0, 0.4 * (log(0.4 / 0.2) + 1), 0.6 * (log(0.6 / 0.5) + 1)])
+    close(d_q, [0.0, -0.4, -0.6])
+
+
+def test_token_logp_normalises_and_picks_the_token_at_its_position():
+    z = torch.cat([logits(*S), logits(*T, offset=-7.0)], dim=1)  # (1, 2, 3)
+    close(L.token_logp(z, torch.tensor([[2, 1]])), [[log(0.1), log(0.3)]])
+
+
+def test_top_k_keeps_true_probabilities_and_the_tail_carries_the_mass_outside():
+    log_s, log_t = L.top_k_with_tail(logits(*S4), logits(*T4, offset=-1.0), 2)
+    close(log_s.exp(), [[S4_BUCKETS]])
+    close(log_t.exp(), [[T4_BUCKETS]])
+
+
+def test_top_k_asks_the_teacher_at_the_students_tokens_not_at_its_own():
+    _, log_t = L.top_k_with_tail(logits(*S4), logits(*T4), 2)
+    close(log_t[..., :2].exp(), [[[T4[1], T4[3]]]])  # the teacher's own top 2 would be 0.4 and 0.35
+    # Each position has its own top k: here the student likes token 0 first, then token 2.
+    student = torch.cat([logits(0.6, 0.3, 0.1), logits(0.1, 0.2, 0.7)], dim=1)
+    teacher = torch.cat([logits(0.5, 0.3, 0.2), logits(0.5, 0.3, 0.2)], dim=1)
+    close(L.top_k_with_tail(student, teacher, 1)[1].exp(), [[[0.5, 0.5], [0.2, 0.8]]])
+
+
+@pytest.mark.parametrize("k, z", [(1, [50.0, -50.0, -50.0]), (3, [0.3, -0.2, 0.1])])
+def test_a_full_head_pins_the_tail_and_stops_its_gradient_in_float32(k, z):
+    """The wart of the clamp: the tail is log(−expm1(−1e-7)), about −16.1, and nothing can push mass into it."""
+    z = torch.tensor([[z]], requires_grad=True)
+    log_s, log_t = L.top_k_with_tail(z, z, k)
+    for buckets in (log_s, log_t):
+        assert buckets.dtype == torch.float32
+        assert buckets[0, 0, -1].item() == pytest.approx(log(-expm1(-1e-7)), abs=1e-5)
+    (d_z,) = gradients(log_s[..., -1], z)
+    assert (d_z == 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_top_k_of_the_whole_vocabulary_is_the_full_divergence(kind):
+    student, teacher = normal(2, 3, 5, seed=1), normal(2, 3, 5, seed=2)
+    whole = L.distillation_loss(student, teacher, kind)
+    close(L.distillation_loss(student, teacher, kind, top_k=5), whole)
+    assert (whole > 0.01).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_divergence_and_distillation_loss_give_the_kind_they_are_asked_for(kind):
+    log_s, log_t = tensor(*S).log().view(1, 1, 3), tensor(*T).log().view(1, 1, 3)
+    close(L.divergence(log_s, log_t, kind), [[BY_HAND[kind]]])
+    close(L.distillation_loss(logits(*S), logits(*T, offset=-2.0), kind), [[BY_HAND[kind]]])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_distillation_loss_with_top_k_is_the_divergence_of_the_buckets(kind):
+    s, t = S4_BUCKETS, T4_BUCKETS
+    m = [(a + b) / 2 for a, b in zip(s, t)]
+    st, ts, sm, tm = (sum(a * log(a / b) for a, b in zip(p, q)) for p, q in ((s, t), (t, s), (s, m), (t, m)))
+    expected = {"kl_student_teacher": st, "kl_teacher_student": ts, "js": 0.5 * sm + 0.5 * tm}[kind]
+    close(L.distillation_loss(logits(*S4), logits(*T4), kind, top_k=2), [[expected]])
+
+
+def test_the_two_kls_change_places_with_student_and_teacher_and_js_does_not():
+    log_s, log_t = tensor(*S).log().view(1, 1, 3), tensor(*T).log().view(1, 1, 3)
+    there = {kind: L.divergence(log_s, log_t, kind).item() for kind in KINDS}
+    back = {kind: L.divergence(log_t, log_s, kind).item() for kind in KINDS}
+    assert there["js"] == pytest.approx(back["js"], rel=1e-12)
+    assert there["kl_student_teacher"] == pytest.approx(back["kl_teacher_student"], rel=1e-12)
+    assert there["kl_teacher_student"] == pytest.approx(back["kl_student_teacher"], rel=1e-12)
+    # Three different numbers: neither KL is an end point of the mixture formula, whose limits are 0.
+    assert len({round(value, 3) for value in there.values()}) == 3
+
+
+def test_js_is_bounded_by_ln_2_where_the_kls_are_not():
+    log_s, log_t = tensor([60.0, 0.0]).log_softmax(-1), tensor([0.0, 60.0]).log_softmax(-1)
+    close(L.divergence(log_s, log_t, "js"), [log(2)])  # disjoint up to e^-60, so the bound is reached
+    close(L.divergence(log_s, log_t, "kl_student_teacher"), [60.0])
+    close(L.divergence(log_s, log_t, "kl_teacher_student"), [60.0])
+    random = L.distillation_loss(10 * normal(50, 4, 6, seed=3), 10 * normal(50, 4, 6, seed=4), "js")
+    assert (random >= 0).all() and (random <= log(2) + 1e-12).all() and random.max() > 0.6
+
+
+GRADIENT_BY_HAND = {
+    "kl_student_teacher": [s * (log(s / t) - KL_ST) for s, t in zip(S, T)],
+    "kl_teacher_student": [s - t for s, t in zip(S, T)],
+    "js": [0.5 * s * (log(s / m) - KL_SM) for s, m in zip(S, M)],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_in_the_students_logits_is_the_closed_form(kind):
+    """∂D/∂z_j = s_j (∂D/∂s_j − Σ_i s_i ∂D/∂s_i), because softmax has ∂s_i/∂z_j = s_i ([i=j] − s_j).
+
+    The KLs follow at once. JS is D = ½ Σ s log(s/m) + ½ Σ t log(t/m) with m = (s+t)/2, so that ∂m/∂s = ½ and
+    ∂D/∂s_i = ½ (log(s_i/m_i) + 1) − ½ (s_i + t_i)/m_i · ½ = ½ log(s_i/m_i) + ½ − ½ = ½ log(s_i/m_i),
+    ∂D/∂z_j = ½ s_j (log(s_j/m_j) − KL(S‖M)): the gradient runs through the weights and through the mixture.
+    """
+    z = live(logits(*S))
+    (d_z,) = gradients(L.distillation_loss(z, logits(*T), kind), z)
+    close(d_z, [[GRADIENT_BY_HAND[kind]]])
+
+
+def test_the_gradient_of_bucketed_kl_reaches_the_tokens_in_the_tail():
+    """A tail token j shares its bucket's log-ratio: ∂/∂z_j = p_j (log(p_tail/q_tail) − KL of the buckets)."""
+    z = live(logits(*S4))
+    loss = L.distillation_loss(z, logits(*T4), "kl_student_teacher", top_k=2)
+    ratio = [log(0.2 / 0.75), log(0.5 / 0.1), log(0.2 / 0.75), log(0.3 / 0.15)]
+    value = sum(p * r for p, r in zip(S4, ratio))
+    close(loss, [[value]])
+    close(gradients(loss, z)[0], [[[p * (r - value) for p, r in zip(S4, ratio)]]])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_teacher_gets_no_gradient_from_any_divergence_nor_through_its_buckets(kind):
+    student, teacher = live(logits(*S4)), live(logits(*T4))
+    outputs = [L.distillation_loss(student, teacher, kind, top_k) for top_k in (None, 2, 4)]
+    outputs.append(L.divergence(student.log_softmax(-1), teacher.log_softmax(-1), kind))
+    log_s, log_t = L.top_k_with_tail(student, teacher, 2)
+    assert log_s.requires_grad and not log_t.requires_grad
+    for output in outputs:
+        d_student, d_teacher = gradients(output, student, teacher)
+        assert d_student.abs().max() > 1e-3 and untouched(d_teacher)
+
+
+# ---- Weights and reductions ------------------------------------------------------------------------------
+
+
+def test_truncated_ratio_is_the_ratio_up_to_its_limit():
+    logp, old_logp = tensor([0.3, 0.9, 0.1, 0.2]).log(), tensor([0.2, 0.3, 0.4, 0.2]).log()
+    close(L.truncated_ratio(logp, old_logp, 2.0), [[1.5, 2.0, 0.25, 1.0]])
+    close(L.truncated_ratio(logp, old_logp, 4.0), [[1.5, 3.0, 0.25, 1.0]])
+    assert not L.truncated_ratio(live(logp), live(old_logp), 2.0).requires_grad
+
+
+MASK = torch.tensor([[1, 1, 0], [1, 1, 1], [0, 0, 0]])
+
+
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64, torch.float32, f64])
+def test_sequence_mean_averages_each_row_and_an_empty_row_still_counts_in_n(mask_dtype):
+    per_token = tensor([1.0, 2.0, 9.0], [4.0, 5.0, 7.0], [8.0, 8.0, 8.0])
+    close(L.sequence_mean(per_token, MASK.to(mask_dtype), 3), ((1 + 2) / 2 + (4 + 5 + 7) / 3 + 0) / 3)
+    close(L.sequence_mean(per_token, MASK.to(mask_dtype), 5), ((1 + 2) / 2 + (4 + 5 + 7) / 3 + 0) / 5)
+
+
+@pytest.mark.parametrize("garbage", [1e30, math.nan, math.inf, -math.inf])
+def test_sequence_mean_with_a_mask_equals_the_rows_cut_to_length(garbage):
+    compact = [tensor([1.0, 2.0]), tensor([4.0, 5.0, 7.0])]
+    per_token = live(tensor([1.0, garbage, 2.0], [4.0, 5.0, 7.0], [garbage, garbage, garbage]))
+    mask = torch.tensor([[1, 0, 1], [1, 1, 1], [0, 0, 0]])
+    loss = L.sequence_mean(per_token, mask, 3)
+    close(loss, sum(L.sequence_mean(row, torch.ones_like(row), 3) for row in compact))
+    # A token's weight is 1 / (N · length of its row), and garbage has none.
+    close(gradients(loss, per_token)[0], [[1 / 6, 0, 1 / 6], [1 / 9, 1 / 9, 1 / 9], [0, 0, 0]])
+
+
+@pytest.mark.parametrize("sizes", [[1] * 6, [4, 2], [1, 3, 2]])
+def test_micro_batches_with_the_whole_steps_n_add_up_to_the_whole_batch(sizes):
+    per_token = live(normal(6, 4, seed=5))
+    mask = torch.arange(4) < torch.tensor([4, 1, 0, 3, 2, 4]).unsqueeze(1)  # one row is empty
+    whole = L.sequence_mean(per_token, mask, 6)
+    parts = [L.sequence_mean(x, m, 6) for x, m in zip(per_token.split(sizes), mask.split(sizes))]
+    close(sum(parts), whole.detach())
+    close(gradients(sum(parts), per_token)[0], gradients(whole, per_token)[0])
+
+
+# ---- Policy gradient -------------------------------------------------------------------------------------
+
+
+def test_group_advantages_subtract_the_mean_of_the_own_group():
+    rewards = tensor(1, 0, 0, 0, 1, 1, 0, 1)
+    expected = [1 - 0.25, 0 - 0.25, 0 - 0.25, 0 - 0.25, 1 - 0.75, 1 - 0.75, 0 - 0.75, 1 - 0.75]
+    close(L.group_advantages(rewards, 4), expected)
+    assert (L.group_advantages(rewards, 1) == 0).all()
+
+
+def test_divide_by_std_uses_the_n_minus_1_deviation_and_leaves_equal_groups_at_zero():
+    std = math.sqrt((0.75**2 + 3 * 0.25**2) / (4 - 1))
+    scale = std + 1e-6
+    expected = [0.75 / scale, -0.25 / scale, -0.25 / scale, -0.25 / scale, 0, 0, 0, 0]
+    close(L.group_advantages(tensor(1, 0, 0, 0, 1, 1, 1, 1), 4, divide_by_std=True), expected)
+
+
+def test_group_advantages_refuses_what_has_no_answer():
+    with pytest.raises(ValueError, match="7 rewards do not divide into groups of 4"):
+        L.group_advantages(torch.zeros(7), 4)
+    with pytest.raises(ValueError, match="standard deviation"):
+        L.group_advantages(torch.zeros(3), 1, divide_by_std=True)
+
+
+GRPO_BY_HAND = {  # ratio, A, loss, gradient in logp (where the ratio itself counts: −ρ A)
+    "plain, inside the range": (1.1, 2.0, -1.1 * 2, -1.1 * 2),
+    "plain, A < 0": (0.9, -2.0, 0.9 * 2, 0.9 * 2),
+    "at ratio 1 the gradient is -A": (1.0, 2.0, -2.0, -2.0),
+    "at ratio 1 the gradient is -A, A < 0": (1.0, -0.5, 0.5, 0.5),
+    "upper clip: no reward for going further up": (1.5, 2.0, -1.28 * 2, 0.0),
+    "below the range with A > 0 the way back is open": (0.5, 2.0, -0.5 * 2, -0.5 * 2),
+    "lower clip: no reward for going further down": (0.5, -2.0, 0.8 * 2, 0.0),
+    "above the range with A < 0 the way back is open": (1.5, -2.0, 1.5 * 2, 1.5 * 2),
+    "A < 0 just below the dual clip": (2.9, -2.0, 2.9 * 2, 2.9 * 2),
+    "dual clip: at most 3 |A|": (5.0, -2.0, 3 * 2, 0.0),
+    "no dual clip for A > 0": (5.0, 2.0, -1.28 * 2, 0.0),
+    "no advantage, no gradient": (1.1, 0.0, 0.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("ratio, A, loss, gradient", GRPO_BY_HAND.values(), ids=GRPO_BY_HAND.keys())
+def test_grpo_loss_and_gradient_by_hand(ratio, A, loss, gradient):
+    old_logp = tensor([0.1]).log()  # (1, 1)
+    logp = live(old_logp + log(ratio))
+    value = L.grpo_loss(logp, old_logp, tensor(A))
+    close(value, [[loss]])
+    d_logp = gradients(value, logp)[0]
+    close(d_logp, [[gradient]])
+    if gradient == 0:
+        assert (d_logp == 0).all()  # exactly, not up to rounding
+
+
+def test_grpo_loss_obeys_its_three_limits():
+    old_logp = tensor([0.1, 0.1], [0.1, 0.1]).log()
+    logp = old_logp + tensor([5.0, 1.35], [0.85, 5.0]).log()
+    loss = L.grpo_loss(logp, old_logp, tensor(1.0, -1.0), clip_low=0.1, clip_high=0.4, dual_clip=2.0)
+    close(loss, [[-1.4, -1.35], [0.9, 2.0]])
+
+
+def test_grpo_loss_takes_one_advantage_per_sequence_or_per_token():
+    logp, old_logp, A = normal(2, 3, seed=6) / 5, normal(2, 3, seed=7) / 5, tensor(1.5, -0.5)
+    per_token = A.unsqueeze(1).expand(2, 3)
+    close(L.grpo_loss(logp, old_logp, A), L.grpo_loss(logp, old_logp, per_token))
+    # At ratio 1 the loss is −A token by token, so a (2, 2) advantage must not be transposed or averaged.
+    A = tensor([1.0, -2.0], [3.0, 0.5])
+    close(L.grpo_loss(logp[:, :2], logp[:, :2], A), -A)
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 3)])
+def test_grpo_loss_gives_no_gradient_to_the_old_policy_nor_to_the_advantages(shape):
+    logp, old_logp, A = live(normal(2, 3, seed=6) / 5), live(normal(2, 3, seed=7) / 5), live(normal(*shape, seed=8))
+    d_logp, d_old, d_A = gradients(L.grpo_loss(logp, old_logp, A), logp, old_logp, A)
+    assert (d_logp != 0).any() and untouched(d_old) and untouched(d_A)
+
+
+def test_reshaped_advantages_add_the_teachers_log_ratio_to_the_sequences_advantage():
+    teacher, student = tensor([0.6, 0.1], [0.5, 0.3]).log(), tensor([0.2, 0.4], [0.5, 0.1]).log()
+    out = L.reshaped_advantages(tensor(2.0, -1.0), teacher, student, w_rl=0.5, w_opd=3.0)
+    close(out, [[0.5 * 2 + 3 * log(3), 0.5 * 2 + 3 * log(0.25)], [0.5 * -1 + 3 * log(1), 0.5 * -1 + 3 * log(3)]])
+    # A row without a context passes its own log-probabilities twice and keeps its GRPO part.
+    close(L.reshaped_advantages(tensor(2.0, -1.0), student, student, 0.5, 3.0), [[1.0, 1.0], [-0.5, -0.5]])
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("A", [2.0, -2.0])
+def test_reweighted_advantages_weigh_by_the_ratio_for_successes_and_its_inverse_for_failures(A, lam):
+    ratio = tensor([1.1, 0.9, 3.0, 0.2, 1.0])  # q/π of five tokens; clip 0.2 keeps w in [0.8, 1.2]
+    student = tensor([0.2, 0.3, 0.1, 0.5, 0.4]).log()
+    w = [1.1, 0.9, 1.2, 0.8, 1.0] if A > 0 else [1 / 1.1, 1 / 0.9, 0.8, 1.2, 1.0]
+    out = L.reweighted_advantages(tensor(A), student + ratio.log(), student, lam=lam, clip=0.2)
+    close(out, [[A * ((1 - lam) + lam * weight) for weight in w]])
+
+
+def test_reweighted_advantages_treat_each_row_by_its_own_sign_and_keep_rows_without_a_context():
+    student, teacher = tensor([0.5, 0.5], [0.5, 0.5]).log(), tensor([0.55, 0.45], [0.55, 0.45]).log()
+    out = L.reweighted_advantages(tensor(1.0, -1.0), teacher, student, lam=1.0, clip=0.2)
+    close(out, [[1.1, 0.9], [-1 / 1.1, -1 / 0.9]])
+    close(L.reweighted_advantages(tensor(1.0, -1.0), student, student, 1.0, 0.2), [[1.0, 1.0], [-1.0, -1.0]])
+    # Asked for a wider range, the same weights come out unclipped: clip is not a constant.
+    wide = L.reweighted_advantages(tensor(1.0), student[:1] + log(1.5), student[:1], lam=1.0, clip=0.6)
+    close(wide, [[1.5, 1.5]])
+
+
+@pytest.mark.parametrize("function", [L.reshaped_advantages, L.reweighted_advantages])
+def test_hybrid_advantages_are_constants(function):
+    assert not function(live(normal(2)), live(normal(2, 3)), live(normal(2, 3)), 0.5, 0.2).requires_grad
+
+
+# ---- E-step ----------------------------------------------------------------------------------------------
+
+
+def test_implicit_reward_is_beta_times_the_sum_of_log_ratios_not_their_mean():
+    teacher = tensor([0.6, 0.1, 0.3], [0.5, 0.9, 0.9]).log()
+    student = tensor([0.2, 0.4, 0.1], [0.1, 0.1, 0.1]).log()
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    expected = [0.1 * (log(3) + log(0.25) + log(3)), 0.1 * log(5)]
+    close(L.implicit_reward(teacher, student, mask, beta=0.1), expected)
+
+
+@pytest.mark.parametrize("garbage", [1e30, math.nan, math.inf, -math.inf])
+def test_implicit_reward_with_a_mask_equals_the_rows_cut_to_length(garbage):
+    teacher, student = live(normal(3, 4, seed=9)), normal(3, 4, seed=10)
+    mask = torch.tensor([[1, 0, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]])
+    rows = [(t[m == 1], s[m == 1]) for t, s, m in zip(teacher, student, mask)]
+    compact = [L.implicit_reward(t[None], s[None], torch.ones_like(t[None]), 0.3).item() for t, s in rows]
+    assert compact[2] == 0  # the empty row
+    dirty_teacher = live(teacher.masked_fill(mask == 0, garbage))
+    for dirty_student in (student, student.masked_fill(mask == 0, garbage), student.masked_fill(mask == 0, -garbage)):
+        rewards = L.implicit_reward(dirty_teacher, dirty_student, mask, 0.3)
+        close(rewards, compact)
+        close(gradients(rewards, dirty_teacher)[0], 0.3 * mask.to(f64))
+
+
+def test_reward_shift_is_the_midpoint_of_the_class_means_not_the_pooled_mean():
+    shift = L.reward_shift(live(tensor(1.0, -3.0, 3.0)), tensor(1, 0, 1))
+    close(shift, 0.5 * ((1 + 3) / 2 + (-3)))  # −0.5, where the pooled mean is 1/3
+    assert not shift.requires_grad
+
+
+@pytest.mark.parametrize("rewards, message", [((1, 1), "2 successes, 0 failures"), ((0, 0), "0 successes, 2 failures")])
+def test_reward_shift_refuses_a_batch_of_one_class(rewards, message):
+    with pytest.raises(ValueError, match=message):
+        L.reward_shift(tensor(0.3, 0.4), tensor(*rewards))
+
+
+@pytest.mark.parametrize("shift", [0.2, tensor(0.2)[0]])
+@pytest.mark.parametrize("dtype", [f64, torch.int64, torch.bool])
+def test_bco_loss_averages_each_class_on_its_own(shift, dtype):
+    rewards = torch.tensor([1, 0, 1]).to(dtype)
+    success = -(log(sigmoid(0.3 - 0.2)) + log(sigmoid(1.2 - 0.2))) / 2
+    failure = -log(sigmoid(-(-0.7 - 0.2))) / 1
+    close(L.bco_loss(tensor(0.3, -0.7, 1.2), rewards, shift), success + failure)
+    close(L.bco_loss(tensor(0.3, -0.7, 1.2), rewards, shift, num_pos=8, num_neg=5), success * 2 / 8 + failure / 5)
+
+
+@pytest.mark.parametrize("r, x", [(1, 0.5), (0, -0.5)])
+def test_a_class_without_rows_adds_nothing_to_bco_loss(r, x):
+    """Eq. 9 turns the sign of r~ − δ for failures, so both batches of one class have the loss −log σ(0.5)."""
+    close(L.bco_loss(tensor(x, x), tensor(r, r), 0.0), -log(sigmoid(0.5)))
+
+
+def test_bco_gradient_pulls_the_teacher_up_on_successes_and_down_on_failures_and_moves_nothing_else():
+    beta, mask = 0.1, torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0]])
+    teacher, student, shift = live(normal(3, 3, seed=11)), live(normal(3, 3, seed=12)), live(tensor(0.05)[0])
+    r = L.implicit_reward(teacher, student, mask, beta)
+    loss = L.bco_loss(r, tensor(1, 0, 1), shift)
+    d_teacher, d_student, d_shift = gradients(loss, teacher, student, shift)
+    r0, r1, r2 = r.tolist()
+    coefficient = tensor(
+        -beta * sigmoid(-(r0 - 0.05)) / 2,  # success: −β σ(−(r~ − δ)) / n₊
+        +beta * sigmoid(r1 - 0.05) / 1,  # failure: +β σ(r~ − δ) / n₋
+        -beta * sigmoid(-(r2 - 0.05)) / 2,
+    )
+    close(d_teacher, coefficient.unsqueeze(1) * mask)
+    assert untouched(d_student) and untouched(d_shift)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 6, [2, 4], [3, 3], [2, 1, 3]])
+def test_bco_micro_batches_with_the_steps_class_counts_add_up_even_when_one_has_one_class(sizes):
+    r, rewards = live(normal(6, seed=13)), tensor(1, 1, 0, 0, 1, 1)
+    whole = L.bco_loss(r, rewards, 0.1)
+    pieces = list(zip(r.split(sizes), rewards.split(sizes)))
+    assert any(len(y.unique()) == 1 for _, y in pieces) or sizes == [3, 3]  # the one split that mixes both everywhere
+    summed = sum(L.bco_loss(x, y, 0.1, num_pos=4, num_neg=2) for x, y in pieces)
+    close(summed, whole.detach())
+    close(gradients(summed, r)[0], gradients(whole, r)[0])
+    # Without the counts each micro-batch would weigh its own classes, and the objective would depend on the split.
+    assert abs(sum(L.bco_loss(x, y, 0.1) for x, y in pieces) - whole) > 0.01
+
+
+# ---- Every function at once ------------------------------------------------------------------------------
+
+TOKENS = torch.tensor([[0, 4, 2], [3, 1, 1]])
+OUTCOMES = tensor(1, 0, 0, 1)
+
+
+def log_probs(*shape, seed):
+    return normal(*shape, seed=seed).log_softmax(-1)
+
+
+ARGUMENTS = {  # one well-formed call of each function
+    "kl": lambda: (log_probs(2, 3, 5, seed=20), log_probs(2, 3, 5, seed=21)),
+    "token_logp": lambda: (normal(2, 3, 5, seed=20), TOKENS.clone()),
+    "top_k_with_tail": lambda: (normal(2, 3, 5, seed=20), normal(2, 3, 5, seed=21), 2),
+    "divergence": lambda: (log_probs(2, 3, 5, seed=20), log_probs(2, 3, 5, seed=21), "js"),
+    "distillation_loss": lambda: (normal(2, 3, 5, seed=20), normal(2, 3, 5, seed=21), "js", 2),
+    "truncated_ratio": lambda: (normal(2, 3, seed=22), normal(2, 3, seed=23), 2.0),
+    "sequence_mean": lambda: (normal(3, 3, seed=22), MASK.clone(), 3),
+    "group_advantages": lambda: (OUTCOMES.clone(), 2, True),
+    "grpo_loss": lambda: (normal(2, 3, seed=22), normal(2, 3, seed=23), normal(2, seed=24)),
+    "reshaped_advantages": lambda: (normal(2, seed=24), normal(2, 3, seed=22), normal(2, 3, seed=23), 1.0, 1.0),
+    "reweighted_advantages": lambda: (normal(2, seed=24), normal(2, 3, seed=22), normal(2, 3, seed=23), 0.5, 0.2),
+    "implicit_reward": lambda: (normal(3, 3, seed=22), normal(3, 3, seed=23), MASK.clone(), 0.1),
+    "reward_shift": lambda: (normal(4, seed=24), OUTCOMES.clone()),
+    "bco_loss": lambda: (normal(4, seed=24), OUTCOMES.clone(), tensor(0.1)[0]),
+}
+FUNCTIONS = [name for name, f in inspect.getmembers(L, inspect.isfunction) if f.__module__ == L.__name__]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_no_input_is_changed(name):
+    """The names come from the module, so that a new function fails here until it has a line in ARGUMENTS."""
+    arguments, before = ARGUMENTS[name](), ARGUMENTS[name]()
+    getattr(L, name)(*arguments)
+    for argument, copy in zip(arguments, before):
+        assert torch.equal(argument, copy) if isinstance(argument, torch.Tensor) else argument == copy
+
+
+# Two rows of five tokens in float32; the second row swaps student and teacher. Between them: the same choice,
+# opposite choices, ties, and a uniform student. Token log-ratios reach ±100.
+ONE = [[50.0, -50, -50], [50, -50, 0], [-50, 50, 50], [50, 50, 50], [-50, -50, 50]]
+OTHER = [[-50.0, 50, -50], [50, -50, 0], [50, -50, -50], [-50, 50, 50], [50, 50, -50]]
+FAR_STUDENT, FAR_TEACHER = torch.tensor([ONE, OTHER]), torch.tensor([OTHER, ONE])
+FAR_TOKENS = torch.tensor([[0, 0, 0, 0, 2], [0, 0, 0, 0, 2]])
+FAR_MASK = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
+UP, DOWN = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+
+
+def picked(z):
+    return L.token_logp(z, FAR_TOKENS)
+
+
+def far_reward(z, t):
+    return L.implicit_reward(picked(z), picked(t), FAR_MASK, beta=0.7)
+
+
+DIFFERENTIABLE = {  # every differentiable function as one of the live logits z and the frozen logits t, both (2, 5, 3)
+    "kl, first argument": lambda z, t: L.kl(z.log_softmax(-1), t.log_softmax(-1)),
+    "kl, second argument": lambda z, t: L.kl(t.log_softmax(-1), z.log_softmax(-1)),
+    "token_logp": lambda z, t: picked(z),
+    "sequence_mean": lambda z, t: L.sequence_mean(picked(z), FAR_MASK, 3),
+    "grpo_loss, up": lambda z, t: L.grpo_loss(picked(z), picked(t), UP - DOWN),
+    "grpo_loss, down": lambda z, t: L.grpo_loss(picked(z), picked(t), DOWN - UP),
+    "implicit_reward": far_reward,
+    "bco_loss, right": lambda z, t: L.bco_loss(far_reward(z, t), UP, 0.1),
+    "bco_loss, wrong": lambda z, t: L.bco_loss(far_reward(z, t), DOWN, 0.1),
+}
+for k in (1, 2):
+    DIFFERENTIABLE[f"top_k_with_tail k={k}"] = lambda z, t, k=k: L.top_k_with_tail(z, t, k)[0]
+for kind in KINDS:
+    DIFFERENTIABLE[f"divergence {kind}"] = (
+        lambda z, t, kind=kind: L.divergence(z.log_softmax(-1), t.log_softmax(-1), kind)
+    )
+    for k in (None, 1, 2, 3):
+        DIFFERENTIABLE[f"distillation_loss {kind} top_k={k}"] = (
+            lambda z, t, kind=kind, k=k: L.distillation_loss(z, t, kind, k)
+        )
+
+
+@pytest.mark.parametrize("function", DIFFERENTIABLE.values(), ids=DIFFERENTIABLE.keys())
+def test_gradients_agree_with_finite_differences(function):
+    t = normal(2, 5, 3, seed=21)
+    assert torch.autograd.gradcheck(lambda z: function(z, t), live(normal(2, 5, 3, seed=20)))
+
+
+def test_grpo_gradient_agrees_with_finite_differences_in_every_region():
+    logp = tensor([0.7, 0.9, 1.1, 1.5, 2.5, 4.0], [0.7, 0.9, 1.1, 1.5, 2.5, 4.0]).log()  # ratios, none on a kink
+    old_logp, A = torch.zeros(2, 6, dtype=f64), tensor(1.3, -0.8)
+    assert torch.autograd.gradcheck(lambda x: L.grpo_loss(x, old_logp, A), live(logp))
+
+
+@pytest.mark.parametrize("function", DIFFERENTIABLE.values(), ids=DIFFERENTIABLE.keys())
+def test_values_and_gradients_stay_finite_at_logits_of_plus_and_minus_50(function):
+    z = live(FAR_STUDENT)
+    value = function(z, FAR_TEACHER)
+    assert value.dtype == torch.float32 and value.isfinite().all()
+    (gradient,) = gradients(value, z)
+    assert gradient.isfinite().all()
+
+
+def test_the_functions_without_a_gradient_stay_finite_at_log_ratios_of_plus_and_minus_100():
+    student, teacher = picked(FAR_STUDENT), picked(FAR_TEACHER)
+    assert (student - teacher).max() > 99 and (student - teacher).min() < -99  # as did the test above
+    ratio = L.truncated_ratio(student, teacher, 2.0)
+    assert ratio.min() >= 0 and ratio.max() == 2
+    for A in (UP - DOWN, DOWN - UP):
+        weight = L.reweighted_advantages(A, teacher, student, lam=1.0, clip=0.2) / A.unsqueeze(1)
+        assert weight.min() >= 0.8 - 1e-6 and weight.max() <= 1.2 + 1e-6
+        assert L.reshaped_advantages(A, teacher, student, 1.0, 1.0).isfinite().all()
+    assert L.reward_shift(far_reward(FAR_STUDENT, FAR_TEACHER), UP).isfinite()
+
+
+@pytest.mark.parametrize("A, expected", [(1.0, [-1.28, 0.0]), (-1.0, [3.0, 0.8])])
+def test_grpo_loss_at_log_ratios_of_plus_and_minus_100_is_the_limit_of_its_formula(A, expected):
+    logp = torch.tensor([[100.0, -100.0]], requires_grad=True)
+    loss = L.grpo_loss(logp, torch.zeros(1, 2), torch.tensor([A]))
+    close(loss, [expected], tol=1e-6)
+    close(gradients(loss, logp)[0], [[0.0, 0.0]])
+
+
+# Most wrong shapes below would broadcast: without the assertion the call would return a wrong number in silence.
+X, X1, V3, V1 = torch.zeros(2, 3), torch.zeros(1, 3), torch.zeros(2, 3, 4), torch.zeros(1, 3, 4)
+B2, B1 = torch.zeros(2), torch.zeros(1)
+WRONG = [
+    (L.kl, (V3, V1), "log_p.*log_q"),
+    (L.token_logp, (V3, torch.zeros(1, 3, dtype=torch.int64)), "logits.*tokens"),
+    (L.top_k_with_tail, (V3, V1, 2), "student_logits.*teacher_logits"),
+    (L.top_k_with_tail, (V3, V3, 0), "k = 0"),
+    (L.top_k_with_tail, (V3, V3, 5), "k = 5"),
+    (L.divergence, (V3, V1, "js"), "log_s.*log_t"),
+    (L.distillation_loss, (V3, V1, "js", 2), "student_logits.*teacher_logits"),
+    (L.distillation_loss, (V3, V1, "js"), r"\(2, 3, 4\).*\(1, 3, 4\)"),
+    (L.truncated_ratio, (X, X1, 2.0), "logp.*old_logp"),
+    (L.sequence_mean, (X, X1, 2), "per_token.*mask"),
+    (L.group_advantages, (X, 3), "rewards"),
+    (L.grpo_loss, (X, X1, B2), "logp.*old_logp"),
+    (L.grpo_loss, (X, X, B1), "advantages"),
+    (L.grpo_loss, (X, X, torch.zeros(2, 1)), "advantages"),
+    (L.reshaped_advantages, (B1, X, X, 1.0, 1.0), "advantages"),
+    (L.reshaped_advantages, (X, X, X, 1.0, 1.0), "advantages"),
+    (L.reshaped_advantages, (B2, X, X1, 1.0, 1.0), "teacher_logp.*student_logp"),
+    (L.reweighted_advantages, (B1, X, X, 0.5, 0.2), "advantages"),
+    (L.reweighted_advantages, (X, X, X, 0.5, 0.2), "advantages"),
+    (L.reweighted_advantages, (B2, X, X1, 0.5, 0.2), "teacher_logp.*student_logp"),
+    (L.implicit_reward, (X, X1, X, 0.1), "teacher_logp.*student_logp"),
+    (L.implicit_reward, (X, X, X1, 0.1), "mask"),
+    (L.reward_shift, (B2, B1), "implicit_rewards.*rewards"),
+    (L.bco_loss, (B2, B1, 0.0), "implicit_rewards.*rewards"),
+    (L.bco_loss, (B2, torch.tensor([0.0, 0.5]), 0.0), "rewards must be 0 or 1"),
+]
+
+
+@pytest.mark.parametrize("function, arguments, message", WRONG, ids=lambda x: getattr(x, "__name__", None))
+def test_a_wrong_argument_is_named(function, arguments, message):
+    with pytest.raises(AssertionError, match=message):
+        function(*arguments)
+
+
+@pytest.mark.parametrize("call", [lambda: L.divergence(V3, V3, "kl"), lambda: L.distillation_loss(V3, V3, "", 2)])
+def test_an_unknown_divergence_is_refused_with_the_list_of_known_ones(call):
+    with pytest.raises(ValueError, match="unknown divergence.*" + ", ".join(KINDS)):
+        call()
+
+
+def test_the_module_imports_only_math_and_torch():
+    imported = set()
+    for node in ast.walk(ast.parse(Path(L.__file__).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add((node.module or ".").split(".")[0])
+    assert imported == {"math", "torch"}

@@ -1,0 +1,511 @@
+"""Three tasks a CPU can learn in minutes, their tokenizer, and the small models that are warm-started on them.
+
+trace   the default: run a 12-line program of a small accumulator machine; feedback names the first wrong line
+code    write a Python one- or two-liner whose words have a "house" meaning that only its unit tests reveal
+choice  a short computation and four options; no environment text, made for sibling and critique contexts
+
+In each, the warm-up data hold a belief that is wrong in places ("old firmware", unusual meanings): the model starts with a
+pass rate well above 0 and below 1, reads feedback most of the time, and can learn the rest only by reinforcement.
+
+    python toy.py --subset trace --out toy_models/trace      makes a warm-started model again from nothing
+"""
+
+import argparse
+import itertools
+import math
+import random
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+import feedback
+import losses
+from feedback import Context, Templates
+from policy import Policy
+from rollout import HFSampler
+from sandbox import Sandbox
+from tasks import Outcome, Problem, Task
+
+# A model of 200,000 parameters reads short headings better than English sentences.
+TEMPLATES = Templates(
+    solution="\nsolution\n{solution}",
+    feedback="\nfeedback\n{feedback}",
+    critique="\nreview\n{critique}",
+    closing="\nagain",
+    request="{question}\nattempt\n{attempt}\nanswer {reference}\nreview",
+)
+
+
+def user(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+# ---- The accumulator machine, shared by trace and choice ---------------------------------------------------
+
+OPS = ("zig", "zap", "hop", "dip", "mix", "fog")
+
+
+class Firmware:
+    """Six opcodes, each a table of ten digits, beside add and sub (mod 10). `belief[op, x]` is the probability with which
+    the warm-up data give the true entry; otherwise they give the old firmware's."""
+
+    def __init__(self, beliefs: tuple[float, ...], seed: int):
+        """beliefs: one probability for each of an opcode's ten entries, dealt out at random."""
+        rng = random.Random(seed)
+        self.true, self.old, self.belief = {}, {}, {}
+        for op in OPS:
+            table, dealt = rng.sample(range(10), 10), rng.sample(beliefs, 10)
+            for x in range(10):
+                self.true[op, x] = table[x]
+                self.old[op, x] = rng.choice([v for v in range(10) if v != table[x]])
+                self.belief[op, x] = dealt[x]
+
+    def step(self, line: tuple[str, int | None], x: int, rng: random.Random | None = None) -> int:
+        """The value after `line` started at x: the true one, or with rng a draw from the warm-up belief."""
+        op, arg = line
+        if op == "add":
+            return (x + arg) % 10
+        if op == "sub":
+            return (x - arg) % 10
+        return self.true[op, x] if rng is None or rng.random() < self.belief[op, x] else self.old[op, x]
+
+    def run(self, start: int, lines, rng: random.Random | None = None) -> list[int]:
+        return list(itertools.accumulate(lines, lambda x, line: self.step(line, x, rng), initial=start))[1:]
+
+
+def spell(line: tuple[str, int | None]) -> str:
+    return line[0] if line[1] is None else f"{line[0]} {line[1]}"
+
+
+def random_line(rng: random.Random, special: float) -> tuple[str, int | None]:
+    return (rng.choice(OPS), None) if rng.random() < special else (rng.choice(("add", "sub")), rng.randrange(1, 10))
+
+
+# ---- trace -------------------------------------------------------------------------------------------------
+
+
+class Trace:
+    """`start 4 / 1 add 3 / 2 zig ...` -> `1 add 3 : 7 / 2 zig : 2 ...`. 48 of the 60 table entries are known (0.97), 12
+    are not (0.02), so near misses dominate. Feedback gives the first wrong line in the answer's own words: repeating
+    the line's prefix keeps the teacher from writing the expected value on other lines."""
+
+    heads, steps, batch, max_response = 4, 2600, 32, 100
+    lines, special = 12, 0.6
+
+    def __init__(self):
+        self.firmware = Firmware((0.97,) * 8 + (0.02,) * 2, seed=5)
+
+    def problems(self, rng: random.Random, count: int, name: str) -> list[Problem]:
+        return [self.problem(rng, self.lines, f"{name}-{i}") for i in range(count)]
+
+    def problem(self, rng: random.Random, lines: int, id: str) -> Problem:
+        start, program = rng.randrange(10), [random_line(rng, self.special) for _ in range(lines)]
+        text = f"start {start}\n" + "\n".join(f"{k} {spell(line)}" for k, line in enumerate(program, 1))
+        return Problem(id, user(text), self.answer(program, self.firmware.run(start, program)), (start, program))
+
+    @staticmethod
+    def answer(program, values) -> str:
+        return "\n".join(f"{k} {spell(line)} : {v}" for k, (line, v) in enumerate(zip(program, values), 1))
+
+    def verify(self, problems: list[Problem], responses: list[str]) -> list[Outcome]:
+        return [self.grade(problem, response) for problem, response in zip(problems, responses)]
+
+    def grade(self, problem: Problem, response: str) -> Outcome:
+        given, right = response.split("\n"), problem.reference.split("\n")
+        for got, expected in itertools.zip_longest(given, right, fillvalue=""):
+            if got != expected:
+                prefix, _, value = got.partition(" : ")
+                # A line whose value alone is wrong is quoted by its value; anything else is beyond repair by a digit.
+                same = prefix == expected.partition(" : ")[0] and value.isdigit()
+                return Outcome(0, "wrong line", f"expected\n{expected or 'end'}\ngot {value if same else 'other'}")
+        return Outcome(1, "passed")
+
+    def example(self, rng: random.Random) -> dict:
+        """Warm-up data: 45% with feedback, honest in 80% of the cases so that the E-step has something left to teach;
+        10% with a solution; the rest plain."""
+        problem = self.problem(rng, self.lines if rng.random() < 0.5 else rng.randrange(3, self.lines + 1), "")
+        (start, program), z = problem.data, rng.random()
+        values = self.firmware.run(start, program, rng)
+        specials = [k for k, line in enumerate(program) if line[1] is None]
+        if z < 0.45 and specials:
+            k = rng.choice(specials)
+            x = values[k - 1] if k else start
+            expected = rng.randrange(10)
+            got = self.firmware.step(program[k], x, rng)
+            got = got if got != expected else rng.choice([v for v in range(10) if v != expected])
+            values[k] = expected if rng.random() < 0.8 else self.firmware.step(program[k], x, rng)
+            values[k + 1 :] = self.firmware.run(values[k], program[k + 1 :], rng)
+            text = f"expected\n{k + 1} {spell(program[k])} : {expected}\ngot {got}"
+            context = Context("environment", feedback=text)
+        elif z < 0.55:
+            # A solution from another machine: half of its special entries are noise, and the answer follows it.
+            values = []
+            for line in program:
+                x = values[-1] if values else start
+                noisy = line[1] is None and rng.random() < 0.5
+                values.append(rng.randrange(10) if noisy else self.firmware.step(line, x, rng))
+            context = Context("sibling", solution=self.answer(program, values))
+        else:
+            context = None
+        return {"messages": problem.messages, "context": context, "answer": self.answer(program, values)}
+
+    def load(self) -> Task:
+        train, rest = self.problems(random.Random(11), 720, "train"), self.problems(random.Random(12), 128, "held-out")
+        return Task("toy/trace", train, rest[:64], rest[64:], self.verify)
+
+
+# ---- code --------------------------------------------------------------------------------------------------
+
+# Each phrase can be meant in three ways; the unit tests fix one of them, "the house convention". K is a digit.
+PHRASES = {
+    "sort": ("sorted(xs)", "sorted(xs)[::-1]", "sorted(set(xs))"),
+    "flip": ("xs[::-1]", "[-x for x in xs]", "[9-x for x in xs]"),
+    "crop": ("xs[1:]", "xs[:-1]", "xs[1:-1]"),
+    "peak": ("[max(xs)]", "[min(xs)]", "[xs[0]]"),
+    "odd": ("[x for x in xs if x%2]", "[x for x in xs if x%2==0]", "xs[1::2]"),
+    "shift K": ("[x+K for x in xs]", "[x-K for x in xs]", "xs[K:]+xs[:K]"),
+    "first K": ("xs[:K]", "xs[-K:]", "sorted(xs)[:K]"),
+    "skip K": ("xs[K:]", "xs[:-K]", "[x for x in xs if x!=K]"),
+    "over K": ("[x for x in xs if x>K]", "[x for x in xs if x>=K]", "[max(x,K) for x in xs]"),
+    "repeat K": ("xs*K", "[x*K for x in xs]", "xs+[K]"),
+    "step K": ("xs[::K]", "xs[K-1::K]", "[x for x in xs if x%K==0]"),
+    "push K": ("xs+[K]", "[K]+xs", "[x==K for x in xs]"),
+}
+
+
+class Code:
+    """`Write f(xs): shift 3, then sort.` -> a one- or two-line Python body, run against six unit tests in the sandbox. In
+    the warm-up data a phrase's true meaning has probability 0.75, 0.3 or 0.003 (four phrases each). Feedback is the
+    first failing test, or the exception."""
+
+    heads, steps, batch, max_response = 2, 3000, 48, 48
+
+    def __init__(self):
+        rng = random.Random(3)
+        self.truth, self.belief = {}, {}
+        for name, p in zip(rng.sample(sorted(PHRASES), 12), (0.75,) * 4 + (0.3,) * 4 + (0.003,) * 4):
+            share = rng.uniform(0.3, 0.7)
+            self.truth[name] = rng.randrange(3)
+            others = [(1 - p) * share, (1 - p) * (1 - share)]
+            self.belief[name] = [*others[: self.truth[name]], p, *others[self.truth[name] :]]
+        self.sandbox = None
+
+    @staticmethod
+    def body(parts, meanings) -> str:
+        lines = [PHRASES[name][m].replace("K", str(k)) for (name, k), m in zip(parts, meanings)]
+        return "\n".join([f"xs={line}" for line in lines[:-1]] + [f"return {lines[-1]}"])
+
+    @staticmethod
+    def question(parts) -> list[dict[str, str]]:
+        words = ", then ".join(name.replace("K", str(k)) for name, k in parts)
+        return user(f"Write f(xs): {words}.")
+
+    @staticmethod
+    def run(body: str, xs: list[int]):
+        """Runs one of this file's own programs, built from PHRASES; a response never comes here."""
+        for line in body.split("\n"):
+            expression = line.removeprefix("xs=").removeprefix("return ")
+            try:
+                xs = eval(expression, {"__builtins__": {}, "sorted": sorted, "set": set, "max": max, "min": min, "xs": xs})
+            except (ValueError, IndexError) as error:
+                return f"{type(error).__name__}: {error}"
+        return xs
+
+    def telling_input(self, rng: random.Random, body: str, others: list[str]) -> list[int] | None:
+        """An input on which `body` gives a list that as few of the other readings as possible give too."""
+        best, fewest = None, len(others) + 1
+        for _ in range(8):
+            xs = [rng.randrange(10) for _ in range(rng.choice((4, 4, 5)))]
+            value = self.run(body, xs)
+            if isinstance(value, list) and 0 < len(value) <= 12:
+                same = sum(self.run(other, xs) == value for other in others)
+                if same < fewest:
+                    best, fewest = xs, same
+        return best
+
+    def problem(self, rng: random.Random, parts, id: str) -> Problem | None:
+        meanings = [self.truth[name] for name, _ in parts]
+        body = self.body(parts, meanings)
+        readings = itertools.product(range(3), repeat=len(parts))
+        others = [self.body(parts, m) for m in readings if list(m) != meanings]
+        tests = [self.telling_input(rng, body, others) for _ in range(6)]
+        if None in tests:
+            return None
+        return Problem(id, self.question(parts), body, [(xs, self.run(body, xs)) for xs in tests])
+
+    def parts(self, rng: random.Random, count: int):
+        return tuple((n, rng.randrange(2, 6) if "K" in n else 0) for n in rng.sample(sorted(PHRASES), count))
+
+    def verify(self, problems: list[Problem], responses: list[str]) -> list[Outcome]:
+        if self.sandbox is None:
+            self.sandbox = Sandbox(time_limit=1.0)
+        return self.sandbox.run_many(lambda pair: self.grade(*pair), list(zip(problems, responses)))
+
+    def grade(self, problem: Problem, response: str) -> Outcome:
+        source = "def f(xs):\n" + "\n".join(f" {line}" for line in response.split("\n"))
+        show = lambda value: repr(value).replace(", ", ",")[:60]  # noqa: E731
+        for xs, expected in problem.data:
+            result = self.sandbox.call(source, "f", [xs])
+            # Comparing JSON text and not values: True is not 1, and no object of the program takes part.
+            if result.status == "ok" and repr(result.value) == repr(expected):
+                continue
+            if result.status == "internal":
+                raise RuntimeError(f"the sandbox failed on problem {problem.id}: {result.error}")
+            got = f"returned {show(result.value)}" if result.status == "ok" else f"raised {(result.error or result.status)[:60]}"
+            verdict = "wrong answer" if result.status == "ok" else result.status
+            return Outcome(0, verdict, f"f({show(xs)}) {got}, expected {show(expected)}")
+        return Outcome(1, "passed")
+
+    def example(self, rng: random.Random) -> dict:
+        """Warm-up data: 75% with a context (of these 15% a solution, else a failing test), where the meanings are nearly
+        uniform so that reading is learned and not guessing; the rest plain, with the meanings of the belief."""
+        while True:
+            parts = self.parts(rng, 1 if rng.random() < 0.6 else 2)
+            guess = lambda: [rng.choices(range(3), self.belief[name])[0] for name, _ in parts]  # noqa: E731
+            if rng.random() < 0.25:
+                return {"messages": self.question(parts), "context": None, "answer": self.body(parts, guess())}
+            meant = [rng.randrange(3) if rng.random() < 0.7 else m for m in guess()]
+            body = self.body(parts, meant)
+            if rng.random() < 0.15:
+                context = Context("sibling", solution=body)
+            else:
+                attempt = self.body(parts, guess())
+                xs = self.telling_input(rng, body, [attempt])
+                if xs is None or self.run(attempt, xs) == self.run(body, xs):
+                    continue  # this attempt cannot be told from the meaning
+                got = self.run(attempt, xs)
+                got = f"raised {got}" if isinstance(got, str) else f"returned {got}"
+                text = f"f({xs}) {got}, expected {self.run(body, xs)}".replace(", ", ",").replace(",expected", ", expected")
+                context = Context("environment", feedback=text)
+            return {"messages": self.question(parts), "context": context, "answer": body}
+
+    def load(self) -> Task:
+        rng = random.Random(21)
+        single = [((name, k),) for name in sorted(PHRASES) for k in (range(2, 6) if "K" in name else [0])]
+        double = {self.parts(rng, 2): None for _ in range(1000)}  # a dict keeps the order and drops repeats
+        single, double = rng.sample(single, len(single)), list(double)[:330]
+        make = lambda name, parts: [p for i, q in enumerate(parts) if (p := self.problem(rng, q, f"{name}-{i}"))]  # noqa: E731
+        # Every split gets one-phrase problems: with all of them held out, training has no easy rung to start from.
+        train = make("train", single[20:] + double[:210])
+        validation = make("validation", single[:10] + double[210:270])
+        test = make("test", single[10:20] + double[270:])
+        return Task("toy/code", train, validation, test, self.verify, close=lambda: self.sandbox and self.sandbox.close())
+
+
+# ---- choice ------------------------------------------------------------------------------------------------
+
+
+class Choice:
+    """`start 4 / zig / add 3 / sub 1`, four lettered options -> three lines and `<answer>C</answer>`. One line is a table
+    entry, known with 0.9, 0.5 or 0.15. There is no environment text: a failure says only that it failed."""
+
+    heads, steps, batch, max_response = 4, 1600, 48, 40
+
+    def __init__(self):
+        self.firmware = Firmware((0.9,) * 3 + (0.5,) * 4 + (0.15,) * 3, seed=9)
+
+    def problem(self, rng: random.Random, id: str) -> Problem:
+        start, place = rng.randrange(10), rng.randrange(3)
+        program = [random_line(rng, 1.0 if k == place else 0.0) for k in range(3)]
+        right = self.firmware.run(start, program)[-1]
+        # The old firmware's result is always among the options, so that the belief has a letter to choose.
+        x = ([start] + self.firmware.run(start, program))[place]
+        old = self.firmware.run(self.firmware.old[program[place][0], x], program[place + 1 :])
+        options = {right: None, (old[-1] if old else self.firmware.old[program[place][0], x]): None}
+        options = rng.sample([*options, *rng.sample([v for v in range(10) if v not in options], 2)], 4)
+        text = f"start {start}\n" + "\n".join(map(spell, program)) + "".join(f"\n{c} {v}" for c, v in zip("ABCD", options))
+        return Problem(id, user(text), "ABCD"[options.index(right)], (start, program, options))
+
+    def verify(self, problems: list[Problem], responses: list[str]) -> list[Outcome]:
+        return [self.grade(problem, response) for problem, response in zip(problems, responses)]
+
+    @staticmethod
+    def grade(problem: Problem, response: str) -> Outcome:
+        _, found, rest = response.rpartition("<answer>")
+        if not found or "</answer>" not in rest:
+            return Outcome(0, "no answer", "no answer given")
+        right = rest.partition("</answer>")[0].strip() == problem.reference
+        return Outcome(1, "passed") if right else Outcome(0, "wrong answer", "wrong answer")
+
+    def answer(self, problem: Problem, entry: int) -> str:
+        """The worked answer of someone who reads `entry` at the table line; a result that is no option ends in a guess
+        by place, so that the model never learns to stop without an answer."""
+        start, program, options = problem.data
+        x, lines = start, []
+        for line in program:
+            x = entry if line[1] is None else self.firmware.step(line, x)
+            lines.append(f"{spell(line)} : {x}")
+        letter = "ABCD"[options.index(x)] if x in options else "ABCD"[x % 4]
+        return "\n".join([*lines, f"<answer>{letter}</answer>"])
+
+    def example(self, rng: random.Random) -> dict:
+        """Warm-up data: 35% plain, 20% with a solution, 25% with a review, and 20% where the review is to be written:
+        it quotes the table line of the attempt, which tells what to avoid and not the answer."""
+        problem = self.problem(rng, "")
+        start, program, options = problem.data
+        place = next(k for k, line in enumerate(program) if line[1] is None)
+        x = ([start] + self.firmware.run(start, program))[place]
+
+        def entry_for(option: int) -> int:  # the table entry that leads to this option
+            return next(v for v in range(10) if (self.firmware.run(v, program[place + 1 :]) or [v])[-1] == option)
+
+        believed = self.firmware.step(program[place], x, rng)
+        entries, z = [entry_for(option) for option in options], rng.random()
+        if z < 0.35:
+            return {"messages": problem.messages, "context": None, "answer": self.answer(problem, believed)}
+        if z < 0.55:
+            meant = rng.choice(entries)
+            context = Context("sibling", solution=self.answer(problem, meant))
+            follow = meant if rng.random() < 0.9 else believed
+            return {"messages": problem.messages, "context": context, "answer": self.answer(problem, follow)}
+        wrong = rng.choice(entries)
+        review = f"{spell(program[place])} : {wrong} is wrong"
+        if z < 0.8:
+            left = [v for v in entries if v != wrong]
+            follow = believed if believed in left and rng.random() < 0.7 else rng.choice(left)
+            context = Context("critique", critique=review)
+            return {"messages": problem.messages, "context": context, "answer": self.answer(problem, follow)}
+        reference = "ABCD"[entries.index(rng.choice([v for v in entries if v != wrong]))]
+        attempt = self.answer(problem, wrong)
+        return {"messages": problem.messages, "attempt": attempt, "reference": reference, "answer": review}
+
+    def load(self) -> Task:
+        rng, seen, problems = random.Random(31), set(), []
+        while len(problems) < 720 + 128:
+            problem = self.problem(rng, f"choice-{len(problems)}")
+            if (text := problem.messages[0]["content"]) not in seen:
+                seen.add(text)
+                problems.append(problem)
+        return Task("toy/choice", problems[:720], problems[720:784], problems[784:], self.verify)
+
+
+# ---- Tokenizer, model and warm start -------------------------------------------------------------------------
+
+SUBSETS = {"trace": Trace, "code": Code, "choice": Choice}
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def load(subset: str) -> Task:
+    return SUBSETS[subset]().load()
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE over the warm-up texts of all three tasks. A digit is always one token, so is a common word."""
+    texts = []
+    for task in (subset() for subset in SUBSETS.values()):
+        rng = random.Random(1)
+        for example in (task.example(rng) for _ in range(2000)):
+            context = example.get("context") or Context("")
+            said = (context.solution, context.feedback, context.critique, example.get("attempt", ""), example["answer"])
+            texts.append("\n".join([example["messages"][0]["content"], *said]))
+    texts += ["user\nassistant\n" + "".join((TEMPLATES.solution, TEMPLATES.feedback, TEMPLATES.critique))] * 2000
+    texts += [TEMPLATES.closing + TEMPLATES.request] * 2000
+    bpe = Tokenizer(models.BPE())
+    words = pre_tokenizers.Split(Regex(r" ?[A-Za-z]+| ?\d| ?[^\sA-Za-z\d]|\n|\s"), "isolated")
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Sequence([words, bytes_]), decoders.ByteLevel()
+    special = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, min_frequency=20, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=special[0], eos_token=special[2])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def build_policy(subset: str, seed: int = 0) -> Policy:
+    """A Qwen3 of about 0.24M parameters with random weights and the toy tokenizer."""
+    torch.manual_seed(seed)
+    tokenizer, heads = build_tokenizer(), SUBSETS[subset].heads
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=4, intermediate_size=192, num_attention_heads=heads,
+        num_key_value_heads=heads, head_dim=64 // heads, max_position_embeddings=1024, tie_word_embeddings=True,
+        initializer_range=0.05, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+    )  # fmt: skip
+    return Policy(Qwen3ForCausalLM(config), tokenizer, micro_batch_tokens=10**9)
+
+
+def encode(tokenizer, example: dict) -> tuple[list[int], list[int]]:
+    """Prompt and answer ids of a warm-up example, through the very functions that training uses."""
+    if "attempt" in example:
+        prompt, _ = feedback.critique_prompt(
+            tokenizer, example["messages"], example["attempt"], example["reference"], TEMPLATES, 10**6
+        )
+    elif example["context"] is None:
+        prompt = feedback.student_prompt(tokenizer, example["messages"])
+    else:
+        prompt, _ = feedback.teacher_prompt(tokenizer, example["messages"], example["context"], TEMPLATES, 10**6)
+    return prompt, tokenizer(example["answer"]).input_ids + [tokenizer.eos_token_id]
+
+
+def warm_start(subset: str, steps: int = 0, seed: int = 0) -> Policy:
+    """Supervised training on the task's warm-up examples: Muon on the matrices, AdamW on the rest, cosine to 5%."""
+    policy, task, rng = build_policy(subset, seed), SUBSETS[subset](), random.Random(seed)
+    steps, model = steps or task.steps, policy.model
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01),
+        torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+    peaks, pool, seen, start = [o.param_groups[0]["lr"] for o in optimizers], [], [], time.time()
+    for step in range(1, steps + 1):
+        if not pool:  # batches of similar length, in random order
+            examples = sorted((encode(policy.tokenizer, task.example(rng)) for _ in range(8 * task.batch)), key=lambda e: len(e[0] + e[1]))
+            pool = [examples[i : i + task.batch] for i in range(0, len(examples), task.batch)]
+            rng.shuffle(pool)
+        prompts, answers = zip(*pool.pop())
+        view = policy.view(prompts, answers)
+        loss = -(losses.token_logp(view.logits(), view.tokens) * view.mask).sum() / view.mask.sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        share = min(1.0, step / 50) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        for optimizer, peak in zip(optimizers, peaks):
+            optimizer.param_groups[0]["lr"] = peak * share
+            optimizer.step()
+            optimizer.zero_grad()
+        seen.append(loss.item())
+        if step % 100 == 0 or step == steps:
+            print(f"warm-up step {step}/{steps}  loss {sum(seen[-100:]) / len(seen[-100:]):.4f}  {time.time() - start:.0f} s", flush=True)
+    return policy
+
+
+def report(policy: Policy, subset: str) -> str:
+    """Pass rates on the validation problems: the student's, and the teacher's on the student's failures with text."""
+    task, sampler, limit = load(subset), HFSampler(policy), SUBSETS[subset].max_response
+    problems = [p for p in task.validation for _ in range(4)]
+    prompts = [feedback.student_prompt(policy.tokenizer, p.messages) for p in task.validation]
+    outcomes = task.verify(problems, [policy.decode(r.tokens) for r in sampler.sample(prompts, 4, seed=1, max_tokens=limit)])
+    line = f"student {sum(o.reward for o in outcomes) / len(outcomes):.3f}"
+    failed = [(p, o) for p, o in zip(problems, outcomes) if o.reward == 0]
+    for mark, told in (("with feedback", True), ("again without", False)):
+        prompts = [
+            feedback.teacher_prompt(policy.tokenizer, p.messages, Context("environment", feedback=o.feedback), TEMPLATES, 10**6)[0]
+            if told else feedback.student_prompt(policy.tokenizer, p.messages)
+            for p, o in failed
+        ]  # fmt: skip
+        drawn = task.verify([p for p, _ in failed], [policy.decode(r.tokens) for r in sampler.sample(prompts, 1, seed=2, max_tokens=limit)])
+        line += f", on its failures {mark} {sum(o.reward for o in drawn) / len(drawn):.3f}"
+    task.close()
+    return line
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Warm-start a toy model.")
+    parser.add_argument("--subset", choices=SUBSETS, default="trace")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=0, help="0: the subset's own number")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    warmed = warm_start(args.subset, args.steps, args.seed)
+    warmed.save(args.out)
+    print(f"{args.subset}: {report(warmed, args.subset)}; {sum(p.numel() for p in warmed.model.parameters()):,} parameters in {args.out}")

@@ -1,0 +1,601 @@
+"""Variational Policy Distillation (VPD, arXiv 2605.15113v1): the EM loop, and the baselines that share it.
+
+One network, two prompts: the student pi_theta(y|x), and the teacher q_phi(y|x,C), the same weights shown the feedback C.
+Per rollout batch k = 0, 1, 2, ... (Algorithm 1, App. D.6; the banners below carry the same numbers):
+
+    1. y ~ pi_theta(.|x), G rollouts for each of B prompts
+    2. outcome r(x, y) in {0, 1} from the verifier, context C from a feedback source
+    3. freeze log pi_theta(y|x)
+    4. E-step, if k % F == 0: teach the teacher to tell success from failure
+           r~ = beta (log q_phi(y|x,C) - log pi_theta(y|x))                                               (Eq. 7)
+           L_E = - mean_{r=1} log sigmoid(r~ - delta) - mean_{r=0} log sigmoid(-(r~ - delta))              (Eq. 9)
+    5. M-step: distil the teacher into the student on the same rollouts
+           L_M = E_y sum_t KL(pi_theta(.|x,y_<t) || sg q_phi(.|x,C,y_<t))                                  (Eq. 10)
+    6. push the weights to the sampler
+
+Where we depart from the paper's text, or had to choose:
+
+    1. Eq. 10 prints a sum over t; the loss is the mean over a row's tokens, as in the code its learning rates come from.
+    2. delta moves by shift_rate (0.1) per E-step; Algorithm 1 as printed is --shift_rate 1.
+    3. A success needs a context too. Where the paper is silent it borrows a failure's (feedback.py; --no_borrow).
+    4. The E-step uses groups in which both outcomes have a context; --e_groups all is the paper's literal text.
+    5. F counts rollout batches (App. D.6), not gradient updates (Sec. 4).
+    6. The M-step's teacher is the network's live weights at each update; --teacher ema takes SDPO's moving average.
+    7. VPD's M-step carries no importance weights (Sec. 3.4); SDPO's carries min(pi/pi_old, 2).
+    8. An update in which no row takes part (no context, no advantage) is left out, momentum and weight decay included.
+"""
+
+import json
+import math
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from tqdm import tqdm
+from transformers import HfArgumentParser
+from transformers.utils import logging as hf_logging
+
+import evaluate
+import feedback
+import losses
+import tasks
+import toy
+from policy import Policy, ema_update
+from rollout import HFSampler, seed_for
+
+
+class Method(NamedTuple):
+    """What a method needs. teacher: whose weights read the context ("": nobody's); distils: the divergence to the teacher
+    is a loss; reinforces: the clipped policy gradient on outcomes is a loss."""
+
+    teacher: str
+    distils: bool
+    reinforces: bool
+
+
+METHODS = {
+    "vpd": Method("live", distils=True, reinforces=False),
+    "sdpo": Method("ema", distils=True, reinforces=False),
+    "grpo": Method("", distils=False, reinforces=True),
+    "joint": Method("ema", distils=True, reinforces=True),  # B.23
+    "reshape": Method("ema", distils=False, reinforces=True),  # B.24
+    "reweight": Method("ema", distils=False, reinforces=True),  # B.28
+}
+
+
+WORDS = feedback.Templates()
+
+
+@dataclass
+class Config:
+    """Every setting, with the value of the paper's Table D.1 (lcb) as its default. PRESETS holds what other tasks change;
+    a flag on the command line overrides both. What was used is printed at the start and saved as config.json."""
+
+    # ---- Run
+    task: Literal["toy", "lcb", "sciknoweval", "math"] = "toy"
+    subset: str = ""  # toy: trace, code or choice; "" is the task's first
+    method: Literal["vpd", "sdpo", "grpo", "joint", "reshape", "reweight"] = "vpd"
+    seed: int = 0
+    out: str = ""  # run directory; "" is runs/TASK-METHOD-seedN
+    overwrite: bool = False  # delete the run directory if it exists
+    epochs: int = 30  # passes over the training problems, when steps is 0
+    steps: int = 0  # rollout batches; 0: by epochs
+    log_samples: int = 8  # rollouts written to samples.jsonl per batch
+    # ---- Evaluation on validation problems
+    eval_every: int = 10  # rollout batches; 0: never
+    eval_samples: int = 4  # per problem: avg@4
+    eval_temperature: float = 0.6  # SDPO's
+    eval_top_p: float = 0.95  # SDPO's
+    # ---- Model
+    model: str = "Qwen/Qwen3-8B"  # folder or hub id
+    dtype: Literal["float32", "float64"] = "float32"  # of the weights
+    micro_batch_tokens: int = 20480  # padded tokens in one forward pass; changes speed and memory, never the update
+    # ---- Rollouts
+    prompts_per_batch: int = 32
+    group_size: int = 8  # rollouts per prompt, G
+    max_prompt_tokens: int = 2048  # longer problems are dropped and counted
+    max_response_tokens: int = 8192
+    temperature: float = 1.0
+    top_p: float = 1.0
+    # ---- Optimizer (AdamW)
+    lr: float = 1e-6
+    warmup_steps: int = 0  # rollout batches
+    schedule: Literal["constant", "linear"] = "constant"  # linear: to 0 at the last batch
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    minibatch_prompts: int = 1  # prompts per M-step update: 32 updates per batch
+    # ---- Feedback
+    feedback: Literal["environment", "sibling", "critique", "solution_first", "both"] = "solution_first"
+    borrow: bool = True  # a success borrows a failing sibling's text
+    max_teacher_tokens: int = 10240  # of the teacher's prompt; beyond it the context is cut
+    max_critique_tokens: int = 512
+    solution_template: str = WORDS.solution
+    feedback_template: str = WORDS.feedback
+    critique_template: str = WORDS.critique
+    closing_line: str = WORDS.closing
+    critique_request: str = WORDS.request
+    # ---- E-step (vpd)
+    e_step_every: int = 5  # F, in rollout batches
+    e_minibatch_prompts: int = 32  # the whole batch: one update
+    e_lr: float = 0.0  # 0: lr
+    e_optimizer: Literal["shared", "own"] = "shared"  # AdamW state; the paper: one network, one optimizer
+    e_groups: Literal["mixed", "all"] = "mixed"
+    beta: float = 0.1
+    shift_rate: float = 0.1  # the paper gives none
+    prior: Literal["dynamic", "fixed"] = "dynamic"  # fixed: the initial weights (ablation)
+    # ---- Distillation
+    divergence: Literal["kl_student_teacher", "kl_teacher_student", "js"] = "kl_student_teacher"
+    top_k: int = 20  # of the student, plus a tail bucket; 0: all of V
+    teacher: Literal["", "live", "ema"] = ""  # "": the method's own, see METHODS
+    ema_rate: float = 0.01  # teacher <- (1 - rate) teacher + rate student, per rollout batch
+    ratio_limit: float = 2.0  # SDPO's truncated token weight
+    # ---- Policy gradient and hybrids
+    divide_by_std: bool = False
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    dual_clip: float = 3.0
+    w_opd: float = 1.0  # joint, reshape; the paper gives none
+    w_rl: float = 1.0
+    reweight_lam: float = 0.5  # RLSD's; falls linearly to 0 over reweight_steps
+    reweight_steps: int = 50
+    reweight_clip: float = 0.2  # RLSD's eps_w
+
+    def templates(self):
+        texts = (self.solution_template, self.feedback_template, self.critique_template)
+        return type(WORDS)(*texts, closing=self.closing_line, request=self.critique_request)
+
+
+PRESETS = {
+    "lcb": {},  # Table D.1
+    "sciknoweval": dict(  # Table D.2; OLMo3-7B: --lr 5e-6
+        model="Qwen/Qwen3-8B", lr=1e-5, epochs=0, steps=500, warmup_steps=10, minibatch_prompts=32, top_k=100,
+        divergence="js", ema_rate=0.05, feedback="sibling", eval_samples=16,
+    ),
+    "math": dict(  # Table D.4
+        model="Qwen/Qwen3-8B", lr=5e-6, epochs=0, steps=200, warmup_steps=10, minibatch_prompts=32, top_k=0,
+        divergence="kl_teacher_student", ema_rate=0.05, feedback="sibling",
+    ),
+    "toy": dict(  # ours: a 0.24M-parameter model, one CPU core, minutes
+        epochs=0, steps=60, eval_every=20, eval_temperature=1.0, eval_top_p=1.0, prompts_per_batch=12,
+        max_prompt_tokens=256, max_response_tokens=100, max_teacher_tokens=512, max_critique_tokens=16,
+        adam_beta2=0.95, weight_decay=0.0, minibatch_prompts=12, lr=3e-4, feedback="environment",
+        e_step_every=1, e_minibatch_prompts=12, e_lr=5e-4, e_optimizer="own", shift_rate=0.5,
+        divergence="js", top_k=0, ema_rate=0.05,
+        solution_template=toy.TEMPLATES.solution, feedback_template=toy.TEMPLATES.feedback,
+        critique_template=toy.TEMPLATES.critique, closing_line=toy.TEMPLATES.closing, critique_request=toy.TEMPLATES.request,
+    ),
+}  # fmt: skip
+TOY_PRESETS = {  # by subset and method, tuned with one budget on validation problems (README)
+    "trace": {"model": "toy_models/trace"},
+    "code": {"model": "toy_models/code"},
+    "choice": {"model": "toy_models/choice", "feedback": "sibling"},
+    ("trace", "grpo"): {"lr": 1e-3, "divide_by_std": True},
+    ("trace", "sdpo"): {"lr": 2e-4},
+}
+
+
+# ---- Settings ----------------------------------------------------------------------------------------------
+
+
+def fail(message: str) -> None:
+    """One line on what was wrong, exit status 2."""
+    print(f"vpd.py: error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+class Parser(HfArgumentParser):
+    def error(self, message: str) -> None:
+        fail(f"{message} (python vpd.py --help lists the settings)")
+
+
+def parse(argv: list[str] | None = None) -> Config:
+    """Flags over the preset of (task, subset, method) over the defaults of Config."""
+    parser = Parser(Config, description="Variational Policy Distillation and its baselines.", allow_abbrev=False)
+    chosen, _ = parser.parse_known_args(argv)
+    preset = dict(PRESETS[chosen.task])
+    if chosen.task == "toy":
+        subset = chosen.subset or tasks.TASKS["toy"][0]
+        for key in (subset, (subset, chosen.method)):
+            preset |= TOY_PRESETS.get(key, {})
+    parser.set_defaults(**preset)
+    return parser.parse_args_into_dataclasses(argv)[0]
+
+
+def check(cfg: Config) -> None:
+    """Raises ValueError with one line for settings that cannot work together."""
+    for name in ("prompts_per_batch", "group_size", "max_prompt_tokens", "max_response_tokens", "max_teacher_tokens",
+                 "minibatch_prompts", "e_minibatch_prompts", "e_step_every", "eval_samples", "micro_batch_tokens",
+                 "max_critique_tokens", "lr", "beta", "temperature", "max_grad_norm"):  # fmt: skip
+        if getattr(cfg, name) <= 0:
+            raise ValueError(f"--{name} must be positive, not {getattr(cfg, name)}")
+    for name in ("steps", "epochs", "top_k", "eval_every", "e_lr", "warmup_steps", "log_samples", "weight_decay", "reweight_steps"):
+        if getattr(cfg, name) < 0:
+            raise ValueError(f"--{name} must not be negative, it is {getattr(cfg, name)}")
+    for name, low in (("ema_rate", 0), ("shift_rate", None), ("top_p", None), ("eval_top_p", None), ("reweight_lam", 0)):
+        if not (low == 0 and getattr(cfg, name) == 0) and not 0 < getattr(cfg, name) <= 1:
+            raise ValueError(f"--{name} must be in {'[0' if low == 0 else '(0'}, 1], not {getattr(cfg, name)}")
+    if cfg.steps == 0 and cfg.epochs == 0:
+        raise ValueError("--steps and --epochs are both 0: there is nothing to do")
+    for name in ("minibatch_prompts", "e_minibatch_prompts"):
+        if cfg.prompts_per_batch % getattr(cfg, name):
+            raise ValueError(f"--{name} {getattr(cfg, name)} does not divide --prompts_per_batch {cfg.prompts_per_batch}")
+    method = METHODS[cfg.method]
+    if cfg.group_size < 2 and method.reinforces:
+        raise ValueError(f"--method {cfg.method} compares rollouts of one prompt: --group_size 1 gives no advantage")
+    if cfg.group_size < 2 and method.teacher and cfg.feedback == "sibling":
+        raise ValueError("--feedback sibling needs a second rollout of the prompt: --group_size must be at least 2")
+    if cfg.teacher and not method.teacher:
+        raise ValueError(f"--teacher {cfg.teacher} means nothing to --method {cfg.method}, which has no teacher")
+    cfg.templates()
+
+
+# ---- Pieces of a batch ---------------------------------------------------------------------------------------
+
+
+def batches(problems: list, size: int, steps: int, seed: int):
+    """`steps` batches of `size` problems: reshuffled every epoch, the incomplete last batch dropped."""
+    per_epoch, order = len(problems) // size, []
+    for step in range(steps):
+        if step % per_epoch == 0:
+            order = random.Random(seed_for(seed, step // per_epoch, "order")).sample(problems, len(problems))
+        start = step % per_epoch * size
+        yield order[start : start + size]
+
+
+def mean(values) -> float | None:
+    """The mean of a tensor or list, or None of an empty one (JSON has no nan)."""
+    values = torch.as_tensor(values, dtype=torch.float64)
+    return values.mean().item() if values.numel() else None
+
+
+def find_contexts(cfg: Config, policy: Policy, sampler, problems: list, texts: list[str], outcomes: list, step: int) -> list:
+    """One context or None per rollout, group by group. For critiques the student's own weights review each failure."""
+    G, said = cfg.group_size, [o.feedback for o in outcomes]
+    if cfg.feedback == "critique":
+        failed = [i for i, o in enumerate(outcomes) if o.reward == 0]
+        requests = [
+            feedback.critique_prompt(
+                policy.tokenizer, problems[i].messages, texts[i], problems[i].reference, cfg.templates(), cfg.max_teacher_tokens
+            )[0]
+            for i in failed
+        ]
+        seed = seed_for(cfg.seed, step, "critiques")
+        drawn = sampler.sample(requests, 1, seed, cfg.max_critique_tokens, cfg.temperature, cfg.top_p)
+        said = [""] * len(outcomes)
+        for i, critique in zip(failed, drawn):
+            said[i] = feedback.strip_thinking(policy.decode(critique.tokens))
+    found = []
+    for first in range(0, len(outcomes), G):
+        group = slice(first, first + G)
+        rng = random.Random(seed_for(cfg.seed, step, "contexts", first // G))
+        rewards = [o.reward for o in outcomes[group]]
+        found += feedback.contexts(cfg.feedback, rewards, texts[group], said[group], rng, cfg.borrow)
+    return found
+
+
+def e_step_groups(which: str, r: torch.Tensor, told: torch.Tensor, group_size: int) -> tuple[list[list[int]], int]:
+    """The rows of each group that take part in the E-step, and the number of rows left out. Only rows with a context
+    do. "mixed" further asks that both outcomes have one: a kind of context that goes with one label gives it away."""
+    groups = []
+    for first in range(0, len(r), group_size):
+        rows = [i for i in range(first, first + group_size) if told[i]]
+        if rows and (which == "all" or 0 < sum(r[rows].tolist()) < len(rows)):
+            groups.append(rows)
+    return groups, len(r) - sum(map(len, groups))
+
+
+def margin_figures(implicit: torch.Tensor, r: torch.Tensor, lengths: torch.Tensor) -> dict:
+    """Fig. 1's reward margin, mean r~ on successes minus mean r~ on failures, and whether |r~| merely tracks length."""
+    both = 0 < r.sum() < len(r)
+    varied = len(r) > 2 and implicit.abs().std() > 0 and lengths.double().std() > 0
+    correlation = torch.corrcoef(torch.stack([implicit.abs().double(), lengths.double()]))[0, 1] if varied else None
+    return {
+        "margin": (implicit[r == 1].mean() - implicit[r == 0].mean()).item() if both else None,
+        "length_correlation": correlation.item() if varied else None,
+    }
+
+
+def terminal_line(row: dict, seconds: float) -> str:
+    """At most 12 figures of a step; every one is explained in the README."""
+    show = {"reward": "reward", "margin": "margin", "divergence": "div", "e_loss": "E-loss", "shift": "delta",
+            "m_loss": "M-loss", "m_grad_norm": "|g|", "entropy": "entropy", "response_length": "length",
+            "with_context": "told"}  # fmt: skip
+    cells = [f"{name} {row[key]:.3f}" for key, name in show.items() if row.get(key) is not None]
+    return f"{row['step']:4d}  " + "  ".join(cells) + f"  {seconds:.1f} s"
+
+
+class Clock:
+    """Seconds per phase of one step."""
+
+    def __init__(self):
+        self.seconds, self.last = {}, time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
+        self.last = now
+
+
+# ---- The loop ------------------------------------------------------------------------------------------------
+
+
+def train(cfg: Config, policy: Policy, task: tasks.Task, out: Path, record: dict) -> None:
+    """Runs the EM loop and writes the run directory. `record` is saved as config.json."""
+    method, templates, G = METHODS[cfg.method], cfg.templates(), cfg.group_size
+    sampler, tokenizer = HFSampler(policy), policy.tokenizer
+    steps = cfg.steps or cfg.epochs * (len(task.train) // cfg.prompts_per_batch)
+    teacher = policy.frozen_copy() if record["teacher"] == "ema" else None  # None: the live weights
+    reference = policy.frozen_copy() if cfg.method == "vpd" and cfg.prior == "fixed" else None
+
+    def adamw():
+        betas = (cfg.adam_beta1, cfg.adam_beta2)
+        return torch.optim.AdamW(policy.model.parameters(), lr=cfg.lr, betas=betas, weight_decay=cfg.weight_decay)
+
+    optimizer = adamw()
+    e_optimizer = adamw() if cfg.e_optimizer == "own" and cfg.method == "vpd" else optimizer
+    shift, bad_in_a_row, best = None, 0, -1.0
+
+    out.mkdir(parents=True)
+    (out / "config.json").write_text(json.dumps(record, indent=1) + "\n")
+    log, samples = (out / "log.jsonl").open("w"), (out / "samples.jsonl").open("w")
+
+    def write(file, row: dict) -> None:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+
+    def validate(step: int) -> None:
+        nonlocal best
+        result = evaluate.measure(
+            policy, sampler, task.verify, task.validation, n=cfg.eval_samples, seed=seed_for(cfg.seed, "validation"),
+            max_tokens=cfg.max_response_tokens, temperature=cfg.eval_temperature, top_p=cfg.eval_top_p,
+        )  # fmt: skip
+        figures = {key: value for key, value in result.items() if key != "rewards"}
+        write(log, {"kind": "eval", "step": step, "split": "validation", **figures})
+        tqdm.write(f"validation after {step:4d} batches: {evaluate.line(result)}")
+        if result["avg"] > best:
+            best = result["avg"]
+            policy.save(out / "best")
+
+    def update(optim: torch.optim.Optimizer, lr: float, loss: float) -> float:
+        """One optimizer step; a loss or gradient that is not finite skips it, five in a row end the run."""
+        nonlocal bad_in_a_row
+        norm = policy.step(optim, lr, cfg.max_grad_norm, skip=not math.isfinite(loss))
+        bad_in_a_row = 0 if math.isfinite(norm) else bad_in_a_row + 1
+        if bad_in_a_row == 5:
+            raise FloatingPointError("five updates in a row had a loss or gradient that is not finite")
+        return norm
+
+    try:
+        if cfg.eval_every:
+            validate(0)
+        bar = tqdm(total=steps, disable=None, unit="batch", dynamic_ncols=True)
+        for step, problems in enumerate(batches(task.train, cfg.prompts_per_batch, steps, cfg.seed)):
+            clock, skipped = Clock(), Counter()
+            warmup = min(1.0, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else 1.0
+            rate = warmup * (1 - step / steps if cfg.schedule == "linear" else 1.0)
+
+            # ---- 1. Rollouts y ~ pi_theta(.|x); row i * G + j is rollout j of problem i
+            x = [feedback.student_prompt(tokenizer, p.messages) for p in problems]
+            rollouts = sampler.sample(
+                x, G, seed_for(cfg.seed, step, "rollouts"), cfg.max_response_tokens, cfg.temperature, cfg.top_p
+            )
+            y, texts = [r.tokens for r in rollouts], [policy.decode(r.tokens) for r in rollouts]
+            rows = range(len(y))
+            x, row_problems = [x[i // G] for i in rows], [problems[i // G] for i in rows]
+            mask = policy.mask(y)  # (B, T)
+            clock.lap("rollout")
+
+            # ---- 2. Outcomes r in {0, 1} and contexts C (or none) per rollout
+            outcomes = task.verify(row_problems, texts)
+            if any(o.reward not in (0, 1) for o in outcomes):
+                raise ValueError(f"the verifier of {task.name} gave a reward that is neither 0 nor 1")
+            r = torch.tensor([float(o.reward) for o in outcomes], device=policy.device)  # (B,)
+            C, xC, cut = [None] * len(y), list(x), 0
+            if method.teacher:
+                C = find_contexts(cfg, policy, sampler, row_problems, texts, outcomes, step)
+                for i in rows:
+                    if C[i] is not None:
+                        xC[i], tokens_cut = feedback.teacher_prompt(
+                            tokenizer, row_problems[i].messages, C[i], templates, cfg.max_teacher_tokens
+                        )
+                        cut += tokens_cut > 0
+            told = torch.tensor([c is not None for c in C], device=policy.device)  # (B,) rows with a context
+            lengths = [len(xC[i]) + len(y[i]) for i in rows]
+            clock.lap("verify")
+
+            # ---- 3. Freeze log pi_theta(y|x); the teacher's log-probs at the same weights give the reward margin
+            old_logp, entropy = policy.score(x, y)  # (B, T)
+            figures = {}
+            if method.teacher:
+                teacher_logp, _ = policy.score(xC, y, told.nonzero().flatten().tolist(), teacher)
+                teacher_logp = torch.where(told[:, None], teacher_logp, old_logp)  # no context: A^SDPO = 0
+                implicit = losses.implicit_reward(teacher_logp, old_logp, mask, cfg.beta)  # Eq. 7
+                figures |= margin_figures(implicit[told], r[told], mask.sum(1)[told])
+            clock.lap("freeze")
+
+            # ---- 4. E-step: refine the teacher on this batch (Eq. 9), every F-th batch
+            if cfg.method == "vpd" and step % cfg.e_step_every == 0:
+                groups, out_of_e = e_step_groups(cfg.e_groups, r, told, G)
+                skipped["e_step: no context, or one outcome only"] += out_of_e
+                prior_logp = old_logp if reference is None else policy.score(x, y, model=reference)[0]
+                e_losses, e_norms, weights = [], [], []
+                for first in range(0, len(groups), cfg.e_minibatch_prompts):
+                    minibatch = [i for group in groups[first : first + cfg.e_minibatch_prompts] for i in group]
+                    n_pos = int(r[minibatch].sum())
+                    n_neg = len(minibatch) - n_pos
+                    if n_pos == 0 or n_neg == 0:  # only with --e_groups all
+                        skipped["e_step: minibatch of one outcome"] += len(minibatch)
+                        continue
+                    # First pass, no gradient: every r~ of the minibatch, hence delta before it is used.
+                    q_logp, _ = policy.score(xC, y, minibatch)
+                    implicit = losses.implicit_reward(q_logp, prior_logp, mask, cfg.beta)[minibatch]
+                    value = losses.reward_shift(implicit, r[minibatch]).item()
+                    shift = value if shift is None else (1 - cfg.shift_rate) * shift + cfg.shift_rate * value
+                    # Second pass: with delta and the class counts fixed, any micro-batches give the same gradient.
+                    total = 0.0
+                    for part in policy.micro_batches(minibatch, lengths):
+                        view = policy.view([xC[i] for i in part], [y[i] for i in part])
+                        q_logp = losses.token_logp(view.logits(), view.tokens)  # (b, t)
+                        prior = prior_logp[part, : q_logp.shape[1]]
+                        part_implicit = losses.implicit_reward(q_logp, prior, view.mask, cfg.beta)
+                        loss = losses.bco_loss(part_implicit, r[part], shift, n_pos, n_neg)
+                        loss.backward()
+                        total += loss.item()
+                    e_norms.append(update(e_optimizer, (cfg.e_lr or cfg.lr) * rate, total))
+                    e_losses.append(total)
+                    weights.append(torch.sigmoid(implicit - shift) * torch.sigmoid(shift - implicit))
+                died = torch.cat(weights) < 0.01 if weights else []
+                figures |= {"e_loss": mean(e_losses), "e_grad_norm": mean(e_norms), "shift": shift,
+                            "e_rows": len(died), "e_died": mean(died)}  # fmt: skip
+                clock.lap("e_step")
+
+            # ---- 5. M-step: distil the teacher into the student (Eq. 10); the baselines' losses stand here too
+            A = losses.group_advantages(r, G, cfg.divide_by_std) if method.reinforces else torch.zeros_like(r)  # (B,)
+            active = (A != 0) | (told if method.distils or cfg.method == "reshape" else False)
+            if cfg.method == "reshape":
+                A = losses.reshaped_advantages(A, teacher_logp, old_logp, cfg.w_rl, cfg.w_opd)  # (B, T), B.24
+            if cfg.method == "reweight":
+                lam = cfg.reweight_lam * max(0.0, 1 - step / cfg.reweight_steps) if cfg.reweight_steps else 0.0
+                A = losses.reweighted_advantages(A, teacher_logp, old_logp, lam, cfg.reweight_clip)  # (B, T), B.28
+            skipped["m_step: no context" if not method.reinforces else "m_step: no signal"] += int((~active).sum())
+            m_losses, m_norms, apart = [], [], 0.0
+            size = cfg.minibatch_prompts * G
+            for first in range(0, len(y), size):
+                minibatch = [i for i in range(first, first + size) if active[i]]
+                if not minibatch:
+                    skipped["m_step: whole update"] += 1
+                    continue
+                total = 0.0
+                for part in policy.micro_batches(minibatch, lengths):
+                    view = policy.view([x[i] for i in part], [y[i] for i in part])
+                    logits, t = view.logits(), view.mask.shape[1]  # (b, t, V)
+                    logp = losses.token_logp(logits, view.tokens)  # (b, t)
+                    # With one update per batch the weights are those that sampled, so the ratio is 1 exactly.
+                    before = logp.detach() if size == len(y) else old_logp[part, :t]
+                    per_token = torch.zeros_like(logp)
+                    if method.distils:
+                        with torch.no_grad():  # sg q_phi
+                            q = policy.view([xC[i] for i in part], [y[i] for i in part], teacher).logits()
+                        d = losses.distillation_loss(logits, q, cfg.divergence, cfg.top_k or None)  # (b, t)
+                        d = d * told[part, None]
+                        apart += losses.sequence_mean(d.detach(), view.mask, int(told.sum())).item()
+                        ratio = 1.0 if cfg.method == "vpd" else losses.truncated_ratio(logp, before, cfg.ratio_limit)
+                        per_token = per_token + (cfg.w_opd if cfg.method == "joint" else 1.0) * ratio * d
+                    if method.reinforces:
+                        a = A[part] if A.ndim == 1 else A[part, :t]
+                        pg = losses.grpo_loss(logp, before, a, cfg.clip_low, cfg.clip_high, cfg.dual_clip)
+                        per_token = per_token + (cfg.w_rl if cfg.method == "joint" else 1.0) * pg
+                    loss = losses.sequence_mean(per_token, view.mask, size)
+                    loss.backward()
+                    total += loss.item()
+                m_norms.append(update(optimizer, cfg.lr * rate, total))
+                m_losses.append(total)
+            if teacher is not None:
+                ema_update(teacher, policy.model, cfg.ema_rate)  # once per rollout batch
+            clock.lap("m_step")
+
+            # ---- 6. Push the weights to the sampler
+            sampler.sync(policy)
+            clock.lap("sync")
+
+            n_tokens = int(mask.sum())
+            gap = torch.cat([old_logp[i, : len(y[i])].cpu() - torch.tensor(rollouts[i].logp) for i in rows])
+            kinds = Counter(c.kind for c in C if c)
+            wins = Counter(c.kind for c, o in zip(C, outcomes) if c and o.reward)
+            row = {
+                "kind": "train", "step": step, "reward": mean(r), **figures,
+                "m_loss": mean(m_losses), "m_grad_norm": mean(m_norms),
+                "divergence": apart if method.distils and told.any() else None,
+                "entropy": (entropy.sum() / n_tokens).item(), "response_length": n_tokens / len(y),
+                "truncated": mean([float(roll.finish == "length") for roll in rollouts]),
+                "with_context": mean(told), "contexts_cut": cut,
+                "success_given_context": {kind: wins[kind] / count for kind, count in sorted(kinds.items())},
+                "left_out": {why: count for why, count in skipped.items() if count},
+                "updates_not_finite": sum(not math.isfinite(n) for n in [*m_norms, *(e_norms if "e_loss" in figures else [])]),
+                "sampler_gap": mean(gap.abs()), "lr": cfg.lr * rate,
+                "seconds": {k: round(v, 4) for k, v in clock.seconds.items()},
+                "tokens_per_second": n_tokens / sum(clock.seconds.values()),
+            }  # fmt: skip
+            write(log, row)
+            for i in list(rows)[: cfg.log_samples]:
+                write(samples, {"step": step, "id": row_problems[i].id, "prompt": tokenizer.decode(x[i]),
+                                "response": texts[i], "finish": rollouts[i].finish, **asdict(outcomes[i]),
+                                "context": asdict(C[i]) if C[i] else None})  # fmt: skip
+            tqdm.write(terminal_line(row, sum(clock.seconds.values())))
+            bar.update()
+            if cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or step + 1 == steps):
+                validate(step + 1)
+    finally:  # Ctrl-C and errors leave a readable log and the weights as they were
+        log.close()
+        samples.close()
+        policy.save(out / "model")
+        task.close()
+
+
+def git_commit() -> str:
+    """The commit of this code, marked when the tree differs from it; "unknown" outside a repository."""
+    here = Path(__file__).parent
+    run = lambda *args: subprocess.run(["git", *args], cwd=here, capture_output=True, text=True)  # noqa: E731
+    head = run("rev-parse", "HEAD")
+    if head.returncode:
+        return "unknown"
+    return head.stdout.strip() + ("+changes" if run("status", "--porcelain", "-uno").stdout else "")
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = parse(argv)
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)  # threads that fight for a busy core cost more than they bring
+    out = Path(cfg.out or f"runs/{cfg.task}-{cfg.method}-seed{cfg.seed}")
+    try:
+        check(cfg)
+        if out.exists() and not cfg.overwrite:
+            raise ValueError(f"{out} exists: give another --out, or --overwrite to delete it")
+        if out.exists() and not (out / "config.json").exists():
+            raise ValueError(f"{out} is no run directory (no config.json): --overwrite will not delete it")
+        task = tasks.load(cfg.task, cfg.subset)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = getattr(torch, cfg.dtype)
+        policy = Policy.load(cfg.model, dtype, device, micro_batch_tokens=cfg.micro_batch_tokens)
+        if cfg.top_k > policy.vocabulary:
+            raise ValueError(f"--top_k {cfg.top_k} exceeds the vocabulary of {policy.vocabulary} tokens")
+        fits = [p for p in task.train if len(feedback.student_prompt(policy.tokenizer, p.messages)) <= cfg.max_prompt_tokens]
+        dropped, task.train = len(task.train) - len(fits), fits
+        if len(fits) < cfg.prompts_per_batch:
+            raise ValueError(f"{len(fits)} training problems do not fill a batch of --prompts_per_batch {cfg.prompts_per_batch}")
+    except ValueError as error:
+        fail(error)
+    if out.exists():
+        shutil.rmtree(out)
+    teacher = cfg.teacher or METHODS[cfg.method].teacher
+    record = {**asdict(cfg), "out": str(out), "teacher": teacher, "commit": git_commit(), "device": device,
+              "torch": torch.__version__, "command": " ".join(["python", *sys.argv]), "prompts_dropped": dropped}  # fmt: skip
+    print(" ".join(f"{f.name}={record[f.name]!r}" for f in fields(cfg)))
+    print(f"{task.splits()}; {dropped} training prompts over {cfg.max_prompt_tokens} tokens dropped")
+    rows = cfg.prompts_per_batch * cfg.group_size
+    print(f"{rows} rollouts per batch, {cfg.minibatch_prompts * cfg.group_size} sequences per M-step update, "
+          f"{cfg.prompts_per_batch // cfg.minibatch_prompts} updates per batch")  # fmt: skip
+    try:
+        train(cfg, policy, task, out, record)
+    except KeyboardInterrupt:
+        print(f"stopped; the log and the weights so far are in {out}", file=sys.stderr)
+        sys.exit(130)
+    except FloatingPointError as error:
+        print(f"vpd.py: {error}; the log and the last finite weights are in {out}", file=sys.stderr)
+        sys.exit(1)
+    print(f"done: {out}/model is the last model, {out}/best the best on validation problems")
+
+
+if __name__ == "__main__":
+    main()
