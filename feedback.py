@@ -81,7 +81,8 @@ def contexts(
     """
     if source not in SOURCES:
         raise ValueError(f"unknown feedback source {source!r}: choose one of {', '.join(SOURCES)}")
-    success = [i for i, r in enumerate(rewards) if r == 1]
+    solutions = [strip_thinking(text) for text in responses]
+    success = [i for i, r in enumerate(rewards) if r == 1 and solutions[i]]  # nothing but a thought is no solution
     failure = [i for i, r in enumerate(rewards) if r == 0 and texts[i]]
 
     def sibling(i: int) -> int | None:
@@ -114,7 +115,7 @@ def contexts(
         out.append(
             Context(
                 kind="+".join(name for name, j in (("sibling", solution), (section, row)) if j is not None),
-                solution="" if solution is None else strip_thinking(responses[solution]),
+                solution="" if solution is None else solutions[solution],
                 feedback=text if section == "environment" else "",
                 critique=text if section == "critique" else "",
                 rows=tuple(j for j in (solution, row) if j is not None),

@@ -1,6 +1,6 @@
 """Every objective of VPD (arXiv 2605.15113v1) and its baselines as a pure function of tensors.
 
-Nothing here knows a model, a setting or a file; only torch is imported, so a function can be copied into
+Nothing here knows a model, a setting or a file; torch is all that is needed, so a function can be copied into
 another project together with the helpers its docstring names. Symbols follow the paper:
 
     B sequences, T response tokens, V vocabulary, K top-k
@@ -43,7 +43,9 @@ def token_logp(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return torch.log_softmax(logits, dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
-def top_k_with_tail(student_logits: torch.Tensor, teacher_logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def top_k_with_tail(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities at the student's k likeliest tokens, and one bucket for all other tokens.
 
     log p_tail = log(1 − Σ_k p_k) = log(−expm1(min(log Σ_k p_k, −1e-7))), for student and teacher alike.
@@ -73,8 +75,7 @@ def divergence(log_s: torch.Tensor, log_t: torch.Tensor, kind: str) -> torch.Ten
     kl_teacher_student   KL(T‖S)                                (the paper's "forward")
     js                   ½ KL(S‖M) + ½ KL(T‖M),  M = ½ S + ½ T
 
-    log_s, log_t: (B, T, V or K+1) log-probabilities. Returns (B, T). log_t carries no gradient; in "js" the student's
-    gradient runs through the weights and through the mixture.
+    log_s, log_t: (B, T, V or K+1) log-probabilities. Returns (B, T). log_t carries no gradient.
     """
     assert log_s.shape == log_t.shape, f"log_s {tuple(log_s.shape)} and log_t {tuple(log_t.shape)} differ"
     log_t = log_t.detach()
@@ -83,7 +84,10 @@ def divergence(log_s: torch.Tensor, log_t: torch.Tensor, kind: str) -> torch.Ten
     if kind == "kl_teacher_student":
         return kl(log_t, log_s)
     if kind == "js":
-        log_m = torch.logaddexp(log_s, log_t) - math.log(2.0)
+        # A token forbidden to both (−inf twice) has no mass in M either; logaddexp would give it a nan gradient.
+        absent = (log_s == -math.inf) & (log_t == -math.inf)
+        log_m = torch.logaddexp(log_s.masked_fill(absent, 0.0), log_t.masked_fill(absent, 0.0)) - math.log(2.0)
+        log_m = log_m.masked_fill(absent, -math.inf)
         return 0.5 * kl(log_s, log_m) + 0.5 * kl(log_t, log_m)
     raise ValueError(f"unknown divergence {kind!r}: choose one of {', '.join(DIVERGENCES)}")
 
@@ -123,6 +127,7 @@ def sequence_mean(per_token: torch.Tensor, mask: torch.Tensor, num_sequences: in
     per_token, mask: (B, T). num_sequences: N, all sequences of the optimizer step (masked ones included, all
     micro-batches, all ranks), so the sum of micro-batch results is the whole step's loss. Returns ().
     """
+    assert per_token.ndim == 2, f"per_token must be (B, T), not {tuple(per_token.shape)}"
     assert per_token.shape == mask.shape, f"per_token {tuple(per_token.shape)} and mask {tuple(mask.shape)} differ"
     kept = per_token.masked_fill(mask == 0, 0.0)  # whatever stands on padding, inf and nan included, stays out
     return (kept.sum(-1) / mask.sum(-1).clamp(min=1)).sum() / num_sequences
@@ -140,7 +145,7 @@ def group_advantages(rewards: torch.Tensor, group_size: int, divide_by_std: bool
     assert rewards.ndim == 1, f"rewards must be (B,), not {tuple(rewards.shape)}"
     if len(rewards) % group_size:
         raise ValueError(f"{len(rewards)} rewards do not divide into groups of {group_size}")
-    groups = rewards.view(-1, group_size)  # (B/G, G)
+    groups = rewards.to(torch.promote_types(rewards.dtype, torch.float32)).view(-1, group_size)  # (B/G, G)
     advantages = groups - groups.mean(1, keepdim=True)
     if divide_by_std:
         if group_size < 2:
@@ -161,9 +166,10 @@ def grpo_loss(
 
     Where A < 0 the loss is at most dual_clip · |A| (dual clip). No KL term. At ρ = 1 the gradient in logp is −A.
 
-    logp, old_logp: (B, T); advantages: (B,) for a sequence or (B, T) for tokens (B.24, B.28). Returns (B, T). Only logp
-    carries a gradient. Source: lasgroup/SDPO @0e6d510 (0.2, 0.28, 3).
+    logp, old_logp: (B, T); advantages: (B,) for a sequence or (B, T) for tokens (B.24, B.28), finite on padding too.
+    Returns (B, T). Only logp carries a gradient. Source: lasgroup/SDPO @0e6d510 (0.2, 0.28, 3).
     """
+    assert logp.ndim == 2, f"logp must be (B, T), not {tuple(logp.shape)}"
     assert logp.shape == old_logp.shape, f"logp {tuple(logp.shape)} and old_logp {tuple(old_logp.shape)} differ"
     assert advantages.shape in (logp.shape, logp.shape[:1]), (
         f"advantages {tuple(advantages.shape)} are neither (B,) nor (B, T) of logp {tuple(logp.shape)}"
@@ -217,8 +223,9 @@ def implicit_reward(
 
     teacher_logp, student_logp, mask: (B, T). Returns (B,). The student is frozen: it is detached here.
     """
-    assert teacher_logp.shape == student_logp.shape == mask.shape, (
-        f"teacher_logp {tuple(teacher_logp.shape)}, student_logp {tuple(student_logp.shape)} and mask {tuple(mask.shape)} differ"
+    shapes = [tuple(x.shape) for x in (teacher_logp, student_logp, mask)]
+    assert teacher_logp.ndim == 2 and len(set(shapes)) == 1, (
+        f"teacher_logp, student_logp and mask must share one shape (B, T), not {shapes}"
     )
     return beta * (teacher_logp - student_logp.detach()).masked_fill(mask == 0, 0.0).sum(-1)
 
@@ -231,6 +238,7 @@ def reward_shift(implicit_rewards: torch.Tensor, rewards: torch.Tensor) -> torch
     assert implicit_rewards.shape == rewards.shape, (
         f"implicit_rewards {tuple(implicit_rewards.shape)} and rewards {tuple(rewards.shape)} differ"
     )
+    assert ((rewards == 0) | (rewards == 1)).all(), "rewards must be 0 or 1"
     success, failure = implicit_rewards.detach()[rewards == 1], implicit_rewards.detach()[rewards == 0]
     if len(success) == 0 or len(failure) == 0:
         raise ValueError(f"the shift needs both outcomes: {len(success)} successes, {len(failure)} failures")

@@ -15,8 +15,6 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import losses
-
 Ids = list[int]
 
 
@@ -125,11 +123,10 @@ class Policy:
         lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
         for batch in self.micro_batches(range(N) if rows is None else rows, lengths):
             view = self.view([prompts[i] for i in batch], [responses[i] for i in batch], model)
-            logits = view.logits()
+            drawn = torch.distributions.Categorical(logits=view.logits(), validate_args=False)
             t = view.mask.shape[1]
-            log_p = torch.log_softmax(logits, -1)
-            logp[batch, :t] = losses.token_logp(logits, view.tokens) * view.mask
-            entropy[batch, :t] = -(log_p.exp() * log_p).sum(-1) * view.mask
+            logp[batch, :t] = drawn.log_prob(view.tokens) * view.mask
+            entropy[batch, :t] = drawn.entropy() * view.mask
         return logp, entropy
 
     def mask(self, responses: Sequence[Ids]) -> torch.Tensor:

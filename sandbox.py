@@ -21,7 +21,7 @@ Not covered; this stops accidents and lazy cheats and is no security boundary:
 - system calls are not filtered. A program has its user's rights: it can read and write other files, use the network,
   signal and trace other processes of that user, the caller among them
 - a process that the program forks outlives the call if it moves to a session of its own; the number of processes,
-  threads and files is not limited, and directories nested too deep to be removed stay in the temporary directory
+  threads and files is not limited
 - not offered: programs that read input and print, third-party packages, integers of more than 4,300 digits
 - string hashes differ from worker to worker, so a program that relies on the order of a set may be judged either way
 """
@@ -40,10 +40,10 @@ import subprocess
 import sys
 import tempfile
 import time
-import types
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from types import ModuleType, SimpleNamespace
 
 GRACE_SECONDS = 30.0  # a worker that is silent for time_limit + this counts as dead
 ERROR_CHARS = 500  # kept of an exception's text
@@ -70,7 +70,7 @@ class Sandbox:
             self._free.put(worker)
 
     def call(self, source: str, function: str, args: list) -> Result:
-        """function(*args) in the program `source`, as soon as a worker is free. Raises if args are not JSON, or once closed."""
+        """function(*args) of the program `source`, once a worker is free. Raises if args are not JSON, and after close()."""
         question = json.dumps([source, function, list(args)]).encode() + b"\n"
         worker = self._free.get()
         try:
@@ -100,7 +100,8 @@ class _Worker:
     """The caller's end of a worker process. A question is a line and so is its answer: JSON text holds no line break."""
 
     def __init__(self, limits: dict):
-        self.limits, self.process, self.closed = limits, None, False
+        self.limits, self.closed = limits, False
+        self.process = self.socket = self.scratch = None
 
     def start(self) -> None:
         self.scratch = tempfile.mkdtemp(prefix="sandbox-")
@@ -110,14 +111,15 @@ class _Worker:
         # -I -S: no site-packages, nothing from the user's settings. A shared libpython may need this one variable.
         command = [sys.executable, "-I", "-S", os.path.abspath(__file__), json.dumps({"scratch": self.scratch, **self.limits})]
         env = {name: value for name, value in os.environ.items() if name == "LD_LIBRARY_PATH"}
-        with theirs:  # the worker's standard input; its own session keeps the terminal's Ctrl-C away
+        with theirs:  # the worker's standard input; a session of its own keeps the terminal's Ctrl-C away
             self.process = subprocess.Popen(command, stdin=theirs, stdout=subprocess.DEVNULL, env=env, start_new_session=True)
         if self.closed:  # asked last, so that a close() on another thread misses no process
             self.stop()
-            raise RuntimeError("the sandbox is closed")
 
     def ask(self, question: bytes) -> Result | None:
         """None if the process died; the next question then starts another."""
+        if self.closed:
+            raise RuntimeError("the sandbox is closed")
         if self.process is None:
             self.start()
         answer = b""
@@ -131,13 +133,13 @@ class _Worker:
         return _result(answer) if answer.endswith(b"\n") else None
 
     def stop(self) -> None:
-        process, sock, scratch, self.process = self.process, getattr(self, "socket", None), getattr(self, "scratch", None), None
+        process, sock, scratch, self.process = self.process, self.socket, self.scratch, None
         if process is None:
             return
         with suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)  # end of input for the worker, and for a thread that waits in ask()
         try:
-            process.wait(timeout=2.0)
+            process.wait(timeout=1.0)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -146,11 +148,11 @@ class _Worker:
 
 
 def _result(answer: bytes) -> Result:
-    status, seconds, payload = answer.decode("ascii", "replace").split("\t", 2)
+    status, seconds, payload = answer.decode().split("\t", 2)
     try:  # the payload comes from the child: anything may stand there
         payload = json.loads(payload)
     except (ValueError, RecursionError) as e:
-        return Result("error", error=f"the answer cannot be read: {e}", seconds=float(seconds))
+        status, payload = "error", f"the answer cannot be read: {e}"
     if status == "ok":
         return Result(status, value=payload, seconds=float(seconds))
     return Result(status, error=" ".join(str(payload).split()), seconds=float(seconds))
@@ -159,94 +161,97 @@ def _result(answer: bytes) -> Result:
 def _remove(directory: str) -> None:
     with suppress(RecursionError):
         shutil.rmtree(directory, ignore_errors=True)
+    if os.path.lexists(directory):  # a program nested directories deeper than rmtree follows, or locked them
+        for command in (["chmod", "-R", "u+rwx"], ["rm", "-rf"]):
+            subprocess.run([*command, directory], stderr=subprocess.DEVNULL)
 
 
 # ---- In the worker ---------------------------------------------------------------------------------------
 
 
-def _serve(limits: types.SimpleNamespace) -> None:
+def _serve(limits: SimpleNamespace) -> None:
     os.environ.clear()
-    limits.worker, limits.prctl = os.getpid(), ctypes.CDLL(None).prctl
+    limits.worker, limits.prctl, limits.directory = os.getpid(), ctypes.CDLL(None).prctl, None
     caller = socket.socket(fileno=0)
     questions = caller.makefile("rb")
-    with suppress(EOFError, OSError):  # the caller has closed or died
+    with suppress(EOFError, ConnectionError):  # the caller has closed or died
         while question := questions.readline():
+            limits.directory = limits.directory or tempfile.mkdtemp(dir=limits.scratch)
             caller.sendall(_run(question, caller, limits))
+            if not _untouched(limits.directory):
+                _remove(limits.directory)
+                limits.directory = None
     _remove(limits.scratch)
 
 
-def _run(question: bytes, caller: socket.socket, limits: types.SimpleNamespace) -> bytes:
-    directory = tempfile.mkdtemp(dir=limits.scratch)
-    read_end, write_end = os.pipe()
+def _untouched(directory: str) -> bool:
+    """Then the next call can have it: on a slow disk a new directory costs more than the fork."""
+    try:
+        os.chmod(directory, 0o700)
+        return not os.listdir(directory)
+    except OSError:
+        return False
+
+
+def _run(question: bytes, caller: socket.socket, limits: SimpleNamespace) -> bytes:
     start = time.monotonic()
+    read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
         try:
             os.close(read_end)
-            _child(question, directory, write_end, limits)
+            _child(question, write_end, limits)
         finally:
             os._exit(0)
     os.close(write_end)
     try:
-        status, payload = _watch(read_end, caller, start, limits)
+        status, payload = _watch(read_end, caller, start + limits.time_limit, limits)
         seconds = time.monotonic() - start
-    finally:  # kill first and reap after: until then the number is the child's
+    finally:  # kill first, reap after: until then the number is the child's
         with suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)
         os.kill(child, signal.SIGKILL)  # it may not have reached setsid
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         os.close(read_end)
-        _remove(directory)
-    if status == "exited":
-        status, payload = "error", json.dumps(f"exited without a result ({f'signal {-code}' if code < 0 else f'exit code {code}'})")
+    if status == "gone":
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        status, payload = "error", json.dumps(f"exited without a result ({how})")
     return f"{status}\t{seconds:.6f}\t{payload}\n".encode()
 
 
-def _watch(pipe: int, caller: socket.socket, start: float, limits: types.SimpleNamespace) -> tuple[str, str]:
-    """The child's status and JSON text, or what befell it."""
+def _watch(pipe: int, caller: socket.socket, deadline: float, limits: SimpleNamespace) -> tuple[str, str]:
+    """Status and JSON text as the child wrote them, or what became of it."""
     poll = select.poll()
     poll.register(pipe, select.POLLIN)
     poll.register(caller, select.POLLIN)
-    line = bytearray()
-    while not line.endswith(b"\n"):
-        left = start + limits.time_limit - time.monotonic()
+    answer = bytearray()
+    while b"\n" not in answer:
+        left = deadline - time.monotonic()
         ready = [fd for fd, _ in poll.poll(1000 * left)] if left > 0 else []
-        if caller.fileno() in ready:  # it never sends a second question: it has gone
-            raise EOFError
         if not ready:
             return "timeout", json.dumps(f"no result within {limits.time_limit} s")
+        if caller.fileno() in ready:  # no second question comes before the answer: the caller has gone
+            raise EOFError
         part = os.read(pipe, 65536)
-        line += part
-        if len(line) > limits.output_bytes:
+        answer += part
+        if len(answer) > limits.output_bytes:
             return "output limit", json.dumps(f"more than {limits.output_bytes} bytes returned")
         if not part:
-            return "exited", ""
-    status, _, payload = line[:-1].decode("ascii", "replace").replace("\n", " ").partition("\t")
-    return (status, payload) if status in ("ok", "error", "memory", "internal") else ("exited", "")
+            return "gone", ""
+    status, _, payload = answer.decode("ascii", "replace").partition("\n")[0].partition("\t")
+    return (status, payload) if status in ("ok", "error", "memory", "internal") else ("gone", "")
 
 
 # ---- In the child ----------------------------------------------------------------------------------------
 
 
-def _child(question: bytes, directory: str, pipe: int, limits: types.SimpleNamespace) -> None:
-    status, payload = "internal", '"the child could not be set up"'
+def _child(question: bytes, pipe: int, limits: SimpleNamespace) -> None:
+    status = "internal"
     try:
-        os.setsid()
-        limits.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        assert os.getppid() == limits.worker
-        os.chdir(directory)
-        null = os.open(os.devnull, os.O_RDWR)
-        for fd in (0, 1, 2, null):
-            os.dup2(null, fd) if fd < 3 else os.close(null)
-        seconds, size = int(limits.time_limit) + 2, limits.output_bytes
-        for kind, most in (("AS", limits.memory_mb << 20), ("CPU", seconds), ("FSIZE", size), ("CORE", 0)):
-            kind = getattr(resource, "RLIMIT_" + kind)
-            hard = resource.getrlimit(kind)[1]
-            most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-            resource.setrlimit(kind, (most, most))
+        _confine(limits)
         source, function, args = json.loads(question)
         status = "error"
-        module = sys.modules["program"] = types.ModuleType("program")
+        module = sys.modules["program"] = ModuleType("program")  # not __main__: its main block stays silent
         exec(compile(source, PROGRAM, "exec", dont_inherit=True), vars(module))
         if function not in vars(module):
             raise NameError(f"name {function!r} is not defined")
@@ -254,22 +259,39 @@ def _child(question: bytes, directory: str, pipe: int, limits: types.SimpleNames
     except MemoryError:
         status, payload = "memory", '"MemoryError"'
     except BaseException as e:
-        payload = json.dumps(_describe(e)) if status == "error" else payload
+        payload = json.dumps(_describe(e))
     answer = f"{status}\t{payload}\n".encode()
     while answer:
         answer = answer[os.write(pipe, answer) :]
 
 
+def _confine(limits: SimpleNamespace) -> None:
+    os.setsid()
+    limits.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != limits.worker:  # it died before the line above
+        os._exit(1)
+    os.chdir(limits.directory)
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    most = {"AS": limits.memory_mb << 20, "CPU": int(limits.time_limit) + 2, "FSIZE": limits.output_bytes, "CORE": 0}
+    for name, value in most.items():
+        kind = getattr(resource, f"RLIMIT_{name}")
+        hard = resource.getrlimit(kind)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (value, value))
+
+
 def _describe(error: BaseException) -> str:
-    """Type: message (line of the program)"""
-    line, frame = getattr(error, "lineno", None), error.__traceback__
-    while frame:
-        line = frame.tb_lineno if frame.tb_frame.f_code.co_filename == PROGRAM else line
-        frame = frame.tb_next
-    message = error.msg if isinstance(error, SyntaxError) else str(error)
-    text = f"{type(error).__name__}: {message[:ERROR_CHARS]}"
+    """Type: message (last line of the program on the way)"""
+    line, trace = getattr(error, "lineno", None), error.__traceback__
+    while trace:
+        line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == PROGRAM else line
+        trace = trace.tb_next
+    message = str(error.msg if isinstance(error, SyntaxError) else error)[:ERROR_CHARS]
+    text = f"{type(error).__name__}: {message}".removesuffix(": ")
     return text if line is None else f"{text} (line {line})"
 
 
 if __name__ == "__main__":
-    _serve(types.SimpleNamespace(**json.loads(sys.argv[1])))
+    _serve(SimpleNamespace(**json.loads(sys.argv[1])))

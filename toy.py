@@ -2,7 +2,7 @@
 
 trace   the default: run a 12-line program of a small accumulator machine; feedback names the first wrong line
 code    write a Python one- or two-liner whose words have a "house" meaning that only its unit tests reveal
-choice  a short computation and four options; no environment text, made for sibling and critique contexts
+choice  look an entry up and name its letter; no environment text, made for sibling and critique contexts
 
 In each, the warm-up data hold a belief that is wrong in places ("old firmware", unusual meanings): the model starts with a
 pass rate well above 0 and below 1, reads feedback most of the time, and can learn the rest only by reinforcement.
@@ -14,6 +14,7 @@ import argparse
 import itertools
 import math
 import random
+import re
 import time
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def user(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
-# ---- The accumulator machine, shared by trace and choice ---------------------------------------------------
+# ---- The machine whose tables trace and choice ask for -----------------------------------------------------
 
 OPS = ("zig", "zap", "hop", "dip", "mix", "fog")
 
@@ -92,7 +93,7 @@ class Trace:
     are not (0.02), so near misses dominate. Feedback gives the first wrong line in the answer's own words: repeating
     the line's prefix keeps the teacher from writing the expected value on other lines."""
 
-    heads, steps, batch, max_response = 4, 2600, 32, 100
+    heads, steps, batch, max_response = 4, 2500, 32, 100
     lines, special = 12, 0.6
 
     def __init__(self):
@@ -124,13 +125,13 @@ class Trace:
         return Outcome(1, "passed")
 
     def example(self, rng: random.Random) -> dict:
-        """Warm-up data: 45% with feedback, honest in 80% of the cases so that the E-step has something left to teach;
-        10% with a solution; the rest plain."""
+        """Warm-up data: 40% with feedback, honest in 80% of the cases so that the E-step has something left to teach;
+        30% with a solution, which is what teaches to look things up in the prompt; the rest plain."""
         problem = self.problem(rng, self.lines if rng.random() < 0.5 else rng.randrange(3, self.lines + 1), "")
         (start, program), z = problem.data, rng.random()
         values = self.firmware.run(start, program, rng)
         specials = [k for k, line in enumerate(program) if line[1] is None]
-        if z < 0.45 and specials:
+        if z < 0.4 and specials:
             k = rng.choice(specials)
             x = values[k - 1] if k else start
             expected = rng.randrange(10)
@@ -140,12 +141,12 @@ class Trace:
             values[k + 1 :] = self.firmware.run(values[k], program[k + 1 :], rng)
             text = f"expected\n{k + 1} {spell(program[k])} : {expected}\ngot {got}"
             context = Context("environment", feedback=text)
-        elif z < 0.55:
-            # A solution from another machine: half of its special entries are noise, and the answer follows it.
+        elif z < 0.7:
+            # A solution from another machine: nearly all its table entries are noise, and the answer follows it.
             values = []
             for line in program:
                 x = values[-1] if values else start
-                noisy = line[1] is None and rng.random() < 0.5
+                noisy = line[1] is None and rng.random() < 0.9
                 values.append(rng.randrange(10) if noisy else self.firmware.step(line, x, rng))
             context = Context("sibling", solution=self.answer(program, values))
         else:
@@ -299,87 +300,69 @@ class Code:
 
 
 class Choice:
-    """`start 4 / zig / add 3 / sub 1`, four lettered options -> three lines and `<answer>C</answer>`. One line is a table
-    entry, known with 0.9, 0.5 or 0.15. There is no environment text: a failure says only that it failed."""
+    """`zig 4` with four lettered values -> `zig 4 : 2`, the option's line, `<answer>B</answer>`. Entries of the opcodes'
+    tables are known with 0.9, 0.5 or 0.15. There is no environment text: a failure says only that it failed."""
 
-    heads, steps, batch, max_response = 4, 1600, 48, 40
+    heads, steps, batch, max_response = 4, 1500, 48, 24
 
     def __init__(self):
         self.firmware = Firmware((0.9,) * 3 + (0.5,) * 4 + (0.15,) * 3, seed=9)
 
     def problem(self, rng: random.Random, id: str) -> Problem:
-        start, place = rng.randrange(10), rng.randrange(3)
-        program = [random_line(rng, 1.0 if k == place else 0.0) for k in range(3)]
-        right = self.firmware.run(start, program)[-1]
-        # The old firmware's result is always among the options, so that the belief has a letter to choose.
-        x = ([start] + self.firmware.run(start, program))[place]
-        old = self.firmware.run(self.firmware.old[program[place][0], x], program[place + 1 :])
-        options = {right: None, (old[-1] if old else self.firmware.old[program[place][0], x]): None}
-        options = rng.sample([*options, *rng.sample([v for v in range(10) if v not in options], 2)], 4)
-        text = f"start {start}\n" + "\n".join(map(spell, program)) + "".join(f"\n{c} {v}" for c, v in zip("ABCD", options))
-        return Problem(id, user(text), "ABCD"[options.index(right)], (start, program, options))
+        entry = rng.choice(OPS), rng.randrange(10)
+        # What the old firmware says is always among the options, so that a wrong belief finds its letter.
+        options = [self.firmware.true[entry], self.firmware.old[entry]]
+        options += rng.sample([v for v in range(10) if v not in options], 2)
+        options = rng.sample(options, 4)
+        text = f"{entry[0]} {entry[1]}\n" + "\n".join(f"{v} {c}" for v, c in zip(options, "ABCD"))
+        return Problem(id, user(text), "ABCD"[options.index(self.firmware.true[entry])], (entry, options))
 
     def verify(self, problems: list[Problem], responses: list[str]) -> list[Outcome]:
         return [self.grade(problem, response) for problem, response in zip(problems, responses)]
 
     @staticmethod
     def grade(problem: Problem, response: str) -> Outcome:
-        _, found, rest = response.rpartition("<answer>")
-        if not found or "</answer>" not in rest:
+        found = re.findall(r"<answer>(.*?)</answer>", response, re.DOTALL)
+        if not found:
             return Outcome(0, "no answer", "no answer given")
-        right = rest.partition("</answer>")[0].strip() == problem.reference
-        return Outcome(1, "passed") if right else Outcome(0, "wrong answer", "wrong answer")
+        return Outcome(1, "passed") if found[-1].strip() == problem.reference else Outcome(0, "wrong answer", "wrong answer")
 
-    def answer(self, problem: Problem, entry: int) -> str:
-        """The worked answer of someone who reads `entry` at the table line; a result that is no option ends in a guess
-        by place, so that the model never learns to stop without an answer."""
-        start, program, options = problem.data
-        x, lines = start, []
-        for line in program:
-            x = entry if line[1] is None else self.firmware.step(line, x)
-            lines.append(f"{spell(line)} : {x}")
-        letter = "ABCD"[options.index(x)] if x in options else "ABCD"[x % 4]
-        return "\n".join([*lines, f"<answer>{letter}</answer>"])
+    @staticmethod
+    def answer(problem: Problem, value: int) -> str:
+        """The worked answer of someone who takes `value`, one of the options, for the table's entry."""
+        (op, x), options = problem.data
+        letter = "ABCD"[options.index(value)]
+        return f"{op} {x} : {value}\n{value} {letter}\n<answer>{letter}</answer>"
 
     def example(self, rng: random.Random) -> dict:
-        """Warm-up data: 35% plain, 20% with a solution, 25% with a review, and 20% where the review is to be written:
-        it quotes the table line of the attempt, which tells what to avoid and not the answer."""
+        """Warm-up data: 35% plain, 20% with a solution, 25% with a review, and 20% where the review is to be written: it
+        quotes what the attempt took the entry for, which tells what to avoid and not the answer."""
         problem = self.problem(rng, "")
-        start, program, options = problem.data
-        place = next(k for k, line in enumerate(program) if line[1] is None)
-        x = ([start] + self.firmware.run(start, program))[place]
-
-        def entry_for(option: int) -> int:  # the table entry that leads to this option
-            return next(v for v in range(10) if (self.firmware.run(v, program[place + 1 :]) or [v])[-1] == option)
-
-        believed = self.firmware.step(program[place], x, rng)
-        entries, z = [entry_for(option) for option in options], rng.random()
+        (op, x), options = problem.data
+        believed, wrong, z = self.firmware.step((op, None), x, rng), rng.choice(options), rng.random()
+        review, context = f"{op} {x} : {wrong} is wrong", None
+        others = [v for v in options if v != wrong]
         if z < 0.35:
-            return {"messages": problem.messages, "context": None, "answer": self.answer(problem, believed)}
-        if z < 0.55:
-            meant = rng.choice(entries)
-            context = Context("sibling", solution=self.answer(problem, meant))
-            follow = meant if rng.random() < 0.9 else believed
-            return {"messages": problem.messages, "context": context, "answer": self.answer(problem, follow)}
-        wrong = rng.choice(entries)
-        review = f"{spell(program[place])} : {wrong} is wrong"
-        if z < 0.8:
-            left = [v for v in entries if v != wrong]
-            follow = believed if believed in left and rng.random() < 0.7 else rng.choice(left)
+            value = believed
+        elif z < 0.55:
+            shown = rng.choice(options)
+            context, value = Context("sibling", solution=self.answer(problem, shown)), shown if rng.random() < 0.9 else believed
+        elif z < 0.8:
             context = Context("critique", critique=review)
-            return {"messages": problem.messages, "context": context, "answer": self.answer(problem, follow)}
-        reference = "ABCD"[entries.index(rng.choice([v for v in entries if v != wrong]))]
-        attempt = self.answer(problem, wrong)
-        return {"messages": problem.messages, "attempt": attempt, "reference": reference, "answer": review}
+            value = believed if believed in others and rng.random() < 0.7 else rng.choice(others)
+        else:
+            reference = "ABCD"[options.index(rng.choice(others))]
+            attempt = self.answer(problem, wrong)
+            return {"messages": problem.messages, "attempt": attempt, "reference": reference, "answer": review}
+        return {"messages": problem.messages, "context": context, "answer": self.answer(problem, value)}
 
     def load(self) -> Task:
-        rng, seen, problems = random.Random(31), set(), []
-        while len(problems) < 720 + 128:
+        rng, problems = random.Random(31), {}
+        while len(problems) < 480 + 128:
             problem = self.problem(rng, f"choice-{len(problems)}")
-            if (text := problem.messages[0]["content"]) not in seen:
-                seen.add(text)
-                problems.append(problem)
-        return Task("toy/choice", problems[:720], problems[720:784], problems[784:], self.verify)
+            problems.setdefault(problem.messages[0]["content"], problem)
+        problems = list(problems.values())
+        return Task("toy/choice", problems[:480], problems[480:544], problems[544:], self.verify)
 
 
 # ---- Tokenizer, model and warm start -------------------------------------------------------------------------
@@ -396,7 +379,7 @@ def load(subset: str) -> Task:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE over the warm-up texts of all three tasks. A digit is always one token, so is a common word."""
+    """BPE over the warm-up texts of all three tasks. A digit is always one token, so is a common word."""
     texts = []
     for task in (subset() for subset in SUBSETS.values()):
         rng = random.Random(1)
@@ -406,17 +389,18 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
             texts.append("\n".join([example["messages"][0]["content"], *said]))
     texts += ["user\nassistant\n" + "".join((TEMPLATES.solution, TEMPLATES.feedback, TEMPLATES.critique))] * 2000
     texts += [TEMPLATES.closing + TEMPLATES.request] * 2000
-    bpe = Tokenizer(models.BPE())
+    bpe = Tokenizer(models.BPE(unk_token="<|unk|>"))
     words = pre_tokenizers.Split(Regex(r" ?[A-Za-z]+| ?\d| ?[^\sA-Za-z\d]|\n|\s"), "isolated")
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Sequence([words, bytes_]), decoders.ByteLevel()
-    special = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|pad|>", "<|im_start|>", "<|im_end|>", "<|unk|>"]
+    # Printable ASCII, space and newline: every further row of the vocabulary would cost time and teach nothing.
+    alphabet = ["Ġ", "Ċ", *map(chr, range(33, 127))]
     trainer = trainers.BpeTrainer(
         vocab_size=512, min_frequency=20, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=special[0], eos_token=special[2])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=special[0], eos_token=special[2], unk_token=special[3])
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 

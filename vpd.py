@@ -212,17 +212,16 @@ def parse(argv: list[str] | None = None) -> Config:
 
 def check(cfg: Config) -> None:
     """Raises ValueError with one line for settings that cannot work together."""
-    for name in ("prompts_per_batch", "group_size", "max_prompt_tokens", "max_response_tokens", "max_teacher_tokens",
-                 "minibatch_prompts", "e_minibatch_prompts", "e_step_every", "eval_samples", "micro_batch_tokens",
-                 "max_critique_tokens", "lr", "beta", "temperature", "max_grad_norm"):  # fmt: skip
-        if getattr(cfg, name) <= 0:
-            raise ValueError(f"--{name} must be positive, not {getattr(cfg, name)}")
-    for name in ("steps", "epochs", "top_k", "eval_every", "e_lr", "warmup_steps", "log_samples", "weight_decay", "reweight_steps"):
-        if getattr(cfg, name) < 0:
-            raise ValueError(f"--{name} must not be negative, it is {getattr(cfg, name)}")
-    for name, low in (("ema_rate", 0), ("shift_rate", None), ("top_p", None), ("eval_top_p", None), ("reweight_lam", 0)):
-        if not (low == 0 and getattr(cfg, name) == 0) and not 0 < getattr(cfg, name) <= 1:
-            raise ValueError(f"--{name} must be in {'[0' if low == 0 else '(0'}, 1], not {getattr(cfg, name)}")
+    shares = {"shift_rate", "ema_rate", "top_p", "eval_top_p", "reweight_lam", "adam_beta1", "adam_beta2"}
+    may_be_zero = {"steps", "epochs", "log_samples", "eval_every", "eval_temperature", "warmup_steps", "weight_decay",
+                   "e_lr", "top_k", "ema_rate", "w_opd", "w_rl", "reweight_lam", "reweight_steps", "adam_beta1"}  # fmt: skip
+    for field in fields(cfg):
+        value = getattr(cfg, field.name)
+        if field.type not in (int, float) or field.name == "seed":
+            continue
+        if not (0 < value < math.inf or value == 0 and field.name in may_be_zero) or (field.name in shares and value > 1):
+            need = ("0 or " if field.name in may_be_zero else "") + ("in (0, 1]" if field.name in shares else "positive")
+            raise ValueError(f"--{field.name} must be {need}, not {value}")
     if cfg.steps == 0 and cfg.epochs == 0:
         raise ValueError("--steps and --epochs are both 0: there is nothing to do")
     for name in ("minibatch_prompts", "e_minibatch_prompts"):
@@ -252,34 +251,25 @@ def batches(problems: list, size: int, steps: int, seed: int):
 
 
 def mean(values) -> float | None:
-    """The mean of a tensor or list, or None of an empty one (JSON has no nan)."""
+    """The mean of a tensor's or list's finite values, or None if there are none (JSON has no nan)."""
     values = torch.as_tensor(values, dtype=torch.float64)
+    values = values[values.isfinite()]
     return values.mean().item() if values.numel() else None
 
 
-def find_contexts(cfg: Config, policy: Policy, sampler, problems: list, texts: list[str], outcomes: list, step: int) -> list:
-    """One context or None per rollout, group by group. For critiques the student's own weights review each failure."""
-    G, said = cfg.group_size, [o.feedback for o in outcomes]
-    if cfg.feedback == "critique":
-        failed = [i for i, o in enumerate(outcomes) if o.reward == 0]
-        requests = [
-            feedback.critique_prompt(
-                policy.tokenizer, problems[i].messages, texts[i], problems[i].reference, cfg.templates(), cfg.max_teacher_tokens
-            )[0]
-            for i in failed
-        ]
-        seed = seed_for(cfg.seed, step, "critiques")
-        drawn = sampler.sample(requests, 1, seed, cfg.max_critique_tokens, cfg.temperature, cfg.top_p)
-        said = [""] * len(outcomes)
-        for i, critique in zip(failed, drawn):
-            said[i] = feedback.strip_thinking(policy.decode(critique.tokens))
-    found = []
-    for first in range(0, len(outcomes), G):
-        group = slice(first, first + G)
-        rng = random.Random(seed_for(cfg.seed, step, "contexts", first // G))
-        rewards = [o.reward for o in outcomes[group]]
-        found += feedback.contexts(cfg.feedback, rewards, texts[group], said[group], rng, cfg.borrow)
-    return found
+def write_critiques(cfg: Config, policy: Policy, sampler, problems: list, texts: list[str], outcomes: list, step: int) -> list[str]:
+    """The student's own weights review each failure, with the reference answer in view (Sec. 4.2); "" on successes."""
+    failed, templates = [i for i, o in enumerate(outcomes) if o.reward == 0], cfg.templates()
+    requests = [
+        feedback.critique_prompt(
+            policy.tokenizer, problems[i].messages, texts[i], problems[i].reference, templates, cfg.max_teacher_tokens
+        )[0]
+        for i in failed
+    ]
+    seed = seed_for(cfg.seed, step, "critiques")
+    drawn = sampler.sample(requests, 1, seed, cfg.max_critique_tokens, cfg.temperature, cfg.top_p)
+    said = dict(zip(failed, (feedback.strip_thinking(policy.decode(critique.tokens)) for critique in drawn)))
+    return [said.get(i, "") for i in range(len(outcomes))]
 
 
 def e_step_groups(which: str, r: torch.Tensor, told: torch.Tensor, group_size: int) -> tuple[list[list[int]], int]:
@@ -379,7 +369,8 @@ def train(cfg: Config, policy: Policy, task: tasks.Task, out: Path, record: dict
             validate(0)
         bar = tqdm(total=steps, disable=None, unit="batch", dynamic_ncols=True)
         for step, problems in enumerate(batches(task.train, cfg.prompts_per_batch, steps, cfg.seed)):
-            clock, skipped = Clock(), Counter()
+            clock, skipped, figures = Clock(), Counter(), {}
+            e_losses, e_norms, m_losses, m_norms, apart = [], [], [], [], 0.0
             warmup = min(1.0, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else 1.0
             rate = warmup * (1 - step / steps if cfg.schedule == "linear" else 1.0)
 
@@ -401,7 +392,13 @@ def train(cfg: Config, policy: Policy, task: tasks.Task, out: Path, record: dict
             r = torch.tensor([float(o.reward) for o in outcomes], device=policy.device)  # (B,)
             C, xC, cut = [None] * len(y), list(x), 0
             if method.teacher:
-                C = find_contexts(cfg, policy, sampler, row_problems, texts, outcomes, step)
+                said = [o.feedback for o in outcomes]
+                if cfg.feedback == "critique":
+                    said = write_critiques(cfg, policy, sampler, row_problems, texts, outcomes, step)
+                for first in range(0, len(y), G):
+                    group, rng = slice(first, first + G), random.Random(seed_for(cfg.seed, step, "contexts", first // G))
+                    rewards = [o.reward for o in outcomes[group]]
+                    C[group] = feedback.contexts(cfg.feedback, rewards, texts[group], said[group], rng, cfg.borrow)
                 for i in rows:
                     if C[i] is not None:
                         xC[i], tokens_cut = feedback.teacher_prompt(
@@ -414,7 +411,6 @@ def train(cfg: Config, policy: Policy, task: tasks.Task, out: Path, record: dict
 
             # ---- 3. Freeze log pi_theta(y|x); the teacher's log-probs at the same weights give the reward margin
             old_logp, entropy = policy.score(x, y)  # (B, T)
-            figures = {}
             if method.teacher:
                 teacher_logp, _ = policy.score(xC, y, told.nonzero().flatten().tolist(), teacher)
                 teacher_logp = torch.where(told[:, None], teacher_logp, old_logp)  # no context: A^SDPO = 0
@@ -427,7 +423,7 @@ def train(cfg: Config, policy: Policy, task: tasks.Task, out: Path, record: dict
                 groups, out_of_e = e_step_groups(cfg.e_groups, r, told, G)
                 skipped["e_step: no context, or one outcome only"] += out_of_e
                 prior_logp = old_logp if reference is None else policy.score(x, y, model=reference)[0]
-                e_losses, e_norms, weights = [], [], []
+                weights = []
                 for first in range(0, len(groups), cfg.e_minibatch_prompts):
                     minibatch = [i for group in groups[first : first + cfg.e_minibatch_prompts] for i in group]
                     n_pos = int(r[minibatch].sum())
@@ -435,9 +431,10 @@ def train(cfg: Config, policy: Policy, task: tasks.Task, out: Path, record: dict
                     if n_pos == 0 or n_neg == 0:  # only with --e_groups all
                         skipped["e_step: minibatch of one outcome"] += len(minibatch)
                         continue
-                    # First pass, no gradient: every r~ of the minibatch, hence delta before it is used.
-                    q_logp, _ = policy.score(xC, y, minibatch)
-                    implicit = losses.implicit_reward(q_logp, prior_logp, mask, cfg.beta)[minibatch]
+                    # First pass, no gradient: every r~ of the minibatch, hence delta before it is used. The first
+                    # minibatch meets the weights of the freeze, whose pass serves when it read the live teacher.
+                    fresh = teacher_logp if teacher is None and first == 0 else policy.score(xC, y, minibatch)[0]
+                    implicit = losses.implicit_reward(fresh, prior_logp, mask, cfg.beta)[minibatch]
                     value = losses.reward_shift(implicit, r[minibatch]).item()
                     shift = value if shift is None else (1 - cfg.shift_rate) * shift + cfg.shift_rate * value
                     # Second pass: with delta and the class counts fixed, any micro-batches give the same gradient.
@@ -467,7 +464,6 @@ def train(cfg: Config, policy: Policy, task: tasks.Task, out: Path, record: dict
                 lam = cfg.reweight_lam * max(0.0, 1 - step / cfg.reweight_steps) if cfg.reweight_steps else 0.0
                 A = losses.reweighted_advantages(A, teacher_logp, old_logp, lam, cfg.reweight_clip)  # (B, T), B.28
             skipped["m_step: no context" if not method.reinforces else "m_step: no signal"] += int((~active).sum())
-            m_losses, m_norms, apart = [], [], 0.0
             size = cfg.minibatch_prompts * G
             for first in range(0, len(y), size):
                 minibatch = [i for i in range(first, first + size) if active[i]]
@@ -520,7 +516,7 @@ def train(cfg: Config, policy: Policy, task: tasks.Task, out: Path, record: dict
                 "with_context": mean(told), "contexts_cut": cut,
                 "success_given_context": {kind: wins[kind] / count for kind, count in sorted(kinds.items())},
                 "left_out": {why: count for why, count in skipped.items() if count},
-                "updates_not_finite": sum(not math.isfinite(n) for n in [*m_norms, *(e_norms if "e_loss" in figures else [])]),
+                "updates_not_finite": sum(not math.isfinite(norm) for norm in e_norms + m_norms),
                 "sampler_gap": mean(gap.abs()), "lr": cfg.lr * rate,
                 "seconds": {k: round(v, 4) for k, v in clock.seconds.items()},
                 "tokens_per_second": n_tokens / sum(clock.seconds.values()),

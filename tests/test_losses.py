@@ -178,11 +178,21 @@ def test_the_gradient_in_the_students_logits_is_the_closed_form(kind):
 
     The KLs follow at once. JS is D = ½ Σ s log(s/m) + ½ Σ t log(t/m) with m = (s+t)/2, so that ∂m/∂s = ½ and
     ∂D/∂s_i = ½ (log(s_i/m_i) + 1) − ½ (s_i + t_i)/m_i · ½ = ½ log(s_i/m_i) + ½ − ½ = ½ log(s_i/m_i),
-    ∂D/∂z_j = ½ s_j (log(s_j/m_j) − KL(S‖M)): the gradient runs through the weights and through the mixture.
+    ∂D/∂z_j = ½ s_j (log(s_j/m_j) − KL(S‖M)).
     """
     z = live(logits(*S))
     (d_z,) = gradients(L.distillation_loss(z, logits(*T), kind), z)
     close(d_z, [[GRADIENT_BY_HAND[kind]]])
+
+
+def test_the_js_gradient_runs_through_the_mixture_as_well():
+    """In log s_i it is s_i ∂D/∂s_i = ½ s_i log(s_i/m_i); with M held constant it would be ½ s_i (log(s_i/m_i) + 1).
+
+    Softmax takes any constant out of ∂D/∂s, so in the logits both give the same: only here does M's part show.
+    """
+    log_s = live(tensor(S).log())
+    (d_log_s,) = gradients(L.divergence(log_s, tensor(T).log(), "js"), log_s)
+    close(d_log_s, [[0.5 * s * log(s / m) for s, m in zip(S, M)]])
 
 
 def test_the_gradient_of_bucketed_kl_reaches_the_tokens_in_the_tail():
@@ -610,3 +620,11 @@ def test_the_module_imports_only_math_and_torch():
         elif isinstance(node, ast.ImportFrom):
             imported.add((node.module or ".").split(".")[0])
     assert imported == {"math", "torch"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_forbidden_to_both_adds_nothing_and_its_gradient_is_finite(kind):
+    z = live(logits(0.3, 0.7, 0.0))
+    loss = L.distillation_loss(z, logits(0.6, 0.4, 0.0), kind)
+    close(loss, L.distillation_loss(logits(0.3, 0.7), logits(0.6, 0.4), kind))
+    assert gradients(loss, z)[0].isfinite().all()

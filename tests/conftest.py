@@ -1,0 +1,55 @@
+"""What several test files need: the repository root on the import path, the toy tokenizer, tiny random models, and the
+one computation they are checked against, a plain forward pass over one unpadded sequence."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Olmo3Config, Olmo3ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the sources are one folder up; pytest may start anywhere
+import toy  # noqa: E402
+
+torch.set_num_threads(1)
+
+# OLMo3's sliding window is shorter than the test sequences, so that it matters.
+FAMILIES = {
+    "qwen3-tied": (Qwen3Config, Qwen3ForCausalLM, dict(tie_word_embeddings=True, head_dim=16)),
+    "qwen3-untied": (Qwen3Config, Qwen3ForCausalLM, dict(tie_word_embeddings=False, head_dim=16)),
+    "olmo3": (Olmo3Config, Olmo3ForCausalLM, dict(sliding_window=6, layer_types=["sliding_attention", "full_attention"])),
+}
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return toy.build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def make_model():
+    """make_model(family, vocabulary, dtype): 2 layers, hidden size 32, random weights, EOS 2; the same at every call."""
+
+    def make(family: str = "qwen3-tied", vocabulary: int = 40, dtype: torch.dtype = torch.float64):
+        config, network, extra = FAMILIES[family]
+        torch.manual_seed(0)
+        settings = config(
+            vocab_size=vocabulary, hidden_size=32, num_hidden_layers=2, intermediate_size=64, num_attention_heads=2,
+            num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.15, pad_token_id=0, eos_token_id=2,
+            bos_token_id=None, **extra,
+        )  # fmt: skip
+        return network(settings).to(dtype)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def plain_logits():
+    """plain_logits(model, prompt, response): (T, V), the rows of model(prompt + response).logits that predict response
+    token t, which stand at len(prompt) - 1 + t. No padding, no batch, no code of ours."""
+
+    def forward(model, prompt: list[int], response: list[int]) -> torch.Tensor:
+        logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0]
+        return logits[len(prompt) - 1 : len(prompt) - 1 + len(response)]
+
+    return forward

@@ -1,0 +1,316 @@
+"""What policy.py promises: the shift, scoring under padding, updates that no micro-batching changes, EMA, files on disk.
+
+Expected values come from plain forward passes over one unpadded sequence (conftest.py) and from the formulas written out
+here. Everything runs in float64 unless a test is about float32 itself.
+"""
+
+import math
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import logsigmoid
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import losses
+from policy import Policy, ema_update
+
+torch.set_num_threads(1)
+EOS, BETA = 2, 0.1
+ALONE, TOGETHER = 1, 10**9  # micro_batch_tokens: every row by itself, all rows in one forward pass
+
+# Eight rows, two groups of four. X: student prompts; XC: teacher prompts; Y: responses, the second one EOS alone.
+_random = random.Random(0)
+ids = lambda n: [_random.randrange(3, 40) for _ in range(n)]  # noqa: E731
+X = [ids(n) for n in (3, 7, 1, 5, 4, 4, 2, 6)]
+XC = [ids(n) + x for n, x in zip((4, 2, 9, 5, 3, 8, 6, 7), X)]
+Y = [ids(n) + [EOS] for n in (4, 0, 6, 2, 9, 3, 5, 1)]
+R = torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 1], dtype=torch.float64)
+
+
+@pytest.fixture
+def policy(make_model):
+    return Policy(make_model(), SimpleNamespace(eos_token_id=EOS))
+
+
+def close(actual, expected, tol=1e-10):
+    torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=tol, atol=tol)
+
+
+def take(rows, part):
+    return [rows[i] for i in part]
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])  # a copy
+
+
+def pop_gradient(model):
+    """All gradients as one vector, cleared from the model; a parameter without one counts 0."""
+    found = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()])
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+# ---- Scoring -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [ALONE, 40, TOGETHER])
+@pytest.mark.parametrize("family", ["qwen3-tied", "qwen3-untied", "olmo3"])
+def test_place_t_belongs_to_response_token_t_in_any_company(make_model, plain_logits, family, budget):
+    policy = Policy(make_model(family), SimpleNamespace(eos_token_id=EOS), micro_batch_tokens=budget)
+    view, (scored, entropy) = policy.view(X, Y), policy.score(X, Y)  # eight lengths
+    for i, (x, y) in enumerate(zip(X, Y)):
+        log_p = plain_logits(policy.model, x, y).log_softmax(-1).detach()
+        close(view.logits()[i, : len(y)].log_softmax(-1).detach(), log_p)
+        close(scored[i, : len(y)], log_p[range(len(y)), y])
+        close(entropy[i, : len(y)], -(log_p.exp() * log_p).sum(-1))
+        assert (scored[i, len(y) :] == 0).all() and (entropy[i, len(y) :] == 0).all()
+
+
+def test_mask_is_1_on_response_tokens_with_eos_and_0_on_padding(policy):
+    view, expected = policy.view(X, Y), torch.tensor([[1] * len(y) + [0] * (10 - len(y)) for y in Y])
+    assert torch.equal(view.mask, expected) and torch.equal(policy.mask(Y), expected)
+    assert [row[: len(y)] for row, y in zip(view.tokens.tolist(), Y)] == Y
+
+
+def test_rows_not_asked_for_score_0_and_the_others_keep_their_place(policy):
+    everyone, some = policy.score(X, Y)[0], policy.score(X, Y, rows=[6, 1])[0]
+    close(some[[1, 6]], everyone[[1, 6]])
+    assert some.shape == everyone.shape and (some[[0, 2, 3, 4, 5, 7]] == 0).all()
+
+
+@pytest.mark.parametrize("budget, count", [(1, 9), (16, 7), (40, 5), (10**9, 1)])
+def test_micro_batches_cover_each_row_once_within_the_budget_by_length(policy, budget, count):
+    lengths, rows = [50, 7, 30, 12, 12, 1, 29, 5, 16, 3], [9, 0, 1, 2, 4, 5, 6, 7, 8]  # row 3 is not asked for
+    policy.micro_batch_tokens = budget
+    parts = policy.micro_batches(iter(rows), lengths)
+    flat = [i for part in parts for i in part]
+    assert sorted(flat) == sorted(rows) and take(lengths, flat) == [1, 3, 5, 7, 12, 16, 29, 30, 50]
+    assert all(len(part) == 1 or len(part) * max(take(lengths, part)) <= budget for part in parts)
+    assert len(parts) == count  # 16: 1 3 5 | 7 | 12 | 16 | 29 | 30 | 50; 40: 1 3 5 7 | 12 16 | 29 | 30 | 50
+
+
+# ---- Micro-batches and gradients -----------------------------------------------------------------------------
+# Each objective as the training loop computes it: something frozen first, then a loss for every micro-batch.
+
+
+def m_step(policy, part, _):
+    view = policy.view(take(X, part), take(Y, part))
+    with torch.no_grad():
+        q = policy.view(take(XC, part), take(Y, part)).logits()
+    return losses.sequence_mean(losses.distillation_loss(view.logits(), q, "kl_student_teacher"), view.mask, 8)
+
+
+def e_step_first_pass(policy):
+    prior, q = policy.score(X, Y)[0], policy.score(XC, Y)[0]
+    return prior, losses.reward_shift(losses.implicit_reward(q, prior, policy.mask(Y), BETA), R)
+
+
+def e_step(policy, part, first_pass):
+    prior, shift = first_pass
+    view = policy.view(take(XC, part), take(Y, part))
+    logp = losses.token_logp(view.logits(), view.tokens)
+    implicit = losses.implicit_reward(logp, prior[part, : logp.shape[1]], view.mask, BETA)
+    return losses.bco_loss(implicit, R[part], shift, num_pos=3, num_neg=5)
+
+
+def pi_old(policy):
+    """Log-probs of other weights than today's, so that GRPO's ratio is 1 nowhere and clipped in places."""
+    return policy.score(X, Y)[0] + 0.4 * torch.randn(8, 10, generator=torch.Generator().manual_seed(0))
+
+
+def grpo(policy, part, old_logp):
+    view = policy.view(take(X, part), take(Y, part))
+    logp = losses.token_logp(view.logits(), view.tokens)
+    A = losses.group_advantages(R, 4).to(logp)[part]
+    return losses.sequence_mean(losses.grpo_loss(logp, old_logp[part, : logp.shape[1]], A), view.mask, 8)
+
+
+OBJECTIVES = {"m_step": (lambda policy: None, m_step), "e_step": (e_step_first_pass, e_step), "grpo": (pi_old, grpo)}
+
+
+def accumulate(policy, objective, budget):
+    """The summed losses of the micro-batches; their gradients are left on the model."""
+    freeze, loss_of = OBJECTIVES[objective]
+    frozen, total, policy.micro_batch_tokens = freeze(policy), 0.0, budget
+    for part in policy.micro_batches(range(8), [len(xc) + len(y) for xc, y in zip(XC, Y)]):
+        loss = loss_of(policy, part, frozen)
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_micro_batches_of_1_and_of_8_give_the_same_update(make_model, objective):
+    found, ends = [], []
+    for budget in (ALONE, 50, TOGETHER):
+        policy = Policy(make_model(dtype=torch.float32), SimpleNamespace(eos_token_id=EOS))
+        accumulate(policy, objective, budget)
+        found.append(pop_gradient(policy.model))
+        policy = Policy(make_model(dtype=torch.float64), SimpleNamespace(eos_token_id=EOS))
+        start, optimizer = weights(policy.model), torch.optim.AdamW(policy.model.parameters(), weight_decay=0.01)
+        accumulate(policy, objective, budget)
+        policy.step(optimizer, learning_rate=1e-3, max_grad_norm=1.0)
+        ends.append(weights(policy.model))
+    for gradient, end in zip(found[1:], ends[1:]):
+        assert (gradient - found[0]).norm() < 1e-6 * found[0].norm()
+        assert (end - ends[0]).abs().max() < 1e-9 and (end - start).abs().max() > 9e-4
+
+
+def sequence_logps(policy, plain_logits, prompts):
+    """log p(y_i | prompt_i) of each row, differentiable."""
+    passes = [plain_logits(policy.model, prompt, y).log_softmax(-1) for prompt, y in zip(prompts, Y)]
+    return torch.stack([log_p[range(len(y)), y].sum() for log_p, y in zip(passes, Y)])
+
+
+@pytest.mark.parametrize("budget", [ALONE, 50, TOGETHER])
+def test_the_two_pass_e_step_is_autograd_through_eq_9_over_the_whole_batch(policy, plain_logits, budget):
+    total, gradient = accumulate(policy, "e_step", budget), pop_gradient(policy.model)
+    log_q, log_pi = (sequence_logps(policy, plain_logits, prompts) for prompts in (XC, X))
+    implicit = BETA * (log_q - log_pi.detach())
+    won, lost = implicit[R == 1], implicit[R == 0]
+    shift = 0.5 * (won.mean() + lost.mean()).detach()
+    loss = -logsigmoid(won - shift).mean() - logsigmoid(-(lost - shift)).mean()
+    loss.backward()
+    expected = pop_gradient(policy.model)
+    assert total == pytest.approx(loss.item(), rel=1e-9)
+    assert (gradient - expected).norm() < 1e-9 * expected.norm()
+
+
+def test_the_e_step_gradient_is_the_sum_of_c_i_grad_log_q(policy, plain_logits):
+    accumulate(policy, "e_step", ALONE)
+    gradient = pop_gradient(policy.model)
+    log_q, log_pi = (sequence_logps(policy, plain_logits, prompts) for prompts in (XC, X))
+    r = (BETA * (log_q - log_pi)).tolist()
+    shift = 0.5 * ((r[0] + r[3] + r[7]) / 3 + (r[1] + r[2] + r[4] + r[5] + r[6]) / 5)
+    sigmoid = lambda z: 1 / (1 + math.exp(-z))  # noqa: E731
+    c = [-BETA * sigmoid(shift - r[i]) / 3 if R[i] else BETA * sigmoid(r[i] - shift) / 5 for i in range(8)]
+    sum(c_i * log_q_i for c_i, log_q_i in zip(c, log_q)).backward()
+    expected = pop_gradient(policy.model)
+    assert (gradient - expected).norm() < 1e-9 * expected.norm()
+
+
+# ---- Teachers ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["qwen3-tied", "qwen3-untied"])
+def test_a_teacher_reads_with_its_own_weights_and_no_gradient_reaches_it(make_model, plain_logits, family):
+    policy = Policy(make_model(family), SimpleNamespace(eos_token_id=EOS))
+    teacher = policy.frozen_copy()
+    for p in teacher.parameters():
+        p.mul_(1.3)
+    with torch.no_grad():
+        read = policy.view(XC, Y, teacher).logits()
+    student, scored = policy.view(X, Y).logits(), policy.score(XC, Y, model=teacher)[0]
+    losses.distillation_loss(student, read, "js").sum().backward()
+    assert not read.requires_grad and all(p.grad is None for p in teacher.parameters())
+    assert all(p.grad is not None for p in policy.model.parameters())
+    for i, (x, y) in enumerate(zip(XC, Y)):
+        close(read[i, : len(y)], plain_logits(teacher, x, y))
+        close(scored[i, : len(y)], plain_logits(teacher, x, y).log_softmax(-1)[range(len(y)), y])
+
+
+def test_a_frozen_copy_shares_no_storage_and_never_trains(policy):
+    start, frozen = weights(policy.model), policy.frozen_copy()
+    assert not any(p.requires_grad for p in frozen.parameters()) and not frozen.training
+    assert not {p.data_ptr() for p in frozen.parameters()} & {p.data_ptr() for p in policy.model.parameters()}
+    assert frozen.lm_head.weight is frozen.model.embed_tokens.weight  # still tied
+    accumulate(policy, "m_step", TOGETHER)
+    policy.step(torch.optim.AdamW(policy.model.parameters()), 1e-3, 1.0)
+    assert torch.equal(weights(frozen), start) and not torch.equal(weights(policy.model), start)
+
+
+@pytest.mark.parametrize("rate, expected", [(0.25, [[1.5, 2.0]]), (0.0, [[1.0, 4.0]]), (1.0, [[3.0, -4.0]])])
+def test_ema_moves_the_teacher_by_rate_towards_the_student(rate, expected):
+    teacher, student = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
+    teacher.weight.data, student.weight.data = torch.tensor([[1.0, 4.0]]), torch.tensor([[3.0, -4.0]])
+    ema_update(teacher, student, rate)  # 0.25: 0.75 * 1 + 0.25 * 3 and 0.75 * 4 - 0.25 * 4
+    close(teacher.weight.data, expected)
+    assert torch.equal(student.weight.data, torch.tensor([[3.0, -4.0]]))
+
+
+def test_ema_moves_tied_weights_once_and_in_the_teachers_precision(make_model):
+    teacher, student = make_model(dtype=torch.float32), make_model(dtype=torch.bfloat16).requires_grad_(False)
+    for p in student.parameters():
+        p.mul_(2)
+    expected = 0.95 * weights(teacher) + 0.05 * weights(student).float()
+    ema_update(teacher, student, 0.05)
+    close(weights(teacher), expected, tol=1e-6)
+    assert teacher.lm_head.weight is teacher.model.embed_tokens.weight
+
+
+# ---- One update ----------------------------------------------------------------------------------------------
+
+
+def put_gradient(model, scale):
+    for k, p in enumerate(model.parameters()):
+        p.grad = torch.full_like(p, (k + 1) * scale)
+
+
+@pytest.mark.parametrize("scale", [10.0, 1e-6])
+def test_step_clips_to_the_limit_and_returns_the_norm_before(policy, scale):
+    put_gradient(policy.model, scale)
+    start, gradient = weights(policy.model), pop_gradient(policy.model)
+    put_gradient(policy.model, scale)
+    first, *rest = policy.model.parameters()
+    optimizer = torch.optim.SGD([{"params": [first]}, {"params": rest}], lr=123.0)
+    norm = gradient.square().sum().sqrt().item()
+    assert policy.step(optimizer, learning_rate=0.5, max_grad_norm=2.0) == pytest.approx(norm)
+    close(weights(policy.model), start - 0.5 * gradient * min(1.0, 2.0 / norm), tol=1e-8)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
+    assert all(p.grad is None for p in policy.model.parameters())
+
+
+@pytest.mark.parametrize("value, skip", [(math.nan, False), (math.inf, False), (1.0, True)])
+def test_a_skipped_step_leaves_weights_and_moments_and_clears_the_gradients(policy, value, skip):
+    start, optimizer = weights(policy.model), torch.optim.AdamW(policy.model.parameters(), weight_decay=0.1)
+    put_gradient(policy.model, 1.0)
+    next(policy.model.parameters()).grad[0, 0] = value
+    assert math.isnan(policy.step(optimizer, 1e-3, 1.0, skip=skip))
+    assert torch.equal(weights(policy.model), start) and not optimizer.state
+    assert all(p.grad is None for p in policy.model.parameters())
+
+
+# ---- Files ---------------------------------------------------------------------------------------------------
+
+
+def test_a_saved_folder_is_read_by_transformers_and_by_load(make_model, tokenizer, tmp_path):
+    policy = Policy(make_model(vocabulary=len(tokenizer), dtype=torch.float32), tokenizer)
+    policy.save(tmp_path)
+    again, chat = Policy.load(str(tmp_path)), [{"role": "user", "content": "zig 3\nwas wrong"}]
+    for model in (AutoModelForCausalLM.from_pretrained(tmp_path), again.model):
+        assert torch.equal(model(torch.tensor([X[1]])).logits, policy.model(torch.tensor([X[1]])).logits)
+    for reread in (AutoTokenizer.from_pretrained(tmp_path), again.tokenizer):
+        text = reread.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        assert text == tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        assert reread(text).input_ids == tokenizer(text).input_ids
+    assert again.eos_ids == [tokenizer.eos_token_id] and again.vocabulary == len(tokenizer) and not again.model.training
+    assert Policy.load(str(tmp_path), torch.float64).model.dtype == torch.float64
+
+
+@pytest.mark.parametrize("damage", ["no folder", "config.json", "model.safetensors", "tokenizer.json", "no tokenizer"])
+def test_a_folder_that_holds_no_model_is_one_line_of_value_error(make_model, tokenizer, tmp_path, damage):
+    folder = tmp_path / "model"
+    if damage != "no folder":
+        Policy(make_model(vocabulary=len(tokenizer)), tokenizer).save(folder)
+    if damage == "no tokenizer":
+        for file in folder.glob("tokenizer*"):
+            file.unlink()
+    elif damage != "no folder":
+        (folder / damage).write_text("{")
+    with pytest.raises(ValueError, match="cannot load a model") as error:
+        Policy.load(str(folder))
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
+
+
+def test_eos_ids_are_the_tokenizers_and_the_generation_configs_together(make_model):
+    model = make_model()
+    for of_model, of_tokenizer, expected in [(5, 2, [2, 5]), ([7, 5], 5, [5, 7]), (None, 2, [2]), (0, None, [0])]:
+        model.generation_config.eos_token_id = of_model
+        assert Policy(model, SimpleNamespace(eos_token_id=of_tokenizer)).eos_ids == expected
+    model.generation_config.eos_token_id = None
+    with pytest.raises(ValueError, match="end-of-sequence"):
+        Policy(model, SimpleNamespace(eos_token_id=None))

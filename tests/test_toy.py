@@ -1,0 +1,291 @@
+"""What toy.py promises of its three tasks, their warm-up data, tokenizer and models.
+
+Graded answers and feedback texts are written out by hand. Shares of random data are counted over 2000 seeded examples, so
+a run never differs from the last one.
+"""
+
+import ast
+import itertools
+import math
+import random
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # toy.py is one folder up; pytest may start anywhere
+import feedback  # noqa: E402
+import toy  # noqa: E402
+from policy import Policy  # noqa: E402
+from tasks import Outcome, Problem  # noqa: E402
+
+torch.set_num_threads(1)
+
+every_subset = pytest.mark.parametrize("subset", toy.SUBSETS)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    tasks = {subset: toy.load(subset) for subset in toy.SUBSETS}
+    yield tasks
+    for task in tasks.values():
+        task.close()
+
+
+@pytest.fixture(scope="module")
+def warm_up():
+    """2000 warm-up examples of each subset."""
+    examples = {}
+    for subset, task in toy.SUBSETS.items():
+        task, rng = task(), random.Random(7)
+        examples[subset] = [task.example(rng) for _ in range(2000)]
+    return examples
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return toy.build_tokenizer()
+
+
+def problems(task):
+    return task.train + task.validation + task.test
+
+
+def kinds(examples, kind):
+    return [e for e in examples if e.get("context") and e["context"].kind == kind]
+
+
+# ---- Splits and references -------------------------------------------------------------------------------
+
+
+@every_subset
+def test_splits_are_reproducible_have_the_printed_sizes_and_share_no_prompt(loaded, subset):
+    task, again = loaded[subset], toy.load(subset)
+    assert (task.train, task.validation, task.test) == (again.train, again.validation, again.test)
+    sizes = [len(task.train), len(task.validation), len(task.test)]
+    assert task.splits() == "toy/{}: {} train, {} validation, {} test problems".format(subset, *sizes)
+    assert sizes[0] >= 200 and min(sizes) >= 60
+    prompts = [problem.messages[-1]["content"] for problem in problems(task)]
+    assert len(set(prompts)) == len(prompts)
+
+
+def solution(subset, problem):
+    """A response that earns 1: the reference, or for choice the working that leads to its letter."""
+    if subset != "choice":
+        return problem.reference
+    entry, _ = problem.data
+    return toy.Choice().answer(problem, toy.Choice().firmware.true[entry])
+
+
+def failure(subset, problem):
+    """A response that is nearly right: another last digit, one more element, another letter."""
+    if subset == "choice":
+        return "<answer>" + "ABCD"["ABCD".index(problem.reference) - 1] + "</answer>"
+    return problem.reference + "+[0]" if subset == "code" else problem.reference[:-1] + str((int(problem.reference[-1]) + 1) % 10)
+
+
+@every_subset
+def test_the_reference_solves_its_problem_and_a_near_miss_does_not(loaded, subset):
+    chosen = problems(loaded[subset])[:: 12 if subset == "code" else 1]  # each code answer runs in up to six processes
+    outcomes = loaded[subset].verify(chosen, [solution(subset, p) for p in chosen])
+    assert outcomes == [Outcome(1, "passed")] * len(chosen)
+    outcomes = loaded[subset].verify(chosen, [failure(subset, p) for p in chosen])
+    assert all(outcome.reward == 0 and outcome.feedback for outcome in outcomes)
+
+
+# ---- The machine -----------------------------------------------------------------------------------------
+
+
+def test_a_program_run_by_hand():
+    machine = toy.Firmware((1.0,) * 10, seed=0)
+    machine.true.update({("zig", 7): 2, ("fog", 9): 0})
+    # 4 + 3 = 7, zig makes 2 of 7, 2 - 3 = -1 = 9 (mod 10), fog makes 0 of 9, 0 + 9 = 9
+    assert machine.run(4, [("add", 3), ("zig", None), ("sub", 3), ("fog", None), ("add", 9)]) == [7, 2, 9, 0, 9]
+
+
+# ---- Verifiers -------------------------------------------------------------------------------------------
+
+TRACE = Problem("p", toy.user("start 4\n1 add 3\n2 zig\n3 sub 1"), "1 add 3 : 7\n2 zig : 2\n3 sub 1 : 1")
+TRACE_FEEDBACK = {
+    "1 add 3 : 7\n2 zig : 9\n3 sub 1 : 8": "expected\n2 zig : 2\ngot 9",  # the first wrong line, not the last
+    "1 add 3 : 8\n2 zig : 2\n3 sub 1 : 1": "expected\n1 add 3 : 7\ngot 8",  # even when all that follows is right
+    "1 add 3 : 7\n2 zag : 2\n3 sub 1 : 1": "expected\n2 zig : 2\ngot other",
+    "1 add 3 : 7\n2 zig 2\n3 sub 1 : 1": "expected\n2 zig : 2\ngot other",
+    "1 add 3 : 7\n2 zig : x\n3 sub 1 : 1": "expected\n2 zig : 2\ngot other",
+    "1 add 3 : 7\n3 sub 1 : 6": "expected\n2 zig : 2\ngot other",
+    "1 add 3 : 7\n2 zig : 2": "expected\n3 sub 1 : 1\ngot other",
+    "": "expected\n1 add 3 : 7\ngot other",
+    TRACE.reference + "\n4 add 1 : 2": "expected\nend\ngot other",
+}
+
+
+@pytest.mark.parametrize("response", TRACE_FEEDBACK)
+def test_trace_names_the_first_wrong_line_in_the_answers_own_words(response):
+    assert toy.Trace().verify([TRACE], [response]) == [Outcome(0, "wrong line", TRACE_FEEDBACK[response])]
+
+
+CHOICES = {
+    "<answer>B</answer>": "passed",
+    "zig : 3\n<answer>A</answer> no, <answer>B</answer>": "passed",  # the last tag counts
+    "<answer>A or <answer>B</answer>": "passed",
+    "<answer> B\n</answer>": "passed",
+    "<answer>B</answer> no, <answer>A</answer>": "wrong answer",
+    "<answer>b</answer>": "wrong answer",
+    "<answer>AB</answer>": "wrong answer",
+    "B": "no answer",
+    "<answer>B": "no answer",
+    "": "no answer",
+}
+
+
+@pytest.mark.parametrize("response", CHOICES)
+def test_choice_reads_the_last_answer_tag_and_tells_nothing_but_failure(response):
+    (outcome,) = toy.Choice().verify([Problem("p", [], "B")], [response])
+    assert (outcome.reward, outcome.verdict) == (int(CHOICES[response] == "passed"), CHOICES[response])
+    assert outcome.feedback in ("", "wrong answer", "no answer given") and bool(outcome.feedback) == (outcome.reward == 0)
+
+
+@pytest.fixture(scope="module")
+def grade_code():
+    code = toy.Code()
+    yield lambda response, tests: code.verify([Problem("p", [], "", tests)], [response])[0]
+    code.sandbox.close()
+
+
+FLIP = [([1, 2, 3], [3, 2, 1]), ([2, 1], [1, 2])]
+CODE_OUTCOMES = {
+    "return xs[::-1]": ("passed", r""),
+    "print(xs)\nreturn xs[::-1]": ("passed", r""),  # its output is thrown away
+    "return xs": ("wrong answer", r"f\(\[1,2,3\]\) returned \[1,2,3\], expected \[3,2,1\]"),
+    "return sorted(xs)[::-1]": ("wrong answer", r"f\(\[2,1\]\) returned \[2,1\], expected \[1,2\]"),  # fails the second test
+    "print(xs[::-1])": ("wrong answer", r"f\(\[1,2,3\]\) returned None, expected \[3,2,1\]"),
+    "return xs[9]": ("error", r"f\(\[1,2,3\]\) raised IndexError: list index out of range \(line 2\), expected \[3,2,1\]"),
+    "return (": ("error", r"f\(\[1,2,3\]\) raised SyntaxError: .*, expected \[3,2,1\]"),
+    "": ("error", r"f\(\[1,2,3\]\) raised IndentationError: .*, expected \[3,2,1\]"),
+    "raise SystemExit": ("error", r"f\(\[1,2,3\]\) raised SystemExit.*, expected \[3,2,1\]"),
+    "import os\nos._exit(0)": ("error", r"f\(\[1,2,3\]\) raised exited without a result.*, expected \[3,2,1\]"),
+    "while True: pass": ("timeout", r"f\(\[1,2,3\]\) raised no result within 1.0 s, expected \[3,2,1\]"),
+}
+
+
+@pytest.mark.parametrize("response", CODE_OUTCOMES)
+def test_code_reports_the_first_failing_test_as_it_failed(grade_code, response):
+    verdict, text = CODE_OUTCOMES[response]
+    outcome = grade_code(response, FLIP)
+    assert (outcome.reward, outcome.verdict) == (int(verdict == "passed"), verdict)
+    assert re.fullmatch(text, outcome.feedback)
+
+
+def test_code_does_not_take_true_for_1_nor_1_for_true(grade_code):
+    assert grade_code("return [True]", [([0], [1])]) == Outcome(0, "wrong answer", "f([0]) returned [True], expected [1]")
+    assert grade_code("return [1]", [([0], [True])]) == Outcome(0, "wrong answer", "f([0]) returned [1], expected [True]")
+    assert grade_code("return [True]", [([0], [True])]).reward == 1
+
+
+def test_code_tests_tell_the_true_meaning_from_every_reading_that_differs_on_more_than_a_tenth_of_the_inputs(loaded):
+    code, rng, passing, total = toy.Code(), random.Random(0), 0, 0
+    inputs = [[rng.randrange(10) for _ in range(rng.choice((4, 4, 5)))] for _ in range(200)]
+    for problem in problems(loaded["code"]):
+        words = problem.messages[0]["content"].removeprefix("Write f(xs): ").removesuffix(".").split(", then ")
+        parts = [(re.sub(r"\d", "K", word), re.sub(r"\D", "", word)) for word in words]
+        for meanings in itertools.product(range(3), repeat=len(parts)):
+            reading = code.body(parts, meanings)
+            if reading == problem.reference:
+                continue
+            total += 1
+            if all(repr(code.run(reading, xs)) == repr(expected) for xs, expected in problem.data):
+                passing += 1
+                assert len(parts) == 2 and sum(code.run(reading, xs) != code.run(problem.reference, xs) for xs in inputs) <= 20
+    assert total > 2500 and passing < 0.02 * total  # "peak, then sort" has one meaning, however sort is read
+
+
+# ---- Warm-up examples ------------------------------------------------------------------------------------
+
+
+def test_trace_feedback_is_honest_in_80_percent_of_the_examples(warm_up):
+    told = kinds(warm_up["trace"], "environment")
+    flagged = [re.fullmatch(r"expected\n(\d+ (?:zig|zap|hop|dip|mix|fog) : (\d))\ngot (\d)", e["context"].feedback) for e in told]
+    assert len(told) > 700 and all(match and match[2] != match[3] for match in flagged)
+    honest = sum(match[1] in e["answer"].split("\n") for match, e in zip(flagged, told)) / len(told)
+    assert honest == pytest.approx(0.82, abs=0.04)  # 0.8, and the other 0.2 hit the expected one of ten digits by chance
+
+
+@pytest.mark.parametrize("subset, low, high", [("trace", 1, 1), ("code", 1, 1), ("choice", 0.88, 0.97)])
+def test_solutions_in_the_prompt_are_followed_always_and_in_choice_nine_times_of_ten(warm_up, subset, low, high):
+    shown = kinds(warm_up[subset], "sibling")
+    assert len(shown) > 150
+    assert low <= sum(e["context"].solution == e["answer"] for e in shown) / len(shown) <= high
+
+
+def test_code_feedback_is_a_true_failing_test_in_the_verifiers_own_words(warm_up, grade_code):
+    told = kinds(warm_up["code"], "environment")
+    assert len(told) > 1000
+    for k, example in enumerate(told):
+        text = example["context"].feedback
+        xs, how, got, expected = re.fullmatch(r"f\((\[\S+\])\) (returned|raised) (.+), expected (\[\S+\])", text).groups()
+        assert toy.Code.run(example["answer"], ast.literal_eval(xs)) == ast.literal_eval(expected) and got != expected
+        if k % 100 == 0 and how == "returned" and len(got) <= 60:
+            assert grade_code(f"return {got}", [(ast.literal_eval(xs), ast.literal_eval(expected))]).feedback == text
+
+
+def test_choice_reviews_rule_out_the_attempts_table_line_and_are_heeded(warm_up):
+    refuted = [(e["context"].critique.removesuffix(" is wrong"), e["answer"]) for e in kinds(warm_up["choice"], "critique")]
+    assert len(refuted) > 400 and not any(line in answer.split("\n") for line, answer in refuted)
+    written = [e for e in warm_up["choice"] if "attempt" in e]
+    assert len(written) > 300
+    for example in written:
+        assert example["answer"].removesuffix(" is wrong") in example["attempt"].split("\n")
+        assert f"<answer>{example['reference']}</answer>" not in example["attempt"]
+
+
+# ---- Tokenizer and models --------------------------------------------------------------------------------
+
+
+@every_subset
+def test_text_survives_the_tokenizer(warm_up, tokenizer, subset):
+    texts = ["É {x} <|im_end|> 42\t"]
+    for example in warm_up[subset]:
+        context = example.get("context") or feedback.Context("")
+        texts += [example["messages"][0]["content"], example["answer"], context.solution, context.feedback, context.critique]
+    assert tokenizer.batch_decode(tokenizer(texts).input_ids) == texts
+
+
+def test_a_digit_is_always_one_token_and_so_is_an_operation(tokenizer):
+    tokens = [tokenizer.decode(i) for i in range(len(tokenizer))]
+    assert {token.strip() for token in tokens if re.search(r"\d", token)} == set("0123456789")
+    assert all(len(tokenizer(f"1 {op}").input_ids) == 2 for op in toy.OPS)
+
+
+@pytest.fixture
+def quick(monkeypatch, tokenizer):
+    monkeypatch.setattr(toy, "build_tokenizer", lambda: tokenizer)
+    monkeypatch.setattr(toy.Choice, "batch", 8)
+
+
+@every_subset
+def test_examples_fit_the_model_and_answers_fit_the_response_limit(loaded, warm_up, tokenizer, quick, subset):
+    most, limit = toy.build_policy(subset).model.config.max_position_embeddings, toy.SUBSETS[subset].max_response
+    plain = [{"messages": p.messages, "context": None, "answer": solution(subset, p)} for p in problems(loaded[subset])]
+    for prompt, answer in (toy.encode(tokenizer, example) for example in warm_up[subset][:1000] + plain):
+        assert len(prompt) + limit <= most and len(answer) <= limit and answer[-1] == tokenizer.eos_token_id
+
+
+def test_warm_start_moves_every_weight_stays_finite_and_repeats_with_its_seed(quick, capsys):
+    first, again, untrained = toy.warm_start("choice", 3, seed=4), toy.warm_start("choice", 3, seed=4), toy.build_policy("choice", seed=4)
+    for a, b, start in zip(first.model.parameters(), again.model.parameters(), untrained.model.parameters(), strict=True):
+        assert torch.equal(a, b) and not torch.equal(a, start) and a.isfinite().all()
+    losses = [float(loss) for loss in re.findall(r"step 3/3  loss (\S+)", capsys.readouterr().out)]
+    assert losses[0] == losses[1] == pytest.approx(math.log(len(first.tokenizer)), abs=1)  # of an untrained model: ln V
+
+
+@every_subset
+def test_a_shipped_model_loads_and_is_small(tokenizer, subset):
+    folder = Path(toy.__file__).parent / "toy_models" / subset
+    if not folder.exists():
+        pytest.skip(f"no {folder.name} model shipped")
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 4_000_000
+    policy, messages = Policy.load(str(folder)), toy.user("start 4\n1 add 3")
+    prompts = [feedback.student_prompt(t, messages) for t in (policy.tokenizer, tokenizer)]
+    assert policy.tokenizer.decode(prompts[0]) == tokenizer.decode(prompts[1]) and max(prompts[0]) < policy.vocabulary

@@ -1,0 +1,296 @@
+"""The loop: presets against the paper's tables, refused settings, the pieces of a batch by hand, and whole small runs."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import losses
+import rollout
+import tasks
+import vpd
+from tasks import Outcome
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).parent.parent
+
+
+# ---- Settings ----------------------------------------------------------------------------------------------
+
+
+def test_presets_are_the_papers_tables():
+    """Tables D.1, D.2 and D.4, typed here a second time."""
+    names = ("model", "lr", "prompts_per_batch", "group_size", "max_prompt_tokens", "max_response_tokens", "minibatch_prompts",
+             "top_k", "divergence", "ema_rate", "e_step_every", "e_minibatch_prompts", "beta", "warmup_steps")  # fmt: skip
+    table = {
+        "lcb": ("Qwen/Qwen3-8B", 1e-6, 32, 8, 2048, 8192, 1, 20, "kl_student_teacher", 0.01, 5, 32, 0.1, 0),
+        "sciknoweval": ("Qwen/Qwen3-8B", 1e-5, 32, 8, 2048, 8192, 32, 100, "js", 0.05, 5, 32, 0.1, 10),
+        "math": ("Qwen/Qwen3-8B", 5e-6, 32, 8, 2048, 8192, 32, 0, "kl_teacher_student", 0.05, 5, 32, 0.1, 10),
+    }
+    for task, values in table.items():
+        cfg = vpd.parse(["--task", task])
+        assert tuple(getattr(cfg, name) for name in names) == values, task
+    for task in table:
+        cfg = vpd.parse(["--task", task])
+        assert (cfg.adam_beta1, cfg.adam_beta2, cfg.weight_decay, cfg.max_grad_norm) == (0.9, 0.999, 0.01, 1.0)
+        assert (cfg.temperature, cfg.top_p, cfg.eval_temperature, cfg.eval_top_p) == (1.0, 1.0, 0.6, 0.95)
+        assert (cfg.schedule, cfg.max_teacher_tokens) == ("constant", 10240)
+    lengths = [(vpd.parse(["--task", t]).epochs, vpd.parse(["--task", t]).steps) for t in table]
+    assert lengths == [(30, 0), (0, 500), (0, 200)]
+    feedbacks = [vpd.parse(["--task", t]).feedback for t in table]
+    assert feedbacks == ["solution_first", "sibling", "sibling"]
+
+
+@pytest.mark.parametrize("task", vpd.PRESETS)
+def test_every_preset_passes_its_own_checks(task):
+    for method in vpd.METHODS:
+        vpd.check(vpd.parse(["--task", task, "--method", method]))
+
+
+def test_a_flag_overrides_the_preset_and_the_preset_the_default():
+    assert vpd.parse(["--task", "math"]).lr == 5e-6
+    assert vpd.parse(["--task", "math", "--lr", "0.5"]).lr == 0.5
+    assert vpd.parse(["--no_borrow"]).borrow is False
+
+
+IMPOSSIBLE = [
+    (["--group_size", "1", "--method", "grpo"], "group_size"),
+    (["--group_size", "1", "--feedback", "sibling"], "group_size"),
+    (["--minibatch_prompts", "5"], "minibatch_prompts"),
+    (["--e_minibatch_prompts", "7"], "e_minibatch_prompts"),
+    (["--prompts_per_batch", "0"], "prompts_per_batch"),
+    (["--lr", "-1"], "lr"),
+    (["--lr", "nan"], "lr"),
+    (["--ema_rate", "1.5"], "ema_rate"),
+    (["--shift_rate", "0"], "shift_rate"),
+    (["--temperature", "0"], "temperature"),
+    (["--top_p", "0"], "top_p"),
+    (["--steps", "0", "--epochs", "0"], "steps"),
+    (["--method", "grpo", "--teacher", "ema"], "teacher"),
+    (["--feedback_template", "no hole"], "feedback"),
+    (["--top_k", "100000"], "top_k"),
+    (["--max_prompt_tokens", "3"], "prompts_per_batch"),
+    (["--model", "no/such/folder"], "no/such/folder"),
+    (["--subset", "chess"], "chess"),
+    (["--task", "lcb"], "lcb"),
+    (["--no_such_flag", "1"], "no_such_flag"),
+    (["--method", "ppo"], "ppo"),
+    (["--lr", "fast"], "lr"),
+]
+
+
+@pytest.mark.parametrize("argv, words", IMPOSSIBLE, ids=[" ".join(a) for a, _ in IMPOSSIBLE])
+def test_impossible_settings_are_one_line_exit_2_and_nothing_written(argv, words, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        vpd.main([*argv, "--out", str(tmp_path / "run")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert words in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+# ---- Pieces of a batch -------------------------------------------------------------------------------------
+
+
+def test_batches_visit_every_problem_once_an_epoch_and_drop_the_incomplete_last():
+    drawn = list(vpd.batches(list(range(7)), 3, 4, seed=0))
+    assert [len(b) for b in drawn] == [3, 3, 3, 3]
+    for epoch in (drawn[:2], drawn[2:]):
+        assert len(set(sum(epoch, []))) == 6
+    assert drawn[:2] != drawn[2:]
+    assert drawn == list(vpd.batches(list(range(7)), 3, 4, seed=0))
+    assert drawn != list(vpd.batches(list(range(7)), 3, 4, seed=1))
+
+
+def test_e_step_takes_groups_in_which_both_outcomes_have_a_context():
+    r = torch.tensor([1.0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 0, 0])
+    told = torch.tensor([1, 1, 0, 1, 1, 1, 1, 1, 1, 0, 1, 1], dtype=torch.bool)
+    # First group mixed; the second has no failure; in the third the only success has no context... and so on.
+    groups, left = vpd.e_step_groups("mixed", r, told, 3)
+    assert groups == [[0, 1]]
+    assert left == 10
+    groups, left = vpd.e_step_groups("all", r, told, 3)
+    assert groups == [[0, 1], [3, 4, 5], [6, 7, 8], [10, 11]]
+    assert left == 2
+
+
+def test_margin_is_mean_of_successes_minus_mean_of_failures():
+    figures = vpd.margin_figures(torch.tensor([0.5, -0.1, 0.1, -0.6]), torch.tensor([1.0, 0, 1, 0]), torch.tensor([4, 1, 1, 5]))
+    assert figures["margin"] == pytest.approx((0.5 + 0.1) / 2 - (-0.1 - 0.6) / 2)
+    # |r~| = .5 .1 .1 .6 against lengths 4 1 1 5: nearly proportional.
+    assert figures["length_correlation"] > 0.99
+    one_class = vpd.margin_figures(torch.tensor([0.5, 0.1]), torch.ones(2), torch.tensor([1, 2]))
+    assert one_class["margin"] is None
+
+
+# ---- Whole runs --------------------------------------------------------------------------------------------
+
+SMALL = ["--subset", "choice", "--prompts_per_batch", "4", "--minibatch_prompts", "4", "--e_minibatch_prompts", "4",
+         "--group_size", "4", "--max_response_tokens", "30", "--eval_samples", "1", "--dtype", "float64"]  # fmt: skip
+
+
+@pytest.fixture
+def small_validation(monkeypatch):
+    load = tasks.load
+
+    def fewer(*args):
+        task = load(*args)
+        task.validation = task.validation[:4]
+        return task
+
+    monkeypatch.setattr(tasks, "load", fewer)
+
+
+def run(out, *flags, steps=2):
+    vpd.main([*SMALL, "--steps", str(steps), "--out", str(out), *flags])
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("method", vpd.METHODS)
+def test_every_method_trains_and_writes_a_complete_run_directory(method, tmp_path, small_validation):
+    rows = run(tmp_path / "run", "--method", method, "--eval_every", "2")
+    assert [(row["kind"], row["step"]) for row in rows] == [("eval", 0), ("train", 0), ("train", 1), ("eval", 2)]
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["method"] == method and config["seed"] == 0 and "commit" in config and "command" in config
+    assert config["teacher"] == {"vpd": "live", "grpo": ""}.get(method, "ema")
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 2 * 8 and {"prompt", "response", "reward", "context"} <= samples[0].keys()
+    for row in (row for row in rows if row["kind"] == "train"):
+        assert math.isfinite(row["m_loss"]) and row["m_grad_norm"] > 0
+        assert set(row["seconds"]) >= {"rollout", "verify", "freeze", "m_step", "sync"}
+        assert row["sampler_gap"] < 1e-5
+        assert ("margin" in row) == (method != "grpo")
+        assert (row["divergence"] is not None) == (method in ("vpd", "sdpo", "joint"))
+    before, after = weights(ROOT / "toy_models" / "choice"), weights(tmp_path / "run" / "model")
+    assert any((before[k].double() - after[k].double()).abs().max() > 1e-6 for k in before)
+    assert (tmp_path / "run" / "best" / "config.json").exists()
+
+
+def test_the_e_step_runs_on_every_f_th_batch_starting_with_the_first(tmp_path):
+    rows = run(tmp_path / "run", "--e_step_every", "2", "--eval_every", "0", "--e_groups", "all", steps=4)
+    assert ["e_loss" in row for row in rows] == [True, False, True, False]
+    assert ["e_step" in row["seconds"] for row in rows] == [True, False, True, False]
+
+
+def test_a_run_repeats_itself_and_another_seed_does_not(tmp_path):
+    logs = [run(tmp_path / name, "--eval_every", "0", "--seed", seed) for name, seed in (("a", "0"), ("b", "0"), ("c", "1"))]
+    stripped = [[{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in log] for log in logs]
+    assert stripped[0] == stripped[1]
+    assert stripped[0] != stripped[2]
+
+
+@pytest.mark.parametrize("method", ("vpd", "joint", "reweight"))
+def test_the_micro_batch_changes_neither_losses_nor_weights(method, tmp_path):
+    """--micro_batch_tokens 1 runs every row alone."""
+    logs = [run(tmp_path / n, "--method", method, "--eval_every", "0", "--micro_batch_tokens", n) for n in ("1", "100000")]
+    for one, many in zip(*logs):
+        for key in ("reward", "m_loss", "m_grad_norm", "margin", "e_loss", "shift", "divergence"):
+            if one.get(key) is not None:
+                assert one[key] == pytest.approx(many[key], rel=1e-8, abs=1e-12), key
+    one, many = (weights(tmp_path / n / "model") for n in ("1", "100000"))
+    assert max((one[k] - many[k]).abs().max().item() for k in one) < 1e-9
+
+
+def test_several_updates_per_batch_use_the_live_teacher_of_each(tmp_path):
+    rows = run(tmp_path / "run", "--minibatch_prompts", "1", "--eval_every", "0", "--feedback", "environment")
+    assert all(math.isfinite(row["m_loss"]) for row in rows)
+
+
+def test_rows_left_out_are_counted_by_reason(tmp_path):
+    rows = run(tmp_path / "run", "--method", "sdpo", "--feedback", "environment", "--no_borrow", "--eval_every", "0")
+    for row in rows:
+        successes = round(row["reward"] * 16)
+        assert row["left_out"].get("m_step: no context", 0) == successes
+        assert row["with_context"] == pytest.approx(1 - row["reward"])
+        assert row["success_given_context"] == {"environment": 0.0}
+
+
+def test_critiques_come_from_the_model_itself_and_reach_the_teacher(tmp_path):
+    run(tmp_path / "run", "--feedback", "critique", "--eval_every", "0")
+    contexts = [json.loads(line)["context"] for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    texts = [c["critique"] for c in contexts if c]
+    assert texts and all(c["kind"] == "critique" for c in contexts if c)
+    assert any("is wrong" in text for text in texts)  # what the warm-up taught it to write
+
+
+def test_ema_teacher_moves_once_per_batch_towards_the_student(tmp_path, monkeypatch):
+    calls = []
+    update = vpd.ema_update
+    monkeypatch.setattr(vpd, "ema_update", lambda t, s, rate: (calls.append((t, s, rate)), update(t, s, rate)))
+    run(tmp_path / "run", "--method", "sdpo", "--minibatch_prompts", "1", "--eval_every", "0", "--ema_rate", "0.25")
+    assert len(calls) == 2 and all(rate == 0.25 and t is not s for t, s, rate in calls)
+
+
+def test_an_existing_run_is_refused_and_overwrite_replaces_only_runs(tmp_path, capsys):
+    run(tmp_path / "run", "--eval_every", "0", steps=1)
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "run", "--eval_every", "0", steps=1)
+    assert stop.value.code == 2 and "--overwrite" in capsys.readouterr().err
+    run(tmp_path / "run", "--eval_every", "0", "--overwrite", steps=1)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "mine", "--overwrite", steps=1)
+    assert stop.value.code == 2 and (tmp_path / "mine" / "thesis.tex").exists()
+
+
+def test_ctrl_c_leaves_a_usable_directory(tmp_path, monkeypatch):
+    sample, calls = rollout.HFSampler.sample, []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return sample(self, *args, **kwargs)
+
+    monkeypatch.setattr(rollout.HFSampler, "sample", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "run", "--eval_every", "0", steps=5)
+    assert stop.value.code == 130
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 1
+    from policy import Policy
+
+    Policy.load(str(tmp_path / "run" / "model"))
+
+
+def test_five_updates_in_a_row_that_are_not_finite_end_the_run_with_the_weights_intact(tmp_path, monkeypatch, capsys):
+    mean = losses.sequence_mean
+    monkeypatch.setattr(losses, "sequence_mean", lambda *args: mean(*args) * float("nan"))
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "run", "--method", "sdpo", "--eval_every", "0", steps=9)
+    assert stop.value.code == 1 and "five updates" in capsys.readouterr().err
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [row["updates_not_finite"] for row in rows] == [1, 1, 1, 1]
+    before, after = weights(ROOT / "toy_models" / "choice"), weights(tmp_path / "run" / "model")
+    assert all(torch.equal(before[k].double(), after[k].double()) for k in before)
+
+
+def test_a_reward_that_is_not_0_or_1_is_refused(tmp_path, monkeypatch, capsys):
+    load = tasks.load
+
+    def generous(*args):
+        task = load(*args)
+        task.verify = lambda problems, responses: [Outcome(2, "great") for _ in problems]
+        return task
+
+    monkeypatch.setattr(tasks, "load", generous)
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "run", "--eval_every", "0", steps=1)
+    assert stop.value.code == 2 and "neither 0 nor 1" in capsys.readouterr().err
+
+
+def test_the_command_itself_runs_from_another_folder(tmp_path):
+    """The shipped model is found beside the code, and help is printed."""
+    done = subprocess.run([sys.executable, str(ROOT / "vpd.py"), "--help"], cwd=tmp_path, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0 and "--e_step_every" in done.stdout
