@@ -8,6 +8,7 @@ In each, the warm-up data hold a belief that is wrong in places ("old firmware",
 pass rate well above 0 and below 1, reads feedback most of the time, and can learn the rest only by reinforcement.
 
     python toy.py --subset trace --out toy_models/trace      makes a warm-started model again from nothing
+    python toy.py --subset choice --out toy_models/choice --init toy_models/trace
 """
 
 import argparse
@@ -93,7 +94,7 @@ class Trace:
     are not (0.02), so near misses dominate. Feedback gives the first wrong line in the answer's own words: repeating
     the line's prefix keeps the teacher from writing the expected value on other lines."""
 
-    heads, steps, batch, max_response = 4, 2500, 32, 100
+    heads, steps, batch, max_response = 4, 2000, 32, 100
     lines, special = 12, 0.6
 
     def __init__(self):
@@ -124,14 +125,22 @@ class Trace:
                 return Outcome(0, "wrong line", f"expected\n{expected or 'end'}\ngot {value if same else 'other'}")
         return Outcome(1, "passed")
 
-    def example(self, rng: random.Random) -> dict:
-        """Warm-up data: 40% with feedback, honest in 80% of the cases so that the E-step has something left to teach;
-        30% with a solution, which is what teaches to look things up in the prompt; the rest plain."""
-        problem = self.problem(rng, self.lines if rng.random() < 0.5 else rng.randrange(3, self.lines + 1), "")
+    def example(self, rng: random.Random, progress: float = 1.0) -> dict:
+        """Warm-up data. The first tenth of the training is nothing but looking lines up in the prompt: with noise for
+        values there is no other way to predict them, and a model that first learns the tables may never learn to look.
+        Then 40% have feedback, honest in 80% of the cases so that the E-step has something left to teach; 20% a solution;
+        10% lines to look up; the rest is plain."""
+        lookup = progress < 0.1 or rng.random() < 0.1
+        lines = rng.randrange(2, 6) if lookup else self.lines if rng.random() < 0.5 else rng.randrange(3, self.lines + 1)
+        problem = self.problem(rng, lines, "")
         (start, program), z = problem.data, rng.random()
+        if lookup:
+            answer = self.answer(program, [rng.randrange(10) for _ in program])
+            shuffled = "\n".join(rng.sample(answer.split("\n"), lines))
+            return {"messages": problem.messages, "context": Context("environment", feedback=shuffled), "answer": answer}
         values = self.firmware.run(start, program, rng)
         specials = [k for k, line in enumerate(program) if line[1] is None]
-        if z < 0.4 and specials:
+        if z < 0.45 and specials:
             k = rng.choice(specials)
             x = values[k - 1] if k else start
             expected = rng.randrange(10)
@@ -141,7 +150,7 @@ class Trace:
             values[k + 1 :] = self.firmware.run(values[k], program[k + 1 :], rng)
             text = f"expected\n{k + 1} {spell(program[k])} : {expected}\ngot {got}"
             context = Context("environment", feedback=text)
-        elif z < 0.7:
+        elif z < 0.67:
             # A solution from another machine: nearly all its table entries are noise, and the answer follows it.
             values = []
             for line in program:
@@ -260,7 +269,7 @@ class Code:
             return Outcome(0, verdict, f"f({show(xs)}) {got}, expected {show(expected)}")
         return Outcome(1, "passed")
 
-    def example(self, rng: random.Random) -> dict:
+    def example(self, rng: random.Random, progress: float = 1.0) -> dict:
         """Warm-up data: 75% with a context (of these 15% a solution, else a failing test), where the meanings are nearly
         uniform so that reading is learned and not guessing; the rest plain, with the meanings of the belief."""
         while True:
@@ -303,7 +312,7 @@ class Choice:
     """`zig 4` with four lettered values -> `zig 4 : 2`, the option's line, `<answer>B</answer>`. Entries of the opcodes'
     tables are known with 0.9, 0.5 or 0.15. There is no environment text: a failure says only that it failed."""
 
-    heads, steps, batch, max_response = 4, 1500, 48, 24
+    heads, steps, batch, max_response = 4, 800, 48, 24
 
     def __init__(self):
         self.firmware = Firmware((0.9,) * 3 + (0.5,) * 4 + (0.15,) * 3, seed=9)
@@ -334,7 +343,7 @@ class Choice:
         letter = "ABCD"[options.index(value)]
         return f"{op} {x} : {value}\n{value} {letter}\n<answer>{letter}</answer>"
 
-    def example(self, rng: random.Random) -> dict:
+    def example(self, rng: random.Random, progress: float = 1.0) -> dict:
         """Warm-up data: 35% plain, 20% with a solution, 25% with a review, and 20% where the review is to be written: it
         quotes what the attempt took the entry for, which tells what to avoid and not the answer."""
         problem = self.problem(rng, "")
@@ -430,9 +439,11 @@ def encode(tokenizer, example: dict) -> tuple[list[int], list[int]]:
     return prompt, tokenizer(example["answer"]).input_ids + [tokenizer.eos_token_id]
 
 
-def warm_start(subset: str, steps: int = 0, seed: int = 0) -> Policy:
-    """Supervised training on the task's warm-up examples: Muon on the matrices, AdamW on the rest, cosine to 5%."""
-    policy, task, rng = build_policy(subset, seed), SUBSETS[subset](), random.Random(seed)
+def warm_start(subset: str, steps: int = 0, seed: int = 0, init: str = "") -> Policy:
+    """Supervised training on the task's warm-up examples: Muon on the matrices, AdamW on the rest, cosine to 5%. `init` is
+    a model to start from instead of random weights: choice is too short a text to teach looking up by itself."""
+    policy = Policy.load(init, micro_batch_tokens=10**9) if init else build_policy(subset, seed)
+    task, rng = SUBSETS[subset](), random.Random(seed)
     steps, model = steps or task.steps, policy.model
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
@@ -443,7 +454,7 @@ def warm_start(subset: str, steps: int = 0, seed: int = 0) -> Policy:
     peaks, pool, seen, start = [o.param_groups[0]["lr"] for o in optimizers], [], [], time.time()
     for step in range(1, steps + 1):
         if not pool:  # batches of similar length, in random order
-            examples = sorted((encode(policy.tokenizer, task.example(rng)) for _ in range(8 * task.batch)), key=lambda e: len(e[0] + e[1]))
+            examples = sorted((encode(policy.tokenizer, task.example(rng, step / steps)) for _ in range(8 * task.batch)), key=lambda e: len(e[0] + e[1]))
             pool = [examples[i : i + task.batch] for i in range(0, len(examples), task.batch)]
             rng.shuffle(pool)
         prompts, answers = zip(*pool.pop())
@@ -488,8 +499,9 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=0, help="0: the subset's own number")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--init", default="", help="a model folder to start from")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    warmed = warm_start(args.subset, args.steps, args.seed)
+    warmed = warm_start(args.subset, args.steps, args.seed, args.init)
     warmed.save(args.out)
     print(f"{args.subset}: {report(warmed, args.subset)}; {sum(p.numel() for p in warmed.model.parameters()):,} parameters in {args.out}")

@@ -207,7 +207,10 @@ def parse(argv: list[str] | None = None) -> Config:
         for key in (subset, (subset, chosen.method)):
             preset |= TOY_PRESETS.get(key, {})
     parser.set_defaults(**preset)
-    return parser.parse_args_into_dataclasses(argv)[0]
+    cfg, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    if unknown:
+        parser.error(f"unknown argument {unknown[0]}")
+    return cfg
 
 
 def check(cfg: Config) -> None:
@@ -234,7 +237,7 @@ def check(cfg: Config) -> None:
         raise ValueError("--feedback sibling needs a second rollout of the prompt: --group_size must be at least 2")
     if cfg.teacher and not method.teacher:
         raise ValueError(f"--teacher {cfg.teacher} means nothing to --method {cfg.method}, which has no teacher")
-    cfg.templates()
+    cfg.templates()  # raises ValueError for a template without its hole
 
 
 # ---- Pieces of a batch ---------------------------------------------------------------------------------------
@@ -344,12 +347,14 @@ def train(cfg: Config, policy: Policy, task: tasks.Task, out: Path, record: dict
 
     def validate(step: int) -> None:
         nonlocal best
+        start = time.perf_counter()
         result = evaluate.measure(
             policy, sampler, task.verify, task.validation, n=cfg.eval_samples, seed=seed_for(cfg.seed, "validation"),
             max_tokens=cfg.max_response_tokens, temperature=cfg.eval_temperature, top_p=cfg.eval_top_p,
         )  # fmt: skip
         figures = {key: value for key, value in result.items() if key != "rewards"}
-        write(log, {"kind": "eval", "step": step, "split": "validation", **figures})
+        seconds = round(time.perf_counter() - start, 4)
+        write(log, {"kind": "eval", "step": step, "split": "validation", **figures, "seconds": {"eval": seconds}})
         tqdm.write(f"validation after {step:4d} batches: {evaluate.line(result)}")
         if result["avg"] > best:
             best = result["avg"]
@@ -388,7 +393,8 @@ def train(cfg: Config, policy: Policy, task: tasks.Task, out: Path, record: dict
             # ---- 2. Outcomes r in {0, 1} and contexts C (or none) per rollout
             outcomes = task.verify(row_problems, texts)
             if any(o.reward not in (0, 1) for o in outcomes):
-                raise ValueError(f"the verifier of {task.name} gave a reward that is neither 0 nor 1")
+                fail(f"the verifier of {task.name} gave a reward that is neither 0 nor 1")
+            clock.lap("verify")
             r = torch.tensor([float(o.reward) for o in outcomes], device=policy.device)  # (B,)
             C, xC, cut = [None] * len(y), list(x), 0
             if method.teacher:
@@ -407,7 +413,7 @@ def train(cfg: Config, policy: Policy, task: tasks.Task, out: Path, record: dict
                         cut += tokens_cut > 0
             told = torch.tensor([c is not None for c in C], device=policy.device)  # (B,) rows with a context
             lengths = [len(xC[i]) + len(y[i]) for i in rows]
-            clock.lap("verify")
+            clock.lap("feedback")
 
             # ---- 3. Freeze log pi_theta(y|x); the teacher's log-probs at the same weights give the reward margin
             old_logp, entropy = policy.score(x, y)  # (B, T)

@@ -85,7 +85,7 @@ def test_frequencies_of_two_tokens_fit_the_distribution(make_policy, plain_logit
     possible = {pair: count for pair, count in expected.items() if count > 0}
     assert set(drawn) <= set(possible) and min(possible.values()) > 5 and len(possible) > 8
     chi2, df = sum((drawn.count(pair) - e) ** 2 / e for pair, e in possible.items()), len(possible) - 1
-    # Mean df, variance 2 df: four standard deviations, which a right sampler passes with more than 999 seeds in 1000.
+    # Mean df, variance 2 df: four standard deviations, passed by a right sampler with about 999 seeds in 1000.
     assert chi2 < df + 4 * math.sqrt(2 * df)
 
 

@@ -393,11 +393,13 @@ def test_a_worker_that_dies_twice_is_internal(box):
     assert works(box)
 
 
-def test_a_silent_worker_is_replaced(monkeypatch, tmp_path):
-    monkeypatch.setattr(S, "GRACE_SECONDS", 0.2)
+def test_a_silent_worker_is_replaced(tmp_path):
     source = body(ONCE + "    os.kill(os.getppid(), 19)\n    time.sleep(60)", "path")
-    with S.Sandbox(workers=1, time_limit=0.5) as box:
-        silent = pids(box)
+    with S.Sandbox(workers=1, time_limit=10.0) as box:
+        assert works(box)
+        silent, patience = pids(box), box._workers[0].socket
+        assert patience.gettimeout() == 10.0 + S.GRACE_SECONDS
+        patience.settimeout(0.5)  # of this worker only
         assert box.call(source, "f", [str(tmp_path / "mark")]).value == "again"
         assert ends([*silent, int(wait_for(tmp_path / "mark"))])
 
@@ -499,4 +501,4 @@ def test_more_threads_than_workers_all_get_their_own_answer(one):
 def test_a_call_costs_milliseconds(one):
     start = time.monotonic()
     assert all(one.call(IDENTITY, "f", [n]).status == "ok" for n in range(50))
-    assert time.monotonic() - start < 2.5  # 40 ms each; 2 to 3 on an idle core
+    assert time.monotonic() - start < 5.0  # 100 ms each; about 3 where nothing else runs

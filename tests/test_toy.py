@@ -205,11 +205,22 @@ def test_code_tests_tell_the_true_meaning_from_every_reading_that_differs_on_mor
 
 
 def test_trace_feedback_is_honest_in_80_percent_of_the_examples(warm_up):
-    told = kinds(warm_up["trace"], "environment")
+    told = [e for e in kinds(warm_up["trace"], "environment") if "got" in e["context"].feedback]
     flagged = [re.fullmatch(r"expected\n(\d+ (?:zig|zap|hop|dip|mix|fog) : (\d))\ngot (\d)", e["context"].feedback) for e in told]
     assert len(told) > 700 and all(match and match[2] != match[3] for match in flagged)
     honest = sum(match[1] in e["answer"].split("\n") for match, e in zip(flagged, told)) / len(told)
     assert honest == pytest.approx(0.82, abs=0.04)  # 0.8, and the other 0.2 hit the expected one of ten digits by chance
+
+
+def test_trace_training_begins_with_lines_to_look_up_and_keeps_some(warm_up):
+    trace, rng = toy.Trace(), random.Random(0)
+    first = [trace.example(rng, progress=0.05) for _ in range(200)]
+    later = [e for e in kinds(warm_up["trace"], "environment") if "got" not in e["context"].feedback]
+    assert 100 < len(later) < 400
+    for example in first + later:  # the answer is the shown lines in the program's order
+        lines = example["answer"].split("\n")
+        assert sorted(example["context"].feedback.split("\n")) == sorted(lines)
+        assert [line.split(" : ")[0] for line in lines] == example["messages"][0]["content"].split("\n")[1:]
 
 
 @pytest.mark.parametrize("subset, low, high", [("trace", 1, 1), ("code", 1, 1), ("choice", 0.88, 0.97)])
@@ -245,7 +256,7 @@ def test_choice_reviews_rule_out_the_attempts_table_line_and_are_heeded(warm_up)
 
 @every_subset
 def test_text_survives_the_tokenizer(warm_up, tokenizer, subset):
-    texts = ["É {x} <|im_end|> 42\t"]
+    texts = ["".join(map(chr, range(32, 127))) + "\n"]  # printable ASCII, and what the examples say
     for example in warm_up[subset]:
         context = example.get("context") or feedback.Context("")
         texts += [example["messages"][0]["content"], example["answer"], context.solution, context.feedback, context.critique]
