@@ -33,7 +33,6 @@ import os
 import queue
 import resource
 import select
-import shutil
 import signal
 import socket
 import subprocess
@@ -159,11 +158,21 @@ def _result(answer: bytes) -> Result:
 
 
 def _remove(directory: str) -> None:
-    with suppress(RecursionError):
-        shutil.rmtree(directory, ignore_errors=True)
-    if os.path.lexists(directory):  # a program nested directories deeper than rmtree follows, or locked them
-        for command in (["chmod", "-R", "u+rwx"], ["rm", "-rf"]):
-            subprocess.run([*command, directory], stderr=subprocess.DEVNULL)
+    """shutil.rmtree gives up on locked directories and on nesting beyond the recursion limit; this unlocks and flattens."""
+    with suppress(OSError):
+        os.chmod(directory, 0o700)
+        while entries := list(os.scandir(directory)):
+            for entry in entries:
+                if not entry.is_dir(follow_symlinks=False):
+                    os.unlink(entry)
+                    continue
+                os.chmod(entry, 0o700)
+                for inner in list(os.scandir(entry)):
+                    if inner.is_dir(follow_symlinks=False):
+                        os.chmod(inner, 0o700)  # a directory without write permission cannot be moved
+                    os.rename(inner, f"{directory}/{time.monotonic_ns()}")
+                os.rmdir(entry)
+        os.rmdir(directory)
 
 
 # ---- In the worker ---------------------------------------------------------------------------------------

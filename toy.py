@@ -474,14 +474,15 @@ def warm_start(subset: str, steps: int = 0, seed: int = 0, init: str = "") -> Po
 
 
 def report(policy: Policy, subset: str) -> str:
-    """Pass rates on the validation problems: the student's, and the teacher's on the student's failures with text."""
+    """Pass rates on the validation problems: the student's, and the teacher's on the student's failures (choice has no
+    environment text to show it)."""
     task, sampler, limit = load(subset), HFSampler(policy), SUBSETS[subset].max_response
     problems = [p for p in task.validation for _ in range(4)]
     prompts = [feedback.student_prompt(policy.tokenizer, p.messages) for p in task.validation]
     outcomes = task.verify(problems, [policy.decode(r.tokens) for r in sampler.sample(prompts, 4, seed=1, max_tokens=limit)])
     line = f"student {sum(o.reward for o in outcomes) / len(outcomes):.3f}"
     failed = [(p, o) for p, o in zip(problems, outcomes) if o.reward == 0]
-    for mark, told in (("with feedback", True), ("again without", False)):
+    for mark, told in (("with feedback", True), ("again without", False)) if subset != "choice" else ():
         prompts = [
             feedback.teacher_prompt(policy.tokenizer, p.messages, Context("environment", feedback=o.feedback), TEMPLATES, 10**6)[0]
             if told else feedback.student_prompt(policy.tokenizer, p.messages)

@@ -167,8 +167,8 @@ PRESETS = {
     "toy": dict(  # ours: a 0.24M-parameter model, one CPU core, minutes
         epochs=0, steps=60, eval_every=20, eval_temperature=1.0, eval_top_p=1.0, prompts_per_batch=12,
         max_prompt_tokens=256, max_response_tokens=100, max_teacher_tokens=512, max_critique_tokens=16,
-        adam_beta2=0.95, weight_decay=0.0, minibatch_prompts=12, lr=3e-4, feedback="environment",
-        e_step_every=1, e_minibatch_prompts=12, e_lr=5e-4, e_optimizer="own", shift_rate=0.5,
+        adam_beta2=0.95, weight_decay=0.0, minibatch_prompts=12, lr=1e-3, feedback="environment",
+        e_minibatch_prompts=12, e_lr=5e-4, e_optimizer="own", shift_rate=0.5,
         divergence="js", top_k=0, ema_rate=0.05,
         solution_template=toy.TEMPLATES.solution, feedback_template=toy.TEMPLATES.feedback,
         critique_template=toy.TEMPLATES.critique, closing_line=toy.TEMPLATES.closing, critique_request=toy.TEMPLATES.request,
@@ -178,8 +178,8 @@ TOY_PRESETS = {  # by subset and method, tuned with one budget on validation pro
     "trace": {"model": "toy_models/trace"},
     "code": {"model": "toy_models/code"},
     "choice": {"model": "toy_models/choice", "feedback": "sibling"},
-    ("trace", "grpo"): {"lr": 1e-3, "divide_by_std": True},
-    ("trace", "sdpo"): {"lr": 2e-4},
+    ("trace", "sdpo"): {"divergence": "kl_student_teacher"},
+    ("trace", "grpo"): {"lr": 2e-3, "divide_by_std": True},
 }
 
 
@@ -374,7 +374,8 @@ def train(cfg: Config, policy: Policy, task: tasks.Task, out: Path, record: dict
             validate(0)
         bar = tqdm(total=steps, disable=None, unit="batch", dynamic_ncols=True)
         for step, problems in enumerate(batches(task.train, cfg.prompts_per_batch, steps, cfg.seed)):
-            clock, skipped, figures = Clock(), Counter(), {}
+            clock, skipped = Clock(), Counter()
+            figures = dict.fromkeys(("margin", "length_correlation", "e_loss", "e_grad_norm", "shift", "e_rows", "e_died"))
             e_losses, e_norms, m_losses, m_norms, apart = [], [], [], [], 0.0
             warmup = min(1.0, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else 1.0
             rate = warmup * (1 - step / steps if cfg.schedule == "linear" else 1.0)

@@ -288,7 +288,7 @@ def f():
     "pass",
     "open('a', 'w').write('x')",
     "os.makedirs('a/b/c')",
-    "os.makedirs('a/b'); os.chmod('a', 0); os.chmod('.', 0)",
+    "os.makedirs('a/b/c'); os.symlink('/', 'a/b/link'); os.chmod('a/b', 0); os.chmod('a', 0); os.chmod('.', 0)",
     "os.rmdir(os.getcwd())",
     "[(os.mkdir('d'), os.chdir('d')) for _ in range(1050)]",  # deeper than Python's recursion limit
 ])  # fmt: skip
