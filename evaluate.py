@@ -79,7 +79,9 @@ def measure(
 def line(result: dict) -> str:
     """One line of a table."""
     cells = [f"avg@{result['n']} {result['avg']:.3f} [{result['low']:.3f}, {result['high']:.3f}]"]
-    cells += [f"{k} {v['value']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" for k, v in result.items() if k.startswith("pass@")]
+    cells += [
+        f"{k} {v['value']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" for k, v in result.items() if k.startswith("pass@")
+    ]
     return "  ".join(cells) + f"  truncated {result['truncated']:.3f}"
 
 
@@ -103,7 +105,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--temperature", type=float, help="default 1.0 for toy, else 0.6 (SDPO)")
     parser.add_argument("--top_p", type=float, help="default 1.0 for toy, else 0.95 (SDPO)")
     parser.add_argument("--max_tokens", type=int, help="default 100 for toy, else 8192")
-    parser.add_argument("--out", type=Path, help="JSON file with every problem's rewards; --run writes RUN/evaluation.json")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file with every problem's rewards; --run writes RUN/evaluation.json"
+    )
     args = parser.parse_args(argv)
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
@@ -116,7 +120,10 @@ def main(argv: list[str] | None = None) -> None:
             if not (args.run / "config.json").is_file() or not (args.run / "model").is_dir():
                 raise ValueError(f"--run {args.run} is no finished run directory: config.json or model/ is missing")
             config = json.loads((args.run / "config.json").read_text())
-            models, out = {"before": config["model"], "after": str(args.run / "model")}, out or args.run / "evaluation.json"
+            models, out = (
+                {"before": config["model"], "after": str(args.run / "model")},
+                out or args.run / "evaluation.json",
+            )
             task_name, subset = config["task"], config["subset"]
             temperature, top_p, limit = config["eval_temperature"], config["eval_top_p"], config["max_response_tokens"]
         temperature = 0.0 if args.greedy else temperature if args.temperature is None else args.temperature
@@ -137,7 +144,9 @@ def main(argv: list[str] | None = None) -> None:
     problems, results = getattr(task, args.split), {}
     settings = {"task": task.name, "split": args.split, "seed": args.seed, "temperature": temperature,
                 "top_p": top_p, "max_tokens": limit}  # fmt: skip
-    print(f"{task.name}, {len(problems)} {args.split} problems, {n} samples each, temperature {temperature}, top_p {top_p}")
+    print(
+        f"{task.name}, {len(problems)} {args.split} problems, {n} samples each, temperature {temperature}, top_p {top_p}"
+    )
     for name, policy in policies.items():
         seed = seed_for(args.seed, "evaluation")
         result = measure(policy, HFSampler(policy), task.verify, problems, n, seed, limit, temperature, top_p)

@@ -148,9 +148,7 @@ def student_prompt(tokenizer, messages: list[dict[str, str]]) -> list[int]:
     return tokenizer(render(tokenizer, messages), add_special_tokens=False).input_ids
 
 
-def encode(
-    tokenizer, messages: list[dict[str, str]], parts: list[str], max_tokens: int
-) -> tuple[list[int], int]:
+def encode(tokenizer, messages: list[dict[str, str]], parts: list[str], max_tokens: int) -> tuple[list[int], int]:
     """Token ids of `messages` with the last one's content replaced by the joined `parts`, and the number of tokens cut.
 
     parts: odd places hold texts written by models and programs, even places the prompt's own words. A special token

@@ -18,7 +18,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 # Okabe and Ito's palette and a line style each: told apart by colour-blind readers and in print.
-STYLES = list(zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"), ("-", "--", "-.", ":", "-", "--", "-.")))
+STYLES = list(
+    zip(
+        ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"),
+        ("-", "--", "-.", ":", "-", "--", "-."),
+    )
+)
 PANELS = (  # title, kind of log row, key, whether to smooth over neighbouring steps
     ("pass rate on validation problems", "eval", "avg", False),
     ("reward of the rollouts", "train", "reward", True),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -29,7 +30,8 @@ class View:
     head: torch.Tensor
 
     def logits(self) -> torch.Tensor:
-        """(B, T, V), at least float32: softmax over a large vocabulary loses too much in bfloat16."""
+        """(B, T, V), at least float32: softmax over a large vocabulary loses too much in bfloat16. The head is a plain
+        matrix, as in Qwen3 and OLMo3; scaled or capped logits (Gemma 2, Cohere) are not covered."""
         logits = self.hidden @ self.head.T
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -51,9 +53,12 @@ class Policy:
         """From a Hugging Face folder or hub id. Raises ValueError with one line when there is no model to be read."""
         try:
             tokenizer = AutoTokenizer.from_pretrained(path)
+            if not tokenizer("a").input_ids:  # what transformers makes of a folder without tokenizer files
+                raise ValueError("there is no tokenizer")
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"cannot load a model and its tokenizer from {path!r}: {str(error).splitlines()[0]}") from None
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(f"cannot load a model and its tokenizer from {path!r}: {reason}") from None
         return cls(model.to(device), tokenizer, **kwargs)
 
     @property
@@ -157,4 +162,4 @@ class Policy:
 def ema_update(teacher: nn.Module, student: nn.Module, rate: float) -> None:
     """teacher ← (1 − rate) · teacher + rate · student, parameter by parameter, in the teacher's own precision."""
     for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
-        t.copy_((1 - rate) * t + rate * s)
+        t.copy_((1 - rate) * t + rate * s.to(t.dtype))

@@ -23,7 +23,7 @@ def seed_for(*parts: int | str) -> int:
 @dataclass(frozen=True)
 class Rollout:
     """One response. tokens: ids as sampled, EOS included; logp: log-probability of each under the distribution it was
-    drawn from (after temperature and top_p); finish: "stop", or "length" when it was cut at max_tokens."""
+    drawn from (after temperature and top_p; for greedy decoding, the model's own); finish: "stop", or "length" when it was cut at max_tokens."""
 
     tokens: Ids
     logp: list[float]
@@ -76,7 +76,11 @@ class HFSampler:
             count = max(1, self.max_batch_tokens // (len(prompts[order[-1] // n]) + max_tokens))
             rows, order = order[-count:], order[:-count]
             drawn = self._generate(
-                [prompts[row // n] for row in rows], [seed_for(seed, row) for row in rows], max_tokens, temperature, top_p
+                [prompts[row // n] for row in rows],
+                [seed_for(seed, row) for row in rows],
+                max_tokens,
+                temperature,
+                top_p,
             )
             for row, rollout in zip(rows, drawn):
                 rollouts[row] = rollout
@@ -92,13 +96,18 @@ class HFSampler:
         draw = _Draw(seeds, max_tokens, greedy=temperature == 0)
         warpers = [] if temperature in (0, 1) else [TemperatureLogitsWarper(temperature)]
         warpers += [] if top_p >= 1 else [TopPLogitsWarper(top_p)]
-        # A config of our own: the model's may carry sampling defaults (Qwen3: top_k 20) that nobody asked for.
         config = GenerationConfig(
             max_new_tokens=max_tokens, do_sample=False, eos_token_id=policy.eos_ids, pad_token_id=pad, use_cache=True
         )
-        out = policy.model.generate(
-            ids, attention_mask=seen, generation_config=config, logits_processor=LogitsProcessorList([*warpers, draw])
-        )[:, width:].tolist()
+        # generate fills what a config leaves open from the model's own, which may carry settings that nobody asked for
+        # (repetition_penalty, suppress_tokens, ...), so the model's is set aside during the call.
+        processors = LogitsProcessorList([*warpers, draw])
+        own, policy.model.generation_config = policy.model.generation_config, config
+        try:
+            out = policy.model.generate(ids, attention_mask=seen, generation_config=config, logits_processor=processors)
+        finally:
+            policy.model.generation_config = own
+        out = out[:, width:].tolist()
         logp = torch.stack(draw.logp, 1).tolist()  # (rows, steps)
         rollouts = []
         for tokens, token_logp in zip(out, logp):

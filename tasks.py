@@ -47,7 +47,9 @@ class Task:
     close: Callable[[], None] = field(default=lambda: None)
 
     def splits(self) -> str:
-        return f"{self.name}: {len(self.train)} train, {len(self.validation)} validation, {len(self.test)} test problems"
+        return (
+            f"{self.name}: {len(self.train)} train, {len(self.validation)} validation, {len(self.test)} test problems"
+        )
 
 
 def load(task: str, subset: str = "") -> Task:

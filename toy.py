@@ -2,13 +2,12 @@
 
 trace   the default: run a 12-line program of a small accumulator machine; feedback names the first wrong line
 code    write a Python one- or two-liner whose words have a "house" meaning that only its unit tests reveal
-choice  look an entry up and name its letter; no environment text, made for sibling and critique contexts
+choice  recall a table entry, four options given; no environment text, made for sibling and critique contexts
 
 In each, the warm-up data hold a belief that is wrong in places ("old firmware", unusual meanings): the model starts with a
 pass rate well above 0 and below 1, reads feedback most of the time, and can learn the rest only by reinforcement.
 
     python toy.py --subset trace --out toy_models/trace      makes a warm-started model again from nothing
-    python toy.py --subset choice --out toy_models/choice --init toy_models/trace
 """
 
 import argparse
@@ -131,13 +130,19 @@ class Trace:
         Then 40% have feedback, honest in 80% of the cases so that the E-step has something left to teach; 20% a solution;
         10% lines to look up; the rest is plain."""
         lookup = progress < 0.1 or rng.random() < 0.1
-        lines = rng.randrange(2, 6) if lookup else self.lines if rng.random() < 0.5 else rng.randrange(3, self.lines + 1)
+        lines = (
+            rng.randrange(2, 6) if lookup else self.lines if rng.random() < 0.5 else rng.randrange(3, self.lines + 1)
+        )
         problem = self.problem(rng, lines, "")
         (start, program), z = problem.data, rng.random()
         if lookup:
             answer = self.answer(program, [rng.randrange(10) for _ in program])
             shuffled = "\n".join(rng.sample(answer.split("\n"), lines))
-            return {"messages": problem.messages, "context": Context("environment", feedback=shuffled), "answer": answer}
+            return {
+                "messages": problem.messages,
+                "context": Context("environment", feedback=shuffled),
+                "answer": answer,
+            }
         values = self.firmware.run(start, program, rng)
         specials = [k for k, line in enumerate(program) if line[1] is None]
         if z < 0.45 and specials:
@@ -219,7 +224,9 @@ class Code:
         for line in body.split("\n"):
             expression = line.removeprefix("xs=").removeprefix("return ")
             try:
-                xs = eval(expression, {"__builtins__": {}, "sorted": sorted, "set": set, "max": max, "min": min, "xs": xs})
+                xs = eval(
+                    expression, {"__builtins__": {}, "sorted": sorted, "set": set, "max": max, "min": min, "xs": xs}
+                )
             except (ValueError, IndexError) as error:
                 return f"{type(error).__name__}: {error}"
         return xs
@@ -264,7 +271,11 @@ class Code:
                 continue
             if result.status == "internal":
                 raise RuntimeError(f"the sandbox failed on problem {problem.id}: {result.error}")
-            got = f"returned {show(result.value)}" if result.status == "ok" else f"raised {(result.error or result.status)[:60]}"
+            got = (
+                f"returned {show(result.value)}"
+                if result.status == "ok"
+                else f"raised {(result.error or result.status)[:60]}"
+            )
             verdict = "wrong answer" if result.status == "ok" else result.status
             return Outcome(0, verdict, f"f({show(xs)}) {got}, expected {show(expected)}")
         return Outcome(1, "passed")
@@ -288,7 +299,9 @@ class Code:
                     continue  # this attempt cannot be told from the meaning
                 got = self.run(attempt, xs)
                 got = f"raised {got}" if isinstance(got, str) else f"returned {got}"
-                text = f"f({xs}) {got}, expected {self.run(body, xs)}".replace(", ", ",").replace(",expected", ", expected")
+                text = f"f({xs}) {got}, expected {self.run(body, xs)}".replace(", ", ",").replace(
+                    ",expected", ", expected"
+                )
                 context = Context("environment", feedback=text)
             return {"messages": self.question(parts), "context": context, "answer": body}
 
@@ -302,29 +315,31 @@ class Code:
         train = make("train", single[20:] + double[:210])
         validation = make("validation", single[:10] + double[210:270])
         test = make("test", single[10:20] + double[270:])
-        return Task("toy/code", train, validation, test, self.verify, close=lambda: self.sandbox and self.sandbox.close())
+        return Task(
+            "toy/code", train, validation, test, self.verify, close=lambda: self.sandbox and self.sandbox.close()
+        )
 
 
 # ---- choice ------------------------------------------------------------------------------------------------
 
 
 class Choice:
-    """`zig 4` with four lettered values -> `zig 4 : 2`, the option's line, `<answer>B</answer>`. Entries of the opcodes'
-    tables are known with 0.9, 0.5 or 0.15. There is no environment text: a failure says only that it failed."""
+    """`zig 4` with four values to choose from -> `zig 4 : 2` and `<answer>2</answer>`. Entries of the opcodes' tables are
+    known with 0.9, 0.5 or 0.15. There is no environment text: a failure says only that it failed."""
 
-    heads, steps, batch, max_response = 4, 800, 48, 24
+    heads, steps, batch, max_response = 4, 1000, 48, 24
 
     def __init__(self):
         self.firmware = Firmware((0.9,) * 3 + (0.5,) * 4 + (0.15,) * 3, seed=9)
 
     def problem(self, rng: random.Random, id: str) -> Problem:
         entry = rng.choice(OPS), rng.randrange(10)
-        # What the old firmware says is always among the options, so that a wrong belief finds its letter.
+        # What the old firmware says is always among the options, so that a wrong belief is a possible answer.
         options = [self.firmware.true[entry], self.firmware.old[entry]]
         options += rng.sample([v for v in range(10) if v not in options], 2)
         options = rng.sample(options, 4)
-        text = f"{entry[0]} {entry[1]}\n" + "\n".join(f"{v} {c}" for v, c in zip(options, "ABCD"))
-        return Problem(id, user(text), "ABCD"[options.index(self.firmware.true[entry])], (entry, options))
+        text = f"{entry[0]} {entry[1]}\noptions {' '.join(map(str, options))}"
+        return Problem(id, user(text), str(self.firmware.true[entry]), (entry, options))
 
     def verify(self, problems: list[Problem], responses: list[str]) -> list[Outcome]:
         return [self.grade(problem, response) for problem, response in zip(problems, responses)]
@@ -334,14 +349,17 @@ class Choice:
         found = re.findall(r"<answer>(.*?)</answer>", response, re.DOTALL)
         if not found:
             return Outcome(0, "no answer", "no answer given")
-        return Outcome(1, "passed") if found[-1].strip() == problem.reference else Outcome(0, "wrong answer", "wrong answer")
+        return (
+            Outcome(1, "passed")
+            if found[-1].strip() == problem.reference
+            else Outcome(0, "wrong answer", "wrong answer")
+        )
 
     @staticmethod
     def answer(problem: Problem, value: int) -> str:
-        """The worked answer of someone who takes `value`, one of the options, for the table's entry."""
-        (op, x), options = problem.data
-        letter = "ABCD"[options.index(value)]
-        return f"{op} {x} : {value}\n{value} {letter}\n<answer>{letter}</answer>"
+        """The answer of someone who takes `value`, one of the options, for the table's entry."""
+        (op, x), _ = problem.data
+        return f"{op} {x} : {value}\n<answer>{value}</answer>"
 
     def example(self, rng: random.Random, progress: float = 1.0) -> dict:
         """Warm-up data: 35% plain, 20% with a solution, 25% with a review, and 20% where the review is to be written: it
@@ -355,12 +373,15 @@ class Choice:
             value = believed
         elif z < 0.55:
             shown = rng.choice(options)
-            context, value = Context("sibling", solution=self.answer(problem, shown)), shown if rng.random() < 0.9 else believed
+            context, value = (
+                Context("sibling", solution=self.answer(problem, shown)),
+                shown if rng.random() < 0.9 else believed,
+            )
         elif z < 0.8:
             context = Context("critique", critique=review)
             value = believed if believed in others and rng.random() < 0.7 else rng.choice(others)
         else:
-            reference = "ABCD"[options.index(rng.choice(others))]
+            reference = str(rng.choice(others))
             attempt = self.answer(problem, wrong)
             return {"messages": problem.messages, "attempt": attempt, "reference": reference, "answer": review}
         return {"messages": problem.messages, "context": context, "answer": self.answer(problem, value)}
@@ -409,7 +430,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         vocab_size=512, min_frequency=20, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=special[0], eos_token=special[2], unk_token=special[3])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token=special[0], eos_token=special[2], unk_token=special[3]
+    )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
@@ -439,11 +462,9 @@ def encode(tokenizer, example: dict) -> tuple[list[int], list[int]]:
     return prompt, tokenizer(example["answer"]).input_ids + [tokenizer.eos_token_id]
 
 
-def warm_start(subset: str, steps: int = 0, seed: int = 0, init: str = "") -> Policy:
-    """Supervised training on the task's warm-up examples: Muon on the matrices, AdamW on the rest, cosine to 5%. `init` is
-    a model to start from instead of random weights: choice is too short a text to teach looking up by itself."""
-    policy = Policy.load(init, micro_batch_tokens=10**9) if init else build_policy(subset, seed)
-    task, rng = SUBSETS[subset](), random.Random(seed)
+def warm_start(subset: str, steps: int = 0, seed: int = 0) -> Policy:
+    """Supervised training on the task's warm-up examples: Muon on the matrices, AdamW on the rest, cosine to 5%."""
+    policy, task, rng = build_policy(subset, seed), SUBSETS[subset](), random.Random(seed)
     steps, model = steps or task.steps, policy.model
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
@@ -454,7 +475,10 @@ def warm_start(subset: str, steps: int = 0, seed: int = 0, init: str = "") -> Po
     peaks, pool, seen, start = [o.param_groups[0]["lr"] for o in optimizers], [], [], time.time()
     for step in range(1, steps + 1):
         if not pool:  # batches of similar length, in random order
-            examples = sorted((encode(policy.tokenizer, task.example(rng, step / steps)) for _ in range(8 * task.batch)), key=lambda e: len(e[0] + e[1]))
+            examples = sorted(
+                (encode(policy.tokenizer, task.example(rng, step / steps)) for _ in range(8 * task.batch)),
+                key=lambda e: len(e[0] + e[1]),
+            )
             pool = [examples[i : i + task.batch] for i in range(0, len(examples), task.batch)]
             rng.shuffle(pool)
         prompts, answers = zip(*pool.pop())
@@ -469,7 +493,10 @@ def warm_start(subset: str, steps: int = 0, seed: int = 0, init: str = "") -> Po
             optimizer.zero_grad()
         seen.append(loss.item())
         if step % 100 == 0 or step == steps:
-            print(f"warm-up step {step}/{steps}  loss {sum(seen[-100:]) / len(seen[-100:]):.4f}  {time.time() - start:.0f} s", flush=True)
+            print(
+                f"warm-up step {step}/{steps}  loss {sum(seen[-100:]) / len(seen[-100:]):.4f}  {time.time() - start:.0f} s",
+                flush=True,
+            )
     return policy
 
 
@@ -479,7 +506,9 @@ def report(policy: Policy, subset: str) -> str:
     task, sampler, limit = load(subset), HFSampler(policy), SUBSETS[subset].max_response
     problems = [p for p in task.validation for _ in range(4)]
     prompts = [feedback.student_prompt(policy.tokenizer, p.messages) for p in task.validation]
-    outcomes = task.verify(problems, [policy.decode(r.tokens) for r in sampler.sample(prompts, 4, seed=1, max_tokens=limit)])
+    outcomes = task.verify(
+        problems, [policy.decode(r.tokens) for r in sampler.sample(prompts, 4, seed=1, max_tokens=limit)]
+    )
     line = f"student {sum(o.reward for o in outcomes) / len(outcomes):.3f}"
     failed = [(p, o) for p, o in zip(problems, outcomes) if o.reward == 0]
     for mark, told in (("with feedback", True), ("again without", False)) if subset != "choice" else ():
@@ -488,7 +517,10 @@ def report(policy: Policy, subset: str) -> str:
             if told else feedback.student_prompt(policy.tokenizer, p.messages)
             for p, o in failed
         ]  # fmt: skip
-        drawn = task.verify([p for p, _ in failed], [policy.decode(r.tokens) for r in sampler.sample(prompts, 1, seed=2, max_tokens=limit)])
+        drawn = task.verify(
+            [p for p, _ in failed],
+            [policy.decode(r.tokens) for r in sampler.sample(prompts, 1, seed=2, max_tokens=limit)],
+        )
         line += f", on its failures {mark} {sum(o.reward for o in drawn) / len(drawn):.3f}"
     task.close()
     return line
@@ -500,9 +532,10 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=0, help="0: the subset's own number")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--init", default="", help="a model folder to start from")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    warmed = warm_start(args.subset, args.steps, args.seed, args.init)
+    warmed = warm_start(args.subset, args.steps, args.seed)
     warmed.save(args.out)
-    print(f"{args.subset}: {report(warmed, args.subset)}; {sum(p.numel() for p in warmed.model.parameters()):,} parameters in {args.out}")
+    print(
+        f"{args.subset}: {report(warmed, args.subset)}; {sum(p.numel() for p in warmed.model.parameters()):,} parameters in {args.out}"
+    )

@@ -165,7 +165,7 @@ PRESETS = {
         divergence="kl_teacher_student", ema_rate=0.05, feedback="sibling",
     ),
     "toy": dict(  # ours: a 0.24M-parameter model, one CPU core, minutes
-        epochs=0, steps=60, eval_every=20, eval_temperature=1.0, eval_top_p=1.0, prompts_per_batch=12,
+        epochs=0, steps=30, eval_every=10, eval_temperature=1.0, eval_top_p=1.0, prompts_per_batch=12,
         max_prompt_tokens=256, max_response_tokens=100, max_teacher_tokens=512, max_critique_tokens=16,
         adam_beta2=0.95, weight_decay=0.0, minibatch_prompts=12, lr=1e-3, feedback="environment",
         e_minibatch_prompts=12, e_lr=5e-4, e_optimizer="own", shift_rate=0.5,
@@ -222,14 +222,20 @@ def check(cfg: Config) -> None:
         value = getattr(cfg, field.name)
         if field.type not in (int, float) or field.name == "seed":
             continue
-        if not (0 < value < math.inf or value == 0 and field.name in may_be_zero) or (field.name in shares and value > 1):
-            need = ("0 or " if field.name in may_be_zero else "") + ("in (0, 1]" if field.name in shares else "positive")
+        if not (0 < value < math.inf or value == 0 and field.name in may_be_zero) or (
+            field.name in shares and value > 1
+        ):
+            need = ("0 or " if field.name in may_be_zero else "") + (
+                "in (0, 1]" if field.name in shares else "positive"
+            )
             raise ValueError(f"--{field.name} must be {need}, not {value}")
     if cfg.steps == 0 and cfg.epochs == 0:
         raise ValueError("--steps and --epochs are both 0: there is nothing to do")
     for name in ("minibatch_prompts", "e_minibatch_prompts"):
         if cfg.prompts_per_batch % getattr(cfg, name):
-            raise ValueError(f"--{name} {getattr(cfg, name)} does not divide --prompts_per_batch {cfg.prompts_per_batch}")
+            raise ValueError(
+                f"--{name} {getattr(cfg, name)} does not divide --prompts_per_batch {cfg.prompts_per_batch}"
+            )
     method = METHODS[cfg.method]
     if cfg.group_size < 2 and method.reinforces:
         raise ValueError(f"--method {cfg.method} compares rollouts of one prompt: --group_size 1 gives no advantage")
@@ -260,7 +266,9 @@ def mean(values) -> float | None:
     return values.mean().item() if values.numel() else None
 
 
-def write_critiques(cfg: Config, policy: Policy, sampler, problems: list, texts: list[str], outcomes: list, step: int) -> list[str]:
+def write_critiques(
+    cfg: Config, policy: Policy, sampler, problems: list, texts: list[str], outcomes: list, step: int
+) -> list[str]:
     """The student's own weights review each failure, with the reference answer in view (Sec. 4.2); "" on successes."""
     failed, templates = [i for i, o in enumerate(outcomes) if o.reward == 0], cfg.templates()
     requests = [
@@ -375,7 +383,9 @@ def train(cfg: Config, policy: Policy, task: tasks.Task, out: Path, record: dict
         bar = tqdm(total=steps, disable=None, unit="batch", dynamic_ncols=True)
         for step, problems in enumerate(batches(task.train, cfg.prompts_per_batch, steps, cfg.seed)):
             clock, skipped = Clock(), Counter()
-            figures = dict.fromkeys(("margin", "length_correlation", "e_loss", "e_grad_norm", "shift", "e_rows", "e_died"))
+            figures = dict.fromkeys(
+                ("margin", "length_correlation", "e_loss", "e_grad_norm", "shift", "e_rows", "e_died")
+            )
             e_losses, e_norms, m_losses, m_norms, apart = [], [], [], [], 0.0
             warmup = min(1.0, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else 1.0
             rate = warmup * (1 - step / steps if cfg.schedule == "linear" else 1.0)
@@ -403,7 +413,10 @@ def train(cfg: Config, policy: Policy, task: tasks.Task, out: Path, record: dict
                 if cfg.feedback == "critique":
                     said = write_critiques(cfg, policy, sampler, row_problems, texts, outcomes, step)
                 for first in range(0, len(y), G):
-                    group, rng = slice(first, first + G), random.Random(seed_for(cfg.seed, step, "contexts", first // G))
+                    group, rng = (
+                        slice(first, first + G),
+                        random.Random(seed_for(cfg.seed, step, "contexts", first // G)),
+                    )
                     rewards = [o.reward for o in outcomes[group]]
                     C[group] = feedback.contexts(cfg.feedback, rewards, texts[group], said[group], rng, cfg.borrow)
                 for i in rows:
@@ -573,10 +586,16 @@ def main(argv: list[str] | None = None) -> None:
         policy = Policy.load(cfg.model, dtype, device, micro_batch_tokens=cfg.micro_batch_tokens)
         if cfg.top_k > policy.vocabulary:
             raise ValueError(f"--top_k {cfg.top_k} exceeds the vocabulary of {policy.vocabulary} tokens")
-        fits = [p for p in task.train if len(feedback.student_prompt(policy.tokenizer, p.messages)) <= cfg.max_prompt_tokens]
+        fits = [
+            p for p in task.train if len(feedback.student_prompt(policy.tokenizer, p.messages)) <= cfg.max_prompt_tokens
+        ]
         dropped, task.train = len(task.train) - len(fits), fits
+        if METHODS[cfg.method].teacher and cfg.feedback == "critique" and not all(p.reference for p in fits):
+            raise ValueError(f"--feedback critique needs a reference answer for every problem of {task.name}")
         if len(fits) < cfg.prompts_per_batch:
-            raise ValueError(f"{len(fits)} training problems do not fill a batch of --prompts_per_batch {cfg.prompts_per_batch}")
+            raise ValueError(
+                f"{len(fits)} training problems do not fill a batch of --prompts_per_batch {cfg.prompts_per_batch}"
+            )
     except ValueError as error:
         fail(error)
     if out.exists():

@@ -181,6 +181,7 @@ def test_every_method_trains_and_writes_a_complete_run_directory(method, tmp_pat
         assert method != "grpo" or row["margin"] is None
         assert method == "vpd" or row["e_loss"] is None
         assert (row["divergence"] is not None) == (method in ("vpd", "sdpo", "joint"))
+        assert row["divergence"] is None or row["divergence"] > 1e-6  # the teacher does see something else
     before, after = weights(ROOT / "toy_models" / "choice"), weights(tmp_path / "run" / "model")
     assert any((before[k].double() - after[k].double()).abs().max() > 1e-6 for k in before)
     assert (tmp_path / "run" / "best" / "config.json").exists()
@@ -190,6 +191,41 @@ def test_the_e_step_runs_on_every_f_th_batch_starting_with_the_first(tmp_path):
     rows = run(tmp_path / "run", "--e_step_every", "2", "--eval_every", "0", "--e_groups", "all", steps=4)
     assert [row["e_loss"] is not None for row in rows] == [True, False, True, False]
     assert ["e_step" in row["seconds"] for row in rows] == [True, False, True, False]
+
+
+@pytest.mark.parametrize(
+    "hybrid, plain",
+    [
+        (["joint", "--w_rl", "0"], ["sdpo"]),
+        (["joint", "--w_opd", "0"], ["grpo"]),
+        (["reshape", "--w_opd", "0"], ["grpo"]),
+        (["reweight", "--reweight_lam", "0"], ["grpo"]),
+    ],
+    ids=lambda method: " ".join(method),
+)
+def test_a_hybrid_without_one_of_its_parts_is_the_other_method(hybrid, plain, tmp_path):
+    for name, method in (("hybrid", hybrid), ("plain", plain)):
+        run(tmp_path / name, "--method", *method, "--eval_every", "0", "--teacher", *(["ema"] if method != ["grpo"] else [""]))
+    one, other = weights(tmp_path / "hybrid" / "model"), weights(tmp_path / "plain" / "model")
+    assert max((one[k] - other[k]).abs().max().item() for k in one) < 1e-12
+
+
+def test_delta_is_a_moving_average_that_starts_at_the_first_value(tmp_path, monkeypatch):
+    values = iter((1.0, 3.0, -2.0))
+    monkeypatch.setattr(losses, "reward_shift", lambda *args: torch.tensor(next(values)))
+    flags = ("--e_step_every", "1", "--shift_rate", "0.25", "--eval_every", "0", "--e_groups", "all")
+    rows = run(tmp_path / "run", *flags, steps=3)
+    second = 0.75 * 1.0 + 0.25 * 3.0
+    assert [row["shift"] for row in rows] == pytest.approx([1.0, second, 0.75 * second + 0.25 * -2.0])
+
+
+def test_the_fixed_prior_is_the_initial_student(tmp_path):
+    """On the first batch both priors are the same weights; after it only the dynamic one has moved."""
+    flags = ("--e_step_every", "1", "--eval_every", "0", "--e_groups", "all")
+    dynamic, fixed = (run(tmp_path / prior, "--prior", prior, *flags) for prior in ("dynamic", "fixed"))
+    assert dynamic[0]["e_loss"] == pytest.approx(fixed[0]["e_loss"], rel=1e-12)
+    assert dynamic[1]["margin"] == pytest.approx(fixed[1]["margin"], rel=1e-12)  # Fig. 1's margin is about the student
+    assert dynamic[1]["e_loss"] != pytest.approx(fixed[1]["e_loss"], rel=1e-6)
 
 
 def test_a_run_repeats_itself_and_another_seed_does_not(tmp_path):
@@ -239,6 +275,12 @@ def test_ema_teacher_moves_once_per_batch_towards_the_student(tmp_path, monkeypa
     monkeypatch.setattr(vpd, "ema_update", lambda t, s, rate: (calls.append((t, s, rate)), update(t, s, rate)))
     run(tmp_path / "run", "--method", "sdpo", "--minibatch_prompts", "1", "--eval_every", "0", "--ema_rate", "0.25")
     assert len(calls) == 2 and all(rate == 0.25 and t is not s for t, s, rate in calls)
+
+
+def test_the_learning_rate_warms_up_and_falls_linearly_by_rollout_batch(tmp_path):
+    flags = ("--eval_every", "0", "--schedule", "linear", "--warmup_steps", "2", "--lr", "0.001", "--method", "grpo")
+    rows = run(tmp_path / "run", *flags, steps=4)
+    assert [row["lr"] for row in rows] == pytest.approx([0.001 * w for w in (0.5 * 4 / 4, 3 / 4, 2 / 4, 1 / 4)])
 
 
 def test_an_existing_run_is_refused_and_overwrite_replaces_only_runs(tmp_path, capsys):
