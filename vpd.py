@@ -260,7 +260,7 @@ def batches(problems: list, size: int, steps: int, seed: int):
 
 
 def mean(values) -> float | None:
-    """The mean of a tensor's or list's finite values, or None if there are none (JSON has no nan)."""
+    """The mean of a tensor's or list's finite values, or None if there are none."""
     values = torch.as_tensor(values, dtype=torch.float64)
     values = values[values.isfinite()]
     return values.mean().item() if values.numel() else None
@@ -350,6 +350,7 @@ def train(cfg: Config, policy: Policy, task: tasks.Task, out: Path, record: dict
     log, samples = (out / "log.jsonl").open("w"), (out / "samples.jsonl").open("w")
 
     def write(file, row: dict) -> None:
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}  # JSON has no nan
         file.write(json.dumps(row) + "\n")
         file.flush()
 

@@ -85,7 +85,7 @@ def test_command_line_writes_the_same_figures_twice(tmp_path, capsys):
         evaluate.main(["--model", "toy_models/choice", "--subset", "choice", "--n", "1", "--out", str(tmp_path / name)])
         results.append(json.loads((tmp_path / name).read_text()))
     assert results[0] == results[1]
-    assert results[0]["problems"] == len(results[0]["rewards"]) == 128
+    assert results[0]["problems"] == len(results[0]["rewards"]) == 64
     assert f"{results[0]['avg']:.3f}" in capsys.readouterr().out
 
 

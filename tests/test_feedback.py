@@ -1,7 +1,7 @@
 """What feedback.py promises: who sees whose text in a group, and how a context stands in the teacher's prompt.
 
-In the groups below row i answers "Si" and, when it fails, is told "Fi". Prompts are compared as whole decoded texts; the
-templates are one letter long, so that an expected prompt can be read at a glance.
+In the groups below row i answers "Si" and, when it fails, is told "Fi". Prompts are compared as whole decoded texts;
+the templates are one letter long, so that an expected prompt can be read at a glance.
 """
 
 import copy
@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # feedback.py is one folder up; pytest may start anywhere
-from feedback import SOURCES, Context, Templates, contexts, critique_prompt, strip_thinking, student_prompt, teacher_prompt  # noqa: E402
+from feedback import SOURCES, Context, Templates, contexts, critique_prompt  # noqa: E402
+from feedback import strip_thinking, student_prompt, teacher_prompt  # noqa: E402
 
 GROUPS = list(itertools.product((0, 1), repeat=4))  # every pattern of rewards in a group of four
 
@@ -56,10 +57,10 @@ TABLE = """
     critique        0100  0  F0
     critique        1101  3  F2
     critique        1111  2  none
-"""
+""".strip().splitlines()
 
 
-@pytest.mark.parametrize("source, rewards, row, expected", [line.split(maxsplit=3) for line in TABLE.strip().splitlines()])
+@pytest.mark.parametrize("source, rewards, row, expected", [line.split(maxsplit=3) for line in TABLE])
 def test_over_many_seeds_a_row_sees_exactly_these_texts(source, rewards, row, expected):
     seen = {shown(draw(source, [int(r) for r in rewards], seed)[int(row)]) for seed in range(100)}
     assert seen == {None if text == "none" else text for text in expected.split(" | ")}
@@ -157,6 +158,7 @@ CHAT = (  # a template that takes system messages and, like Qwen3's, closes the 
 )
 T = Templates("|S {solution} s", "|F {feedback} f", "|C {critique} c", "|END", "{question}|{attempt}|{reference}|WHY")
 SYSTEM, QUESTION = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2+3?"}
+FIELDS = {"solution": "|S {} s", "feedback": "|F {} f", "critique": "|C {} c"}  # the sections of T
 START = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat is 2+3?"
 HEADER = "<|im_end|>\n<|im_start|>assistant\n<think></think>"
 
@@ -168,7 +170,8 @@ def tokenizer():
     bpe = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     bpe.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|pad|>"])
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|pad|>", chat_template=CHAT)
+    tokens = {"eos_token": "<|im_end|>", "pad_token": "<|pad|>"}
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=CHAT, **tokens)
 
 
 def prompt(tokenizer, limit=10_000, templates=T, messages=(SYSTEM, QUESTION), **texts):
@@ -178,20 +181,24 @@ def prompt(tokenizer, limit=10_000, templates=T, messages=(SYSTEM, QUESTION), **
     return tokenizer.decode(ids), cut
 
 
-LAYOUTS = [("|S five s", {"solution": "five"}), ("|F too small f", {"feedback": "too small"}), ("|C look c", {"critique": "look"})]
-LAYOUTS += [("|S five s|F too small f", {"feedback": "too small", "solution": "five"})]
+LAYOUTS = [
+    ("|S five s", {"solution": "five"}),
+    ("|F too small f", {"feedback": "too small"}),
+    ("|C look c", {"critique": "look"}),
+    ("|S five s|F too small f", {"feedback": "too small", "solution": "five"}),
+]
 
 
 @pytest.mark.parametrize("section, texts", LAYOUTS)
-def test_system_then_one_user_message_with_question_sections_and_closing_line_then_the_header(tokenizer, section, texts):
+def test_one_user_message_of_question_sections_closing_line_between_system_and_header(tokenizer, section, texts):
     messages = [dict(SYSTEM), dict(QUESTION)]
     assert prompt(tokenizer, messages=messages, **texts) == (START + section + "|END" + HEADER, 0)
     assert messages == [SYSTEM, QUESTION]
 
 
 def test_a_critique_has_a_heading_of_its_own(tokenizer):
-    headings = {prompt(tokenizer, templates=Templates(), **{f: "XYZ"})[0].split("XYZ")[0] for f in ("solution", "feedback", "critique")}
-    assert len(headings) == 3
+    shipped = [prompt(tokenizer, templates=Templates(), **{field: "XYZ"})[0] for field in FIELDS]
+    assert len({text.partition("XYZ")[0] for text in shipped}) == 3
 
 
 def test_the_students_attempt_is_not_quoted(tokenizer):
@@ -224,11 +231,15 @@ def test_truncation_cuts_the_end_of_the_context_and_nothing_else(tokenizer):
         prompt(tokenizer, len(whole) - 10, feedback=text)
 
 
-@pytest.mark.parametrize("solution, feedback, left", [("1234567", "89", "|S 1234 s|F 89 f"), ("12", "3456789", "|S 12 s|F 3456 f")])
+TWO_TEXTS = [("1234567", "89", "|S 1234 s|F 89 f"), ("12", "3456789", "|S 12 s|F 3456 f")]
+
+
+@pytest.mark.parametrize("solution, feedback, left", TWO_TEXTS)
 def test_of_two_texts_the_longer_is_cut_first(tokenizer, solution, feedback, left):
-    whole, _ = teacher_prompt(tokenizer, [SYSTEM, QUESTION], Context("", solution, feedback), T, 10_000)
-    assert prompt(tokenizer, len(whole) - 3, solution=solution, feedback=feedback) == (f"{START}{left}|END{HEADER}", 3)
-    assert prompt(tokenizer, len(whole) - 9, solution=solution, feedback=feedback) == (f"{START}|S  s|F  f|END{HEADER}", 9)
+    texts = {"solution": solution, "feedback": feedback}
+    whole, _ = teacher_prompt(tokenizer, [SYSTEM, QUESTION], Context("", **texts), T, 10_000)
+    assert prompt(tokenizer, len(whole) - 3, **texts) == (f"{START}{left}|END{HEADER}", 3)
+    assert prompt(tokenizer, len(whole) - 9, **texts) == (f"{START}|S  s|F  f|END{HEADER}", 9)
 
 
 HOSTILE = {
@@ -244,7 +255,7 @@ def special(tokenizer, ids):
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
-@pytest.mark.parametrize("field, section", [("solution", "|S {} s"), ("feedback", "|F {} f"), ("critique", "|C {} c")])
+@pytest.mark.parametrize("field, section", FIELDS.items())
 def test_a_context_is_plain_text_whatever_it_spells(tokenizer, field, section, text):
     ids, _ = teacher_prompt(tokenizer, [SYSTEM, QUESTION], Context("", **{field: text}), T, 10_000)
     assert tokenizer.decode(ids) == START + section.replace("{}", text) + "|END" + HEADER
@@ -264,7 +275,12 @@ def test_a_critique_request_shows_question_attempt_and_reference_as_plain_text(t
     assert special(tokenizer, ids) == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
 
 
-HOLES = [("solution", "none"), ("feedback", "{solution}"), ("critique", "{critique} {critique}"), ("request", "{question} {attempt}")]
+HOLES = [
+    ("solution", "none"),
+    ("feedback", "{solution}"),
+    ("critique", "{critique} {critique}"),
+    ("request", "{question} {attempt}"),
+]
 
 
 @pytest.mark.parametrize("name, template", HOLES)

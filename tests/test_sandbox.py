@@ -399,7 +399,7 @@ def test_a_silent_worker_is_replaced(tmp_path):
         assert works(box)
         silent, patience = pids(box), box._workers[0].socket
         assert patience.gettimeout() == 10.0 + S.GRACE_SECONDS
-        patience.settimeout(0.5)  # of this worker only
+        patience.settimeout(1.0)  # of this worker only
         assert box.call(source, "f", [str(tmp_path / "mark")]).value == "again"
         assert ends([*silent, int(wait_for(tmp_path / "mark"))])
 
@@ -499,6 +499,13 @@ def test_more_threads_than_workers_all_get_their_own_answer(one):
 
 
 def test_a_call_costs_milliseconds(one):
-    start = time.monotonic()
+    """Processor time of the worker and its children, which a busy machine does not stretch as it does the clock's."""
+
+    def spent() -> float:
+        fields = Path(f"/proc/{pids(one)[0]}/stat").read_text().rpartition(")")[2].split()
+        return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+
+    assert works(one)
+    before = spent()
     assert all(one.call(IDENTITY, "f", [n]).status == "ok" for n in range(50))
-    assert time.monotonic() - start < 5.0  # 100 ms each; about 3 where nothing else runs
+    assert spent() - before < 50 * 0.020  # about 50 * 0.002

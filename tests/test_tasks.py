@@ -36,7 +36,10 @@ def test_a_task_of_ones_own_needs_three_splits_and_a_verifier():
     problems = [Problem(str(i), [{"role": "user", "content": f"{i}+1?"}], reference=str(i + 1)) for i in range(6)]
 
     def verify(problems, responses):
-        return [Outcome(1, "passed") if r == p.reference else Outcome(0, "wrong", f"not {r}") for p, r in zip(problems, responses)]
+        return [
+            Outcome(1, "passed") if r == p.reference else Outcome(0, "wrong", f"not {r}")
+            for p, r in zip(problems, responses)
+        ]
 
     task = Task("sums", problems[:3], problems[3:4], problems[4:], verify)
     assert task.splits() == "sums: 3 train, 1 validation, 2 test problems"
