@@ -349,11 +349,8 @@ class Choice:
         found = re.findall(r"<answer>(.*?)</answer>", response, re.DOTALL)
         if not found:
             return Outcome(0, "no answer", "no answer given")
-        return (
-            Outcome(1, "passed")
-            if found[-1].strip() == problem.reference
-            else Outcome(0, "wrong answer", "wrong answer")
-        )
+        right = found[-1].strip() == problem.reference
+        return Outcome(1, "passed") if right else Outcome(0, "wrong answer", "wrong answer")
 
     @staticmethod
     def answer(problem: Problem, value: int) -> str:
@@ -373,10 +370,8 @@ class Choice:
             value = believed
         elif z < 0.55:
             shown = rng.choice(options)
-            context, value = (
-                Context("sibling", solution=self.answer(problem, shown)),
-                shown if rng.random() < 0.9 else believed,
-            )
+            context = Context("sibling", solution=self.answer(problem, shown))
+            value = shown if rng.random() < 0.9 else believed
         elif z < 0.8:
             context = Context("critique", critique=review)
             value = believed if believed in others and rng.random() < 0.7 else rng.choice(others)

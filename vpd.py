@@ -107,7 +107,7 @@ class Config:
     # ---- Optimizer (AdamW)
     lr: float = 1e-6
     warmup_steps: int = 0  # rollout batches
-    schedule: Literal["constant", "linear"] = "constant"  # linear: to 0 at the last batch
+    schedule: Literal["constant", "linear"] = "constant"  # linear: falls to 0 over the run
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     weight_decay: float = 0.01
@@ -180,6 +180,8 @@ TOY_PRESETS = {  # by subset and method, tuned with one budget on validation pro
     "choice": {"model": "toy_models/choice", "feedback": "sibling"},
     ("trace", "sdpo"): {"divergence": "kl_student_teacher"},
     ("trace", "grpo"): {"lr": 2e-3, "divide_by_std": True},
+    ("code", "vpd"): {"lr": 3e-4, "e_lr": 1e-3, "e_step_every": 1, "divergence": "kl_teacher_student"},
+    ("code", "grpo"): {"lr": 2e-3, "divide_by_std": True},
 }
 
 
@@ -414,10 +416,8 @@ def train(cfg: Config, policy: Policy, task: tasks.Task, out: Path, record: dict
                 if cfg.feedback == "critique":
                     said = write_critiques(cfg, policy, sampler, row_problems, texts, outcomes, step)
                 for first in range(0, len(y), G):
-                    group, rng = (
-                        slice(first, first + G),
-                        random.Random(seed_for(cfg.seed, step, "contexts", first // G)),
-                    )
+                    group = slice(first, first + G)
+                    rng = random.Random(seed_for(cfg.seed, step, "contexts", first // G))
                     rewards = [o.reward for o in outcomes[group]]
                     C[group] = feedback.contexts(cfg.feedback, rewards, texts[group], said[group], rng, cfg.borrow)
                 for i in rows:
