@@ -125,14 +125,13 @@ def contexts(
 
 
 def strip_thinking(text: str) -> str:
-    """The text without <think>…</think>; an opened block that never closes is dropped to its end."""
+    """The text without <think>…</think>. A block that never closes is dropped to its end, and one that the prompt
+    opened from the text's beginning."""
+    text = re.sub(r"\A(?:(?!<think>).)*?</think>", "", text, flags=re.DOTALL)
     return re.sub(r"<think>.*?(</think>|\Z)", "", text, flags=re.DOTALL).strip()
 
 
 # ---- From messages to token ids --------------------------------------------------------------------------
-
-# Private-use characters mark where plain text goes while the chat template is rendered.
-_OPEN, _CLOSE = "\ue000", "\ue001"
 
 
 def render(tokenizer, messages: list[dict[str, str]]) -> str:
@@ -156,13 +155,16 @@ def encode(tokenizer, messages: list[dict[str, str]], parts: list[str], max_toke
     of the rendered prompt. Only texts are ever cut to stay within max_tokens, the longest first, at their ends. Raises
     ValueError if the prompt is too long even without any text.
     """
-    marked = "".join(f"{_OPEN}{i}{_CLOSE}" if i % 2 else part for i, part in enumerate(parts))
+    # A private-use character that occurs nowhere marks where the texts go while the chat template is rendered.
+    said = "".join([*parts, *(m["content"] for m in messages)])
+    mark = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in said)
+    marked = "".join(f"{mark}{i}{mark}" if i % 2 else part for i, part in enumerate(parts))
     rendered = render(tokenizer, [*messages[:-1], {**messages[-1], "content": marked}])
     pieces = [
         tokenizer(parts[int(piece)], add_special_tokens=False, split_special_tokens=True).input_ids
         if i % 2
         else tokenizer(piece, add_special_tokens=False).input_ids
-        for i, piece in enumerate(re.split(f"{_OPEN}(\\d+){_CLOSE}", rendered))
+        for i, piece in enumerate(re.split(f"{mark}(\\d+){mark}", rendered))
     ]
     excess = over = max(0, sum(map(len, pieces)) - max_tokens)
     for i in sorted(range(1, len(pieces), 2), key=lambda i: -len(pieces[i])):

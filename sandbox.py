@@ -52,14 +52,18 @@ PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 @dataclass(frozen=True)
 class Result:
-    status: str  # "ok" | "error" | "timeout" | "memory" | "output limit" | "internal": the sandbox failed, not the program
+    status: (
+        str  # "ok" | "error" | "timeout" | "memory" | "output limit" | "internal": the sandbox failed, not the program
+    )
     value: object = None  # if ok: the return value after its way through JSON
     error: str = ""  # unless ok: one line, such as "ZeroDivisionError: division by zero (line 3)"
     seconds: float = 0.0  # from fork to answer
 
 
 class Sandbox:
-    def __init__(self, workers: int | None = None, time_limit: float = 6.0, memory_mb: int = 512, output_bytes: int = 1_000_000):
+    def __init__(
+        self, workers: int | None = None, time_limit: float = 6.0, memory_mb: int = 512, output_bytes: int = 1_000_000
+    ):
         limits = {"time_limit": time_limit, "memory_mb": memory_mb, "output_bytes": output_bytes}
         self._workers = [_Worker(limits) for _ in range(workers or min(len(os.sched_getaffinity(0)), 8))]
         self._free = queue.SimpleQueue()
@@ -108,10 +112,18 @@ class _Worker:
         self.socket.settimeout(self.limits["time_limit"] + GRACE_SECONDS)
         self.answers = self.socket.makefile("rb")
         # -I -S: no site-packages, nothing from the user's settings. A shared libpython may need this one variable.
-        command = [sys.executable, "-I", "-S", os.path.abspath(__file__), json.dumps({"scratch": self.scratch, **self.limits})]
+        command = [
+            sys.executable,
+            "-I",
+            "-S",
+            os.path.abspath(__file__),
+            json.dumps({"scratch": self.scratch, **self.limits}),
+        ]
         env = {name: value for name, value in os.environ.items() if name == "LD_LIBRARY_PATH"}
         with theirs:  # the worker's standard input; a session of its own keeps the terminal's Ctrl-C away
-            self.process = subprocess.Popen(command, stdin=theirs, stdout=subprocess.DEVNULL, env=env, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, stdin=theirs, stdout=subprocess.DEVNULL, env=env, start_new_session=True
+            )
         if self.closed:  # asked last, so that a close() on another thread misses no process
             self.stop()
 
@@ -127,7 +139,9 @@ class _Worker:
                 self.socket.sendall(question)
                 answer = self.answers.readline()
         finally:
-            if not answer.endswith(b"\n"):  # dead, silent, or Ctrl-C here: a late answer must not meet the next question
+            if not answer.endswith(
+                b"\n"
+            ):  # dead, silent, or Ctrl-C here: a late answer must not meet the next question
                 self.stop()
         return _result(answer) if answer.endswith(b"\n") else None
 

@@ -26,7 +26,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The verifier's answer on one response: reward r in {0, 1}, a one-word verdict for the log, and the environment's
+    """The verifier's answer on one response: reward r in {0, 1}, a short verdict for the log, and the environment's
     text on a failure (what was wrong, in words the model can use); empty on a success."""
 
     reward: int

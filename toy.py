@@ -11,6 +11,7 @@ pass rate well above 0 and below 1, reads feedback most of the time, and can lea
 """
 
 import argparse
+import functools
 import itertools
 import math
 import random
@@ -112,7 +113,7 @@ class Trace:
         return "\n".join(f"{k} {spell(line)} : {v}" for k, (line, v) in enumerate(zip(program, values), 1))
 
     def verify(self, problems: list[Problem], responses: list[str]) -> list[Outcome]:
-        return [self.grade(problem, response) for problem, response in zip(problems, responses)]
+        return [self.grade(problem, response) for problem, response in zip(problems, responses, strict=True)]
 
     def grade(self, problem: Problem, response: str) -> Outcome:
         given, right = response.split("\n"), problem.reference.split("\n")
@@ -191,6 +192,11 @@ PHRASES = {
 }
 
 
+@functools.cache
+def compiled(expression: str):
+    return compile(expression, "<phrase>", "eval")
+
+
 class Code:
     """`Write f(xs): shift 3, then sort.` -> a one- or two-line Python body, run against six unit tests in the sandbox. In
     the warm-up data a phrase's true meaning has probability 0.75, 0.3 or 0.003 (four phrases each). Feedback is the
@@ -258,8 +264,8 @@ class Code:
 
     def verify(self, problems: list[Problem], responses: list[str]) -> list[Outcome]:
         if self.sandbox is None:
-            self.sandbox = Sandbox(time_limit=1.0)
-        return self.sandbox.run_many(lambda pair: self.grade(*pair), list(zip(problems, responses)))
+            self.sandbox = Sandbox(time_limit=3.0)
+        return self.sandbox.run_many(lambda pair: self.grade(*pair), list(zip(problems, responses, strict=True)))
 
     def grade(self, problem: Problem, response: str) -> Outcome:
         source = "def f(xs):\n" + "\n".join(f" {line}" for line in response.split("\n"))
@@ -342,11 +348,11 @@ class Choice:
         return Problem(id, user(text), str(self.firmware.true[entry]), (entry, options))
 
     def verify(self, problems: list[Problem], responses: list[str]) -> list[Outcome]:
-        return [self.grade(problem, response) for problem, response in zip(problems, responses)]
+        return [self.grade(problem, response) for problem, response in zip(problems, responses, strict=True)]
 
     @staticmethod
     def grade(problem: Problem, response: str) -> Outcome:
-        found = re.findall(r"<answer>(.*?)</answer>", response, re.DOTALL)
+        found = re.findall(r"<answer>([^<]*)</answer>", response)
         if not found:
             return Outcome(0, "no answer", "no answer given")
         right = found[-1].strip() == problem.reference
@@ -516,7 +522,7 @@ def report(policy: Policy, subset: str) -> str:
             [p for p, _ in failed],
             [policy.decode(r.tokens) for r in sampler.sample(prompts, 1, seed=2, max_tokens=limit)],
         )
-        line += f", on its failures {mark} {sum(o.reward for o in drawn) / len(drawn):.3f}"
+        line += f", on its failures {mark} {sum(o.reward for o in drawn) / max(1, len(drawn)):.3f}"
     task.close()
     return line
 

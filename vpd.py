@@ -243,6 +243,10 @@ def check(cfg: Config) -> None:
         raise ValueError(f"--method {cfg.method} compares rollouts of one prompt: --group_size 1 gives no advantage")
     if cfg.group_size < 2 and method.teacher and cfg.feedback == "sibling":
         raise ValueError("--feedback sibling needs a second rollout of the prompt: --group_size must be at least 2")
+    if cfg.method == "vpd" and cfg.feedback == "both" and not cfg.borrow:
+        raise ValueError(
+            "--feedback both with --no_borrow gives failures a text and successes none: the label is given away"
+        )
     if cfg.teacher and not method.teacher:
         raise ValueError(f"--teacher {cfg.teacher} means nothing to --method {cfg.method}, which has no teacher")
     cfg.templates()  # raises ValueError for a template without its hole
@@ -352,7 +356,9 @@ def train(cfg: Config, policy: Policy, task: tasks.Task, out: Path, record: dict
     log, samples = (out / "log.jsonl").open("w"), (out / "samples.jsonl").open("w")
 
     def write(file, row: dict) -> None:
-        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}  # JSON has no nan
+        row = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
+        }  # JSON has no nan
         file.write(json.dumps(row) + "\n")
         file.flush()
 

@@ -135,6 +135,7 @@ THOUGHTS = {
     "5 <think>or is it": "5",
     "<think>a</think>5<think>never closed": "5",
     "<think>nothing else</think>": "",
+    "opened by the prompt</think> 5": "5",
 }
 
 

@@ -73,6 +73,7 @@ IMPOSSIBLE = [
     (["--steps", "0", "--epochs", "0"], "steps"),
     (["--method", "grpo", "--teacher", "ema"], "teacher"),
     (["--feedback_template", "no hole"], "feedback"),
+    (["--feedback", "both", "--no_borrow"], "no_borrow"),
     (["--top_k", "100000"], "top_k"),
     (["--max_prompt_tokens", "3"], "prompts_per_batch"),
     (["--model", "no/such/folder"], "no/such/folder"),
