@@ -39,8 +39,12 @@ esac
 
 # Train, evaluate the first and the last weights on test problems, draw the curves.
 out=
-for ((i = 1; i < $#; i++)); do
-  if [ "${!i}" = --out ]; then j=$((i + 1)); out=${!j}; fi
+for ((i = 1; i <= $#; i++)); do
+  case ${!i} in
+    -h|--help) exec python vpd.py --help ;;
+    --out=*) out=${!i#--out=} ;;
+    --out) j=$((i + 1)); out=${!j:-} ;;
+  esac
 done
 if [ -z "$out" ]; then out=runs/$word-$(date +%Y%m%d-%H%M%S); set -- --out "$out" "$@"; fi
 python vpd.py --task "$word" "$@"

@@ -55,7 +55,7 @@ def test_every_preset_passes_its_own_checks(task):
 def test_a_flag_overrides_the_preset_and_the_preset_the_default():
     assert vpd.parse(["--task", "math"]).lr == 5e-6
     assert vpd.parse(["--task", "math", "--lr", "0.5"]).lr == 0.5
-    assert vpd.parse(["--no_borrow"]).borrow is False
+    assert vpd.parse(["--no_borrow"]).borrow is False and vpd.parse([]).borrow is True
 
 
 IMPOSSIBLE = [
@@ -74,6 +74,8 @@ IMPOSSIBLE = [
     (["--method", "grpo", "--teacher", "ema"], "teacher"),
     (["--feedback_template", "no hole"], "feedback"),
     (["--feedback", "both", "--no_borrow"], "no_borrow"),
+    (["--no_borrow"], "no_borrow"),
+    (["--max_teacher_tokens", "20"], "max_teacher_tokens"),
     (["--top_k", "100000"], "top_k"),
     (["--max_prompt_tokens", "3"], "prompts_per_batch"),
     (["--model", "no/such/folder"], "no/such/folder"),
