@@ -23,7 +23,8 @@ def seed_for(*parts: int | str) -> int:
 @dataclass(frozen=True)
 class Rollout:
     """One response. tokens: ids as sampled, EOS included; logp: log-probability of each under the distribution it was
-    drawn from (after temperature and top_p; for greedy decoding, the model's own); finish: "stop", or "length" when it was cut at max_tokens."""
+    drawn from (after temperature and top_p; for greedy decoding, the model's own); finish: "stop", or "length" when it
+    was cut at max_tokens."""
 
     tokens: Ids
     logp: list[float]

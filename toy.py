@@ -230,9 +230,8 @@ class Code:
         for line in body.split("\n"):
             expression = line.removeprefix("xs=").removeprefix("return ")
             try:
-                xs = eval(
-                    expression, {"__builtins__": {}, "sorted": sorted, "set": set, "max": max, "min": min, "xs": xs}
-                )
+                names = {"__builtins__": {}, "sorted": sorted, "set": set, "max": max, "min": min, "xs": xs}
+                xs = eval(compiled(expression), names)
             except (ValueError, IndexError) as error:
                 return f"{type(error).__name__}: {error}"
         return xs

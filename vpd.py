@@ -476,6 +476,7 @@ def train(cfg: Config, policy: Policy, task: tasks.Task, out: Path, record: dict
                     value = losses.reward_shift(implicit, r[minibatch]).item()
                     if math.isfinite(value):  # one overflow must not poison every later E-step
                         shift = value if shift is None else (1 - cfg.shift_rate) * shift + cfg.shift_rate * value
+                    delta = value if shift is None else shift
                     # Second pass: with delta and the class counts fixed, any micro-batches give the same gradient.
                     total = 0.0
                     for part in policy.micro_batches(minibatch, lengths):
@@ -483,12 +484,12 @@ def train(cfg: Config, policy: Policy, task: tasks.Task, out: Path, record: dict
                         q_logp = losses.token_logp(view.logits(), view.tokens)  # (b, t)
                         prior = prior_logp[part, : q_logp.shape[1]]
                         part_implicit = losses.implicit_reward(q_logp, prior, view.mask, cfg.beta)
-                        loss = losses.bco_loss(part_implicit, r[part], value if shift is None else shift, n_pos, n_neg)
+                        loss = losses.bco_loss(part_implicit, r[part], delta, n_pos, n_neg)
                         loss.backward()
                         total += loss.item()
                     e_norms.append(update(e_optimizer, (cfg.e_lr or cfg.lr) * rate, total))
                     e_losses.append(total)
-                    weights.append(torch.sigmoid(implicit - (shift or 0.0)) * torch.sigmoid((shift or 0.0) - implicit))
+                    weights.append(torch.sigmoid(implicit - delta) * torch.sigmoid(delta - implicit))
                 died = torch.cat(weights) < 0.01 if weights else []
                 figures |= {"e_loss": mean(e_losses), "e_grad_norm": mean(e_norms), "shift": shift,
                             "e_rows": len(died), "e_died": mean(died)}  # fmt: skip
