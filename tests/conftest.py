@@ -13,6 +13,11 @@ import toy  # noqa: E402
 
 torch.set_num_threads(1)
 
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: time-outs, throughput, whole data sets; run by `bash run.sh test-slow`")
+
+
 # OLMo3's sliding window is shorter than the test sequences, so that it matters.
 FAMILIES = {
     "qwen3-tied": (Qwen3Config, Qwen3ForCausalLM, dict(tie_word_embeddings=True, head_dim=16)),
