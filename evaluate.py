@@ -1,7 +1,9 @@
-"""avg@k and pass@k on a task's problems, with bootstrap intervals, for any model folder or hub id.
+"""avg@k and pass@k on a task's problems, with bootstrap intervals, for any model folder or hub id; or grades of responses
+that are there already.
 
     python evaluate.py --model toy_models/trace --task toy --split test --n 4 --out base.json
     python evaluate.py --run runs/my-run       the weights it started from and those it ended with, same settings
+    python evaluate.py --responses answers.jsonl --task math --data math500.jsonl --out grades.jsonl
 
 avg@n is the mean reward over problems and n samples each; pass@k the chance that at least one of k samples passes, by the
 unbiased estimator from n samples. Intervals are 95% bootstrap intervals over problems: they speak for new problems, not
@@ -11,6 +13,7 @@ for new training runs, whose spread only seeds show.
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable
 from math import comb
 from pathlib import Path
@@ -63,17 +66,38 @@ def measure(
     temperature: float,
     top_p: float,
 ) -> dict:
-    """Samples n responses to each problem and grades them: `summarise`'s figures, the share of truncated responses, and
-    under "rewards" the outcomes of each problem by id."""
+    """Samples n responses to each problem and grades them: `summarise`'s figures; the share of truncated responses; how
+    many the grader itself failed on (they count as failures); under "parts" a summary of each part of the benchmark
+    and under "columns" of the verifier's further columns; under "rewards" the outcomes of each problem by id."""
     prompts = [student_prompt(policy.tokenizer, p.messages) for p in problems]
     rollouts = sampler.sample(prompts, n, seed, max_tokens, temperature, top_p)
     outcomes = verify([p for p in problems for _ in range(n)], [policy.decode(r.tokens) for r in rollouts])
     rewards = np.array([o.reward for o in outcomes]).reshape(len(problems), n)
+    parts = dict.fromkeys(p.part for p in problems)
+    columns = {}
+    for name in dict.fromkeys(name for o in outcomes for name in o.columns):
+        rows = [i for i in range(len(problems)) if name in outcomes[i * n].columns]
+        columns[name] = summarise(np.array([[outcomes[i * n + j].columns[name] for j in range(n)] for i in rows]))
     return {
         **summarise(rewards),
         "truncated": float(np.mean([r.finish == "length" for r in rollouts])),
-        "rewards": {p.id: row.tolist() for p, row in zip(problems, rewards)},
+        "internal": sum(o.verdict == "internal" for o in outcomes),
+        "verdicts": dict(Counter(o.verdict for o in outcomes).most_common()),
+        "parts": {part: summarise(rewards[[p.part == part for p in problems]]) for part in parts}
+        if len(parts) > 1
+        else {},
+        "columns": columns,
+        "rewards": {f"{p.part}/{p.id}" if len(parts) > 1 else p.id: row.tolist() for p, row in zip(problems, rewards)},
     }
+
+
+def paper_figures(task: str, subset: str, model: str, method: str, feedback: str) -> dict[str, float]:
+    """The paper's avg@k in percent for this setting, by part; {} where it gives none. "" is the whole benchmark."""
+    known = json.loads((Path(__file__).parent / "results" / "paper.json").read_text())
+    name = model.rstrip("/").split("/")[-1].lower()
+    key = f"{method}+critique" if feedback == "critique" and method not in ("base", "grpo") else method
+    found = known.get(task, {}).get(name, {}).get(key, {})
+    return {"": found[subset]} if subset in found else found
 
 
 def line(result: dict) -> str:
@@ -82,7 +106,54 @@ def line(result: dict) -> str:
     cells += [
         f"{k} {v['value']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" for k, v in result.items() if k.startswith("pass@")
     ]
-    return "  ".join(cells) + f"  truncated {result['truncated']:.3f}"
+    for name, column in result.get("columns", {}).items():
+        cells.append(f"{name} {column['avg']:.3f} [{column['low']:.3f}, {column['high']:.3f}]")
+    if "truncated" in result:
+        cells.append(f"truncated {result['truncated']:.3f}")
+    return "  ".join(cells) + (f"  grader failed on {result['internal']}" if result.get("internal") else "")
+
+
+def table(name: str, label: str, result: dict, paper: dict[str, float]) -> list[str]:
+    """The lines of one model: the whole benchmark, then its parts; the paper's figures in a column named so."""
+    beside = lambda part: f"  paper {paper[part] / 100:.4f}" if part in paper else ""  # noqa: E731
+    row = lambda first, second, figures, part: f"  {first:8s}{second:40s} {figures}{beside(part)}"  # noqa: E731
+    lines = [row(name, label, line(result), "")]
+    for part, figures in result["parts"].items():
+        lines.append(row("", f"  {part}, {figures['problems']} problems", line(figures), part))
+    if result["parts"] and result["task"].startswith("sciknoweval"):  # the paper's AVG: domains count alike
+        mean = np.mean([figures["avg"] for figures in result["parts"].values()])
+        lines.append(row("", "  mean of the domains", f"avg@{result['n']} {mean:.3f}", "average"))
+    return lines
+
+
+def grade(task: tasks.Task, path: Path, out: Path | None) -> list[str]:
+    """Grades the rows {"id", "response"} of a JSONL file; `out` gets {"id", "reward", "verdict", "feedback"} for each.
+    Returns the lines to print. Raises ValueError with one line for rows that cannot be graded."""
+    problems = {p.id: p for p in task.test}
+    if len(problems) < len(task.test):
+        twice = next(name for name, count in Counter(p.id for p in task.test).items() if count > 1)
+        raise ValueError(f"two problems of --data share the id {twice!r}")
+    rows = list(tasks.rows(path))
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row.get("response"), str) or "id" not in row:
+            raise ValueError(f'{path}, row {number}: a response is {{"id": ..., "response": text}}')
+        if str(row["id"]) not in problems:
+            raise ValueError(f"{path}, row {number}: no problem of --data has the id {row['id']!r}")
+    outcomes = task.verify([problems[str(row["id"])] for row in rows], [row["response"] for row in rows])
+    by_problem: dict[str, list[int]] = {}
+    for row, outcome in zip(rows, outcomes):
+        by_problem.setdefault(str(row["id"]), []).append(outcome.reward)
+    if out:
+        keys = ("reward", "verdict", "feedback")
+        graded = ({"id": row["id"], **{key: getattr(o, key) for key in keys}} for row, o in zip(rows, outcomes))
+        out.write_text("".join(json.dumps(row) + "\n" for row in graded))
+    means = np.array([np.mean(rewards) for rewards in by_problem.values()])
+    low, high = interval(means)
+    verdicts = ", ".join(f"{count} {verdict}" for verdict, count in Counter(o.verdict for o in outcomes).most_common())
+    return [
+        f"{len(rows)} responses to {len(by_problem)} problems, {len(problems) - len(by_problem)} problems without one: {verdicts}",
+        f"mean reward of the answered problems {means.mean():.4f} [{low:.4f}, {high:.4f}]",
+    ]
 
 
 class Parser(argparse.ArgumentParser):
@@ -92,49 +163,59 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description="avg@n and pass@k of a model on a task.", allow_abbrev=False)
+    parser = Parser(description="avg@n and pass@k of a model on a task, or grades of responses.", allow_abbrev=False)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="folder or hub id")
     source.add_argument("--run", type=Path, help="run directory: its first and its last weights, with its own settings")
+    source.add_argument(
+        "--responses", type=Path, help='JSONL of {"id", "response"}, graded without a model; needs --data'
+    )
     parser.add_argument("--task", choices=tasks.TASKS, default="toy")
     parser.add_argument("--subset", default="", help="of the task; its first by default")
+    parser.add_argument("--data", default="", help="problems in the source's own schema: a file, all of which is used")
     parser.add_argument("--split", choices=("train", "validation", "test"), default="test")
-    parser.add_argument("--n", type=int, default=4, help="samples per problem")
+    parser.add_argument("--n", type=int, help="samples per problem; default 16 for sciknoweval, else 4 (the paper's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--greedy", action="store_true", help="temperature 0 and one sample")
     parser.add_argument("--temperature", type=float, help="default 1.0 for toy, else 0.6 (SDPO)")
     parser.add_argument("--top_p", type=float, help="default 1.0 for toy, else 0.95 (SDPO)")
     parser.add_argument("--max_tokens", type=int, help="default 100 for toy, else 8192")
-    parser.add_argument(
-        "--out", type=Path, help="JSON file with every problem's rewards; --run writes RUN/evaluation.json"
-    )
+    parser.add_argument("--out", type=Path, help="file for every problem's rewards, or every response's grade")
     args = parser.parse_args(argv)
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     try:
-        models, out = {"model": args.model}, args.out
+        models, out, config = {"model": args.model}, args.out, {}
         toy = args.task == "toy"
-        task_name, subset = args.task, args.subset
         temperature, top_p, limit = (1.0, 1.0, 100) if toy else (0.6, 0.95, 8192)
+        n = 16 if args.task == "sciknoweval" else 4
         if args.run:
             if not (args.run / "config.json").is_file() or not (args.run / "model").is_dir():
                 raise ValueError(f"--run {args.run} is no finished run directory: config.json or model/ is missing")
             config = json.loads((args.run / "config.json").read_text())
-            models, out = (
-                {"before": config["model"], "after": str(args.run / "model")},
-                out or args.run / "evaluation.json",
-            )
-            task_name, subset = config["task"], config["subset"]
+            models = {"before": config["model"], "after": str(args.run / "model")}
+            out = out or args.run / "evaluation.json"
             temperature, top_p, limit = config["eval_temperature"], config["eval_top_p"], config["max_response_tokens"]
+            n = config["eval_samples"]
         temperature = 0.0 if args.greedy else temperature if args.temperature is None else args.temperature
         top_p = top_p if args.top_p is None else args.top_p
         limit = limit if args.max_tokens is None else args.max_tokens
-        n = 1 if args.greedy else args.n
+        n = 1 if args.greedy else n if args.n is None else args.n
         if n < 1 or limit < 1 or temperature < 0 or not 0 < top_p <= 1:
             raise ValueError("--n and --max_tokens must be at least 1, --temperature at least 0, --top_p in (0, 1]")
         if out and not out.parent.is_dir():
             raise ValueError(f"--out {out}: the folder {out.parent} does not exist")
-        task = tasks.load(task_name, subset)
+        if args.responses and not args.data:
+            raise ValueError("--responses needs --data, the problems they answer")
+        if args.run:
+            keys = ("task", "subset", "data", "train_tests", "since", "until")
+            task = tasks.load(*(config[key] for key in keys))
+        else:
+            task = tasks.read(args.task, args.data) if args.data else tasks.load(args.task, args.subset)
+        if args.responses:
+            print("\n".join([*task.notes, *grade(task, args.responses, out)]))
+            task.close()
+            return
         if not torch.cuda.is_available():
             torch.set_num_threads(1)
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -142,8 +223,11 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     problems, results = getattr(task, args.split), {}
+    if not problems:
+        parser.error(f"{task.name} has no {args.split} problems")
     settings = {"task": task.name, "split": args.split, "seed": args.seed, "temperature": temperature,
                 "top_p": top_p, "max_tokens": limit}  # fmt: skip
+    print("\n".join(task.notes), end="\n" if task.notes else "")
     print(
         f"{task.name}, {len(problems)} {args.split} problems, {n} samples each, temperature {temperature}, top_p {top_p}"
     )
@@ -151,7 +235,11 @@ def main(argv: list[str] | None = None) -> None:
         seed = seed_for(args.seed, "evaluation")
         result = measure(policy, HFSampler(policy), task.verify, problems, n, seed, limit, temperature, top_p)
         results[name] = {"model": models[name], **settings, **result}
-        print(f"  {name:8s}{models[name]:40s}{line(result)}")
+        method = config.get("method", "") if name == "after" else "base"
+        base = config.get("model", models[name])
+        paper = paper_figures(args.task if not config else config["task"], task.name.split("/")[-1], base, method,
+                              config.get("feedback", ""))  # fmt: skip
+        print("\n".join(table(name, models[name], results[name], paper)))
     task.close()
     if out:
         out.write_text(json.dumps(results["model"] if args.model else results, indent=1) + "\n")

@@ -193,12 +193,17 @@ def teacher_prompt(
     return encode(tokenizer, messages, parts, max_tokens)
 
 
-def critique_prompt(
-    tokenizer, messages: list[dict[str, str]], attempt: str, reference: str, templates: Templates, max_tokens: int
-) -> tuple[list[int], int]:
-    """Token ids of the request for a critique: problem, attempt and reference answer in one user message (Sec. 4.2),
-    and how many tokens of them were cut."""
+def critique_parts(messages: list[dict[str, str]], attempt: str, reference: str, templates: Templates) -> list[str]:
+    """The request for a critique, problem, attempt and reference answer at the odd places (Sec. 4.2); joined, it is the
+    message for a served model."""
     texts = {"question": messages[-1]["content"], "attempt": strip_thinking(attempt), "reference": reference}
     parts = re.split(r"\{(question|attempt|reference)\}", templates.request)
     parts[1::2] = [texts[hole] for hole in parts[1::2]]
-    return encode(tokenizer, messages[-1:], parts, max_tokens)
+    return parts
+
+
+def critique_prompt(
+    tokenizer, messages: list[dict[str, str]], attempt: str, reference: str, templates: Templates, max_tokens: int
+) -> tuple[list[int], int]:
+    """Token ids of the request as one user message, and how many tokens of its texts were cut."""
+    return encode(tokenizer, messages[-1:], critique_parts(messages, attempt, reference, templates), max_tokens)

@@ -44,7 +44,8 @@ class Policy:
         model.eval()  # no dropout anywhere: the student that is scored is the student that sampled
         eos = model.generation_config.eos_token_id
         eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
-        self.eos_ids = sorted({*eos, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
+        own = [tokenizer.eos_token_id, _turn_end(tokenizer)]
+        self.eos_ids = sorted({*eos, *(token for token in own if token is not None)})
         if not self.eos_ids:
             raise ValueError("neither the tokenizer nor the model's generation config names an end-of-sequence token")
 
@@ -163,3 +164,19 @@ def ema_update(teacher: nn.Module, student: nn.Module, rate: float) -> None:
     """teacher ← (1 − rate) · teacher + rate · student, parameter by parameter, in the teacher's own precision."""
     for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
         t.copy_((1 - rate) * t + rate * s.to(t.dtype))
+
+
+def _turn_end(tokenizer) -> int | None:
+    """The special token that the chat template writes after an assistant's turn. A base model's own end of text is
+    another one, but prompted with the template it may end its turn like this."""
+    if not tokenizer.chat_template:
+        return None
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "zqz"}]
+    after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("zqz")[2].strip()
+    known = [token for token in tokenizer.all_special_tokens if after.startswith(token)]
+    known += [
+        str(token)
+        for token in tokenizer.added_tokens_decoder.values()
+        if token.special and after.startswith(str(token))
+    ]
+    return tokenizer.convert_tokens_to_ids(known[0]) if known else None

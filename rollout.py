@@ -1,12 +1,17 @@
 """Samplers behind one interface of two calls: `sample` draws rollouts from the student, `sync` hands over its weights.
+Beside them stands `ServedModel`, a model that somebody else serves.
 
 Every random number is a function of (seed, row, t), where a row is one rollout of one call: a rerun gives the same
 rollouts, however the rows were grouped into batches.
 """
 
 import hashlib
+import os
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import openai
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
@@ -116,3 +121,44 @@ class HFSampler:
             length = ends[0] + 1 if ends else len(tokens)
             rollouts.append(Rollout(tokens[:length], token_logp[:length], "stop" if ends else "length"))
         return rollouts
+
+
+class ServedModel:
+    """A model behind any OpenAI-compatible server. The key comes from the environment variable OPENAI_API_KEY alone."""
+
+    def __init__(self, url: str, model: str, timeout: float = 60.0, at_once: int = 16):
+        key = os.environ.get("OPENAI_API_KEY") or "none"  # local servers want none
+        self.client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=2)
+        self.model, self.at_once = model, at_once
+        self.failures: Counter[str] = Counter()  # of the last call: what went wrong, how often
+
+    def reply(
+        self,
+        messages: list[list[dict[str, str]]],
+        seed: int,
+        max_tokens: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+    ) -> list[str]:
+        """One reply to each conversation, "" where three attempts failed; `failures` then says why."""
+        self.failures.clear()
+
+        def ask(i: int) -> str:
+            try:
+                answer = self.client.chat.completions.create(
+                    model=self.model, messages=messages[i], max_tokens=max_tokens, temperature=temperature, top_p=top_p,
+                    seed=seed_for(seed, i) % 2**31,
+                )  # fmt: skip
+                return answer.choices[0].message.content or ""
+            except (
+                openai.OpenAIError,
+                AttributeError,
+                IndexError,
+                TypeError,
+                ValueError,
+            ) as error:  # or no such answer
+                self.failures[f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"] += 1
+                return ""
+
+        with ThreadPoolExecutor(self.at_once) as pool:
+            return list(pool.map(ask, range(len(messages))))

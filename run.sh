@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# bash run.sh [toy|lcb|sciknoweval|math|eval|figures|test] [flags passed on]; no word = toy
+# bash run.sh [toy|lcb|sciknoweval|math|eval|figures|test|test-slow] [flags passed on]; no word = toy
+# lcb, sciknoweval and math take --smoke: the same path on a CPU, tiny random models, the project's own fixtures
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 word=toy
 if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then word=$1; shift; fi
 case $word in
-  toy|lcb|sciknoweval|math|eval|figures|test) ;;
-  *) echo "run.sh: error: unknown word '$word': toy, lcb, sciknoweval, math, eval, figures or test" >&2; exit 2 ;;
+  toy|lcb|sciknoweval|math|eval|figures|test|test-slow) ;;
+  *) echo "run.sh: error: unknown word '$word': toy, lcb, sciknoweval, math, eval, figures, test or test-slow" >&2; exit 2 ;;
 esac
 
 # A virtual environment of our own unless one is active; pins are installed once per version of requirements.txt.
@@ -32,21 +33,42 @@ fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 case $word in
-  test) exec python -m pytest -q tests "$@" ;;
+  test) exec python -m pytest -q -m "not slow" tests "$@" ;;
+  test-slow) exec python -m pytest -q -m slow tests "$@" ;;
   eval) exec python evaluate.py "$@" ;;
   figures) exec python figures.py "$@" ;;
 esac
 
 # Train, evaluate the first and the last weights on test problems, draw the curves.
+train_and_evaluate() {
+  python vpd.py --task "$word" "$@"
+  python evaluate.py --run "$out"
+  python figures.py "$out" --out "$out/curves.png"
+}
+
 out=
+smoke=
 for ((i = 1; i <= $#; i++)); do
   case ${!i} in
     -h|--help) exec python vpd.py --help ;;
+    --smoke) j=$((i + 1)); case ${!j:-} in qwen3|olmo3) ;; *) smoke=$i ;; esac ;;
     --out=*) out=${!i#--out=} ;;
     --out) j=$((i + 1)); out=${!j:-} ;;
   esac
 done
+if [ -n "$smoke" ]; then  # every feedback source that the task has, the second model family with the first of them
+  set -- "${@:1:smoke-1}" "${@:smoke+1}"
+  case $word in
+    lcb) sources="environment sibling solution_first both" ;;
+    *) sources="sibling critique" ;;
+  esac
+  base=${out:-runs/$word-smoke}
+  for pair in $(printf 'qwen3:%s ' $sources) "olmo3:${sources%% *}"; do
+    out=$base-${pair%:*}-${pair#*:}
+    echo "---- smoke: $word, ${pair%:*}, feedback ${pair#*:}"
+    train_and_evaluate "$@" --smoke "${pair%:*}" --feedback "${pair#*:}" --out "$out" --overwrite
+  done
+  exit
+fi
 if [ -z "$out" ]; then out=runs/$word-$(date +%Y%m%d-%H%M%S); set -- --out "$out" "$@"; fi
-python vpd.py --task "$word" "$@"
-python evaluate.py --run "$out"
-python figures.py "$out" --out "$out/curves.png"
+train_and_evaluate "$@"

@@ -17,7 +17,7 @@ Covered, each with its test in tests/test_sandbox.py (Linux):
 - every way to end without a value: exceptions, SystemExit, syntax errors, os._exit, signals, values JSON cannot hold
 - `call`: standard input is empty, what is printed is thrown away. `run`: the program is __main__ with a real standard
   input and output, exits as Python would (threads joined, atexit run), and is judged by what it printed
-- the environment is empty, string hashes are the same in every call; of packages only those of `preload` are at hand
+- the environment is empty, string hashes are the same in every call; installed packages only if `packages` is on
 - a worker that dies or falls silent is replaced and the call made once more; then the status is "internal"
 - no process is left by close(), by the interpreter's exit, or when the caller or a worker is killed
 Covered where the kernel allows it, which `layers` tells (x86_64 and aarch64):
@@ -85,8 +85,9 @@ class Result(NamedTuple):
 
 class Sandbox:
     """workers: processes, one call each at a time (default: one per core, at most 16). preamble: the names of PREAMBLE
-    are there without import, and the recursion limit is 50,000, as competition judges have it. preload: packages that
-    workers import once, so that programs find them loaded. without: layers to leave out (for tests)."""
+    are there without import, and the recursion limit is 50,000, as competition judges have it. packages: installed
+    packages can be imported, at their cost in each call. warm: source of the caller's own that each worker runs once, so
+    that calls find loaded what it imports and caches. without: layers to leave out, for tests."""
 
     def __init__(
         self,
@@ -95,13 +96,14 @@ class Sandbox:
         memory_mb: int = 512,
         output_bytes: int = 1_000_000,
         preamble: bool = False,
-        preload: tuple[str, ...] = (),
+        packages: bool = False,
+        warm: str = "",
         without: tuple[str, ...] = (),
     ):
-        packages = [path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")]
+        folders = [path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")]
         limits = {
             "time_limit": time_limit, "memory_mb": memory_mb, "output_bytes": output_bytes, "preamble": preamble,
-            "preload": preload, "packages": packages if preload else [], "without": without,
+            "warm": warm, "packages": folders if packages else [], "without": without,
         }  # fmt: skip
         self._workers = [_Worker(limits) for _ in range(workers or min(len(os.sched_getaffinity(0)), 16))]
         self._free = queue.SimpleQueue()
@@ -273,12 +275,9 @@ def _serve(limits: SimpleNamespace) -> None:
     limits.libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what leaves the child's process group still comes to us
     caller = os.dup(0)
     questions = open(caller, "rb", closefd=False)  # noqa: SIM115
-    for name in limits.preload:
-        with suppress(ImportError):
-            __import__(name)
+    exec(compile(limits.warm, "<warm>", "exec"), {})  # also: a process's first compilation makes all node types, 2 ms
     layers = _prepare_layers(limits)
     _prepare_program(limits)
-    compile("0", PROGRAM, "exec")  # the first compilation of a process makes all node types, 2 ms
     gc.freeze()  # children share these pages as long as no collection walks over them
     with suppress(EOFError, ConnectionError):  # the caller has closed or died
         _write(caller, json.dumps(layers).encode() + b"\n")

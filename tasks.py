@@ -1,50 +1,80 @@
 """What a task is: problems with prompts, and a verifier that turns a response into an outcome with a text.
 
-Every task, toy or real, is one `Task`: three splits of `Problem`s and a `verify` function. A training loop needs no more,
-so bringing your own task means building one `Task` and giving it a name in `load`.
+Every task, toy or real, is one `Task`: splits of `Problem`s and a `verify` function. A training loop needs no more, so
+bringing your own task means building one `Task` and giving it a name in `load`. The real ones stand below:
+
+    lcb           LiveCodeBench v6: programs run against tests; feedback is what went wrong
+    sciknoweval   SciKnowEval L3, four domains: multiple choice, right or wrong and no text
+    math          DAPO-Math-17k for training; MATH-500, AIME24, AIME25, AMC23 for evaluation
 """
 
-from collections.abc import Callable
+import base64
+import io
+import json
+import pickle
+import random
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
+
+from sandbox import Result, Sandbox, loads
 
 TASKS = {  # task -> its subsets, the first one being the default
     "toy": ("trace", "code", "choice"),
+    "lcb": ("v6",),
+    "sciknoweval": ("biology", "chemistry", "material", "physics", "all"),
+    "math": ("dapo",),
 }
 
 
 @dataclass(frozen=True)
 class Problem:
     """One prompt x. `messages` are chat messages ({"role", "content"}), the last one from the user; `reference` is what
-    a critique may see (never the student); `data` is whatever the task's own verifier needs."""
+    a critique may see (never the student); `data` is whatever the task's own verifier needs; `part` names the benchmark
+    or domain that gets a row of its own in the results."""
 
     id: str
     messages: list[dict[str, str]]
     reference: str = ""
     data: Any = None
+    part: str = ""
 
 
 @dataclass(frozen=True)
 class Outcome:
     """The verifier's answer on one response: reward r in {0, 1}, a short verdict for the log, and the environment's
-    text on a failure (what was wrong, in words the model can use); empty on a success."""
+    text on a failure (what was wrong, in words the model can use); empty on a success. The verdict "internal" says that
+    grading itself failed: such a row is no failure of the model and takes no part in training. `columns` are further
+    0-1 results that evaluation reports beside the reward."""
 
     reward: int
     verdict: str
     feedback: str = ""
+    columns: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
 class Task:
     """Problems and verifier. `verify(problems, responses)` grades one response per problem, in order. `close` releases
-    what the verifier holds (worker processes)."""
+    what the verifier holds (worker processes). Without validation problems a run is watched on the test problems and
+    chooses nothing by them. `sources`: the feedback sources that the task has, None for all; `notes`: lines for the
+    start of a run; `letters`: answers are letters, so a constant answer is a baseline worth printing."""
 
     name: str
     train: list[Problem]
     validation: list[Problem]
     test: list[Problem]
     verify: Callable[[list[Problem], list[str]], list[Outcome]]
-    close: Callable[[], None] = field(default=lambda: None)
+    close: Callable[[], None] = lambda: None
+    sources: tuple[str, ...] | None = None
+    notes: list[str] = field(default_factory=list)
+    letters: bool = False
 
     def splits(self) -> str:
         return (
@@ -52,13 +82,621 @@ class Task:
         )
 
 
-def load(task: str, subset: str = "") -> Task:
-    """The task by name. Raises ValueError with one line when the name or the subset is unknown."""
+def load(
+    task: str,
+    subset: str = "",
+    data: str = "",
+    train_tests: str = "private",
+    since: str = "2025-02-01",
+    until: str = "2025-05-01",
+) -> Task:
+    """The task by name.
+
+    data: where its source lies, the hub if empty; each loader below says what it takes. train_tests, since and until
+    are lcb's: which tests give reward and feedback in training, and the window since <= contest_date < until.
+    Raises ValueError with one line for an unknown name or subset, and for data that cannot be read.
+    """
     if task not in TASKS:
         raise ValueError(f"task {task!r} has no loader: choose one of {', '.join(TASKS)}")
     subset = subset or TASKS[task][0]
     if subset not in TASKS[task]:
         raise ValueError(f"task {task} has no subset {subset!r}: choose one of {', '.join(TASKS[task])}")
-    import toy  # the toy tasks import this file's types
+    if data and not Path(data).exists():
+        raise ValueError(f"--data {data} does not exist")
+    if task == "toy":
+        if data:
+            raise ValueError("--data means nothing to the toy tasks, which make their problems")
+        import toy  # the toy tasks import this file's types
 
-    return toy.load(subset)
+        return toy.load(subset)
+    if task == "lcb":
+        return _lcb(data, train_tests, since, until)
+    return _sciknoweval(subset, data) if task == "sciknoweval" else _math(data)
+
+
+def read(task: str, path: str) -> Task:
+    """The problems of one file in the source's own schema, all of them as test problems, with the task's verifier.
+    Raises ValueError with one line for a file that cannot be read and for tasks without files."""
+    if task not in ("lcb", "sciknoweval", "math"):
+        raise ValueError(f"task {task} has no files: choose lcb, sciknoweval or math")
+    source = list(rows(path))
+    if task == "lcb":
+        records = [_record(row, f"{path}, row {i}", "public") for i, row in enumerate(source, 1)]
+        return _lcb_task([], [_lcb_problem(record, "official") for record in records], [])
+    if task == "sciknoweval":
+        return _sciknoweval_task(
+            "file", [], [_choice(row, f"{path}, row {i}", str(i - 1)) for i, row in enumerate(source, 1)]
+        )
+    part = re.sub(r"\W+", "", Path(path).stem.lower())
+    return _math_task([], [_math_problem(row, f"{path}, row {i}", part, i - 1) for i, row in enumerate(source, 1)], [])
+
+
+# ---- Reading sources -----------------------------------------------------------------------------------------
+
+
+def rows(path: str | Path) -> Iterable[dict]:
+    """The rows of a JSONL, JSON, parquet or arrow file, or of a folder: a data set saved or cached by `datasets`, or
+    files of those kinds."""
+    path = Path(path)
+    if path.is_dir():
+        import datasets
+
+        if (path / "state.json").exists():
+            return datasets.load_from_disk(str(path))
+        files = sorted(f for f in path.iterdir() if f.suffix in (".jsonl", ".parquet", ".arrow"))
+        if not files:
+            raise ValueError(f"{path} holds no .jsonl, .parquet or .arrow file")
+        return (row for file in files for row in rows(file))
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist")
+    if path.suffix in (".parquet", ".arrow"):
+        import datasets
+
+        try:
+            kind = datasets.Dataset
+            return kind.from_parquet(str(path)) if path.suffix == ".parquet" else kind.from_file(str(path))
+        except Exception as error:  # the library's and pyarrow's errors share no base
+            raise ValueError(f"{path} cannot be read: {_one_line(error)}") from None
+    return _json_rows(path)
+
+
+def _json_rows(path: Path) -> Iterator[dict]:
+    with path.open(encoding="utf-8") as file:
+        number = 0
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{path}, line {number} is no JSON: {_one_line(error)}") from None
+                if not isinstance(row, dict):
+                    raise ValueError(f"{path}, line {number} is no JSON object")
+                yield row
+    if not number:
+        raise ValueError(f"{path} is empty")
+
+
+def _hub(repo: str, split: str) -> Iterable[dict]:
+    import datasets
+
+    try:
+        return datasets.load_dataset(repo, split=split)
+    except Exception as error:  # network, hub, cache and parsing errors share no base
+        raise ValueError(f"{repo} cannot be fetched ({_one_line(error)}): give a local copy with --data") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def _get(row: dict, where: str, *names: str) -> Any:
+    """The first of the columns that is there. Raises ValueError when none is."""
+    for name in names:
+        if row.get(name) is not None:
+            return row[name]
+    raise ValueError(f"{where}: column {' or '.join(names)} is missing")
+
+
+# ---- LiveCodeBench -------------------------------------------------------------------------------------------
+
+LCB_FILE = ("livecodebench/code_generation_lite", "test6.jsonl")  # the v6 increment: 175 problems, 134 MB
+TIME_LIMIT = 6.0  # seconds per test, the official checker's
+FEEDBACK_CHARS = 2000
+MAX_TESTS_BYTES = 1 << 30  # of one problem, decompressed
+STDIN_FORMAT = (
+    "{question}\n\nWrite a Python 3 program that reads the input from standard input and prints the answer to standard "
+    "output. Give the whole program in one ```python code block at the end of your answer."
+)
+FUNCTION_FORMAT = (
+    "{question}\n\nSolve it by completing this Python 3 code, with the names as they are:\n\n```python\n{starter}\n```\n\n"
+    "Give the whole code in one ```python code block at the end of your answer."
+)
+
+
+@dataclass(frozen=True, eq=False)
+class _Record:
+    """One problem of LiveCodeBench. Its tests weigh megabytes, so they stay as they came until somebody grades."""
+
+    id: str
+    question: str
+    starter: str
+    function: str  # "" for a program that reads standard input
+    public: str
+    private: str
+    train: tuple[int, ...]  # tests that give reward and feedback in training, by position in tests()
+
+    def tests(self) -> list[dict]:
+        return _tests(self)
+
+
+class _StringUnpickler(pickle.Unpickler):
+    """A pickle can call anything; this one may only hold plain values."""
+
+    def find_class(self, module: str, name: str):
+        raise pickle.UnpicklingError(f"the pickle asks for {module}.{name}")
+
+
+@lru_cache(maxsize=64)  # the problems of a batch
+def _tests(record: _Record) -> list[dict]:
+    """The private tests, or the public ones of a record that has no private ones."""
+    try:
+        return _decode(record.private) or _decode(record.public)
+    except Exception as error:  # whatever a damaged blob makes of base64, zlib, pickle and json
+        raise ValueError(f"lcb problem {record.id}: its tests cannot be decoded ({_one_line(error)})") from None
+
+
+def _decode(text: str) -> list[dict]:
+    """JSON, or base64 of zlib of a pickled string of JSON."""
+    try:
+        tests = json.loads(text)
+    except ValueError:
+        unpacker = zlib.decompressobj()
+        raw = unpacker.decompress(base64.b64decode(text, validate=True), MAX_TESTS_BYTES)
+        if not unpacker.eof:
+            raise ValueError("the compressed tests are cut short or too long") from None
+        inner = _StringUnpickler(io.BytesIO(raw)).load()
+        if not isinstance(inner, str):
+            raise ValueError(f"the pickle holds {type(inner).__name__}, not str") from None
+        tests = json.loads(inner)
+    for test in tests:
+        if not isinstance(test["input"], str) or not isinstance(test["output"], str):
+            raise ValueError("a test's input or output is no text")
+    return tests
+
+
+def _record(row: dict, where: str, train_tests: str) -> _Record:
+    """Decodes the tests once, so that a damaged one is found before training, and chooses those for training."""
+    name = str(_get(row, where, "question_id"))
+    metadata = json.loads(row.get("metadata") or "{}")
+    record = _Record(
+        name, _get(row, where, "question_content"), row.get("starter_code") or "", metadata.get("func_name") or "",
+        _get(row, where, "public_test_cases"), row.get("private_test_cases") or "[]", (),
+    )  # fmt: skip
+    if bool(record.starter) != bool(record.function):
+        raise ValueError(f"lcb problem {name}: it has only one of starter_code and metadata.func_name")
+    tests = _tests(record)
+    if not tests:
+        raise ValueError(f"lcb problem {name}: it has no tests")
+    if train_tests == "public":  # they stand before the private ones; see _lcb_problem
+        return record
+    half = random.Random(f"0/{name}").sample(range(len(tests)), max(1, len(tests) // 2))
+    return _Record(**{**vars(record), "train": tuple(sorted(half))})
+
+
+def _lcb_problem(record: _Record, use: str) -> Problem:
+    """use: the tests that grade it. "train" is the half, "all" the private tests, "public" the public ones, "official"
+    public and private ones together, as the official checker has it."""
+    template = FUNCTION_FORMAT if record.function else STDIN_FORMAT
+    text = template.replace("{starter}", record.starter.rstrip()).replace("{question}", record.question.strip())
+    return Problem(record.id, [{"role": "user", "content": text}], data=(record, use))
+
+
+def _lcb(data: str, train_tests: str, since: str, until: str) -> Task:
+    """data: the JSONL file (test6.jsonl), or a folder with it or with a `datasets` cache."""
+    if data:
+        source = rows(data)
+    else:
+        from huggingface_hub import hf_hub_download
+
+        try:
+            source = rows(hf_hub_download(*LCB_FILE, repo_type="dataset"))
+        except Exception as error:  # network, hub and disk errors share no base
+            raise ValueError(
+                f"{'/'.join(LCB_FILE)} cannot be fetched ({_one_line(error)}): give a local copy with --data"
+            ) from None
+    records, total = [], 0
+    for total, row in enumerate(source, 1):
+        where = f"{data or LCB_FILE[1]}, row {total}"
+        if since <= str(_get(row, where, "contest_date"))[:10] < until:
+            records.append(_record(row, where, train_tests))
+    notes = [f"lcb: {len(records)} of {total} problems, {since} <= contest_date < {until}"]
+    if not records:
+        raise ValueError(f"{notes[0]}: widen the window with --since and --until")
+    if lacking := sum(not _decode(r.private) for r in records):
+        notes.append(f"lcb: {lacking} problems have no private tests; their public tests stand in for them")
+    use = "train" if train_tests == "private" else "public"
+    train, test = ([_lcb_problem(r, u) for r in records] for u in (use, "all"))
+    return _lcb_task(train, test, notes)
+
+
+def _lcb_task(train: list[Problem], test: list[Problem], notes: list[str]) -> Task:
+    sandbox = Sandbox(time_limit=TIME_LIMIT, memory_mb=2048, output_bytes=32 << 20, preamble=True, packages=True)
+
+    def verify(problems: list[Problem], responses: list[str]) -> list[Outcome]:
+        return sandbox.run_many(
+            lambda pair: _grade_program(sandbox, *pair), list(zip(problems, responses, strict=True))
+        )
+
+    sources = ("environment", "sibling", "solution_first", "both")
+    notes.append(f"sandbox: {sandbox.layers}")
+    return Task("lcb/v6", train, [], test, verify, sandbox.close, sources, notes)
+
+
+def code_block(response: str) -> str | None:
+    """The last complete fenced block that names Python or no language; None if there is none."""
+    blocks = re.findall(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```[ \t]*$", response, re.DOTALL | re.MULTILINE)
+    programs = [text for language, text in blocks if language.lower() in ("", "python", "python3", "py")]
+    return programs[-1] if programs else None
+
+
+def same_output(printed: str, expected: str) -> bool:
+    """The official checker's rule: as many lines, each equal when stripped, or equal number by number (0.50 = 0.5,
+    1e3 = 1000, no tolerance); one word in a line and its text must be equal."""
+    lines, wanted = (text.strip().split("\n") for text in (printed, expected))
+    return len(lines) == len(wanted) and all(map(_same_line, lines, wanted))
+
+
+def _same_line(line: str, wanted: str) -> bool:
+    if line.strip() == wanted.strip():
+        return True
+    words, wanted_words = line.split(), wanted.split()
+    if len(words) != len(wanted_words):
+        return False
+    try:
+        return all(Decimal(a) == Decimal(b) for a, b in zip(words, wanted_words))
+    except InvalidOperation:
+        return False
+
+
+def _run_test(sandbox: Sandbox, record: _Record, source: str, test: dict) -> tuple[str, Result]:
+    """Verdict and result of one test."""
+    if record.function:
+        args = [loads(line) for line in test["input"].split("\n") if line.strip()]
+        owner = "Solution." if re.search(r"^class Solution\b", source, re.MULTILINE) else ""
+        result = sandbox.call(source, owner + record.function, args)
+    else:
+        result = sandbox.run(source, test["input"])
+    if result.status != "ok":
+        return result.status.replace("timeout", "time-out"), result
+    try:
+        right = result.value == loads(test["output"]) if record.function else same_output(result.value, test["output"])
+    except RecursionError:  # a value nested deeper than Python compares
+        right = False
+    if not right and result.error:  # a thread died, and what it should have printed is missing
+        return "error", result
+    return "passed" if right else "wrong answer", result
+
+
+def _grade_program(sandbox: Sandbox, problem: Problem, response: str) -> Outcome:
+    """All tests of the problem's use, in order. A time-out or an error ends the half that it stands in: the verdict and
+    its text are settled, and one rollout must not cost 20 times the limit."""
+    record, use = problem.data
+    tests = record.tests() if use in ("train", "all") else _decode(record.public)
+    if use == "official":
+        tests = tests + _decode(record.private)
+    held_out = [i for i in range(len(tests)) if i not in record.train]
+    halves = {"train": [record.train], "all": [record.train, held_out]}.get(use, [range(len(tests))])
+
+    def columns(*passed: bool) -> dict[str, int]:
+        return {"held_out": int(passed[1])} if use == "all" and held_out else {}
+
+    source = code_block(response)
+    if source is None:
+        return Outcome(0, "no code", "Your answer contains no complete ```python code block.", columns(False, False))
+    done, passed = [], []  # (verdict, result, test), whether all of a half passed
+    for half in halves:
+        passed.append(True)
+        for i in half:
+            verdict, result = _run_test(sandbox, record, source, tests[i])
+            done.append((verdict, result, tests[i]))
+            passed[-1] &= verdict == "passed"
+            if verdict not in ("passed", "wrong answer"):
+                break
+    failed = [item for item in done if item[0] != "passed"]
+    if not failed:
+        return Outcome(1, "passed", columns=columns(*passed))
+    for kinds in (("internal",), ("error", "memory", "output limit"), ("time-out",), ("wrong answer",)):
+        if of_kind := [item for item in failed if item[0] in kinds]:
+            text = "" if kinds == ("internal",) else _failure_text(of_kind)
+            return Outcome(0, of_kind[0][0], text, columns(*passed))
+    raise AssertionError(f"unknown verdicts {failed}")
+
+
+def _failure_text(failed: list[tuple[str, Result, dict]]) -> str:
+    """What an environment's feedback says: the first error or time-out, or the two shortest wrong answers."""
+    verdict, result, test = failed[0]
+    if verdict == "time-out":
+        text = f"Your program did not finish within {TIME_LIMIT:g} seconds on this input:\n{_cut(test['input'], 800)}"
+    elif verdict == "wrong answer":
+        shortest = sorted(failed, key=lambda item: len(item[2]["input"]) + len(item[2]["output"]))[:2]
+        shown = [(_cut(t["input"]), _cut(_show(r.value)), _cut(t["output"])) for _, r, t in shortest]
+        text = "\n\n".join(
+            f"Wrong answer.\nInput:\n{asked}\nYour output:\n{said}\nExpected output:\n{wanted}"
+            for asked, said, wanted in shown
+        )
+    else:
+        what = {"memory": "ran out of memory", "output limit": "printed too much"}.get(verdict, "stopped with an error")
+        text = "\n".join([f"Your program {what}:", result.error, *result.frames, f"Input:\n{_cut(test['input'], 600)}"])
+    return text[:FEEDBACK_CHARS]
+
+
+def _show(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _cut(text: str, length: int = 300) -> str:
+    text = text.strip()
+    return text if len(text) <= length else f"{text[:length]} ... ({len(text) - length} characters more)"
+
+
+# ---- SciKnowEval ---------------------------------------------------------------------------------------------
+
+CHOICE_TYPES = ("mcq-4-choices", "mcq-2-choices")
+CHOICE_SYSTEM = (
+    "You answer multiple-choice questions. Write in this form:\n<reasoning>\nyour reasoning\n</reasoning>\n<answer>\n"
+    "the letter of the right option\n</answer>\n\nBetween the answer tags stands one letter and nothing else, never the "
+    "text of the option."
+)
+
+
+def _sciknoweval(subset: str, data: str) -> Task:
+    """Level L3, questions with 4 or 2 choices, split 90/10 with seed 42 as SDPO does: 450/50, 1890/210, 841/94, 720/80.
+    data: a file in the hub's schema; or a folder of finished splits with columns idx, system, prompt, answer, named
+    biology_train.jsonl or biology/train.json and so on."""
+    domains = TASKS["sciknoweval"][:4] if subset == "all" else (subset,)
+    train, test = [], []
+    source = None
+    if not (data and Path(data).is_dir()):
+        source = list(rows(data) if data else _hub("hicai-zju/SciKnowEval", "test"))
+    for domain in domains:
+        if source is None:
+            for split, problems in (("train", train), ("test", test)):
+                names = (f"{domain}{sep}{split}.{end}" for sep in "_/" for end in ("jsonl", "json"))
+                files = [Path(data, name) for name in names if Path(data, name).is_file()]
+                if not files:
+                    raise ValueError(f"{data} holds neither {domain}_{split}.jsonl nor {domain}/{split}.json")
+                problems += [
+                    _choice(row, f"{files[0]}, row {i}", str(i - 1), domain) for i, row in enumerate(rows(files[0]), 1)
+                ]
+            continue
+        kept = [
+            row for row in source
+            if str(row.get("domain")).lower() == domain and row["details"]["level"] == "L3" and row["type"] in CHOICE_TYPES
+        ]  # fmt: skip
+        if len(kept) < 10:
+            raise ValueError(f"{data or 'the hub'} holds {len(kept)} L3 choice questions of {domain}: too few to split")
+        import datasets
+
+        split = datasets.Dataset.from_dict({"i": range(len(kept))}).train_test_split(test_size=0.1, seed=42)
+        for name, problems in (("train", train), ("test", test)):
+            problems += [_choice(kept[i], f"{domain} {i}", str(i), domain) for i in split[name]["i"]]
+    return _sciknoweval_task(subset, train, test)
+
+
+def _choice(row: dict, where: str, number: str, domain: str = "") -> Problem:
+    """A row of the hub (question, choices, answerKey) or of SDPO's splits (system, prompt, answer)."""
+    name = str(row.get("idx", row.get("id", number)))
+    if "prompt" in row:
+        system, text, answer = row.get("system") or CHOICE_SYSTEM, row["prompt"], _get(row, where, "answer")
+    else:
+        choices = _get(row, where, "choices")
+        options = "\n".join(f"{label}: {text}" for label, text in zip(choices["label"], choices["text"], strict=True))
+        system, answer = CHOICE_SYSTEM, _get(row, where, "answerKey")
+        text = f"{_get(row, where, 'question')}\n\n{options}\nPlease reason step by step."
+        domain = domain or str(row.get("domain", "")).lower()
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": text}]
+    return Problem(
+        f"{domain}-{name}" if domain and "prompt" not in row else name, messages, answer.strip(), part=domain
+    )
+
+
+def _sciknoweval_task(subset: str, train: list[Problem], test: list[Problem]) -> Task:
+    shares = [
+        f"{part or subset} {count / len(of):.3f} ({letter})"
+        for part in dict.fromkeys(p.part for p in test)
+        for of in [[p.reference for p in test if p.part == part]]
+        for letter, count in Counter(of).most_common(1)
+    ]
+    notes = [f"a constant answer scores on the test problems: {', '.join(shares)}"]
+    return Task(
+        f"sciknoweval/{subset}",
+        train,
+        [],
+        test,
+        grade_choices,
+        sources=("sibling", "critique"),
+        notes=notes,
+        letters=True,
+    )
+
+
+def grade_choices(problems: list[Problem], responses: list[str]) -> list[Outcome]:
+    """Exact match of the letter in the last <answer> tag; the verifier has no words on a failure."""
+    outcomes = []
+    for problem, response in zip(problems, responses, strict=True):
+        answers = re.findall(r"<answer>([^<]*)</answer>", response)
+        right = bool(answers) and answers[-1].strip() == problem.reference
+        outcomes.append(Outcome(int(right), "correct" if right else "wrong" if answers else "no answer"))
+    return outcomes
+
+
+# ---- Mathematics ---------------------------------------------------------------------------------------------
+
+DAPO = "BytedTsinghua-SIA/DAPO-Math-17k"
+DAPO_BEFORE = (  # what the source puts around every problem; ours asks for a box instead
+    "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer "
+    "(without quotes) where $Answer is the answer to the problem.\n\n"
+)
+DAPO_AFTER = '\n\nRemember to put your answer on its own line after "Answer:".'
+MATH_SETS = {
+    "math500": "HuggingFaceH4/MATH-500",
+    "aime24": "math-ai/aime24",
+    "aime25": "math-ai/aime25",
+    "amc23": "math-ai/amc23",
+}
+MATH_FORMAT = "{problem}\n\nReason step by step and put the final answer in \\boxed{}."
+MATH_SECONDS = 2.5  # for one comparison, its process included
+MAX_ANSWER_CHARS = 200
+COMPARE = """
+import logging
+from math_verify import LatexExtractionConfig, parse, verify
+
+logging.disable(logging.WARNING)  # that time-outs are off is meant
+
+def equal(gold, answer):
+    def read(text):  # a bare answer is not found as LaTeX; in a box it is. No time-outs: they need signals
+        return parse("\\\\boxed{" + text + "}", extraction_config=[LatexExtractionConfig()], parsing_timeout=None)
+    return bool(verify(read(gold), read(answer), timeout_seconds=None))
+"""
+
+
+def _math(data: str) -> Task:
+    """data: a folder with dapo*.jsonl or dapo*.parquet in the source's schema, and one file for each evaluation set that
+    is to be used, such as math500.jsonl."""
+    tests = []
+    for part, repo in MATH_SETS.items():
+        files = (
+            [f for f in sorted(Path(data).glob(f"{part}.*")) if f.suffix in (".jsonl", ".parquet", ".arrow")]
+            if data
+            else []
+        )
+        if data and not files:
+            continue
+        where = files[0] if data else repo
+        tests += [
+            _math_problem(row, f"{where}, row {i}", part, i - 1)
+            for i, row in enumerate(rows(files[0]) if data else _hub(repo, "test"), 1)
+        ]
+    if not tests:
+        raise ValueError(f"{data} holds none of {', '.join(f'{part}.jsonl' for part in MATH_SETS)}")
+    if data:
+        files = [f for f in sorted(Path(data).glob("dapo*")) if f.suffix in (".jsonl", ".parquet", ".arrow")]
+        if not files:
+            raise ValueError(f"{data} holds no dapo*.jsonl or dapo*.parquet to train on")
+        source = rows(files[0])
+    else:
+        source = _hub(DAPO, "train")
+    train, notes = _dapo(source, {_letters(p.data["problem"]) for p in tests})
+    return _math_task(train, tests, notes)
+
+
+def _dapo(rows: Iterable[dict], evaluated: set[str]) -> tuple[list[Problem], list[str]]:
+    """Unique prompts of the 1.79 million rows; those with conflicting answers and those of the evaluation sets dropped."""
+    answers: dict[str, set[str]] = {}
+    total = bare = 0
+    for total, (text, answer) in enumerate(_dapo_pairs(rows), 1):
+        problem = text.removeprefix(DAPO_BEFORE).removesuffix(DAPO_AFTER).strip()
+        bare += not (text.startswith(DAPO_BEFORE) and text.endswith(DAPO_AFTER))
+        answers.setdefault(problem, set()).add(answer.strip())
+    kept = {problem: found for problem, found in answers.items() if len(found) == 1}
+    overlap = {problem for problem in kept if _letters(problem) in evaluated}
+    train = [
+        _math_problem({"problem": problem, "answer": next(iter(found))}, "dapo", "dapo", i)
+        for i, (problem, found) in enumerate(kept.items())
+        if problem not in overlap
+    ]
+    notes = [
+        f"dapo: {total} rows, {len(answers)} unique problems; dropped {len(answers) - len(kept)} with conflicting answers "
+        f"and {len(overlap)} that stand in an evaluation set; {len(train)} left"
+    ]
+    if bare:
+        notes.append(
+            f"dapo: {bare} rows lack the source's usual instruction around the problem and were taken as they are"
+        )
+    return train, notes
+
+
+def _dapo_pairs(rows: Iterable[dict]) -> Iterator[tuple[str, str]]:
+    """(prompt, answer) of every row, in the arrow columns where there are any: two seconds for what takes minutes row
+    by row."""
+    if hasattr(rows, "with_format"):
+        import pyarrow.compute as pc
+
+        for table in rows.with_format("arrow").iter(100_000):
+            prompt = pc.struct_field(pc.list_element(table["prompt"], 0), "content")
+            yield from zip(prompt.to_pylist(), pc.struct_field(table["reward_model"], "ground_truth").to_pylist())
+    else:
+        for i, row in enumerate(rows, 1):
+            prompt, model = _get(row, f"dapo, row {i}", "prompt"), _get(row, f"dapo, row {i}", "reward_model")
+            yield prompt[0]["content"], str(_get(model, f"dapo, row {i}, reward_model", "ground_truth"))
+
+
+def _letters(problem: str) -> str:
+    """A problem without spacing, case and markup, to find it again in another data set."""
+    return re.sub(r"[^a-z0-9]+", "", problem.lower())
+
+
+def _math_problem(row: dict, where: str, part: str, number: int) -> Problem:
+    """A row of an evaluation set (problem or question; answer or a boxed solution) or of DAPO's schema."""
+    if "reward_model" in row:
+        ((text, answer),) = _dapo_pairs([row])
+        text = text.removeprefix(DAPO_BEFORE).removesuffix(DAPO_AFTER).strip()
+    else:
+        text, answer = _get(row, where, "problem", "question"), str(_get(row, where, "answer", "solution"))
+    name = str(row.get("id", row.get("unique_id", f"{part}-{number}")))
+    answer = answer if boxed(answer) is None else boxed(answer)
+    messages = [{"role": "user", "content": MATH_FORMAT.replace("{problem}", text)}]
+    return Problem(name, messages, answer, {"problem": text}, part)
+
+
+def _math_task(train: list[Problem], test: list[Problem], notes: list[str]) -> Task:
+    warm = COMPARE + "equal('(1, 2]', '\\\\frac{1}{2} + \\\\sqrt{x}')"
+    sandbox = Sandbox(time_limit=MATH_SECONDS, memory_mb=4096, packages=True, warm=warm)
+    notes.append(f"sandbox: {sandbox.layers}")
+
+    @lru_cache(maxsize=1 << 16)
+    def equal(gold: str, answer: str) -> str:
+        result = sandbox.call(COMPARE, "equal", [gold, answer])
+        if result.status == "ok":
+            return "correct" if result.value is True else "wrong"
+        return {"timeout": "time-out", "internal": "internal"}.get(result.status, "unreadable")
+
+    def grade(pair: tuple[Problem, str]) -> Outcome:
+        problem, response = pair
+        answer = boxed(response)
+        verdict = (
+            "no answer" if answer is None else compare(problem.reference, answer) or equal(problem.reference, answer)
+        )
+        return Outcome(int(verdict == "correct"), verdict)
+
+    def verify(problems: list[Problem], responses: list[str]) -> list[Outcome]:
+        return sandbox.run_many(grade, list(zip(problems, responses, strict=True)))
+
+    return Task("math/dapo", train, [], test, verify, sandbox.close, ("sibling", "critique"), notes)
+
+
+def boxed(text: str) -> str | None:
+    """What stands in the last \\boxed{} whose braces balance; None if there is none."""
+    for start in reversed([m.end() for m in re.finditer(r"\\boxed\s*\{", text)]):
+        depth = 1
+        for brace in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
+            depth += {"{": 1, "}": -1}.get(brace[0], 0)
+            if depth == 0:
+                return text[start : start + brace.start()].strip()
+    return None
+
+
+def compare(gold: str, answer: str) -> str | None:
+    """The verdict where text or plain numbers settle it, without algebra; None where they do not."""
+    if "".join(gold.split()) == "".join(answer.split()):
+        return "correct"
+    if len(answer) > MAX_ANSWER_CHARS:
+        return "too long"
+    numbers = [re.fullmatch(r"[+-]?\d+(\.\d+)?", text.strip().strip("$").replace(",", "")) for text in (gold, answer)]
+    if all(numbers):
+        left, right = (Decimal(number[0]) for number in numbers)
+        if left == right:
+            return "correct"
+        if left == left.to_integral_value() and right == right.to_integral_value():
+            return "wrong"
+    return None

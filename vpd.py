@@ -49,7 +49,7 @@ import losses
 import tasks
 import toy
 from policy import Policy, ema_update
-from rollout import HFSampler, seed_for
+from rollout import HFSampler, ServedModel, seed_for
 
 
 class Method(NamedTuple):
@@ -81,7 +81,16 @@ class Config:
 
     # ---- Run
     task: Literal["toy", "lcb", "sciknoweval", "math"] = "toy"
-    subset: str = ""  # toy: trace, code or choice; "" is the task's first
+    subset: str = ""  # toy: trace, code or choice; sciknoweval: a domain or all; "" is the task's first
+    data: str = ""  # file or folder of the task's source; "": the hub (tasks.py says what each takes)
+    train_tests: Literal["private", "public"] = (
+        "private"  # lcb: private is SDPO's seeded half, public the paper's words
+    )
+    since: str = "2025-02-01"  # lcb: since <= contest_date < until, 131 problems
+    until: str = "2025-05-01"
+    smoke: Literal["", "qwen3", "olmo3"] = (
+        ""  # 2 batches of a tiny random model of this family on the project's fixtures
+    )
     method: Literal["vpd", "sdpo", "grpo", "joint", "reshape", "reweight"] = "vpd"
     seed: int = 0
     out: str = ""  # run directory; "" is runs/TASK-METHOD-seedN
@@ -119,6 +128,9 @@ class Config:
     borrow: bool = True  # a success borrows a failing sibling's text
     max_teacher_tokens: int = 10240  # of the teacher's prompt; beyond it the context is cut
     max_critique_tokens: int = 512
+    critic_url: str = ""  # critiques from an OpenAI-compatible server (key: OPENAI_API_KEY); "": the student itself
+    critic_model: str = ""
+    critic_timeout: float = 60.0  # seconds; two retries
     solution_template: str = WORDS.solution
     feedback_template: str = WORDS.feedback
     critique_template: str = WORDS.critique
@@ -159,11 +171,11 @@ PRESETS = {
     "lcb": {},  # Table D.1
     "sciknoweval": dict(  # Table D.2; OLMo3-7B: --lr 5e-6
         model="Qwen/Qwen3-8B", lr=1e-5, epochs=0, steps=500, warmup_steps=10, minibatch_prompts=32, top_k=100,
-        divergence="js", ema_rate=0.05, feedback="sibling", eval_samples=16,
+        divergence="js", ema_rate=0.05, feedback="sibling", eval_every=25, eval_samples=16,
     ),
     "math": dict(  # Table D.4
         model="Qwen/Qwen3-8B", lr=5e-6, epochs=0, steps=200, warmup_steps=10, minibatch_prompts=32, top_k=0,
-        divergence="kl_teacher_student", ema_rate=0.05, feedback="sibling",
+        divergence="kl_teacher_student", ema_rate=0.05, feedback="sibling", eval_every=20,
     ),
     "toy": dict(  # ours: a 0.24M-parameter model, one CPU core, minutes
         epochs=0, steps=30, eval_every=10, eval_temperature=1.0, eval_top_p=1.0, prompts_per_batch=12,
@@ -186,6 +198,11 @@ TOY_PRESETS = {
     ("code", "vpd"): {"lr": 3e-4, "e_lr": 1e-3, "e_step_every": 1, "divergence": "kl_teacher_student"},
     ("code", "grpo"): {"lr": 2e-3, "divide_by_std": True},
 }
+# What --smoke changes of a real task's preset: sizes, never the method.
+SMOKE = dict(
+    epochs=0, steps=2, warmup_steps=0, eval_every=2, eval_samples=2, prompts_per_batch=4, e_minibatch_prompts=4, lr=1e-3,
+    max_response_tokens=48, max_teacher_tokens=6000, max_critique_tokens=24, e_step_every=1,
+)  # fmt: skip
 
 
 # ---- Settings ----------------------------------------------------------------------------------------------
@@ -211,6 +228,10 @@ def parse(argv: list[str] | None = None) -> Config:
         subset = chosen.subset or tasks.TASKS["toy"][0]
         for key in (subset, (subset, chosen.method)):
             preset |= TOY_PRESETS.get(key, {})
+    elif chosen.smoke:
+        preset |= SMOKE | {"data": str(toy.FIXTURES / {"math": ""}.get(chosen.task, f"{chosen.task}.jsonl")),
+                           "minibatch_prompts": 2 if chosen.task == "lcb" else 4,
+                           "subset": "all" if chosen.task == "sciknoweval" else ""}  # fmt: skip
     parser.set_defaults(**preset)
     cfg, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
@@ -258,6 +279,12 @@ def check(cfg: Config) -> None:
         raise ValueError(
             "--feedback both with --no_borrow gives failures a text and successes none: the label is given away"
         )
+    if bool(cfg.critic_url) != bool(cfg.critic_model):
+        raise ValueError("--critic_url and --critic_model go together: the server's base URL and the model it serves")
+    if cfg.critic_url and (cfg.feedback != "critique" or not method.teacher):
+        raise ValueError("--critic_url needs --feedback critique and a method with a teacher")
+    if cfg.smoke and cfg.task == "toy":
+        raise ValueError("--smoke is for lcb, sciknoweval and math: the toy tasks run here as they are")
     if cfg.teacher and not method.teacher:
         raise ValueError(f"--teacher {cfg.teacher} means nothing to --method {cfg.method}, which has no teacher")
     cfg.templates()  # raises ValueError for a template without its hole
@@ -284,19 +311,30 @@ def mean(values) -> float | None:
 
 
 def write_critiques(
-    cfg: Config, policy: Policy, sampler, problems: list, texts: list[str], outcomes: list, step: int
+    cfg: Config,
+    policy: Policy,
+    sampler,
+    critic: ServedModel | None,
+    problems: list,
+    texts: list[str],
+    outcomes: list,
+    step: int,
 ) -> list[str]:
-    """The student's own weights review each failure, with the reference answer in view (Sec. 4.2); "" on successes."""
-    failed, templates = [i for i, o in enumerate(outcomes) if o.reward == 0], cfg.templates()
-    requests = [
-        feedback.critique_prompt(
-            policy.tokenizer, problems[i].messages, texts[i], problems[i].reference, templates, cfg.max_teacher_tokens
-        )[0]
-        for i in failed
-    ]
-    seed = seed_for(cfg.seed, step, "critiques")
-    drawn = sampler.sample(requests, 1, seed, cfg.max_critique_tokens, cfg.temperature, cfg.top_p)
-    said = dict(zip(failed, (feedback.strip_thinking(policy.decode(critique.tokens)) for critique in drawn)))
+    """A review of each failure, with the reference answer in view (Sec. 4.2), by the student's own weights or by a
+    served model; "" on successes and where no review came."""
+    failed = [i for i, o in enumerate(outcomes) if o.reward == 0 and o.verdict != "internal"]
+    seed, templates = seed_for(cfg.seed, step, "critiques"), cfg.templates()
+    attempts = [(problems[i].messages, texts[i], problems[i].reference, templates) for i in failed]
+    if critic:
+        requests = [[{"role": "user", "content": "".join(feedback.critique_parts(*attempt))}] for attempt in attempts]
+        replies = critic.reply(requests, seed, cfg.max_critique_tokens, cfg.temperature, cfg.top_p)
+    else:
+        prompts = [
+            feedback.critique_prompt(policy.tokenizer, *attempt, cfg.max_teacher_tokens)[0] for attempt in attempts
+        ]
+        drawn = sampler.sample(prompts, 1, seed, cfg.max_critique_tokens, cfg.temperature, cfg.top_p)
+        replies = [policy.decode(rollout.tokens) for rollout in drawn]
+    said = {i: feedback.strip_thinking(reply) for i, reply in zip(failed, replies)}
     return [said.get(i, "") for i in range(len(outcomes))]
 
 
@@ -350,6 +388,8 @@ def train(cfg: Config, policy: Policy, task: tasks.Task, out: Path, record: dict
     """Runs the EM loop and writes the run directory. `record` is saved as config.json."""
     method, templates, G = METHODS[cfg.method], cfg.templates(), cfg.group_size
     sampler, tokenizer = HFSampler(policy), policy.tokenizer
+    critic = ServedModel(cfg.critic_url, cfg.critic_model, cfg.critic_timeout) if cfg.critic_url else None
+    watched, split = (task.validation, "validation") if task.validation else (task.test, "test")
     steps = cfg.steps or cfg.epochs * (len(task.train) // cfg.prompts_per_batch)
     teacher = policy.frozen_copy() if record["teacher"] == "ema" else None  # None: the live weights
     reference = policy.frozen_copy() if cfg.method == "vpd" and cfg.prior == "fixed" else None
@@ -377,14 +417,14 @@ def train(cfg: Config, policy: Policy, task: tasks.Task, out: Path, record: dict
         nonlocal best
         start = time.perf_counter()
         result = evaluate.measure(
-            policy, sampler, task.verify, task.validation, n=cfg.eval_samples, seed=seed_for(cfg.seed, "validation"),
+            policy, sampler, task.verify, watched, n=cfg.eval_samples, seed=seed_for(cfg.seed, "validation"),
             max_tokens=cfg.max_response_tokens, temperature=cfg.eval_temperature, top_p=cfg.eval_top_p,
         )  # fmt: skip
         figures = {key: value for key, value in result.items() if key != "rewards"}
         seconds = round(time.perf_counter() - start, 4)
-        write(log, {"kind": "eval", "step": step, "split": "validation", **figures, "seconds": {"eval": seconds}})
-        tqdm.write(f"validation after {step:4d} batches: {evaluate.line(result)}")
-        if result["avg"] > best:
+        write(log, {"kind": "eval", "step": step, "split": split, **figures, "seconds": {"eval": seconds}})
+        tqdm.write(f"{split} after {step:4d} batches: {evaluate.line(result)}")
+        if task.validation and result["avg"] > best:  # nothing is chosen by test problems
             best = result["avg"]
             policy.save(out / "best")
 
@@ -427,17 +467,23 @@ def train(cfg: Config, policy: Policy, task: tasks.Task, out: Path, record: dict
                 fail(f"the verifier of {task.name} gave a reward that is neither 0 nor 1")
             clock.lap("verify")
             r = torch.tensor([float(o.reward) for o in outcomes], device=policy.device)  # (B,)
+            graded = torch.tensor([o.verdict != "internal" for o in outcomes], device=policy.device)
+            skipped["grader failed"] += int((~graded).sum())
             C, xC, cut = [None] * len(y), list(x), 0
             if method.teacher:
                 said = [o.feedback for o in outcomes]
                 if cfg.feedback == "critique":
-                    said = write_critiques(cfg, policy, sampler, row_problems, texts, outcomes, step)
+                    said = write_critiques(cfg, policy, sampler, critic, row_problems, texts, outcomes, step)
+                    if critic and critic.failures:
+                        skipped["critique: the server failed"] += sum(critic.failures.values())
+                        print(f"critiques that failed: {dict(critic.failures)}", file=sys.stderr)
                 for first in range(0, len(y), G):
                     group = slice(first, first + G)
                     rng = random.Random(seed_for(cfg.seed, step, "contexts", first // G))
                     rewards = [o.reward for o in outcomes[group]]
                     C[group] = feedback.contexts(cfg.feedback, rewards, texts[group], said[group], rng, cfg.borrow)
                 for i in rows:
+                    C[i] = C[i] if graded[i] else None
                     if C[i] is not None:
                         xC[i], tokens_cut = feedback.teacher_prompt(
                             tokenizer, row_problems[i].messages, C[i], templates, cfg.max_teacher_tokens
@@ -497,6 +543,7 @@ def train(cfg: Config, policy: Policy, task: tasks.Task, out: Path, record: dict
 
             # ---- 5. M-step: distil the teacher into the student (Eq. 10); the baselines' losses stand here too
             A = losses.group_advantages(r, G, cfg.divide_by_std) if method.reinforces else torch.zeros_like(r)  # (B,)
+            A = A * graded
             active = (A != 0) | (told if method.distils or cfg.method == "reshape" else False)
             if cfg.method == "reshape":
                 A = losses.reshaped_advantages(A, teacher_logp, old_logp, cfg.w_rl, cfg.w_opd)  # (B, T), B.24
@@ -554,6 +601,7 @@ def train(cfg: Config, policy: Policy, task: tasks.Task, out: Path, record: dict
                 "entropy": (entropy.sum() / n_tokens).item(), "response_length": n_tokens / len(y),
                 "truncated": mean([float(roll.finish == "length") for roll in rollouts]),
                 "with_context": mean(told), "contexts_cut": cut,
+                "verdicts": dict(Counter(o.verdict for o in outcomes).most_common()),
                 "success_given_context": {kind: wins[kind] / count for kind, count in sorted(kinds.items())},
                 "left_out": {why: count for why, count in skipped.items() if count},
                 "updates_not_finite": sum(not math.isfinite(norm) for norm in e_norms + m_norms),
@@ -603,8 +651,18 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"{out} exists: give another --out, or --overwrite to delete it")
         if out.exists() and not (out / "config.json").exists():
             raise ValueError(f"{out} is no run directory (no config.json): --overwrite will not delete it")
-        task = tasks.load(cfg.task, cfg.subset)
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        if cfg.task != "toy" and device == "cpu" and not cfg.smoke and not Path(cfg.model).is_dir():
+            raise ValueError(
+                f"--task {cfg.task} with {cfg.model} needs a CUDA GPU of 80 GB, and there is none: on this machine run "
+                f"`bash run.sh {cfg.task} --smoke` or `bash run.sh toy`"
+            )
+        task = tasks.load(cfg.task, cfg.subset, cfg.data, cfg.train_tests, cfg.since, cfg.until)
+        if METHODS[cfg.method].teacher and task.sources and cfg.feedback not in task.sources:
+            raise ValueError(f"--feedback {cfg.feedback}: {task.name} has {', '.join(task.sources)}")
+        if cfg.smoke:
+            cfg.model = f"{out}-{cfg.smoke}"
+            toy.smoke_model(cfg.task, cfg.smoke, cfg.model)
         dtype = getattr(torch, cfg.dtype)
         policy = Policy.load(cfg.model, dtype, device, micro_batch_tokens=cfg.micro_batch_tokens)
         if cfg.top_k > policy.vocabulary:
@@ -627,6 +685,7 @@ def main(argv: list[str] | None = None) -> None:
     record = {**asdict(cfg), "out": str(out), "teacher": teacher, "commit": git_commit(), "device": device,
               "torch": torch.__version__, "command": " ".join(["python", *sys.argv]), "prompts_dropped": dropped}  # fmt: skip
     print(" ".join(f"{f.name}={record[f.name]!r}" for f in fields(cfg)))
+    print("\n".join(task.notes), end="\n" if task.notes else "")
     print(f"{task.splits()}; {dropped} training prompts over {cfg.max_prompt_tokens} tokens dropped")
     rows = cfg.prompts_per_batch * cfg.group_size
     print(f"{rows} rollouts per batch, {cfg.minibatch_prompts * cfg.group_size} sequences per M-step update, "
