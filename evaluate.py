@@ -208,8 +208,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.responses and not args.data:
             raise ValueError("--responses needs --data, the problems they answer")
         if args.run:
-            keys = ("task", "subset", "data", "train_tests", "since", "until")
-            task = tasks.load(*(config[key] for key in keys))
+            keys = ("subset", "data", "train_tests", "since", "until")
+            task = tasks.load(config["task"], **{key: config[key] for key in keys if key in config})
         else:
             task = tasks.read(args.task, args.data) if args.data else tasks.load(args.task, args.subset)
         if args.responses:

@@ -9,11 +9,13 @@ bringing your own task means building one `Task` and giving it a name in `load`.
 """
 
 import base64
+import datetime
 import io
 import json
 import pickle
 import random
 import re
+import textwrap
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -121,12 +123,13 @@ def read(task: str, path: str) -> Task:
         raise ValueError(f"task {task} has no files: choose lcb, sciknoweval or math")
     source = list(rows(path))
     if task == "lcb":
-        records = [_record(row, f"{path}, row {i}", "public") for i, row in enumerate(source, 1)]
+        records = [_record(row, f"{path}, row {i}", "official") for i, row in enumerate(source, 1)]
         return _lcb_task([], [_lcb_problem(record, "official") for record in records], [])
     if task == "sciknoweval":
-        return _sciknoweval_task(
-            "file", [], [_choice(row, f"{path}, row {i}", str(i - 1)) for i, row in enumerate(source, 1)]
-        )
+        if source and "prompt" in source[0]:
+            problems = [_split_row(row, f"{path}, row {i}", "") for i, row in enumerate(source, 1)]
+            return _sciknoweval_task("file", [], problems, [])
+        return _sciknoweval_task("file", [], *_choices(source, path))
     part = re.sub(r"\W+", "", Path(path).stem.lower())
     return _math_task([], [_math_problem(row, f"{path}, row {i}", part, i - 1) for i, row in enumerate(source, 1)], [])
 
@@ -264,20 +267,25 @@ def _decode(text: str) -> list[dict]:
     return tests
 
 
-def _record(row: dict, where: str, train_tests: str) -> _Record:
-    """Decodes the tests once, so that a damaged one is found before training, and chooses those for training."""
+def _record(row: dict, where: str, tests_for: str) -> _Record:
+    """Decodes the tests once, so that a damaged one is found before training, and chooses those for training: with
+    tests_for "private" a seeded half of the private ones."""
     name = str(_get(row, where, "question_id"))
     metadata = json.loads(row.get("metadata") or "{}")
     record = _Record(
         name, _get(row, where, "question_content"), row.get("starter_code") or "", metadata.get("func_name") or "",
         _get(row, where, "public_test_cases"), row.get("private_test_cases") or "[]", (),
     )  # fmt: skip
-    if bool(record.starter) != bool(record.function):
-        raise ValueError(f"lcb problem {name}: it has only one of starter_code and metadata.func_name")
     tests = _tests(record)
-    if not tests:
-        raise ValueError(f"lcb problem {name}: it has no tests")
-    if train_tests == "public":  # they stand before the private ones; see _lcb_problem
+    if not tests or tests_for == "public" and not _decode(record.public):
+        raise ValueError(f"lcb problem {name}: it has no {'public tests' if tests else 'tests'}")
+    try:
+        for test in tests if record.function else ():
+            loads(test["output"])
+            _arguments(test["input"])
+    except ValueError as error:
+        raise ValueError(f"lcb problem {name}: a test of a function is no JSON ({_one_line(error)})") from None
+    if tests_for != "private":
         return record
     half = random.Random(f"0/{name}").sample(range(len(tests)), max(1, len(tests) // 2))
     return _Record(**{**vars(record), "train": tuple(sorted(half))})
@@ -293,6 +301,11 @@ def _lcb_problem(record: _Record, use: str) -> Problem:
 
 def _lcb(data: str, train_tests: str, since: str, until: str) -> Task:
     """data: the JSONL file (test6.jsonl), or a folder with it or with a `datasets` cache."""
+    for day in (since, until):
+        try:
+            datetime.date.fromisoformat(day)
+        except ValueError:
+            raise ValueError(f"--since and --until are dates such as 2025-02-01, not {day!r}") from None
     if data:
         source = rows(data)
     else:
@@ -333,10 +346,21 @@ def _lcb_task(train: list[Problem], test: list[Problem], notes: list[str]) -> Ta
 
 
 def code_block(response: str) -> str | None:
-    """The last complete fenced block that names Python or no language; None if there is none."""
-    blocks = re.findall(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```[ \t]*$", response, re.DOTALL | re.MULTILINE)
-    programs = [text for language, text in blocks if language.lower() in ("", "python", "python3", "py")]
-    return programs[-1] if programs else None
+    """The last complete fenced block that names Python or no language; None if there is none. A new opening fence inside
+    a block means that the one before was never finished."""
+    last = language = None
+    lines: list[str] = []
+    for line in response.split("\n"):
+        fence = line.strip()
+        if language is not None and fence == "```":
+            if language in ("", "python", "python3", "py"):
+                last = textwrap.dedent("\n".join(lines)) + "\n"
+            language = None
+        elif fence.startswith("```") and "`" not in fence[3:] and (language is None or fence != "```"):
+            language, lines = (fence[3:].split() or [""])[0].lower(), []
+        else:
+            lines.append(line)
+    return last
 
 
 def same_output(printed: str, expected: str) -> bool:
@@ -358,10 +382,15 @@ def _same_line(line: str, wanted: str) -> bool:
         return False
 
 
+def _arguments(text: str) -> list:
+    """One JSON value per line; values hold spaces."""
+    return [loads(line) for line in text.split("\n") if line.strip()]
+
+
 def _run_test(sandbox: Sandbox, record: _Record, source: str, test: dict) -> tuple[str, Result]:
     """Verdict and result of one test."""
     if record.function:
-        args = [loads(line) for line in test["input"].split("\n") if line.strip()]
+        args = _arguments(test["input"])
         owner = "Solution." if re.search(r"^class Solution\b", source, re.MULTILINE) else ""
         result = sandbox.call(source, owner + record.function, args)
     else:
@@ -455,59 +484,63 @@ def _sciknoweval(subset: str, data: str) -> Task:
     biology_train.jsonl or biology/train.json and so on."""
     domains = TASKS["sciknoweval"][:4] if subset == "all" else (subset,)
     train, test = [], []
-    source = None
-    if not (data and Path(data).is_dir()):
-        source = list(rows(data) if data else _hub("hicai-zju/SciKnowEval", "test"))
-    for domain in domains:
-        if source is None:
+    if data and Path(data).is_dir():
+        for domain in domains:
             for split, problems in (("train", train), ("test", test)):
                 names = (f"{domain}{sep}{split}.{end}" for sep in "_/" for end in ("jsonl", "json"))
                 files = [Path(data, name) for name in names if Path(data, name).is_file()]
                 if not files:
                     raise ValueError(f"{data} holds neither {domain}_{split}.jsonl nor {domain}/{split}.json")
-                problems += [
-                    _choice(row, f"{files[0]}, row {i}", str(i - 1), domain) for i, row in enumerate(rows(files[0]), 1)
-                ]
-            continue
-        kept = [
-            row for row in source
-            if str(row.get("domain")).lower() == domain and row["details"]["level"] == "L3" and row["type"] in CHOICE_TYPES
-        ]  # fmt: skip
+                problems += [_split_row(row, f"{files[0]}, row {i}", domain) for i, row in enumerate(rows(files[0]), 1)]
+        return _sciknoweval_task(subset, train, test, [])
+    found, notes = _choices(rows(data) if data else _hub("hicai-zju/SciKnowEval", "test"), data or "SciKnowEval")
+    import datasets
+
+    for domain in domains:
+        kept = [problem for problem in found if problem.part == domain]
         if len(kept) < 10:
             raise ValueError(f"{data or 'the hub'} holds {len(kept)} L3 choice questions of {domain}: too few to split")
-        import datasets
-
         split = datasets.Dataset.from_dict({"i": range(len(kept))}).train_test_split(test_size=0.1, seed=42)
-        for name, problems in (("train", train), ("test", test)):
-            problems += [_choice(kept[i], f"{domain} {i}", str(i), domain) for i in split[name]["i"]]
-    return _sciknoweval_task(subset, train, test)
+        train += [kept[i] for i in split["train"]["i"]]
+        test += [kept[i] for i in split["test"]["i"]]
+    return _sciknoweval_task(subset, train, test, notes)
 
 
-def _choice(row: dict, where: str, number: str, domain: str = "") -> Problem:
-    """A row of the hub (question, choices, answerKey) or of SDPO's splits (system, prompt, answer)."""
-    name = str(row.get("idx", row.get("id", number)))
-    if "prompt" in row:
-        system, text, answer = row.get("system") or CHOICE_SYSTEM, row["prompt"], _get(row, where, "answer")
-    else:
-        choices = _get(row, where, "choices")
-        options = "\n".join(f"{label}: {text}" for label, text in zip(choices["label"], choices["text"], strict=True))
-        system, answer = CHOICE_SYSTEM, _get(row, where, "answerKey")
-        text = f"{_get(row, where, 'question')}\n\n{options}\nPlease reason step by step."
-        domain = domain or str(row.get("domain", "")).lower()
-    messages = [{"role": "system", "content": system}, {"role": "user", "content": text}]
-    return Problem(
-        f"{domain}-{name}" if domain and "prompt" not in row else name, messages, answer.strip(), part=domain
-    )
+def _choices(found: Iterable[dict], where: str) -> tuple[list[Problem], list[str]]:
+    """The hub's rows that belong to the benchmark of the paper, numbered within their domain, and a note on the others."""
+    problems, counts, total = [], Counter(), 0
+    for total, row in enumerate(found, 1):
+        at = f"{where}, row {total}"
+        domain = _get(row, at, "domain").lower()
+        if _get(_get(row, at, "details"), at, "level") == "L3" and _get(row, at, "type") in CHOICE_TYPES:
+            choices = _get(row, at, "choices")
+            options = "\n".join(
+                f"{label}: {text}" for label, text in zip(choices["label"], choices["text"], strict=True)
+            )
+            text = f"{_get(row, at, 'question')}\n\n{options}\nPlease reason step by step."
+            messages = [{"role": "system", "content": CHOICE_SYSTEM}, {"role": "user", "content": text}]
+            name = str(row.get("id", f"{domain}-{counts[domain]}"))
+            problems.append(Problem(name, messages, _get(row, at, "answerKey").strip(), part=domain))
+            counts[domain] += 1
+    return problems, [f"sciknoweval: {len(problems)} of {total} rows are L3 questions with 4 or 2 choices"]
 
 
-def _sciknoweval_task(subset: str, train: list[Problem], test: list[Problem]) -> Task:
+def _split_row(row: dict, where: str, domain: str) -> Problem:
+    """A row of SDPO's finished splits, prompts as they stand there."""
+    messages = [{"role": "user", "content": _get(row, where, "prompt")}]
+    if row.get("system"):
+        messages.insert(0, {"role": "system", "content": row["system"]})
+    return Problem(str(_get(row, where, "idx", "id")), messages, _get(row, where, "answer").strip(), part=domain)
+
+
+def _sciknoweval_task(subset: str, train: list[Problem], test: list[Problem], notes: list[str]) -> Task:
     shares = [
         f"{part or subset} {count / len(of):.3f} ({letter})"
         for part in dict.fromkeys(p.part for p in test)
         for of in [[p.reference for p in test if p.part == part]]
         for letter, count in Counter(of).most_common(1)
     ]
-    notes = [f"a constant answer scores on the test problems: {', '.join(shares)}"]
+    notes = [*notes, f"a constant answer scores on the test problems: {', '.join(shares)}"]
     return Task(
         f"sciknoweval/{subset}",
         train,
@@ -563,30 +596,23 @@ def equal(gold, answer):
 def _math(data: str) -> Task:
     """data: a folder with dapo*.jsonl or dapo*.parquet in the source's schema, and one file for each evaluation set that
     is to be used, such as math500.jsonl."""
+
+    def source(stem: str, repo: str, split: str) -> tuple[str, Iterable[dict]]:
+        if not data:
+            return repo, _hub(repo, split)
+        files = [f for f in sorted(Path(data).glob(f"{stem}.*")) if f.suffix in (".jsonl", ".parquet", ".arrow")]
+        return (str(files[0]), rows(files[0])) if files else ("", [])
+
     tests = []
     for part, repo in MATH_SETS.items():
-        files = (
-            [f for f in sorted(Path(data).glob(f"{part}.*")) if f.suffix in (".jsonl", ".parquet", ".arrow")]
-            if data
-            else []
-        )
-        if data and not files:
-            continue
-        where = files[0] if data else repo
-        tests += [
-            _math_problem(row, f"{where}, row {i}", part, i - 1)
-            for i, row in enumerate(rows(files[0]) if data else _hub(repo, "test"), 1)
-        ]
+        where, found = source(part, repo, "test")
+        tests += [_math_problem(row, f"{where}, row {i}", part, i - 1) for i, row in enumerate(found, 1)]
     if not tests:
         raise ValueError(f"{data} holds none of {', '.join(f'{part}.jsonl' for part in MATH_SETS)}")
-    if data:
-        files = [f for f in sorted(Path(data).glob("dapo*")) if f.suffix in (".jsonl", ".parquet", ".arrow")]
-        if not files:
-            raise ValueError(f"{data} holds no dapo*.jsonl or dapo*.parquet to train on")
-        source = rows(files[0])
-    else:
-        source = _hub(DAPO, "train")
-    train, notes = _dapo(source, {_letters(p.data["problem"]) for p in tests})
+    where, found = source("dapo*", DAPO, "train")
+    if not where:
+        raise ValueError(f"{data} holds no dapo*.jsonl or dapo*.parquet to train on")
+    train, notes = _dapo(found, {_letters(p.data["problem"]) for p in tests})
     return _math_task(train, tests, notes)
 
 
@@ -657,16 +683,20 @@ def _math_task(train: list[Problem], test: list[Problem], notes: list[str]) -> T
     @lru_cache(maxsize=1 << 16)
     def equal(gold: str, answer: str) -> str:
         result = sandbox.call(COMPARE, "equal", [gold, answer])
+        if result.status == "internal":
+            raise OSError(result.error)  # not to be remembered
         if result.status == "ok":
             return "correct" if result.value is True else "wrong"
-        return {"timeout": "time-out", "internal": "internal"}.get(result.status, "unreadable")
+        return "time-out" if result.status == "timeout" else "unreadable"
 
     def grade(pair: tuple[Problem, str]) -> Outcome:
-        problem, response = pair
-        answer = boxed(response)
-        verdict = (
-            "no answer" if answer is None else compare(problem.reference, answer) or equal(problem.reference, answer)
-        )
+        gold, answer = pair[0].reference, boxed(pair[1])
+        if answer is None:
+            return Outcome(0, "no answer")
+        try:
+            verdict = compare(gold, answer) or equal(gold, answer)
+        except OSError:
+            verdict = "internal"
         return Outcome(int(verdict == "correct"), verdict)
 
     def verify(problems: list[Problem], responses: list[str]) -> list[Outcome]:
@@ -676,14 +706,16 @@ def _math_task(train: list[Problem], test: list[Problem], notes: list[str]) -> T
 
 
 def boxed(text: str) -> str | None:
-    """What stands in the last \\boxed{} whose braces balance; None if there is none."""
-    for start in reversed([m.end() for m in re.finditer(r"\\boxed\s*\{", text)]):
-        depth = 1
-        for brace in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
-            depth += {"{": 1, "}": -1}.get(brace[0], 0)
-            if depth == 0:
-                return text[start : start + brace.start()].strip()
-    return None
+    """What stands in the last \\boxed{} whose braces balance; None if there is none. One pass, whatever the text."""
+    opened, last = [], None  # (where its content begins, whether it is a box)
+    for brace in re.finditer(r"(\\boxed\s*)?\{|\\.|\}", text, re.DOTALL):
+        if brace[0].endswith("{") and not brace[0].startswith("\\{"):
+            opened.append((brace.end(), brace[1] is not None))
+        elif brace[0] == "}" and opened:
+            start, is_box = opened.pop()
+            if is_box and (last is None or start > last[0]):
+                last = start, brace.start()
+    return None if last is None else text[slice(*last)].strip()
 
 
 def compare(gold: str, answer: str) -> str | None:
@@ -692,9 +724,9 @@ def compare(gold: str, answer: str) -> str | None:
         return "correct"
     if len(answer) > MAX_ANSWER_CHARS:
         return "too long"
-    numbers = [re.fullmatch(r"[+-]?\d+(\.\d+)?", text.strip().strip("$").replace(",", "")) for text in (gold, answer)]
-    if all(numbers):
-        left, right = (Decimal(number[0]) for number in numbers)
+    plain = [text.strip().strip("$") for text in (gold, answer)]
+    if all(re.fullmatch(r"[+-]?(\d+|\d{1,3}(,\d{3})+)(\.\d+)?", text, re.ASCII) for text in plain):
+        left, right = (Decimal(text.replace(",", "")) for text in plain)
         if left == right:
             return "correct"
         if left == left.to_integral_value() and right == right.to_integral_value():

@@ -76,9 +76,10 @@ def only_landlock(layered):
 
 
 @pytest.fixture(scope="module")
-def warm():
-    with S.Sandbox(workers=2, time_limit=10.0, memory_mb=1024, preamble=True) as warm:
-        yield warm
+def judge():
+    """As competition judges run programs."""
+    with S.Sandbox(workers=2, time_limit=10.0, memory_mb=1024, preamble=True) as judge:
+        yield judge
 
 
 def body(lines: str, args: str = "") -> str:
@@ -195,12 +196,12 @@ def test_a_tuple_inside_the_result_is_an_error(box, value):
 
 
 @pytest.mark.parametrize("value", ["10**4299", "10**4300", "-(10**5000)", "10**49_999"])
-def test_integers_of_up_to_50000_digits_return(box, value):
+def test_integers_of_up_to_50000_digits_return(one, value):
     """Equal to the integer that was meant and to no neighbour."""
-    x, other = box.call(f"def f():\n    return [{value}, {{'a': {value} + 1}}]", "f", []).value
+    x, other = one.call(f"def f():\n    return [{value}, {{'a': {value} + 1}}]", "f", []).value
     assert x == eval(value) and x != eval(value) + 1 and other == {"a": eval(value) + 1}
     zeros = int(re.search(r"\*\*(\d+)", value.replace("_", ""))[1])
-    assert box.run(f"print({value})", "").value.strip("-\n") == "1" + "0" * zeros
+    assert one.run(f"print({value})", "").value.strip("-\n") == "1" + "0" * zeros
 
 
 def test_loads_reads_long_integers_and_nothing_that_is_no_json():
@@ -259,7 +260,7 @@ def test_arguments_that_are_not_json_are_the_callers_error(box):
     assert works(box)
 
 
-@pytest.mark.parametrize("name", ["box", "warm"])
+@pytest.mark.parametrize("name", ["box", "judge"])
 def test_400_nested_brackets_pass_and_100000_are_an_error(name, request):
     box = request.getfixturevalue(name)
     assert box.call(IDENTITY, "f", [nested(400)]).value == nested(400)
@@ -336,7 +337,6 @@ def f():
     ("def f(x):\n    pass", "TypeError: f() missing 1 required positional argument: 'x'"),
     ("f = 3", "TypeError: 'int' object is not callable"),
     ("def f():\n    raise SystemExit(0)", "SystemExit: 0 (line 2)"),
-    ("def f():\n    exit()", "NameError: name 'exit' is not defined (line 2)"),
     ("def f():\n    raise KeyboardInterrupt", "KeyboardInterrupt (line 2)"),
     ("def f():\n    raise GeneratorExit", "GeneratorExit (line 2)"),
     ("def f():\n    return f()", "RecursionError: maximum recursion depth exceeded (line 2)"),
@@ -357,7 +357,6 @@ def test_a_long_name_of_an_exception_is_cut(box):
     assert result.status == "error" and len(result.error) < 2 * S.ERROR_CHARS
 
 
-@pytest.mark.parametrize("name", ["box", "bare"])
 @pytest.mark.parametrize("lines, how", [
     ("os._exit(0)", "exit code 0"),
     ("os._exit(3)", "exit code 3"),
@@ -365,13 +364,11 @@ def test_a_long_name_of_an_exception_is_cut(box):
     ("import ctypes; ctypes.string_at(0)", "signal 11"),
     ("os.closerange(3, 99); return 1", "exit code 1"),  # nobody is left to hear an answer
 ])  # fmt: skip
-def test_a_process_that_ends_without_an_answer_is_an_error(name, lines, how, request):
-    if (name, how) == ("box", "signal 9"):
-        pytest.skip("a program cannot signal, itself included")
-    box = request.getfixturevalue(name)
-    result = box.call(body(lines), "f", [])
-    assert (result.status, result.error) == ("error", f"exited without a result ({how})")
-    assert works(box)
+def test_a_process_that_ends_without_an_answer_is_an_error(box, bare, lines, how):
+    for each in (bare,) if "kill" in lines else (bare, box):  # seccomp denies signals, also to oneself
+        result = each.call(body(lines), "f", [])
+        assert (result.status, result.error) == ("error", f"exited without a result ({how})")
+        assert works(each)
 
 
 def test_the_last_three_lines_of_the_program_on_the_way_to_the_error_are_told(box):
@@ -420,7 +417,9 @@ LOOPS = {
     "ignores every signal": body(
         f"import signal as s\nfor n in set(s.Signals) - {{9, 19}}: s.signal(n, s.SIG_IGN)\n{FOREVER}"
     ),
-    "threads": body("import threading\nfor _ in range(8): threading.Thread(target=f).start()\nwhile True: pass"),
+    "threads": body(
+        f"import threading\ndef g():\n    {FOREVER}\nfor _ in range(4): threading.Thread(target=g).start()\ng()"
+    ),
     "deaf to the sandbox": body(f"os.closerange(0, 99)\n{FOREVER}"),
     "one long operation": body("return 9**9**8"),
     "in the exception's text": body(f"class E(Exception):\n    def __str__(self):\n        {FOREVER}\nraise E"),
@@ -580,31 +579,28 @@ def test_the_workers_limits_cannot_be_lowered(layered):
     assert works(layered) and pids(layered) == before
 
 
-THREADS = "import threading, time\nthreading.stack_size(size)\nwhile True:"
-START = "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()"
-
-
+@pytest.mark.parametrize("swallow", ["", "\n    except BaseException: pass"], ids=["ends", "goes on"])
 @pytest.mark.parametrize("size", [0, 1 << 15])
-def test_a_thread_bomb_is_stopped(box, size):
-    """By the memory that stacks take, or at the limit if it goes on."""
-    result = box.run(THREADS.replace("(size)", f"({size})") + f" {START}", "")
-    assert (result.status in ("error", "memory"), result.value) == (True, None)
-    assert result.error.startswith(("RuntimeError: can't start new thread", "MemoryError"))
-    with S.Sandbox(workers=1, time_limit=0.5, memory_mb=256) as short:
-        go_on = f"\n    try: {START}\n    except BaseException: pass"
-        assert short.run(THREADS.replace("(size)", f"({size})") + go_on, "").status == "timeout"
-        assert works(short)
+def test_a_thread_bomb_is_stopped(size, swallow):
+    """By the memory that stacks take, or at the limit."""
+    start = "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()"
+    source = f"import threading, time\nthreading.stack_size({size})\nwhile True:\n    {'try: ' * bool(swallow)}{start}{swallow}"
+    with S.Sandbox(workers=1, time_limit=0.5, memory_mb=256) as box:
+        for result in (box.run(source, ""), box.call(source, "f", [])):
+            assert result.status in (("timeout", "error", "memory") if not swallow else ("timeout",))
+            assert result.value is None and result.seconds < 1.5
+            assert works(box)
 
 
 RECURSION = "def f(n):\n    return 0 if n == 0 else 1 + f(n - 1)"
 
 
-def test_deep_recursion_is_an_error_and_with_the_preamble_goes_to_50000(box, warm):
+def test_deep_recursion_is_an_error_and_with_the_preamble_goes_to_50000(box, judge):
     assert box.call(RECURSION, "f", [900]).value == 900
     assert box.call(RECURSION, "f", [1100]).error.startswith("RecursionError")
-    assert warm.call(RECURSION, "f", [45_000]).value == 45_000
-    assert warm.call(RECURSION, "f", [51_000]).error.startswith("RecursionError")
-    for both in (box, warm):
+    assert judge.call(RECURSION, "f", [45_000]).value == 45_000
+    assert judge.call(RECURSION, "f", [51_000]).error.startswith("RecursionError")
+    for both in (box, judge):
         assert (
             both.run("import sys\nsys.setrecursionlimit(10**6)\n" + RECURSION + "\nprint(f(10**5))", "").value
             == "100000\n"
@@ -613,8 +609,8 @@ def test_deep_recursion_is_an_error_and_with_the_preamble_goes_to_50000(box, war
 
 
 @defect("8 MB of C stack: signal 11 at about 15,000 levels")
-def test_recursion_through_a_cache_goes_as_deep_with_the_preamble(warm):
-    assert warm.call("@lru_cache(None)\n" + RECURSION, "f", [40_000]).value == 40_000
+def test_recursion_through_a_cache_goes_as_deep_with_the_preamble(judge):
+    assert judge.call("@lru_cache(None)\n" + RECURSION, "f", [20_000]).value == 20_000
 
 
 # ---- What a program sees and leaves behind -----------------------------------------------------------------
@@ -727,13 +723,21 @@ def test_packages_are_at_hand_where_they_are_asked_for():
     with S.Sandbox(workers=1, packages=True) as box:
         lines = "import pytest\nreturn [pytest.__name__, 'torch' in sys.modules]"
         assert box.call(body(lines), "f", []).value == ["pytest", False]
-        assert box.call("import losses", "f", []).status == "error"
+        assert box.call("import losses", "f", []).error == "ModuleNotFoundError: No module named 'losses' (line 1)"
 
 
-def test_the_preamble_names_what_competition_programs_leave_unimported(box, warm):
+def test_what_each_worker_runs_once_is_loaded_in_every_call():
+    with S.Sandbox(workers=2, warm="import decimal, sys\nsys.cache = [1]") as box:
+        source = "import sys\n\ndef f():\n    sys.cache.append(2)\n    return ['decimal' in sys.modules, sys.cache]"
+        for _ in range(4):
+            assert box.call(source, "f", []).value == [True, [1, 2]]
+        assert box.run("print('sys' in globals())", "").value == "False\n"
+
+
+def test_the_preamble_names_what_competition_programs_leave_unimported(box, judge):
     source = "def f(x: List[int]) -> Optional[int]:\n    heapify(x)\n    return [x[0], gcd(*x), Counter(x)[6], math.inf > pow(2, 3, 5)]"
-    assert warm.call(source, "f", [[9, 6]]).value == [6, 3, 1, True]
-    assert warm.run("print(max(accumulate(map(int, stdin.read().split()))))", "1 2 3").value == "6\n"
+    assert judge.call(source, "f", [[9, 6]]).value == [6, 3, 1, True]
+    assert judge.run("print(max(accumulate(map(int, stdin.read().split()))))", "1 2 3").value == "6\n"
     assert box.call(source, "f", [[9, 6]]).error == "NameError: name 'List' is not defined (line 1)"
 
 
@@ -810,7 +814,7 @@ def test_overwriting_what_the_sandbox_uses_forges_an_answer_at_most(box, lines):
     ("sys.stdout = None", "", "ok"),
     ("builtins.print = lambda *a: os.write(1, b'forged')", "forged", "ok"),
     ("atexit._run_exitfuncs = lambda: os.write(1, b'forged')", "forgedhonest\n", "ok"),
-    ("os.write = os.read = os._exit = lambda *a: None", "honest\n", "ok"),
+    ("os.read = os._exit = lambda *a: None", "honest\n", "ok"),
     ("sys.modules['__main__'] = sys.modules['json'] = None", "honest\n", "ok"),
     pytest.param("sys.stdout = Unhashable()", "honest\n", "ok", marks=defect("the streams are gathered in a set")),
 ])  # fmt: skip
@@ -919,6 +923,7 @@ PYTHON = {  # source, standard input
     "generator left open": ("def f():\n    try: yield 1\n    finally: print('b')\ng = f()\nprint(next(g))", ""),
 }  # fmt: skip
 UNLIKE_PYTHON = {
+    "line ends": "carriage returns are translated, which Python does on Windows only",
     "thread of a thread": "threads that start while others are joined are not joined",
     "open executor": "its threads are joined before they are told to end: a time-out",
     "exit": "NameError without the preamble: site is not imported",
@@ -970,7 +975,6 @@ def test_lone_surrogates_in_the_input_reach_the_program_as_bytes(box):
     ("print('\\ud800')", "UnicodeEncodeError: 'utf-8' codec can't encode character '\\ud800' in position 0: surrogates not "
      "allowed (line 1)", ("line 1, in <module>: print('\\ud800')",)),
     ("print(1)\nimport ctypes\nctypes.string_at(0)", "exited without a result (signal 11)", ()),
-    ("\0", "ValueError: source code string cannot contain null bytes", ()),
     ("x = bytearray(1 << 40)", "MemoryError", ()),
     pytest.param("print(1)\nclass E(Exception):\n    def __str__(self): raise self\nraise E", "E (line 4)", ("line 4, in <module>: raise E",),
                  marks=defect("the child dies of it with exit code 1, which counts as a way to end: ok")),
@@ -1048,12 +1052,11 @@ time.sleep(0.1)
 """
 ATTACKS = {  # each fails with EPERM; signal 0 and a bounded fork do no harm where one succeeds
     "fork": "os.fork()",
-    "forkpty": "os.forkpty()",
     "exec": "os.execv(sys.executable, [sys.executable, '-c', ''])",
     "posix_spawn": "os.posix_spawn(sys.executable, [sys.executable, '-c', ''], {})",
     "subprocess": "import subprocess; subprocess.run([sys.executable, '-c', ''])",
     "multiprocessing": "import multiprocessing as m; m.get_context('fork').Process(target=print).start()",
-    "shell": "if os.system('true') < 0: raise PermissionError(1, 'system')",
+    "shell": "if os.system('true') != 0: raise PermissionError(1, 'system')",
     "setsid": "os.setsid()",
     "kill the worker": "os.kill(os.getppid(), 9)",
     "kill itself": "os.kill(os.getpid(), 9)",
