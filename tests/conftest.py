@@ -1,8 +1,14 @@
 """What several test files need: the repository root on the import path, the toy tokenizer, tiny random models, and the
 one computation they are checked against, a plain forward pass over one unpadded sequence."""
 
+import json
 import sys
+import threading
+from collections import Counter
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +28,11 @@ def pytest_configure(config):
 FAMILIES = {
     "qwen3-tied": (Qwen3Config, Qwen3ForCausalLM, dict(tie_word_embeddings=True, head_dim=16)),
     "qwen3-untied": (Qwen3Config, Qwen3ForCausalLM, dict(tie_word_embeddings=False, head_dim=16)),
-    "olmo3": (Olmo3Config, Olmo3ForCausalLM, dict(sliding_window=6, layer_types=["sliding_attention", "full_attention"])),
+    "olmo3": (
+        Olmo3Config,
+        Olmo3ForCausalLM,
+        dict(sliding_window=6, layer_types=["sliding_attention", "full_attention"]),
+    ),
 }
 
 
@@ -58,3 +68,43 @@ def plain_logits():
         return logits[len(prompt) - 1 : len(prompt) - 1 + len(response)]
 
     return forward
+
+
+def reply_with(text):
+    message = {"role": "assistant", "content": text}
+    return 200, {"id": "1", "object": "chat.completion", "created": 0, "model": "m",
+                 "choices": [{"index": 0, "finish_reason": "stop", "message": message}]}  # fmt: skip
+
+
+@pytest.fixture
+def server():
+    """An OpenAI-compatible server. A test sets `answer(body, attempt)`, which gives (status, JSON or text); `seen` holds
+    (path, authorization, body) of the requests; reply_with(text) is an answer of the protocol."""
+    seen, attempts = [], Counter()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            said = body["messages"][-1]["content"]
+            attempts[said] += 1
+            seen.append((self.path, self.headers["Authorization"], body))
+            status, answer = handle.answer(body, attempts[said])
+            data = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            with suppress(OSError):  # the client may have given up
+                self.wfile.write(data)
+
+        def log_message(self, *_):
+            pass
+
+    listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    handle = SimpleNamespace(
+        url=f"http://127.0.0.1:{listening.server_port}/v1", seen=seen, attempts=attempts, reply_with=reply_with
+    )
+    threading.Thread(target=listening.serve_forever, daemon=True).start()
+    yield handle
+    listening.shutdown()
+    listening.server_close()

@@ -4,6 +4,7 @@ Expected values come from plain forward passes over one unpadded sequence (conft
 here. Everything runs in float64 unless a test is about float32 itself.
 """
 
+import copy
 import math
 import random
 from types import SimpleNamespace
@@ -32,7 +33,7 @@ R = torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 1], dtype=torch.float64)
 
 @pytest.fixture
 def policy(make_model):
-    return Policy(make_model(), SimpleNamespace(eos_token_id=EOS))
+    return Policy(make_model(), SimpleNamespace(eos_token_id=EOS, chat_template=None))
 
 
 def close(actual, expected, tol=1e-10):
@@ -60,7 +61,9 @@ def pop_gradient(model):
 @pytest.mark.parametrize("budget", [ALONE, 40, TOGETHER])
 @pytest.mark.parametrize("family", ["qwen3-tied", "qwen3-untied", "olmo3"])
 def test_place_t_belongs_to_response_token_t_in_any_company(make_model, plain_logits, family, budget):
-    policy = Policy(make_model(family), SimpleNamespace(eos_token_id=EOS), micro_batch_tokens=budget)
+    policy = Policy(
+        make_model(family), SimpleNamespace(eos_token_id=EOS, chat_template=None), micro_batch_tokens=budget
+    )
     view, (scored, entropy) = policy.view(X, Y), policy.score(X, Y)  # eight lengths
     for i, (x, y) in enumerate(zip(X, Y)):
         log_p = plain_logits(policy.model, x, y).log_softmax(-1).detach()
@@ -147,10 +150,10 @@ def accumulate(policy, objective, budget):
 def test_micro_batches_of_1_and_of_8_give_the_same_update(make_model, objective):
     found, ends = [], []
     for budget in (ALONE, 50, TOGETHER):
-        policy = Policy(make_model(dtype=torch.float32), SimpleNamespace(eos_token_id=EOS))
+        policy = Policy(make_model(dtype=torch.float32), SimpleNamespace(eos_token_id=EOS, chat_template=None))
         accumulate(policy, objective, budget)
         found.append(pop_gradient(policy.model))
-        policy = Policy(make_model(dtype=torch.float64), SimpleNamespace(eos_token_id=EOS))
+        policy = Policy(make_model(dtype=torch.float64), SimpleNamespace(eos_token_id=EOS, chat_template=None))
         start, optimizer = weights(policy.model), torch.optim.AdamW(policy.model.parameters(), weight_decay=0.01)
         accumulate(policy, objective, budget)
         policy.step(optimizer, learning_rate=1e-3, max_grad_norm=1.0)
@@ -198,7 +201,7 @@ def test_the_e_step_gradient_is_the_sum_of_c_i_grad_log_q(policy, plain_logits):
 
 @pytest.mark.parametrize("family", ["qwen3-tied", "qwen3-untied"])
 def test_a_teacher_reads_with_its_own_weights_and_no_gradient_reaches_it(make_model, plain_logits, family):
-    policy = Policy(make_model(family), SimpleNamespace(eos_token_id=EOS))
+    policy = Policy(make_model(family), SimpleNamespace(eos_token_id=EOS, chat_template=None))
     teacher = policy.frozen_copy()
     for p in teacher.parameters():
         p.mul_(1.3)
@@ -310,7 +313,20 @@ def test_eos_ids_are_the_tokenizers_and_the_generation_configs_together(make_mod
     model = make_model()
     for of_model, of_tokenizer, expected in [(5, 2, [2, 5]), ([7, 5], 5, [5, 7]), (None, 2, [2]), (0, None, [0])]:
         model.generation_config.eos_token_id = of_model
-        assert Policy(model, SimpleNamespace(eos_token_id=of_tokenizer)).eos_ids == expected
+        assert Policy(model, SimpleNamespace(eos_token_id=of_tokenizer, chat_template=None)).eos_ids == expected
     model.generation_config.eos_token_id = None
     with pytest.raises(ValueError, match="end-of-sequence"):
-        Policy(model, SimpleNamespace(eos_token_id=None))
+        Policy(model, SimpleNamespace(eos_token_id=None, chat_template=None))
+
+
+def test_the_end_of_an_assistants_turn_ends_a_response_too(make_model, tokenizer):
+    """A base model has an end of text of its own, yet prompted with the chat template it may end its turn with the
+    template's token."""
+    base = copy.deepcopy(tokenizer)
+    base.eos_token = base.pad_token  # as Qwen3-4B-Base: <|endoftext|> ends, <|im_end|> closes a turn
+    model = make_model(vocabulary=len(base))
+    model.generation_config.eos_token_id = base.pad_token_id
+    turn_end = base.convert_tokens_to_ids("<|im_end|>")
+    assert Policy(model, base).eos_ids == sorted({base.pad_token_id, turn_end})
+    base.chat_template = None
+    assert Policy(model, base).eos_ids == [base.pad_token_id]

@@ -80,7 +80,17 @@ IMPOSSIBLE = [
     (["--max_prompt_tokens", "3"], "prompts_per_batch"),
     (["--model", "no/such/folder"], "no/such/folder"),
     (["--subset", "chess"], "chess"),
-    (["--task", "lcb"], "lcb"),
+    (["--task", "lcb"], "bash run.sh lcb --smoke"),
+    (["--task", "math"], "bash run.sh toy"),
+    (["--smoke", "qwen3"], "--smoke"),
+    (["--task", "sciknoweval", "--smoke", "qwen3", "--feedback", "environment"], "sibling, critique"),
+    (["--task", "lcb", "--smoke", "qwen3", "--feedback", "critique"], "environment, sibling, solution_first, both"),
+    (["--task", "lcb", "--smoke", "qwen3", "--since", "2026-01-01", "--until", "2026-02-01"], "0 of 5 problems"),
+    (["--task", "lcb", "--smoke", "qwen3", "--since", "May"], "--since"),
+    (["--task", "math", "--smoke", "qwen3", "--data", "no/such/folder"], "no/such/folder"),
+    (["--data", "tests"], "--data"),
+    (["--critic_url", "http://localhost:1"], "--critic_model"),
+    (["--critic_url", "http://localhost:1", "--critic_model", "m"], "--feedback critique"),
     (["--no_such_flag", "1"], "no_such_flag"),
     (["--method", "ppo"], "ppo"),
     (["--lr", "fast"], "lr"),
@@ -124,7 +134,9 @@ def test_e_step_takes_groups_in_which_both_outcomes_have_a_context():
 
 
 def test_margin_is_mean_of_successes_minus_mean_of_failures():
-    figures = vpd.margin_figures(torch.tensor([0.5, -0.1, 0.1, -0.6]), torch.tensor([1.0, 0, 1, 0]), torch.tensor([4, 1, 1, 5]))
+    figures = vpd.margin_figures(
+        torch.tensor([0.5, -0.1, 0.1, -0.6]), torch.tensor([1.0, 0, 1, 0]), torch.tensor([4, 1, 1, 5])
+    )
     assert figures["margin"] == pytest.approx((0.5 + 0.1) / 2 - (-0.1 - 0.6) / 2)
     # |r~| = .5 .1 .1 .6 against lengths 4 1 1 5: nearly proportional.
     assert figures["length_correlation"] > 0.99
@@ -208,7 +220,15 @@ def test_the_e_step_runs_on_every_f_th_batch_starting_with_the_first(tmp_path):
 )
 def test_a_hybrid_without_one_of_its_parts_is_the_other_method(hybrid, plain, tmp_path):
     for name, method in (("hybrid", hybrid), ("plain", plain)):
-        run(tmp_path / name, "--method", *method, "--eval_every", "0", "--teacher", *(["ema"] if method != ["grpo"] else [""]))
+        run(
+            tmp_path / name,
+            "--method",
+            *method,
+            "--eval_every",
+            "0",
+            "--teacher",
+            *(["ema"] if method != ["grpo"] else [""]),
+        )
     one, other = weights(tmp_path / "hybrid" / "model"), weights(tmp_path / "plain" / "model")
     assert max((one[k] - other[k]).abs().max().item() for k in one) < 1e-12
 
@@ -232,8 +252,12 @@ def test_the_fixed_prior_is_the_initial_student(tmp_path):
 
 
 def test_a_run_repeats_itself_and_another_seed_does_not(tmp_path):
-    logs = [run(tmp_path / name, "--eval_every", "0", "--seed", seed) for name, seed in (("a", "0"), ("b", "0"), ("c", "1"))]
-    stripped = [[{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in log] for log in logs]
+    logs = [
+        run(tmp_path / name, "--eval_every", "0", "--seed", seed) for name, seed in (("a", "0"), ("b", "0"), ("c", "1"))
+    ]
+    stripped = [
+        [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in log] for log in logs
+    ]
     assert stripped[0] == stripped[1]
     assert stripped[0] != stripped[2]
 
@@ -361,5 +385,83 @@ def test_a_reward_that_is_not_0_or_1_is_refused(tmp_path, monkeypatch, capsys):
 
 
 def test_help_lists_the_settings(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "vpd.py"), "--help"], cwd=tmp_path, capture_output=True, text=True, env=os.environ)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "vpd.py"), "--help"], cwd=tmp_path, capture_output=True, text=True, env=os.environ
+    )
     assert done.returncode == 0 and "--e_step_every" in done.stdout
+
+
+# ---- The real tasks --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "task, source, family", [("lcb", "solution_first", "qwen3"), ("sciknoweval", "critique", "olmo3")]
+)
+def test_a_smoke_run_of_a_real_task_walks_every_step(task, source, family, tmp_path):
+    out = tmp_path / "run"
+    vpd.main(["--task", task, "--smoke", family, "--feedback", source, "--out", str(out)])
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    trained = [row for row in rows if row["kind"] == "train"]
+    watched = [row for row in rows if row["kind"] == "eval"]
+    assert len(trained) == 2 and all(math.isfinite(row["m_loss"]) for row in trained)
+    assert any(row["e_loss"] is not None for row in trained)  # random weights are right now and then
+    assert sum(trained[0]["verdicts"].values()) == 32
+    # Without validation problems the test problems are watched, and no weights are kept for doing well on them.
+    assert [row["split"] for row in watched] == ["test", "test"] and not (out / "best").exists()
+    if task == "lcb":
+        assert set(watched[0]["columns"]) == {"held_out"}
+    else:
+        assert set(watched[0]["parts"]) == {"biology", "chemistry", "material", "physics"}
+
+
+CHOICE = ("--subset", "choice", "--feedback", "critique", "--eval_every", "0", "--steps", "1", "--temperature", "1.5")
+
+
+def test_a_served_critic_writes_what_the_teacher_reads_and_the_key_stays_out_of_the_run(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    server.answer = lambda body, _: server.reply_with("look at the second digit")
+    out = tmp_path / "run"
+    vpd.main([*CHOICE, "--critic_url", server.url, "--critic_model", "judge", "--out", str(out)])
+    contexts = [json.loads(line)["context"] for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert {c["critique"] for c in contexts if c} == {"look at the second digit"}
+    assert {key for _, key, _ in server.seen} == {"Bearer sk-very-secret"}
+    request = server.seen[0][2]["messages"][0]["content"]
+    assert "attempt" in request and "answer" in request
+    for file in (p for p in out.rglob("*") if p.is_file()):
+        assert b"sk-very-secret" not in file.read_bytes(), file
+
+
+def test_rows_whose_critique_failed_are_counted_and_left_without_context(server, tmp_path, capfd):
+    server.answer = lambda body, _: (400, {"error": {"message": "no"}})  # not tried again
+    out = tmp_path / "run"
+    vpd.main([*CHOICE, "--critic_url", server.url, "--critic_model", "judge", "--out", str(out)])
+    (row,) = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    failures = round((1 - row["reward"]) * 96)
+    assert row["left_out"]["critique: the server failed"] == failures == len(server.seen) > 0
+    assert row["with_context"] == 0 and row["m_loss"] is None
+    assert "critiques that failed" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["vpd", "grpo"])
+def test_rows_that_the_grader_failed_on_take_no_part(method, tmp_path, monkeypatch):
+    """Group 0's first row is an internal failure beside a success and a failure; it has neither context nor advantage,
+    and the log says so."""
+    task = tasks.load("toy", "trace")
+
+    def verify(problems, responses):
+        outcomes = honest(problems, responses)
+        return [Outcome(0, "internal"), Outcome(1, "right"), Outcome(0, "wrong", "line 1 is wrong"), *outcomes[3:]]
+
+    honest, task.verify = task.verify, verify
+    monkeypatch.setattr(tasks, "load", lambda *_: task)
+    out = tmp_path / "run"
+    vpd.main(["--method", method, "--steps", "1", "--eval_every", "0", "--log_samples", "96", "--out", str(out)])
+    (row,) = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert row["left_out"]["grader failed"] == row["verdicts"]["internal"] == 1
+    assert samples[0]["verdict"] == "internal" and samples[0]["context"] is None
+    rewards = [[s["reward"] for s in samples[first : first + 8]] for first in range(0, 96, 8)]
+    if method == "grpo":  # every row of a mixed group has an advantage, but for this one
+        assert row["left_out"]["m_step: no signal"] == 96 - (8 * sum(0 < sum(group) < 8 for group in rewards) - 1)
+    else:
+        assert row["with_context"] == sum(s["context"] is not None for s in samples) / 96
