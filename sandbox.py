@@ -21,13 +21,15 @@ Covered, each with its test in tests/test_sandbox.py (Linux):
 - a worker that dies or falls silent is replaced and the call made once more; then the status is "internal"
 - no process is left by close(), by the interpreter's exit, or when the caller or a worker is killed
 Covered where the kernel allows it, which `layers` tells (x86_64 and aarch64):
-- seccomp: no new process, program, session or socket; no signal to anybody; no ptrace, mount, io_uring, chmod; raising
+- seccomp: no new process, program, session or connection; no signal to anybody; no ptrace, mount, io_uring, chmod; raising
   one's own limits seems to work and changes nothing. Threads work
 - landlock: reading is confined to Python's own files and the system's libraries, writing to the working directory
 
 Not covered:
-- without seccomp a program can use the network and signal or trace other processes of its user; what it starts is
-  killed all the same. Without landlock it can read, write and delete its user's files
+- without seccomp a program can use the network, signal and trace other processes of its user, and kill its worker; what
+  it starts is killed as long as the worker lives. Without landlock it can read, write and delete its user's files
+- what a worker once held and freed: a program that scans its own memory may find the input or the output of an earlier
+  call (never an expected output, which no worker sees)
 - how much a program writes in all, in many files, within its time; side channels; faults of the kernel
 """
 
@@ -243,13 +245,16 @@ def _result(answer: bytes) -> Result:
         frames = tuple(str(line)[:ERROR_CHARS] for line in frames)[-FRAMES:]
     except (ValueError, TypeError, RecursionError) as e:
         status, value, error, frames = "error", None, f"the answer cannot be read: {e}", ()
-    error = " ".join(str(error).split())
+    error = " ".join(str(error)[: ERROR_CHARS + 200].split())
     return Result(status, value if status == "ok" else None, error, frames, float(seconds))
 
 
 def _remove(directory: str) -> None:
     """shutil.rmtree gives up on locked directories and on nesting beyond the recursion limit; this unlocks and flattens."""
     with suppress(OSError):
+        if os.path.islink(directory) or not os.path.isdir(directory):  # chmod and scandir would follow a link
+            os.unlink(directory)
+            return
         os.chmod(directory, 0o700)
         while entries := list(os.scandir(directory)):
             for entry in entries:
@@ -286,8 +291,9 @@ def _serve(limits: SimpleNamespace) -> None:
                 limits.directory = f"{limits.scratch}/{time.monotonic_ns()}"
                 os.mkdir(limits.directory)
             _write(caller, _run(question, caller, limits))
-            if not _untouched(limits.directory):
-                _remove(limits.directory)
+            if not _untouched(limits.directory, limits.scratch):
+                for name in os.listdir(limits.scratch):  # a program can write beside its directory, too
+                    _remove(f"{limits.scratch}/{name}")
                 limits.directory = None
     _remove(limits.scratch)
 
@@ -315,13 +321,16 @@ def _prepare_program(limits: SimpleNamespace) -> None:
     trial, (_, pipe_end) = os.memfd_create("stdin"), os.pipe()
     for fd, target in enumerate((trial, pipe_end, pipe_end)):
         os.dup2(target, fd)
-    sys.stdin, sys.stdout, sys.stderr = (open(fd, "r" if fd == 0 else "w", closefd=False) for fd in range(3))  # noqa: SIM115
+    sys.stdin, sys.stdout, sys.stderr = (
+        open(fd, "r" if fd == 0 else "w", newline="\n", closefd=False) for fd in range(3)
+    )  # noqa: SIM115
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
     for fd, target in enumerate(standing):
         os.dup2(target, fd)
         os.close(target)
     os.close(trial), os.close(_), os.close(pipe_end)
     sys.argv = [PROGRAM]
+    sys.modules["builtins"].exit = sys.modules["builtins"].quit = sys.exit  # site's, which is not imported
     sys.set_int_max_str_digits(INT_DIGITS)
     names |= {name: getattr(sys, name) for name in ("stdin", "stdout", "stderr", "argv") if name in names}
     limits.script, limits.module = (
@@ -333,11 +342,13 @@ def _prepare_program(limits: SimpleNamespace) -> None:
     limits.script.__file__ = PROGRAM
 
 
-def _untouched(directory: str) -> bool:
+def _untouched(directory: str, scratch: str) -> bool:
     """Then the next call can have it: on a slow disk a new directory costs more than the fork."""
     try:
+        if os.path.islink(directory):
+            return False
         os.chmod(directory, 0o700)
-        return not os.listdir(directory)
+        return not os.listdir(directory) and os.listdir(scratch) == [os.path.basename(directory)]
     except OSError:
         return False
 
@@ -412,8 +423,9 @@ def _watch(
                 alone = True
         if alone and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             return "gone", ""
-    status, _, payload = said.decode("ascii", "replace").partition("\n")[0].partition("\t")
-    known = status in ("ok", "error", "memory", "internal") and "\t" not in payload
+    ready = said.startswith(b"+")  # else the sandbox failed, which no program may claim
+    status, _, payload = said.removeprefix(b"+").decode("ascii", "replace").partition("\n")[0].partition("\t")
+    known = status in (("ok", "error", "memory") if ready else ("internal",)) and "\t" not in payload
     return (status, payload) if known else ("error", json.dumps("the answer cannot be read"))
 
 
@@ -430,15 +442,15 @@ def _drain(output: int, printed: bytearray, limits: SimpleNamespace) -> bool:
 
 def _kill_orphans() -> None:
     """Processes of a program that left its process group have come to this worker, their subreaper."""
-    me = os.getpid()
-    while True:
-        with open(f"/proc/self/task/{me}/children") as file:
-            children = file.read().split()
-        if not children:
-            return
-        for pid in map(int, children):
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+    with suppress(FileNotFoundError):  # a kernel without this list
+        while True:
+            with open(f"/proc/self/task/{os.getpid()}/children") as file:
+                children = file.read().split()
+            if not children:
+                return
+            for pid in map(int, children):
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
 
 
 # ---- In the child ----------------------------------------------------------------------------------------
@@ -450,6 +462,7 @@ def _child(question: bytes, report: int, output: int, limits: SimpleNamespace) -
         mode, _, text = question.partition(b" ")
         asked = json.loads(text)
         _confine(limits, report, output, asked.get("stdin"))
+        os.write(report, b"+")  # from here on the program may write to this pipe as well
         status = "error"
         run = _script if mode == b"run" else _function
         status, payload = "ok", run(asked, limits)
@@ -499,18 +512,23 @@ def _script(asked: dict, limits: SimpleNamespace) -> str:
     if "threading" in asked["source"]:
         import threading
 
-        threading.excepthook = lambda args: died.append(args.exc_value)
+        threading.excepthook = lambda args: args.exc_type is SystemExit or died.append(args.exc_value)
     with suppress(SystemExit):
         exec(compile(asked["source"], PROGRAM, "exec", dont_inherit=True), vars(module))
     if threading := sys.modules.get("threading"):
-        for thread in threading.enumerate():
-            if thread is not threading.main_thread() and not thread.daemon:
-                thread.join()
+        threading._shutdown()  # as Python does: tells executors to end, joins also what starts meanwhile
     atexit._run_exitfuncs()
-    for stream in {sys.stdout, sys.__stdout__}:
+    _flush()
+    for name in [name for name in vars(module) if name != "__builtins__"]:
+        vars(module)[name] = None  # what is alive is finalized: files are flushed, generators closed
+    _flush()
+    return json.dumps(_describe(died[0], asked["source"]) if died else None)
+
+
+def _flush() -> None:
+    for stream in (getattr(sys, "stdout", None), sys.__stdout__):
         with suppress(AttributeError, ValueError):  # replaced by something else, or closed
             stream.flush()
-    return json.dumps(_describe(died[0], asked["source"]) if died else None)
 
 
 def _confine(limits: SimpleNamespace, report: int, output: int, stdin: str | None) -> None:
@@ -533,7 +551,7 @@ def _confine(limits: SimpleNamespace, report: int, output: int, stdin: str | Non
         os.closerange(low + 1, high)
     atexit._clear()  # what the worker's modules registered is not the program's
     most = {"AS": limits.memory_mb << 20, "CPU": int(limits.time_limit) + 2, "FSIZE": limits.output_bytes, "CORE": 0,
-            "NOFILE": 64}  # fmt: skip
+            "NOFILE": 64, "STACK": 1 << 27}  # fmt: skip
     if not limits.filter:
         most["NPROC"] = 4096  # all of this user's; does not bind root
     for name, value in most.items():
@@ -554,8 +572,11 @@ def _describe(error: BaseException, source: str) -> tuple[str, list[str]]:
             text = lines[line - 1].strip() if 0 < line <= len(lines) else ""
             frames = [*frames[1 - FRAMES :], f"line {line}, in {code.co_name}: {text}"]
         trace = trace.tb_next
-    message = str(error.msg if isinstance(error, SyntaxError) else error)[:ERROR_CHARS]
-    text = f"{type(error).__name__}: {message}".removesuffix(": ")
+    try:
+        message = str(error.msg if isinstance(error, SyntaxError) else error)[:ERROR_CHARS]
+    except BaseException:
+        message = ""
+    text = f"{type(error).__name__[:100]}: {message}".removesuffix(": ")
     return (text if line is None else f"{text} (line {line})"), frames
 
 
@@ -569,14 +590,14 @@ fork 57 -, vfork 58 -, execve 59 221, execveat 322 281, setsid 112 157, setpgid 
 kill 62 129, tkill 200 130, tgkill 234 131, rt_sigqueueinfo 129 138, rt_tgsigqueueinfo 297 240, pidfd_send_signal 424 424,
 ptrace 101 117, process_vm_readv 310 270, process_vm_writev 311 271, process_madvise 440 440, kcmp 312 272,
 pidfd_open 434 434, pidfd_getfd 438 438, move_pages 279 239, migrate_pages 256 238, perf_event_open 298 241,
-socket 41 198, socketpair 53 199, connect 42 203, bind 49 200, listen 50 201, accept 43 202, accept4 288 242,
+socket 41 198, connect 42 203, bind 49 200, listen 50 201, accept 43 202, accept4 288 242,
 io_uring_setup 425 425, io_uring_enter 426 426, io_uring_register 427 427, bpf 321 280, userfaultfd 323 282,
 unshare 272 97, setns 308 268, mount 165 40, umount2 166 39, pivot_root 155 41, chroot 161 51, move_mount 429 429,
 open_tree 428 428, fsopen 430 430, fsconfig 431 431, fsmount 432 432, fspick 433 433, mount_setattr 442 442,
 chmod 90 -, fchmod 91 52, fchmodat 268 53, chown 92 -, lchown 94 -, fchown 93 55, fchownat 260 54, setxattr 188 5,
 lsetxattr 189 6, fsetxattr 190 7, removexattr 197 14, lremovexattr 198 15, fremovexattr 199 16, utime 132 -, utimes 235 -,
 futimesat 261 -, utimensat 280 88, quotactl 179 60, open_by_handle_at 304 265, name_to_handle_at 303 264,
-shmget 29 194, shmat 30 196, semget 64 190, msgget 68 186, mq_open 240 180, keyctl 250 219, add_key 248 217,
+mknod 133 -, mknodat 259 33, shmget 29 194, shmat 30 196, semget 64 190, msgget 68 186, mq_open 240 180, keyctl 250 219, add_key 248 217,
 request_key 249 218, setuid 105 146, setgid 106 144, setreuid 113 145, setregid 114 143, setresuid 117 147,
 setresgid 119 149, setgroups 116 159, capset 126 91, personality 135 92, setpriority 141 140, sched_setscheduler 144 119,
 sched_setparam 142 118, sched_setattr 314 274, sched_setaffinity 203 122, init_module 175 105, finit_module 313 273,
@@ -585,6 +606,8 @@ acct 163 89, settimeofday 164 170, clock_settime 227 112, clock_adjtime 305 266,
 setdomainname 171 162, syslog 103 116, fanotify_init 300 262, iopl 172 -, ioperm 173 -, modify_ldt 154 -, vhangup 153 58
 """
 CLONE, CLONE3, SETRLIMIT, PRLIMIT64 = (56, 220), (435, 435), (160, 164), (302, 261)
+FCNTL, PRCTL = (72, 25), (157, 167)
+F_SETOWN, F_SETSIG, F_SETOWN_EX = 8, 10, 15  # with them a pipe sends its owner any signal
 FIRST_UNKNOWN = 452  # younger calls do not exist as far as a program is told; libraries then take the older ones
 CLONE_THREAD = 0x10000
 
@@ -617,6 +640,18 @@ def _seccomp_filter() -> bytes | None:
         (any_bit, 0, 1, CLONE_THREAD),
         (ret, 0, 0, allow),
         (ret, 0, 0, denied),
+        (equal, 0, 6, FCNTL[column]),
+        (load, 0, 0, 24),
+        (equal, 3, 0, F_SETOWN),
+        (equal, 2, 0, F_SETSIG),
+        (equal, 1, 0, F_SETOWN_EX),
+        (ret, 0, 0, allow),
+        (ret, 0, 0, denied),
+        (equal, 0, 4, PRCTL[column]),
+        (load, 0, 0, 16),
+        (equal, 0, 1, PR_SET_PDEATHSIG),
+        (ret, 0, 0, denied),
+        (ret, 0, 0, allow),
         (equal, 0, 6, PRLIMIT64[column]),
         (load, 0, 0, 32),  # the pointer to new limits, low and high word: without one the call only reads
         (equal, 0, 2, 0),

@@ -29,11 +29,6 @@ IDENTITY = "def f(x):\n    return x"
 BARE = ("seccomp", "landlock")  # without them programs misbehave as any process can
 
 
-def defect(reason: str):
-    """Known and reported; strict, so that the repair takes the mark away."""
-    return pytest.mark.xfail(reason=reason, strict=True)
-
-
 @pytest.fixture(scope="module")
 def box():
     with S.Sandbox(workers=2, time_limit=10.0, memory_mb=256, output_bytes=100_000) as box:
@@ -351,7 +346,6 @@ def test_a_long_message_is_cut(box):
     assert (result.status, result.error) == ("error", f"ValueError: {'x' * S.ERROR_CHARS} (line 2)")
 
 
-@defect("an exception's name is not cut")
 def test_a_long_name_of_an_exception_is_cut(box):
     result = box.call("def f():\n    raise type('X' * 90_000, (Exception,), {})", "f", [])
     assert result.status == "error" and len(result.error) < 2 * S.ERROR_CHARS
@@ -608,7 +602,6 @@ def test_deep_recursion_is_an_error_and_with_the_preamble_goes_to_50000(box, jud
         assert both.run("def f(): return f()\nf()", "").error.startswith("RecursionError")
 
 
-@defect("8 MB of C stack: signal 11 at about 15,000 levels")
 def test_recursion_through_a_cache_goes_as_deep_with_the_preamble(judge):
     assert judge.call("@lru_cache(None)\n" + RECURSION, "f", [20_000]).value == 20_000
 
@@ -667,13 +660,11 @@ def test_locked_directories_are_removed(bare):
     assert bare.call(body("return os.listdir()"), "f", []).value == [] and not os.path.exists(used)
 
 
-@defect("the whole scratch directory is writable, and only the working directory is emptied")
 def test_nothing_written_beside_the_working_directory_is_seen_by_the_next(one):
     one.run("open('../beside', 'w').write('x')", "")
     assert one.run("import os; print(os.path.exists('../beside'))", "").value == "False\n"
 
 
-@defect("the worker follows the link: it empties the directory that it points to, and changes its mode")
 @pytest.mark.parametrize("inside", ["file", None])
 def test_a_link_left_as_working_directory_is_not_followed(one, tmp_path, inside):
     tmp_path.chmod(0o750)
@@ -773,7 +764,7 @@ FORGE = """
     ("error\t" + "[" * 970 + "]" * 970 + "\n", "error", None),
     ("timeout\t0\n", "error", None),
     ("output limit\t0\n", "error", None),
-    pytest.param("internal\t0\n", "error", None, marks=defect("a program can say that the sandbox failed")),
+    ("internal\t0\n", "error", None),
 ], ids=lambda part: repr(part)[:16] if isinstance(part, str) else "")  # fmt: skip
 def test_a_forged_answer_is_only_an_answer(box, text, status, value):
     result = box.call(body(FORGE, "text"), "f", [text])
@@ -816,7 +807,7 @@ def test_overwriting_what_the_sandbox_uses_forges_an_answer_at_most(box, lines):
     ("atexit._run_exitfuncs = lambda: os.write(1, b'forged')", "forgedhonest\n", "ok"),
     ("os.read = os._exit = lambda *a: None", "honest\n", "ok"),
     ("sys.modules['__main__'] = sys.modules['json'] = None", "honest\n", "ok"),
-    pytest.param("sys.stdout = Unhashable()", "honest\n", "ok", marks=defect("the streams are gathered in a set")),
+    pytest.param("sys.stdout = Unhashable()", "honest\n", "ok"),
 ])  # fmt: skip
 def test_overwriting_what_a_script_ends_with_changes_its_own_output_at_most(box, lines, text, status):
     unhashable = (
@@ -922,16 +913,6 @@ PYTHON = {  # source, standard input
     "destructor at exit": ("class A:\n    def __del__(self): print('b')\na = A()\nprint('a')", ""),
     "generator left open": ("def f():\n    try: yield 1\n    finally: print('b')\ng = f()\nprint(next(g))", ""),
 }  # fmt: skip
-UNLIKE_PYTHON = {
-    "line ends": "carriage returns are translated, which Python does on Windows only",
-    "thread of a thread": "threads that start while others are joined are not joined",
-    "open executor": "its threads are joined before they are told to end: a time-out",
-    "exit": "NameError without the preamble: site is not imported",
-    "quit": "NameError: site is not imported",
-    "second stream, never closed": "objects alive at the end are never finalized",
-    "destructor at exit": "objects alive at the end are never finalized",
-    "generator left open": "objects alive at the end are never finalized",
-}
 
 
 @pytest.fixture(scope="module")
@@ -941,9 +922,7 @@ def scripts():
         yield scripts
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=defect(UNLIKE_PYTHON[n])) if n in UNLIKE_PYTHON else n for n in PYTHON]
-)
+@pytest.mark.parametrize("name", PYTHON)
 def test_a_script_prints_what_python_prints(scripts, tmp_path, name):
     source, text = PYTHON[name]
     path = tmp_path / "program.py"
@@ -976,8 +955,7 @@ def test_lone_surrogates_in_the_input_reach_the_program_as_bytes(box):
      "allowed (line 1)", ("line 1, in <module>: print('\\ud800')",)),
     ("print(1)\nimport ctypes\nctypes.string_at(0)", "exited without a result (signal 11)", ()),
     ("x = bytearray(1 << 40)", "MemoryError", ()),
-    pytest.param("print(1)\nclass E(Exception):\n    def __str__(self): raise self\nraise E", "E (line 4)", ("line 4, in <module>: raise E",),
-                 marks=defect("the child dies of it with exit code 1, which counts as a way to end: ok")),
+    pytest.param("print(1)\nclass E(Exception):\n    def __str__(self): raise self\nraise E", "E (line 4)", ("line 4, in <module>: raise E",)),
 ])  # fmt: skip
 def test_only_an_exception_or_a_signal_makes_a_script_fail(box, source, error, frames):
     result = box.run(source, "")
@@ -994,10 +972,9 @@ def test_an_exception_in_a_thread_is_told_beside_the_output(box):
         "IndexError: list index out of range (line 3)",
     )
     assert result.frames == ("line 3, in f: return [][0]",)
-    assert box.run("print('fine')", "") == ("ok", "fine\n", "", (), pytest.approx(0.05, abs=5))
+    assert box.run("print('fine')", "")[:4] == ("ok", "fine\n", "", ())
 
 
-@defect("a thread that calls sys.exit() is reported as dead of an exception")
 def test_sys_exit_in_a_thread_is_no_error(box):
     assert box.run("import sys, threading\nthreading.Thread(target=sys.exit).start()", "").error == ""
 
@@ -1102,9 +1079,7 @@ def test_seccomp_denies(layered, only_seccomp, listener, attack):
         assert works(box) and pids(box) == before
 
 
-@pytest.mark.parametrize(
-    "name", ["layered", pytest.param("only_seccomp", marks=defect("fcntl F_SETOWN, F_SETSIG send any signal"))]
-)
+@pytest.mark.parametrize("name", ["layered", pytest.param("only_seccomp")])
 def test_no_signal_leaves_by_way_of_a_files_owner(name, request):
     box = request.getfixturevalue(name)
     before = pids(box)
@@ -1203,7 +1178,6 @@ def test_nothing_outside_is_read(layered, only_landlock, bare, tmp_path, read):
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root makes devices")
-@defect("mknod is allowed in the working directory")
 def test_no_device_can_be_made(layered):
     result = layered.call(body("os.mknod('device', 0o20600, os.makedev(1, 5))\nreturn 1"), "f", [])  # another /dev/zero
     assert (result.status, result.value) == ("error", None)
@@ -1326,8 +1300,7 @@ def test_there_is_no_filter_for_an_unknown_machine(monkeypatch):
 
 
 def test_hashes_sets_and_random_numbers_are_the_same_in_every_call_and_worker():
-    source = "print(hash('abc'), {'a', 'bc', 'def', 'ghij'}, random.random(), random.sample(range(99), 3), shuffle, sep='\\n')"
-    source = source.replace(", shuffle", "")
+    source = "print(hash('abc'), {'a', 'bc', 'def', 'ghij'}, random.random(), random.sample(range(99), 3), sep='\\n')"
     texts = []
     for _ in range(2):
         with S.Sandbox(workers=2, preamble=True) as box:
@@ -1362,7 +1335,7 @@ def test_a_worker_killed_in_a_call_is_replaced_and_the_call_is_repeated():
 
 @pytest.mark.parametrize("disarm", [
     "pass",
-    pytest.param("import ctypes; ctypes.CDLL(None).prctl(1, 0)", marks=defect("prctl(PR_SET_PDEATHSIG, 0) is allowed")),
+    pytest.param("import ctypes; ctypes.CDLL(None).prctl(1, 0)"),
 ])  # fmt: skip
 def test_the_child_of_a_killed_worker_ends(layered, disarm):
     with S.Sandbox(workers=1, time_limit=60.0) as box:
