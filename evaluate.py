@@ -193,6 +193,11 @@ def main(argv: list[str] | None = None) -> None:
             if not (args.run / "config.json").is_file() or not (args.run / "model").is_dir():
                 raise ValueError(f"--run {args.run} is no finished run directory: config.json or model/ is missing")
             config = json.loads((args.run / "config.json").read_text())
+            if (
+                not isinstance(config, dict)
+                or not {"task", "model", "eval_samples", "eval_temperature"} <= config.keys()
+            ):
+                raise ValueError(f"{args.run}/config.json is not the configuration of a run")
             models = {"before": config["model"], "after": str(args.run / "model")}
             out = out or args.run / "evaluation.json"
             temperature, top_p, limit = config["eval_temperature"], config["eval_top_p"], config["max_response_tokens"]
@@ -203,15 +208,22 @@ def main(argv: list[str] | None = None) -> None:
         n = 1 if args.greedy else n if args.n is None else args.n
         if n < 1 or limit < 1 or temperature < 0 or not 0 < top_p <= 1:
             raise ValueError("--n and --max_tokens must be at least 1, --temperature at least 0, --top_p in (0, 1]")
-        if out and not out.parent.is_dir():
-            raise ValueError(f"--out {out}: the folder {out.parent} does not exist")
+        if out and (not out.parent.is_dir() or out.is_dir()):
+            raise ValueError(
+                f"--out {out}: " + ("it is a folder" if out.is_dir() else f"there is no folder {out.parent}")
+            )
+        if out and args.responses and out.resolve() == args.responses.resolve():
+            raise ValueError(f"--out {out} would replace the responses")
+        if args.data and (args.run or args.subset or args.split != "test"):
+            raise ValueError("--data takes all rows of a file: it goes without --run, --subset and --split")
         if args.responses and not args.data:
             raise ValueError("--responses needs --data, the problems they answer")
         if args.run:
             keys = ("subset", "data", "train_tests", "since", "until")
             task = tasks.load(config["task"], **{key: config[key] for key in keys if key in config})
         else:
-            task = tasks.read(args.task, args.data) if args.data else tasks.load(args.task, args.subset)
+            official = args.responses is not None
+            task = tasks.read(args.task, args.data, official) if args.data else tasks.load(args.task, args.subset)
         if args.responses:
             print("\n".join([*task.notes, *grade(task, args.responses, out)]))
             task.close()
@@ -220,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
             torch.set_num_threads(1)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         policies = {name: Policy.load(path, device=device) for name, path in models.items()}
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     problems, results = getattr(task, args.split), {}
     if not problems:
@@ -237,8 +249,13 @@ def main(argv: list[str] | None = None) -> None:
         results[name] = {"model": models[name], **settings, **result}
         method = config.get("method", "") if name == "after" else "base"
         base = config.get("model", models[name])
-        paper = paper_figures(args.task if not config else config["task"], task.name.split("/")[-1], base, method,
-                              config.get("feedback", ""))  # fmt: skip
+        # The paper's figures are of the whole source and its test problems.
+        standard = args.split == "test" and not args.data and all(
+            config.get(key, value) == value
+            for key, value in {"data": "", "since": "2025-02-01", "until": "2025-05-01", "train_tests": "private"}.items()
+        )  # fmt: skip
+        name_of, subset = task.name.split("/")
+        paper = paper_figures(name_of, subset, base, method, config.get("feedback", "")) if standard else {}
         print("\n".join(table(name, models[name], results[name], paper)))
     task.close()
     if out:

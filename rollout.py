@@ -7,6 +7,7 @@ rollouts, however the rows were grouped into batches.
 
 import hashlib
 import os
+import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -143,6 +144,7 @@ class ServedModel:
     ) -> list[str]:
         """One reply to each conversation, "" where three attempts failed; `failures` then says why."""
         self.failures.clear()
+        lock = threading.Lock()
 
         def ask(i: int) -> str:
             try:
@@ -150,9 +152,12 @@ class ServedModel:
                     model=self.model, messages=messages[i], max_tokens=max_tokens, temperature=temperature, top_p=top_p,
                     seed=seed_for(seed, i) % 2**31,
                 )  # fmt: skip
-                return answer.choices[0].message.content or ""
+                if text := answer.choices[0].message.content:
+                    return text
+                raise ValueError("an empty reply")
             except Exception as error:  # the library's errors, and answers that are not of the protocol
-                self.failures[f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"] += 1
+                with lock:
+                    self.failures[f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"] += 1
                 return ""
 
         with ThreadPoolExecutor(self.at_once) as pool:

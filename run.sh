@@ -48,12 +48,14 @@ train_and_evaluate() {
 
 out=
 smoke=
+only=
 for ((i = 1; i <= $#; i++)); do
   case ${!i} in
     -h|--help) exec python vpd.py --help ;;
     --smoke) j=$((i + 1)); case ${!j:-} in qwen3|olmo3) ;; *) smoke=$i ;; esac ;;
     --out=*) out=${!i#--out=} ;;
     --out) j=$((i + 1)); out=${!j:-} ;;
+    --feedback) j=$((i + 1)); only=${!j:-} ;;
   esac
 done
 if [ -n "$smoke" ]; then  # every feedback source that the task has, the second model family with the first of them
@@ -62,6 +64,7 @@ if [ -n "$smoke" ]; then  # every feedback source that the task has, the second 
     lcb) sources="environment sibling solution_first both" ;;
     *) sources="sibling critique" ;;
   esac
+  sources=${only:-$sources}
   base=${out:-runs/$word-smoke}
   for pair in $(printf 'qwen3:%s ' $sources) "olmo3:${sources%% *}"; do
     out=$base-${pair%:*}-${pair#*:}

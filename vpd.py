@@ -32,11 +32,13 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
+from urllib.parse import urlsplit
 
 import torch
 from tqdm import tqdm
@@ -283,6 +285,11 @@ def check(cfg: Config) -> None:
         raise ValueError("--critic_url and --critic_model go together: the server's base URL and the model it serves")
     if cfg.critic_url and (cfg.feedback != "critique" or not method.teacher):
         raise ValueError("--critic_url needs --feedback critique and a method with a teacher")
+    parts = urlsplit(cfg.critic_url)
+    if parts.username or parts.password or parts.query:
+        raise ValueError(
+            "--critic_url holds a secret, which would be saved with the run: put the key into OPENAI_API_KEY"
+        )
     if cfg.smoke and cfg.task == "toy":
         raise ValueError("--smoke is for lcb, sciknoweval and math: the toy tasks run here as they are")
     if cfg.teacher and not method.teacher:
@@ -349,6 +356,13 @@ def e_step_groups(which: str, r: torch.Tensor, told: torch.Tensor, group_size: i
     return groups, len(r) - sum(map(len, groups))
 
 
+def fill_ungraded(r: torch.Tensor, graded: torch.Tensor, group_size: int) -> torch.Tensor:
+    """r with the rows that the grader failed on at their group's mean: advantage 0, and no pull on the others."""
+    groups, known = r.view(-1, group_size), graded.view(-1, group_size)
+    means = (groups * known).sum(1, keepdim=True) / known.sum(1, keepdim=True).clamp(min=1)
+    return torch.where(known, groups, means).reshape(-1)
+
+
 def margin_figures(implicit: torch.Tensor, r: torch.Tensor, lengths: torch.Tensor) -> dict:
     """Fig. 1's reward margin, mean r~ on successes minus mean r~ on failures, and whether |r~| merely tracks length."""
     both = 0 < r.sum() < len(r)
@@ -402,7 +416,6 @@ def train(cfg: Config, policy: Policy, task: tasks.Task, out: Path, record: dict
     e_optimizer = adamw() if cfg.e_optimizer == "own" and cfg.method == "vpd" else optimizer
     shift, bad_in_a_row, best = None, 0, -1.0
 
-    out.mkdir(parents=True)
     (out / "config.json").write_text(json.dumps(record, indent=1) + "\n")
     log, samples = (out / "log.jsonl").open("w"), (out / "samples.jsonl").open("w")
 
@@ -542,8 +555,9 @@ def train(cfg: Config, policy: Policy, task: tasks.Task, out: Path, record: dict
                 clock.lap("e_step")
 
             # ---- 5. M-step: distil the teacher into the student (Eq. 10); the baselines' losses stand here too
-            A = losses.group_advantages(r, G, cfg.divide_by_std) if method.reinforces else torch.zeros_like(r)  # (B,)
-            A = A * graded
+            A = torch.zeros_like(r)  # (B,)
+            if method.reinforces:
+                A = losses.group_advantages(fill_ungraded(r, graded, G), G, cfg.divide_by_std) * graded
             active = (A != 0) | (told if method.distils or cfg.method == "reshape" else False)
             if cfg.method == "reshape":
                 A = losses.reshaped_advantages(A, teacher_logp, old_logp, cfg.w_rl, cfg.w_opd)  # (B, T), B.24
@@ -595,7 +609,7 @@ def train(cfg: Config, policy: Policy, task: tasks.Task, out: Path, record: dict
             kinds = Counter(c.kind for c in C if c)
             wins = Counter(c.kind for c, o in zip(C, outcomes) if c and o.reward)
             row = {
-                "kind": "train", "step": step, "reward": mean(r), **figures,
+                "kind": "train", "step": step, "reward": mean(r[graded]), **figures,
                 "m_loss": mean(m_losses), "m_grad_norm": mean(m_norms),
                 "divergence": apart if method.distils and told.any() else None,
                 "entropy": (entropy.sum() / n_tokens).item(), "response_length": n_tokens / len(y),
@@ -654,17 +668,20 @@ def main(argv: list[str] | None = None) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if cfg.task != "toy" and device == "cpu" and not cfg.smoke and not Path(cfg.model).is_dir():
             raise ValueError(
-                f"--task {cfg.task} with {cfg.model} needs a CUDA GPU of 80 GB, and there is none: on this machine run "
+                f"--task {cfg.task} with {cfg.model} needs CUDA GPUs, and there is none: on this machine run "
                 f"`bash run.sh {cfg.task} --smoke` or `bash run.sh toy`"
             )
+        cfg.data = str(Path(cfg.data).resolve()) if cfg.data else ""  # evaluation may start from another folder
         task = tasks.load(cfg.task, cfg.subset, cfg.data, cfg.train_tests, cfg.since, cfg.until)
         if METHODS[cfg.method].teacher and task.sources and cfg.feedback not in task.sources:
             raise ValueError(f"--feedback {cfg.feedback}: {task.name} has {', '.join(task.sources)}")
-        if cfg.smoke:
-            cfg.model = f"{out}-{cfg.smoke}"
-            toy.smoke_model(cfg.task, cfg.smoke, cfg.model)
         dtype = getattr(torch, cfg.dtype)
-        policy = Policy.load(cfg.model, dtype, device, micro_batch_tokens=cfg.micro_batch_tokens)
+        with tempfile.TemporaryDirectory() as made:
+            if cfg.smoke:
+                toy.smoke_model(cfg.task, cfg.smoke, Path(made))
+            policy = Policy.load(
+                made if cfg.smoke else cfg.model, dtype, device, micro_batch_tokens=cfg.micro_batch_tokens
+            )
         if cfg.top_k > policy.vocabulary:
             raise ValueError(f"--top_k {cfg.top_k} exceeds the vocabulary of {policy.vocabulary} tokens")
         fits = [
@@ -677,10 +694,14 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(
                 f"{len(fits)} training problems do not fill a batch of --prompts_per_batch {cfg.prompts_per_batch}"
             )
-    except ValueError as error:
+        if out.exists():
+            shutil.rmtree(out)
+        out.mkdir(parents=True)
+        if cfg.smoke:  # the model was made on the spot; evaluation will want it again
+            cfg.model = str(out / "base")
+            policy.save(cfg.model)
+    except (ValueError, OSError) as error:
         fail(error)
-    if out.exists():
-        shutil.rmtree(out)
     teacher = cfg.teacher or METHODS[cfg.method].teacher
     record = {**asdict(cfg), "out": str(out), "teacher": teacher, "commit": git_commit(), "device": device,
               "torch": torch.__version__, "command": " ".join(["python", *sys.argv]), "prompts_dropped": dropped}  # fmt: skip

@@ -1,18 +1,24 @@
-"""avg@k, pass@k and their intervals against arithmetic and enumeration; the command line's one-line errors."""
+"""avg@k, pass@k and their intervals against arithmetic and enumeration; tables with the paper's figures; grades of
+responses; the command line's one-line errors."""
 
 import itertools
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import evaluate
+import tasks
 from policy import Policy
-from rollout import HFSampler
-from tasks import Outcome, Problem
+from rollout import HFSampler, Rollout
+from tasks import Outcome, Problem, Task
 
 torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_pass_at_k_equals_the_average_over_all_subsets_of_size_k():
@@ -107,3 +113,372 @@ def test_bad_input_is_one_line_and_exit_2(argv, words, capsys):
     error = capsys.readouterr().err
     assert stop.value.code == 2
     assert words in error and error.count("\n") == 1
+
+
+# ---- measure: parts, columns, failures of the grader -----------------------------------------------------------
+
+
+class Scripted:
+    """A policy and its sampler in one: response j to problem i is the text "i j"."""
+
+    tokenizer = None
+
+    def __init__(self, truncated=()):
+        self.truncated = truncated
+
+    def sample(self, prompts, n, seed, max_tokens, temperature, top_p):
+        self.asked = (prompts, n, seed, max_tokens, temperature, top_p)
+        pairs = itertools.product(range(len(prompts)), range(n))
+        return [Rollout([i, j], [0.0, 0.0], "length" if (i, j) in self.truncated else "stop") for i, j in pairs]
+
+    def decode(self, tokens):
+        return " ".join(map(str, tokens))
+
+
+def measured(monkeypatch, parts, outcomes, truncated=()):
+    """measure on problems p0, p1, ... of these parts; outcomes[i][j] answers response j to problem i."""
+    monkeypatch.setattr(evaluate, "student_prompt", lambda _, messages: [int(messages[0]["content"])])
+    policy = Scripted(truncated)
+    problems = [
+        Problem(f"p{i}", [{"role": "user", "content": str(i)}], data=i, part=part) for i, part in enumerate(parts)
+    ]
+
+    def verify(asked, responses):
+        found = []
+        for problem, response in zip(asked, responses, strict=True):
+            i, j = map(int, response.split())
+            assert i == problem.data
+            found.append(outcomes[i][j])
+        return found
+
+    result = evaluate.measure(policy, policy, verify, problems, len(outcomes[0]), 5, 70, 0.6, 0.95)
+    assert policy.asked == ([[i] for i in range(len(parts))], len(outcomes[0]), 5, 70, 0.6, 0.95)
+    return result
+
+
+def test_measure_summarises_each_part_and_each_column_over_the_problems_that_have_it(monkeypatch):
+    right, wrong = Outcome(1, "passed", "", {"held_out": 1}), Outcome(0, "wrong answer", "no", {"held_out": 1})
+    both_wrong = Outcome(0, "error", "no", {"held_out": 0})
+    outcomes = [[right, wrong], [Outcome(1, "passed"), Outcome(1, "passed")], [both_wrong, wrong]]
+    result = measured(monkeypatch, ["a", "a", "b"], outcomes, truncated={(0, 1), (2, 0), (2, 1)})
+    assert (result["avg"], result["problems"], result["n"]) == (3 / 6, 3, 2)
+    assert {part: (s["avg"], s["problems"]) for part, s in result["parts"].items()} == {"a": (3 / 4, 2), "b": (0.0, 1)}
+    assert result["parts"]["a"]["pass@2"]["value"] == 1.0 and result["pass@2"]["value"] == pytest.approx(2 / 3)
+    assert list(result["columns"]) == ["held_out"]
+    column = result["columns"]["held_out"]
+    assert (column["avg"], column["problems"], column["n"]) == (3 / 4, 2, 2)  # p1 has nothing held out
+    assert result["rewards"] == {"a/p0": [1, 0], "a/p1": [1, 1], "b/p2": [0, 0]}
+    assert result["verdicts"] == {"passed": 3, "wrong answer": 2, "error": 1}
+    assert result["truncated"] == 3 / 6 and result["internal"] == 0
+
+
+def test_measure_counts_where_the_grader_failed_and_has_no_parts_where_there_is_one(monkeypatch):
+    outcomes = [[Outcome(1, "correct"), Outcome(0, "internal")], [Outcome(0, "internal"), Outcome(0, "wrong")]]
+    result = measured(monkeypatch, ["math500", "math500"], outcomes)
+    assert (result["internal"], result["avg"]) == (2, 1 / 4)
+    assert result["parts"] == {} == result["columns"]
+    assert result["rewards"] == {"p0": [1, 0], "p1": [0, 0]}
+    assert evaluate.line(result).endswith("truncated 0.000  grader failed on 2")
+    assert "grader" not in evaluate.line({**result, "internal": 0})
+
+
+# ---- The paper's figures ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "task, subset, model, method, feedback, figures",
+    [  # typed from the paper: Table 1
+        ("lcb", "v6", "Qwen/Qwen3-8B", "base", "", {"": 28.05}),
+        ("lcb", "v6", "Qwen/Qwen3-8B", "vpd", "environment", {"": 49.62}),
+        ("lcb", "v6", "a/folder/qwen3-8b/", "reweight", "environment", {"": 44.85}),
+        # Table 2
+        ("sciknoweval", "physics", "Qwen/Qwen3-1.7B", "vpd", "sibling", {"": 73.67}),
+        ("sciknoweval", "biology", "Qwen/Qwen3-1.7B", "base", "critique", {"": 33.63}),  # the base has no feedback
+        ("sciknoweval", "chemistry", "Qwen/Qwen3-8B", "sdpo", "sibling", {"": 82.26}),
+        ("sciknoweval", "material", "allenai/Olmo-3-7B-Instruct", "joint", "sibling", {"": 71.21}),
+        (
+            "sciknoweval", "all", "Qwen/Qwen3-8B", "reshape", "sibling",
+            {"biology": 52.0, "chemistry": 75.18, "material": 75.07, "physics": 74.14, "average": 69.1},
+        ),
+        # Table 3
+        ("sciknoweval", "physics", "Qwen/Qwen3-8B", "vpd", "critique", {"": 79.45}),
+        ("sciknoweval", "material", "Qwen/Qwen3-1.7B", "sdpo", "critique", {"": 71.21}),
+        ("sciknoweval", "physics", "Qwen/Qwen3-8B", "grpo", "critique", {"": 76.09}),  # nor has grpo
+        # Table D.3, section 4.2
+        ("sciknoweval", "chemistry", "Qwen/Qwen3-4B-Base", "vpd", "sibling", {"": 70.45}),
+        ("math", "dapo", "Qwen/Qwen3-8B", "grpo", "", {"math500": 83.8}),
+        # not in the paper
+        ("math", "dapo", "Qwen/Qwen3-8B", "vpd", "sibling", {}),
+        ("lcb", "v6", "Qwen/Qwen3-1.7B", "vpd", "environment", {}),
+        ("lcb", "v6", "Qwen/Qwen3-8B", "distil", "environment", {}),
+        ("sciknoweval", "physics", "Qwen/Qwen3-8B", "reshape", "critique", {}),
+        ("toy", "trace", "toy_models/trace", "vpd", "environment", {}),
+    ],
+)  # fmt: skip
+def test_paper_figures_are_those_of_the_setting_or_none(task, subset, model, method, feedback, figures):
+    assert evaluate.paper_figures(task, subset, model, method, feedback) == figures
+
+
+def test_paper_averages_are_the_means_of_their_domains():
+    """A figure typed wrongly would show; the paper's own averages are within a rounding of its columns."""
+    known = json.loads((ROOT / "results" / "paper.json").read_text())["sciknoweval"]
+    rows = [(model, method, f) for model, methods in known.items() for method, f in methods.items()]
+    assert len(rows) == 28  # 9 + 9 + 7 + 3
+    for model, method, figures in rows:
+        domains = [figures[domain] for domain in ("biology", "chemistry", "material", "physics")]
+        assert sum(domains) / 4 == pytest.approx(figures["average"], abs=0.02), (model, method)
+
+
+def results(rewards, parts=None, task="sciknoweval/all"):
+    summary = lambda rows: evaluate.summarise(np.array(rows))  # noqa: E731
+    split = {part: summary(rows) for part, rows in (parts or {}).items()}
+    return {**summary(rewards), "task": task, "truncated": 0.25, "internal": 0, "columns": {}, "parts": split}
+
+
+def test_table_has_a_row_for_each_part_the_mean_of_the_domains_and_the_papers_figures_in_their_own_column():
+    parts = {"biology": [[1, 1], [1, 1], [1, 1]], "physics": [[0, 0]]}
+    result = results([[1, 1], [1, 1], [1, 1], [1, 1]], parts)
+    paper = {"biology": 68.0, "physics": 80.55, "average": 77.15}
+    lines = evaluate.table("after", "runs/x/model", result, paper)
+    assert [" ".join(line.split()) for line in lines] == [
+        "after runs/x/model avg@2 1.000 [1.000, 1.000] pass@2 1.000 [1.000, 1.000] truncated 0.250",
+        "biology, 3 problems avg@2 1.000 [1.000, 1.000] pass@2 1.000 [1.000, 1.000] paper 0.6800",
+        "physics, 1 problems avg@2 0.000 [0.000, 0.000] pass@2 0.000 [0.000, 0.000] paper 0.8055",
+        "mean of the domains avg@2 0.500 paper 0.7715",  # domains count alike: (1 + 0) / 2
+    ]
+    whole = evaluate.table("model", "m", results([[1]]), {"": 49.62})
+    assert [line.rsplit("  ", 1)[1] for line in whole] == ["paper 0.4962"]
+    assert not any("paper" in line for line in evaluate.table("model", "m", result, {}))
+
+
+def test_table_shows_columns_and_no_mean_of_domains_outside_sciknoweval():
+    result = results([[1], [1]], {"math500": [[1]], "amc23": [[1]]}, task="math/dapo")
+    lines = evaluate.table("model", "m", result, {"math500": 83.8})
+    assert len(lines) == 3 and lines[1].endswith("paper 0.8380") and "paper" not in lines[0] + lines[2]
+    held_out = {**results([[1]], task="lcb/v6"), "columns": {"held_out": evaluate.summarise(np.array([[0]]))}}
+    assert "  held_out 0.000 [0.000, 0.000]  truncated" in evaluate.table("model", "m", held_out, {})[0]
+
+
+# ---- The command line with a model ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """command(*argv) runs main with neither model nor data; the calls stand in command.measured, .loaded, .read."""
+    problem = Problem("p", [{"role": "user", "content": "?"}], part="part")
+    calls = SimpleNamespace(measured=[], loaded=[], read=[], closed=[])
+
+    def make(name):
+        return Task(name, [problem], [], [problem], None, close=lambda: calls.closed.append(name), notes=["a note"])
+
+    def load(task, subset="", **options):
+        calls.loaded.append((task, subset, options))
+        return make(f"{task}/{subset or tasks.TASKS[task][0]}")
+
+    def read(task, path, official):
+        calls.read.append((task, path, official))
+        return make(f"{task}/{tasks.TASKS[task][0]}")
+
+    def measure(policy, sampler, verify, problems, n, seed, max_tokens, temperature, top_p):
+        calls.measured.append((policy, n, temperature, top_p, max_tokens))
+        return {k: v for k, v in results([[1] * n]).items() if k != "task"} | {"rewards": {}, "verdicts": {}}
+
+    monkeypatch.setattr(evaluate.tasks, "load", load)
+    monkeypatch.setattr(evaluate.tasks, "read", read)
+    monkeypatch.setattr(evaluate, "measure", measure)
+    monkeypatch.setattr(evaluate, "HFSampler", lambda policy: None)
+    monkeypatch.setattr(evaluate.Policy, "load", lambda path, device: path)
+    calls.run = lambda *argv: evaluate.main([str(word) for word in argv])
+    return calls
+
+
+@pytest.mark.parametrize(
+    "task, options, settings",
+    [
+        ("toy", [], (4, 1.0, 1.0, 100)),
+        ("lcb", [], (4, 0.6, 0.95, 8192)),
+        ("math", [], (4, 0.6, 0.95, 8192)),
+        ("sciknoweval", [], (16, 0.6, 0.95, 8192)),
+        ("sciknoweval", ["--n", 3], (3, 0.6, 0.95, 8192)),
+        ("math", ["--greedy"], (1, 0.0, 0.95, 8192)),
+        ("lcb", ["--temperature", 0, "--top_p", 0.5, "--max_tokens", 7, "--n", 2], (2, 0.0, 0.5, 7)),
+    ],
+)
+def test_defaults_of_sampling_are_the_papers_by_task(task, options, settings, command):
+    command.run("--model", "m", "--task", task, *options)
+    assert command.measured == [("m", *settings)]
+    assert command.loaded == [(task, "", {})] and len(command.closed) == 1
+
+
+def test_problems_come_from_a_file_where_one_is_given(command, capsys):
+    command.run("--model", "m", "--task", "math", "--data", "some.jsonl")
+    assert command.read == [("math", "some.jsonl", False)] and command.loaded == []
+    assert capsys.readouterr().out.startswith("a note\n")
+
+
+def test_run_is_evaluated_before_and_after_with_its_own_settings(command, tmp_path, capsys):
+    config = {
+        "task": "sciknoweval", "subset": "physics", "data": "", "train_tests": "private", "since": "2025-02-01",
+        "until": "2025-05-01", "model": "Qwen/Qwen3-8B", "method": "vpd", "feedback": "sibling", "eval_samples": 5, "eval_temperature": 0.3,
+        "eval_top_p": 0.8, "max_response_tokens": 11,
+    }  # fmt: skip
+    (tmp_path / "model").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    command.run("--run", tmp_path)
+    after = str(tmp_path / "model")
+    assert command.measured == [("Qwen/Qwen3-8B", 5, 0.3, 0.8, 11), (after, 5, 0.3, 0.8, 11)]
+    options = {"data": "", "train_tests": "private", "since": "2025-02-01", "until": "2025-05-01"}
+    assert command.loaded == [("sciknoweval", "physics", options)]
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-2].endswith("paper 0.5914") and printed[-1].endswith("paper 0.8055")  # Table 2: base, VPD
+    written = json.loads((tmp_path / "evaluation.json").read_text())
+    assert [(name, r["model"], r["task"]) for name, r in written.items()] == [
+        ("before", "Qwen/Qwen3-8B", "sciknoweval/physics"), ("after", after, "sciknoweval/physics"),
+    ]  # fmt: skip
+
+
+def test_model_of_the_paper_has_its_figure_beside_it_on_the_papers_own_problems(command, capsys):
+    command.run("--model", "Qwen/Qwen3-8B", "--task", "lcb")
+    assert capsys.readouterr().out.splitlines()[-1].endswith("  paper 0.2805")
+
+
+@pytest.mark.parametrize("options", [["--data", "mine.jsonl"], ["--split", "train"]])
+def test_papers_figure_does_not_stand_beside_other_problems(options, command, capsys):
+    command.run("--model", "Qwen/Qwen3-8B", "--task", "lcb", *options)
+    assert "paper" not in capsys.readouterr().out
+
+
+# ---- Grades of responses that are there already ------------------------------------------------------------------
+
+FIXTURES = ROOT / "tests" / "fixtures"
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def grades(task, data, responses, out):
+    evaluate.main(["--responses", str(responses), "--task", task, "--data", str(data), "--out", str(out)])
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert all(list(row) == ["id", "reward", "verdict", "feedback"] for row in found)
+    return found
+
+
+def test_programs_are_graded_in_their_order_several_to_a_problem(tmp_path, capsys):
+    rows = grades("lcb", FIXTURES / "lcb.jsonl", FIXTURES / "lcb_responses.jsonl", tmp_path / "grades.jsonl")
+    assert [(row["id"], row["reward"], row["verdict"]) for row in rows] == [
+        ("fx_sum", 1, "passed"), ("fx_half", 1, "passed"), ("fx_rows", 1, "passed"), ("fx_pairs", 1, "passed"),
+        ("fx_sum", 0, "wrong answer"), ("fx_half", 0, "error"), ("fx_late", 0, "no code"),
+    ]  # fmt: skip
+    assert [bool(row["feedback"]) for row in rows] == [False] * 4 + [True] * 3
+    assert "Input:\n3\n1 2 3\nYour output:\n3\nExpected output:\n6" in rows[4]["feedback"]  # a public test
+    assert "ZeroDivisionError: division by zero (line 1)" in rows[5]["feedback"]
+    *_, counts, mean = capsys.readouterr().out.splitlines()
+    assert counts == ("7 responses to 5 problems, 0 problems without one: 4 passed, 1 wrong answer, 1 error, 1 no code")
+    assert mean.startswith("mean reward of the answered problems 0.6000 [")  # (1/2 + 1/2 + 1 + 1 + 0) / 5
+
+
+def test_letters_are_graded_in_their_order(tmp_path, capsys):
+    rows = grades(
+        "sciknoweval", FIXTURES / "sciknoweval.jsonl", FIXTURES / "sciknoweval_responses.jsonl", tmp_path / "g.jsonl"
+    )
+    assert [row["reward"] for row in rows] == [0, 0, 0, 1]  # biology-0 is D
+    assert {(row["id"], row["feedback"]) for row in rows} == {("biology-0", "")}
+    *_, counts, mean = capsys.readouterr().out.splitlines()
+    assert counts == "4 responses to 1 problems, 47 problems without one: 3 wrong, 1 correct"
+    assert mean == "mean reward of the answered problems 0.2500 [0.2500, 0.2500]"
+
+
+def test_mathematics_is_graded_in_its_order_and_ids_may_be_numbers(tmp_path, capsys):
+    names = ["test/algebra/fx1.json", "test/prealgebra/fx2.json", "test/algebra/fx3.json"]
+    responses = [
+        (names[2], r"\boxed{\left(0, 2\right]}"), (names[0], "10"), (names[1], r"\boxed{2} no, $\boxed{\frac{2}{12}}$"),
+        (names[0], r"\boxed{10.0}"), (names[2], r"\boxed{(0,2)}"),
+    ]  # fmt: skip
+    path = write(tmp_path / "r.jsonl", [{"id": name, "response": text} for name, text in responses])
+    rows = grades("math", FIXTURES / "math500.jsonl", path, tmp_path / "g.jsonl")
+    assert [row["id"] for row in rows] == [name for name, _ in responses]
+    assert [(row["reward"], row["verdict"]) for row in rows] == [
+        (1, "correct"), (0, "no answer"), (1, "correct"), (1, "correct"), (0, "wrong"),
+    ]  # fmt: skip
+    mean = capsys.readouterr().out.splitlines()[-1]
+    assert mean.startswith("mean reward of the answered problems 0.6667 [")  # (1/2 + 1/2 + 1) / 3
+    path = write(tmp_path / "r.jsonl", [{"id": 61, "response": r"\boxed{125}"}])
+    assert [(row["id"], row["reward"]) for row in grades("math", FIXTURES / "aime24.jsonl", path, tmp_path / "g")] == [
+        (61, 1)
+    ]
+
+
+def test_grades_without_out_are_printed_and_nothing_is_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path / "r.jsonl", [{"id": "physics-0", "response": "?"}])
+    evaluate.main(["--responses", str(path), "--task", "sciknoweval", "--data", str(FIXTURES / "sciknoweval.jsonl")])
+    assert "1 no answer" in capsys.readouterr().out
+    assert [file.name for file in tmp_path.iterdir()] == ["r.jsonl"]
+
+
+def test_task_is_closed_when_its_responses_are_graded(tmp_path, monkeypatch):
+    closed = []
+    task = Task("t", [], [], [Problem("p", [], "A")], tasks.grade_choices, close=lambda: closed.append(True))
+    monkeypatch.setattr(evaluate.tasks, "read", lambda name, path, official: task)
+    path = write(tmp_path / "r.jsonl", [{"id": "p", "response": "<answer>A</answer>"}])
+    evaluate.main(["--responses", str(path), "--task", "math", "--data", "x"])
+    assert closed == [True]
+
+
+GOOD = {"id": "biology-0", "response": "<answer>D</answer>"}
+HUB = [json.loads(line) for line in (FIXTURES / "sciknoweval.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "responses, data, words",
+    [
+        ([GOOD, {"id": "biology-99", "response": "x"}], HUB, "row 2: no problem of --data has the id 'biology-99'"),
+        ([GOOD, {"id": "biology-0"}], HUB, "row 2: a response is"),
+        ([{"response": "x"}], HUB, "row 1: a response is"),
+        ([{"id": "biology-0", "response": None}], HUB, "row 1: a response is"),
+        ([{"id": "biology-0", "response": ["x"]}], HUB, "row 1: a response is"),
+        ([GOOD], [{**HUB[0], "id": "biology-0"}, {**HUB[0], "id": "biology-0"}], "share the id 'biology-0'"),
+        ([GOOD], [{**HUB[0], "answerKey": None}], "row 1: column answerKey is missing"),
+        ([GOOD], None, "no-problems.jsonl does not exist"),
+        (None, HUB, "no-responses.jsonl does not exist"),
+        ([], HUB, "no-responses.jsonl"),
+        ("[1]\n", HUB, "line 1"),
+        ('{"id": \n', HUB, "line 1"),
+    ],
+)
+def test_responses_that_cannot_be_graded_are_one_line_exit_2_and_nothing_written(
+    responses, data, words, tmp_path, capsys
+):
+    path, problems, out = tmp_path / "no-responses.jsonl", tmp_path / "no-problems.jsonl", tmp_path / "out.jsonl"
+    if isinstance(responses, str):
+        path.write_text(responses)
+    elif responses is not None:
+        write(path, responses)
+    if data is not None:
+        write(problems, data)
+    with pytest.raises(SystemExit) as stop:
+        grades("sciknoweval", problems, path, out)
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and not out.exists() and printed.out == ""
+    assert words in printed.err and printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--task", "math"], "--responses needs --data"),
+        (["--task", "toy", "--data", "lcb.jsonl"], "task toy has no files"),
+        (["--task", "math", "--data", "math500.jsonl", "--out", "no/such/dir/x.jsonl"], "no/such/dir"),
+        (["--task", "math", "--data", "math500.jsonl", "--model", "m"], "--model"),
+        (["--task", "math", "--data", "math500.jsonl", "--split", "train"], "--split"),
+        (["--task", "chess", "--data", "math500.jsonl"], "chess"),
+    ],
+)
+def test_responses_with_options_that_do_not_fit_are_one_line_and_exit_2(argv, words, capsys):
+    argv = [str(FIXTURES / word) if word.endswith("0.jsonl") or word.startswith("lcb") else word for word in argv]
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["--responses", str(FIXTURES / "math_responses.jsonl"), *argv])
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and words in printed.err and printed.err.count("\n") == 1

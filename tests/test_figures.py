@@ -35,7 +35,9 @@ def test_the_band_is_lowest_to_highest_seed_and_the_line_their_mean(tmp_path, mo
     monkeypatch.setattr(figures.plt.Axes, "fill_between", lambda self, x, low, high, **_: drawn.append((x, low, high)))
     lines = []
     plot = figures.plt.Axes.plot
-    monkeypatch.setattr(figures.plt.Axes, "plot", lambda self, x, y, *a, **k: lines.append(y) or plot(self, x, y, *a, **k))
+    monkeypatch.setattr(
+        figures.plt.Axes, "plot", lambda self, x, y, *a, **k: lines.append(y) or plot(self, x, y, *a, **k)
+    )
     runs = [run(tmp_path / "a", "vpd", 1, [0.2]), run(tmp_path / "b", "vpd", 2, [0.6])]
     figures.draw(runs, tmp_path / "out.png")
     assert lines[0] == pytest.approx([(0.2 + 0.6) / 2])
@@ -44,7 +46,14 @@ def test_the_band_is_lowest_to_highest_seed_and_the_line_their_mean(tmp_path, mo
 
 def test_smoothing_is_a_centred_mean_that_shrinks_at_the_ends():
     values = np.array([1.0, 2.0, 6.0, 3.0, 3.0, 9.0])
-    expected = [(1 + 2 + 6) / 3, (1 + 2 + 6 + 3) / 4, 15 / 5, (2 + 6 + 3 + 3 + 9) / 5, (6 + 3 + 3 + 9) / 4, (3 + 3 + 9) / 3]
+    expected = [
+        (1 + 2 + 6) / 3,
+        (1 + 2 + 6 + 3) / 4,
+        15 / 5,
+        (2 + 6 + 3 + 3 + 9) / 5,
+        (6 + 3 + 3 + 9) / 4,
+        (3 + 3 + 9) / 3,
+    ]
     assert figures.smooth(values) == pytest.approx(expected)
 
 

@@ -518,12 +518,12 @@ DIFFERENTIABLE = {  # every differentiable function as one of the live logits z 
 for k in (1, 2):
     DIFFERENTIABLE[f"top_k_with_tail k={k}"] = lambda z, t, k=k: L.top_k_with_tail(z, t, k)[0]
 for kind in KINDS:
-    DIFFERENTIABLE[f"divergence {kind}"] = (
-        lambda z, t, kind=kind: L.divergence(z.log_softmax(-1), t.log_softmax(-1), kind)
+    DIFFERENTIABLE[f"divergence {kind}"] = lambda z, t, kind=kind: L.divergence(
+        z.log_softmax(-1), t.log_softmax(-1), kind
     )
     for k in (None, 1, 2, 3):
-        DIFFERENTIABLE[f"distillation_loss {kind} top_k={k}"] = (
-            lambda z, t, kind=kind, k=k: L.distillation_loss(z, t, kind, k)
+        DIFFERENTIABLE[f"distillation_loss {kind} top_k={k}"] = lambda z, t, kind=kind, k=k: L.distillation_loss(
+            z, t, kind, k
         )
 
 
