@@ -193,10 +193,8 @@ def main(argv: list[str] | None = None) -> None:
             if not (args.run / "config.json").is_file() or not (args.run / "model").is_dir():
                 raise ValueError(f"--run {args.run} is no finished run directory: config.json or model/ is missing")
             config = json.loads((args.run / "config.json").read_text())
-            if (
-                not isinstance(config, dict)
-                or not {"task", "model", "eval_samples", "eval_temperature"} <= config.keys()
-            ):
+            needed = {"task", "model", "eval_samples", "eval_temperature", "eval_top_p", "max_response_tokens"}
+            if not isinstance(config, dict) or not needed <= config.keys():
                 raise ValueError(f"{args.run}/config.json is not the configuration of a run")
             models = {"before": config["model"], "after": str(args.run / "model")}
             out = out or args.run / "evaluation.json"

@@ -143,7 +143,7 @@ def read(task: str, path: str, official: bool = False) -> Task:
 
 
 def rows(path: str | Path) -> Iterable[dict]:
-    """The rows of a JSONL, JSON, parquet or arrow file, or of a folder: a data set saved or cached by `datasets`, or
+    """The rows of a JSONL (one object per line, whatever its ending), parquet or arrow file, or of a folder: a data set saved or cached by `datasets`, or
     files of those kinds."""
     path = Path(path)
     if path.is_dir():
@@ -383,7 +383,9 @@ def code_block(response: str) -> str | None:
         text = line.strip()
         ticks = re.match(r"(`{3,}|~{3,})", text)
         if fence and ticks and ticks[0].startswith(fence) and text == ticks[0]:
-            if (language == "" or language.startswith("py") and language != "python2") and any(map(str.strip, lines)):
+            if (language == "" or re.match(r"(pypy3?|python3?(\.\d+)?|py)(?!\w)", language)) and any(
+                map(str.strip, lines)
+            ):
                 last = textwrap.dedent("\n".join(lines)) + "\n"
             fence = ""
         elif (
@@ -496,7 +498,7 @@ def _show(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def _cut(text: str, length: int = 300) -> str:
+def _cut(text: str, length: int = 260) -> str:
     text = text.strip()
     return text if len(text) <= length else f"{text[:length]} ... ({len(text) - length} characters more)"
 
@@ -795,6 +797,6 @@ def _tidy(text: str) -> str:
         .replace("\\dfrac", "\\frac")
         .replace("\\tfrac", "\\frac")
     )
-    text = re.sub(r"(?<=\d)(\\[,;! ]|~)(?=\d{3})", "", text)
+    text = re.sub(r"(?<=\d)(\\[,;! ]|~| )(?=\d{3}(?!\d))", "", text)
     text = re.sub(r"(\\\\|[.,;\s])+$", "", text)
     return re.sub(r"(?<!\w)\s+|\s+(?!\w)", "", text)

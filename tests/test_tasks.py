@@ -366,6 +366,7 @@ def hostile_blobs(marker: Path) -> dict[str, str]:
         "bytes": pack(b"[]"),
         "a string that is no JSON": pack("[{'input'"),
         "nested beyond reading": pack("[" * 200_000),
+        "an empty object": pack("{}"),
         "a number": pack("7"),
         "a list of numbers": pack("[1, 2]"),
         "a test without output": pack('[{"input": "1"}]'),
@@ -766,8 +767,8 @@ def test_lcb_feedback_is_cut_to_2000_characters_and_says_what_is_left_out(load_l
     task = load_lcb(lcb_row(private=as_tests(long[:1])), lcb_row("two", private=long, public=long))
     wrong, late = task.verify([task.train[0]] * 2, [fence("print('x' * 7000)"), fence("while True: pass")])
     assert wrong.feedback == (
-        f"Wrong answer.\nInput:\n{'1' * 300} ... (4700 characters more)\nYour output:\n{'x' * 300} ... (6700 characters "
-        f"more)\nExpected output:\n{'2' * 300} ... (5700 characters more)"
+        f"Wrong answer.\nInput:\n{'1' * 260} ... (4740 characters more)\nYour output:\n{'x' * 260} ... (6740 characters "
+        f"more)\nExpected output:\n{'2' * 260} ... (5740 characters more)"
     )
     assert late.feedback.endswith(f"on this input:\n{'1' * 800} ... (4200 characters more)")
     code = f"{'y' * 600} = 1\ndef f(x):\n    raise ValueError('v' * 9000 + 'é' * x) {'#' * 900}\nf(1)"
