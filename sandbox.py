@@ -43,6 +43,7 @@ if (
 import atexit
 import ctypes
 import gc
+import itertools
 import json
 import resource
 import select
@@ -339,7 +340,9 @@ def _prepare_program(limits: SimpleNamespace) -> None:
     )  # not __main__: its main block is silent
     for module in (limits.script, limits.module):
         vars(module).update(names)
+        exec("", vars(module))  # adds __builtins__
     limits.script.__file__ = PROGRAM
+    limits.given = len(vars(limits.script))
 
 
 def _untouched(directory: str, scratch: str) -> bool:
@@ -519,8 +522,11 @@ def _script(asked: dict, limits: SimpleNamespace) -> str:
         threading._shutdown()  # as Python does: tells executors to end, joins also what starts meanwhile
     atexit._run_exitfuncs()
     _flush()
-    for name in [name for name in vars(module) if name != "__builtins__"]:
-        vars(module)[name] = None  # what is alive is finalized: files are flushed, generators closed
+    # What is alive is finalized: files are flushed, generators closed. Names that stood there before the program are left
+    # alone, for touching each would cost a page of memory.
+    names = vars(module)
+    for name in list(itertools.islice(reversed(names), max(0, len(names) - limits.given))):
+        names[name] = None
     _flush()
     return json.dumps(_describe(died[0], asked["source"]) if died else None)
 
