@@ -237,7 +237,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"{task.name} has no {args.split} problems")
     settings = {"task": task.name, "split": args.split, "seed": args.seed, "temperature": temperature,
                 "top_p": top_p, "max_tokens": limit}  # fmt: skip
-    print("\n".join(task.notes), end="\n" if task.notes else "")
+    for note in task.notes:
+        print(note)
     print(
         f"{task.name}, {len(problems)} {args.split} problems, {n} samples each, temperature {temperature}, top_p {top_p}"
     )

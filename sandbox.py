@@ -35,10 +35,10 @@ Not covered:
 
 import os
 
-if (
-    __name__ == "__main__"
-):  # a worker: what modules want to do in a forked child (locks, new seeds) costs 0.4 ms a fork,
-    os.register_at_fork = lambda **hooks: None  # and is not needed after the fork of a single thread
+if __name__ == "__main__":
+    # A worker: what modules want to do in a forked child (locks, new seeds) costs 0.4 ms a fork, and is not needed after
+    # the fork of a single thread.
+    os.register_at_fork = lambda **hooks: None
 
 import atexit
 import ctypes
@@ -73,12 +73,11 @@ PREAMBLE = (
     "string re datetime collections heapq bisect copy math random statistics itertools functools operator io sys json "
     "builtins typing"
 ).split()
-ALSO_WARM = "threading".split()  # imported, not named
 
 
 class Result(NamedTuple):
     status: (
-        str  # "ok" | "error" | "timeout" | "memory" | "output limit" | "internal": not the program, the sandbox failed
+        str  # "ok", "error", "timeout", "memory", "output limit", or "internal": the sandbox failed, not the program
     )
     value: object = None  # if ok: the return value after its way through JSON, or the printed text
     error: str = ""  # one line, such as "ZeroDivisionError: division by zero (line 3)"; if ok: what a thread died of
@@ -308,18 +307,19 @@ def _write(fd: int, data: bytes) -> None:
 def _prepare_program(limits: SimpleNamespace) -> None:
     """Everything a child can find ready: each page of memory that it does not have to write saves microseconds."""
     names = {}
-    for name in PREAMBLE + ALSO_WARM if limits.preamble else ():
-        module = __import__(name)
-        if name in PREAMBLE:
+    if limits.preamble:
+        import threading  # noqa: F401  # many programs import it
+
+        for name in PREAMBLE:
+            module = __import__(name)
             public = getattr(module, "__all__", None) or [n for n in vars(module) if not n.startswith("_")]
             names |= {n: getattr(module, n) for n in public}
-    if limits.preamble:
         names |= {name: sys.modules[name] for name in PREAMBLE}
         sys.setrecursionlimit(50_000)
         sys.modules["random"].seed(0)  # nobody seeds again after a fork: every call draws the same numbers
     # Streams over the numbers 0 to 2, made while these are what a child has there: a file in memory, and pipes.
     standing = [os.dup(fd) for fd in range(3)]
-    trial, (_, pipe_end) = os.memfd_create("stdin"), os.pipe()
+    trial, (other_end, pipe_end) = os.memfd_create("stdin"), os.pipe()
     for fd, target in enumerate((trial, pipe_end, pipe_end)):
         os.dup2(target, fd)
     sys.stdin, sys.stdout, sys.stderr = (
@@ -328,16 +328,14 @@ def _prepare_program(limits: SimpleNamespace) -> None:
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
     for fd, target in enumerate(standing):
         os.dup2(target, fd)
-        os.close(target)
-    os.close(trial), os.close(_), os.close(pipe_end)
+    for fd in (*standing, trial, other_end, pipe_end):
+        os.close(fd)
     sys.argv = [PROGRAM]
     sys.modules["builtins"].exit = sys.modules["builtins"].quit = sys.exit  # site's, which is not imported
     sys.set_int_max_str_digits(INT_DIGITS)
     names |= {name: getattr(sys, name) for name in ("stdin", "stdout", "stderr", "argv") if name in names}
-    limits.script, limits.module = (
-        ModuleType("__main__"),
-        ModuleType("program"),
-    )  # not __main__: its main block is silent
+    limits.script = ModuleType("__main__")
+    limits.module = ModuleType("program")  # not __main__: its main block is silent
     for module in (limits.script, limits.module):
         vars(module).update(names)
         exec("", vars(module))  # adds __builtins__
@@ -391,7 +389,7 @@ def _run(question: bytes, caller: int, limits: SimpleNamespace) -> bytes:
     if status == "gone":
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         status, payload = "error", json.dumps(f"exited without a result ({how})")
-    if script and status in ("ok", "error", "gone") and len(printed) > limits.output_bytes:
+    if script and status in ("ok", "error") and len(printed) > limits.output_bytes:
         status, payload = "output limit", json.dumps(f"more than {limits.output_bytes} bytes printed")
     text = json.dumps(printed.decode("utf-8", "replace")) if script and status == "ok" else ""
     return f"{status}\t{seconds:.6f}\t{payload}\t{text}\n".encode()
@@ -406,10 +404,10 @@ def _watch(
         poll.register(fd, select.POLLIN)
     said, alone = bytearray(), False  # alone: it has closed its report; only its end is waited for
     while b"\n" not in said:
-        left = deadline - time.monotonic()
+        left = 1000 * (deadline - time.monotonic())  # milliseconds
         if left <= 0:
             return "timeout", json.dumps(f"no result within {limits.time_limit} s")
-        ready = [fd for fd, _ in poll.poll(min(1000 * left, 5.0 if alone else 1000 * left) + 0.5)]
+        ready = [fd for fd, _ in poll.poll((min(left, 5.0) if alone else left) + 0.5)]
         if caller in ready:  # no second question comes before the answer: the caller has gone
             raise EOFError
         if output in ready and not _drain(output, printed, limits):
@@ -481,10 +479,11 @@ def _function(asked: dict, limits: SimpleNamespace) -> str:
     module = sys.modules["program"] = limits.module
     exec(compile(asked["source"], PROGRAM, "exec", dont_inherit=True), vars(module))
     owner, _, name = asked["function"].rpartition(".")
-    for wanted in filter(None, (owner, name if not owner else "")):
-        if wanted not in vars(module):
-            raise NameError(f"name {wanted!r} is not defined")
-    function = getattr(vars(module)[owner](), name) if owner else vars(module)[name]
+    wanted = owner or name
+    if wanted not in vars(module):
+        raise NameError(f"name {wanted!r} is not defined")
+    found = vars(module)[wanted]
+    function = getattr(found(), name) if owner else found
     value = function(*asked["args"])
     return _dumps(list(value) if isinstance(value, tuple) else value)
 
@@ -603,8 +602,9 @@ open_tree 428 428, fsopen 430 430, fsconfig 431 431, fsmount 432 432, fspick 433
 chmod 90 -, fchmod 91 52, fchmodat 268 53, chown 92 -, lchown 94 -, fchown 93 55, fchownat 260 54, setxattr 188 5,
 lsetxattr 189 6, fsetxattr 190 7, removexattr 197 14, lremovexattr 198 15, fremovexattr 199 16, utime 132 -, utimes 235 -,
 futimesat 261 -, utimensat 280 88, quotactl 179 60, open_by_handle_at 304 265, name_to_handle_at 303 264,
-mknod 133 -, mknodat 259 33, shmget 29 194, shmat 30 196, semget 64 190, msgget 68 186, mq_open 240 180, keyctl 250 219, add_key 248 217,
-request_key 249 218, setuid 105 146, setgid 106 144, setreuid 113 145, setregid 114 143, setresuid 117 147,
+mknod 133 -, mknodat 259 33, shmget 29 194, shmat 30 196, semget 64 190, msgget 68 186, mq_open 240 180,
+keyctl 250 219, add_key 248 217, request_key 249 218,
+setuid 105 146, setgid 106 144, setreuid 113 145, setregid 114 143, setresuid 117 147,
 setresgid 119 149, setgroups 116 159, capset 126 91, personality 135 92, setpriority 141 140, sched_setscheduler 144 119,
 sched_setparam 142 118, sched_setattr 314 274, sched_setaffinity 203 122, init_module 175 105, finit_module 313 273,
 delete_module 176 106, kexec_load 246 104, kexec_file_load 320 294, reboot 169 142, swapon 167 224, swapoff 168 225,

@@ -135,23 +135,25 @@ def read(task: str, path: str, official: bool = False) -> Task:
             return _sciknoweval_task("file", [], *_choices(source, path))
         return _sciknoweval_task("file", [], _each(source, path, lambda row, at: _split_row(row, at, "")), [note])
     part = re.sub(r"\W+", "", Path(path).stem.lower())
-    numbers = itertools.count()
-    return _math_task([], _each(source, path, lambda row, at: _math_problem(row, at, part, next(numbers))), [note])
+    return _math_task([], _math_problems(source, path, part), [note])
 
 
 # ---- Reading sources -----------------------------------------------------------------------------------------
 
 
+SUFFIXES = (".jsonl", ".parquet", ".arrow")  # of a file that may lie in a folder given as --data
+
+
 def rows(path: str | Path) -> Iterable[dict]:
-    """The rows of a JSONL (one object per line, whatever its ending), parquet or arrow file, or of a folder: a data set saved or cached by `datasets`, or
-    files of those kinds."""
+    """The rows of a JSONL (one object per line, whatever its ending), parquet or arrow file, or of a folder: a data set
+    saved or cached by `datasets`, or files of those kinds."""
     path = Path(path)
     if path.is_dir():
         import datasets
 
         if (path / "state.json").exists():
             return datasets.load_from_disk(str(path))
-        files = sorted(f for f in path.iterdir() if f.suffix in (".jsonl", ".parquet", ".arrow"))
+        files = sorted(f for f in path.iterdir() if f.suffix in SUFFIXES)
         if not files:
             raise ValueError(f"{path} holds no .jsonl, .parquet or .arrow file")
         return (row for file in files for row in rows(file))
@@ -199,14 +201,19 @@ def _each(source: Iterable[dict], where: str, make: Callable[[dict, str], Any]) 
     return made
 
 
+def _fetch(name: str, get: Callable[[], Any]) -> Any:
+    """get(), or one line that says what could not be fetched."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every attempt; the outcome is enough
+    try:
+        return get()
+    except Exception as error:  # network, hub, cache and parsing errors share no base
+        raise ValueError(f"{name} cannot be fetched ({_one_line(error)}): give a local copy with --data") from None
+
+
 def _hub(repo: str, split: str) -> Iterable[dict]:
     import datasets
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every attempt; the outcome is enough
-    try:
-        return datasets.load_dataset(repo, split=split)
-    except Exception as error:  # network, hub, cache and parsing errors share no base
-        raise ValueError(f"{repo} cannot be fetched ({_one_line(error)}): give a local copy with --data") from None
+    return _fetch(repo, lambda: datasets.load_dataset(repo, split=split))
 
 
 def _one_line(error: Exception) -> str:
@@ -237,7 +244,7 @@ FUNCTION_FORMAT = (
 )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Record:
     """One problem of LiveCodeBench. Its tests weigh megabytes, so they stay as they came until somebody grades."""
 
@@ -247,7 +254,7 @@ class _Record:
     function: str  # "" for a program that reads standard input
     public: str
     private: str
-    train: tuple[int, ...]  # tests that give reward and feedback in training, by position in tests()
+    train: tuple[int, ...] = ()  # of the private tests, those that give reward and feedback in training, by position
 
 
 class _StringUnpickler(pickle.Unpickler):
@@ -257,16 +264,21 @@ class _StringUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"the pickle asks for {module}.{name}")
 
 
-@lru_cache(maxsize=64)  # the problems of a batch
-def _tests(record: _Record, use: str) -> list[dict]:
-    """The tests of a use (see `_lcb_problem`): public ones, private ones (the public ones of a record that has none), or
-    both. Raises ValueError naming the problem for tests that cannot be decoded."""
+@lru_cache(maxsize=128)  # both kinds for the problems of a batch
+def _decoded(record: _Record, kind: str) -> list[dict]:
+    """The "public" or "private" tests. Raises ValueError naming the problem for tests that cannot be decoded."""
     try:
-        public = _decode(record.public) if use in ("public", "official") else []
-        private = _decode(record.private) if use != "public" else []
-        return public + private or _decode(record.public)
+        return _decode(getattr(record, kind))
     except Exception as error:  # whatever a damaged blob makes of base64, zlib, pickle and json
         raise ValueError(f"lcb problem {record.id}: its tests cannot be decoded ({_one_line(error)})") from None
+
+
+def _tests(record: _Record, use: str) -> list[dict]:
+    """The tests of a use (see `_lcb_problem`): public ones, private ones (the public ones of a record that has none), or
+    both."""
+    public = _decoded(record, "public") if use in ("public", "official") else []
+    private = _decoded(record, "private") if use != "public" else []
+    return public + private or _decoded(record, "public")
 
 
 def _decode(text: str) -> list[dict]:
@@ -302,7 +314,7 @@ def _record(row: dict, where: str, tests_for: str) -> _Record:
     public, private = _get(row, where, "public_test_cases"), row.get("private_test_cases") or "[]"
     if not all(isinstance(text, str) for text in (question, starter, function, public, private)):
         raise ValueError(f"lcb problem {name}: every column of the source is text")
-    record = _Record(name, question, starter, function, public, private, ())
+    record = _Record(name, question, starter, function, public, private)
     tests = _tests(record, tests_for)
     if not tests:
         raise ValueError(f"lcb problem {name}: it has no {'public tests' if tests_for == 'public' else 'tests'}")
@@ -312,10 +324,10 @@ def _record(row: dict, where: str, tests_for: str) -> _Record:
             _arguments(test["input"])
     except (ValueError, RecursionError) as error:
         raise ValueError(f"lcb problem {name}: a test of a function is no JSON ({_one_line(error)})") from None
-    if tests_for != "private":
-        return record
-    half = random.Random(f"0/{name}").sample(range(len(tests)), max(1, len(tests) // 2))
-    return _Record(**{**vars(record), "train": tuple(sorted(half))})
+    if tests_for == "private":
+        half = random.Random(f"0/{name}").sample(range(len(tests)), max(1, len(tests) // 2))
+        record.train = tuple(sorted(half))
+    return record
 
 
 def _lcb_problem(record: _Record, use: str) -> Problem:
@@ -337,24 +349,23 @@ def _lcb(data: str, train_tests: str, since: str, until: str) -> Task:
     else:
         from huggingface_hub import hf_hub_download
 
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-        try:
-            source = rows(hf_hub_download(*LCB_FILE, repo_type="dataset"))
-        except Exception as error:  # network, hub and disk errors share no base
-            raise ValueError(
-                f"{'/'.join(LCB_FILE)} cannot be fetched ({_one_line(error)}): give a local copy with --data"
-            ) from None
-    dates = []
+        source = _fetch("/".join(LCB_FILE), lambda: rows(hf_hub_download(*LCB_FILE, repo_type="dataset")))
+    dates, lacking = [], 0
 
     def record(row: dict, at: str) -> _Record | None:
+        nonlocal lacking
         dates.append(str(_get(row, at, "contest_date"))[:10])
-        return _record(row, at, train_tests) if since <= dates[-1] < until else None
+        if not since <= dates[-1] < until:
+            return None
+        made = _record(row, at, train_tests)
+        lacking += not _decoded(made, "private")
+        return made
 
-    records, total = [r for r in _each(source, data or LCB_FILE[1], record) if r], len(dates)
-    notes = [f"lcb: {len(records)} of {total} problems, {since} <= contest_date < {until}"]
+    records = [r for r in _each(source, data or LCB_FILE[1], record) if r]
+    notes = [f"lcb: {len(records)} of {len(dates)} problems, {since} <= contest_date < {until}"]
     if not records:
         raise ValueError(f"{notes[0]}: widen the window with --since and --until")
-    if lacking := sum(r.private in ("", "[]") or not _decode(r.private) for r in records):
+    if lacking:
         notes.append(f"lcb: {lacking} problems have no private tests; their public tests stand in for them")
     use = "train" if train_tests == "private" else "public"
     train, test = ([_lcb_problem(r, u) for r in records] for u in (use, "all"))
@@ -638,14 +649,13 @@ def _math(data: str) -> Task:
     def source(stem: str, repo: str, split: str) -> tuple[str, Iterable[dict]]:
         if not data:
             return repo, _hub(repo, split)
-        files = [f for f in sorted(Path(data).glob(f"{stem}.*")) if f.suffix in (".jsonl", ".parquet", ".arrow")]
+        files = [f for f in sorted(Path(data).glob(f"{stem}.*")) if f.suffix in SUFFIXES]
         return (str(files[0]), rows(files[0])) if files else ("", [])
 
     tests = []
     for part, repo in MATH_SETS.items():
         where, found = source(part, repo, "test")
-        numbers = itertools.count()
-        tests += _each(found, where, lambda row, at: _math_problem(row, at, part, next(numbers)))  # noqa: B023
+        tests += _math_problems(found, where, part)
     if not tests:
         raise ValueError(f"{data} holds none of {', '.join(f'{part}.jsonl' for part in MATH_SETS)}")
     where, found = source("dapo*", DAPO, "train")
@@ -663,7 +673,7 @@ def _dapo(rows: Iterable[dict], evaluated: set[str]) -> tuple[list[Problem], lis
     answers: dict[str, set[str]] = {}
     total = bare = 0
     for total, (text, answer) in enumerate(_dapo_pairs(rows), 1):
-        problem = text.removeprefix(DAPO_BEFORE).removesuffix(DAPO_AFTER).strip()
+        problem = _bare_problem(text)
         bare += not (text.startswith(DAPO_BEFORE) and text.endswith(DAPO_AFTER))
         answers.setdefault(problem, set()).add(answer.strip())
     kept = {problem: found for problem, found in answers.items() if len(found) == 1}
@@ -699,16 +709,26 @@ def _dapo_pairs(rows: Iterable[dict]) -> Iterator[tuple[str, str]]:
             yield prompt[0]["content"], str(_get(model, f"dapo, row {i}, reward_model", "ground_truth"))
 
 
+def _bare_problem(text: str) -> str:
+    """A prompt of DAPO's without the instruction around it."""
+    return text.removeprefix(DAPO_BEFORE).removesuffix(DAPO_AFTER).strip()
+
+
 def _letters(problem: str) -> str:
     """A problem without spacing, case and markup, to find it again in another data set."""
     return re.sub(r"[^a-z0-9]+", "", problem.lower())
+
+
+def _math_problems(found: Iterable[dict], where: str, part: str) -> list[Problem]:
+    numbers = itertools.count()  # name the rows that have no id
+    return _each(found, where, lambda row, at: _math_problem(row, at, part, next(numbers)))
 
 
 def _math_problem(row: dict, where: str, part: str, number: int) -> Problem:
     """A row of an evaluation set (problem or question; answer or a boxed solution) or of DAPO's schema."""
     if "reward_model" in row:
         ((text, answer),) = _dapo_pairs([row])
-        text = text.removeprefix(DAPO_BEFORE).removesuffix(DAPO_AFTER).strip()
+        text = _bare_problem(text)
     else:
         text, answer = _get(row, where, "problem", "question"), str(_get(row, where, "answer", "solution"))
     if not isinstance(text, str):

@@ -706,7 +706,8 @@ def main(argv: list[str] | None = None) -> None:
     record = {**asdict(cfg), "out": str(out), "teacher": teacher, "commit": git_commit(), "device": device,
               "torch": torch.__version__, "command": " ".join(["python", *sys.argv]), "prompts_dropped": dropped}  # fmt: skip
     print(" ".join(f"{f.name}={record[f.name]!r}" for f in fields(cfg)))
-    print("\n".join(task.notes), end="\n" if task.notes else "")
+    for note in task.notes:
+        print(note)
     print(f"{task.splits()}; {dropped} training prompts over {cfg.max_prompt_tokens} tokens dropped")
     rows = cfg.prompts_per_batch * cfg.group_size
     print(f"{rows} rollouts per batch, {cfg.minibatch_prompts * cfg.group_size} sequences per M-step update, "
