@@ -228,8 +228,7 @@ def main(argv: list[str] | None = None) -> None:
             return
         if not torch.cuda.is_available():
             torch.set_num_threads(1)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        policies = {name: Policy.load(path, device=device) for name, path in models.items()}
+        policies = {name: Policy.load(path) for name, path in models.items()}
     except (ValueError, OSError) as error:
         parser.error(str(error))
     problems, results = getattr(task, args.split), {}

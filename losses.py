@@ -43,16 +43,24 @@ def token_logp(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return torch.log_softmax(logits, dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
+def with_tail(log_head: torch.Tensor) -> torch.Tensor:
+    """Appends one bucket for all other tokens: log p_tail = log(1 − Σ_k p_k) = log(−expm1(min(log Σ_k p_k, −1e-7))).
+
+    log_head: (..., k) true log-probabilities of k tokens. Returns (..., k+1), tail last. Source: lasgroup/SDPO @0e6d510.
+    When the k tokens hold all the mass, the tail is pinned at 1e-7; there the clamp passes no gradient, so a full head
+    cannot push mass into the tail through this bucket.
+    """
+    tail = torch.log(-torch.expm1(torch.logsumexp(log_head, -1, keepdim=True).clamp(max=-1e-7)))
+    return torch.cat([log_head, tail], dim=-1)
+
+
 def top_k_with_tail(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities at the student's k likeliest tokens, and one bucket for all other tokens.
-
-    log p_tail = log(1 − Σ_k p_k) = log(−expm1(min(log Σ_k p_k, −1e-7))), for student and teacher alike.
+    """Log-probabilities at the student's k likeliest tokens, and one bucket for all other tokens, for student and teacher.
 
     student_logits, teacher_logits: (B, T, V). Returns two (B, T, k+1), tail last; the teacher's is detached, and so
-    is the choice of tokens. Source: lasgroup/SDPO @0e6d510. When the k tokens hold all the mass, the tail is pinned
-    at 1e-7; there the clamp passes no gradient, so a full head cannot push mass into the tail through this bucket.
+    is the choice of tokens. Source: lasgroup/SDPO @0e6d510. Needs `with_tail`.
     """
     assert student_logits.shape == teacher_logits.shape, (
         f"student_logits {tuple(student_logits.shape)} and teacher_logits {tuple(teacher_logits.shape)} differ"
@@ -61,9 +69,7 @@ def top_k_with_tail(
     top = student_logits.detach().topk(k, dim=-1).indices  # (B, T, k)
 
     def buckets(logits: torch.Tensor) -> torch.Tensor:
-        head = torch.log_softmax(logits, dim=-1).gather(-1, top)  # (B, T, k), true probabilities
-        tail = torch.log(-torch.expm1(torch.logsumexp(head, -1, keepdim=True).clamp(max=-1e-7)))
-        return torch.cat([head, tail], dim=-1)  # (B, T, k+1)
+        return with_tail(torch.log_softmax(logits, dim=-1).gather(-1, top))  # (B, T, k+1), true probabilities
 
     return buckets(student_logits), buckets(teacher_logits.detach())
 
@@ -98,7 +104,7 @@ def distillation_loss(
     """The token-level loss of the M-step (Eq. 10) and of SDPO (Eq. 2): D(π(·|x,y_<t), sg q(·|x,C,y_<t)).
 
     student_logits, teacher_logits: (B, T, V); kind: see `divergence`; top_k: None compares whole vocabularies, else the
-    student's top_k tokens and the tail. Returns (B, T). Needs `divergence`, `kl`, `top_k_with_tail`.
+    student's top_k tokens and the tail. Returns (B, T). Needs `divergence`, `kl`, `top_k_with_tail`, `with_tail`.
 
     With the visited prefixes y_<t frozen, this is the sum's local term; it is not the gradient of the sequence KL(π‖q).
     """
@@ -121,16 +127,26 @@ def truncated_ratio(logp: torch.Tensor, old_logp: torch.Tensor, limit: float) ->
     return (logp.detach() - old_logp.detach()).exp().clamp(max=limit)
 
 
+def sequence_weights(mask: torch.Tensor, num_sequences: int) -> torch.Tensor:
+    """A token's share of `sequence_mean`: mask / (tokens of its row · N).
+
+    mask: (B, T); num_sequences: N. Returns (B, T), float64.
+    """
+    mask = mask.double()
+    return mask / (mask.sum(-1, keepdim=True).clamp(min=1) * num_sequences)
+
+
 def sequence_mean(per_token: torch.Tensor, mask: torch.Tensor, num_sequences: int) -> torch.Tensor:
     """The one reduction: L = (1/N) Σᵢ meanₜ(lossᵢₜ) over the row's masked tokens; an empty row counts 0.
 
     per_token, mask: (B, T). num_sequences: N, all sequences of the optimizer step (masked ones included, all
-    micro-batches, all ranks), so the sum of micro-batch results is the whole step's loss. Returns ().
+    micro-batches, all ranks), so the sum of micro-batch results is the whole step's loss. Returns (). Needs
+    `sequence_weights`.
     """
     assert per_token.ndim == 2, f"per_token must be (B, T), not {tuple(per_token.shape)}"
     assert per_token.shape == mask.shape, f"per_token {tuple(per_token.shape)} and mask {tuple(mask.shape)} differ"
     kept = per_token.masked_fill(mask == 0, 0.0)  # whatever stands on padding, inf and nan included, stays out
-    return (kept.sum(-1) / mask.sum(-1).clamp(min=1)).sum() / num_sequences
+    return (kept * sequence_weights(mask, num_sequences).to(kept.dtype)).sum()
 
 
 # ---- Policy gradient -------------------------------------------------------------------------------------

@@ -7,27 +7,155 @@ Nothing after this file shifts anything. Only response places are projected on t
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from types import MethodType
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import head
+
 Ids = list[int]
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run. Each holds the whole batch as data, so the loop reads as if it were alone; sampling, grading
+    and forward passes are done on a share of the rows, and `collect` and `sum` bring the shares together. Both are
+    collective: every process calls them, in the same order. One process without a group is the default."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+    sharded: bool = False  # is there a group?
+
+    @classmethod
+    def start(cls) -> "World":
+        """From the environment that torchrun sets. On CUDA even one process makes a group, so that one GPU and many run
+        the same code: sharded layers, float32 weights, bfloat16 compute."""
+        cuda = torch.cuda.is_available()
+        if "RANK" not in os.environ:
+            if not cuda:
+                return cls()
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = str(free.getsockname()[1])
+            os.environ |= {
+                "RANK": "0",
+                "LOCAL_RANK": "0",
+                "WORLD_SIZE": "1",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(device)
+        # Ranks wait for the slowest in sampling and grading, which may take longer than the library's ten minutes.
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2), device_id=device if cuda else None
+        )
+        return cls(dist.get_rank(), dist.get_world_size(), device, sharded=True)
+
+    def share(self, n: int) -> range:
+        """The places in 0..n-1 that are this process's to do; `collect` puts the results back in order."""
+        return range(self.rank, n, self.size)
+
+    def collect(self, mine: list, n: int) -> list:
+        """The n results in order, from every process's results for its `share(n)`."""
+        if self.size == 1:
+            return mine
+        shares, out = [None] * self.size, [None] * n
+        dist.all_gather_object(shares, mine)
+        for rank, results in enumerate(shares):
+            out[rank :: self.size] = results
+        return out
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over processes."""
+        if self.size > 1:
+            x = x.clone()
+            dist.all_reduce(x)
+        return x
+
+    def shared(self, function: Callable) -> Callable:
+        """`function` takes lists with an entry a row and returns one; the result does each row in one process."""
+
+        def divided(*columns: list) -> list:
+            n = len(columns[0])
+            return self.collect(function(*([column[i] for i in self.share(n)] for column in columns)), n)
+
+        return function if self.size == 1 else divided
+
+    def first(self, function: Callable):
+        """What `function()` returns in process 0, everywhere; the others do not call it."""
+        box = [function() if self.rank == 0 else None]
+        if self.size > 1:
+            dist.broadcast_object_list(box)
+        return box[0]
+
+    def most(self, n: float) -> float:
+        """The largest of the processes' numbers."""
+        if self.size == 1:
+            return n
+        numbers = [None] * self.size
+        dist.all_gather_object(numbers, n)
+        return max(numbers)
+
+
+def shard(model: nn.Module, compute: torch.dtype | None) -> nn.Module:
+    """FSDP2: every decoder layer a unit, and the root with embedding, norm and head. The shards stay in the model's dtype,
+    gradients are averaged in it, and compute is in `compute` (None: the same)."""
+    precision = (
+        MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32) if compute else MixedPrecisionPolicy()
+    )
+    for layer in model.base_model.layers:
+        fully_shard(layer, mp_policy=precision)
+    fully_shard(model, mp_policy=precision)
+    # The head is used outside of forward, on the states that this method returns: as a method of the root it gathers the
+    # root's weights, which stay gathered until the backward pass is over.
+    model.states = MethodType(_states, model)
+    register_fsdp_forward_method(model, "states")
+    return model
+
+
+def _states(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """(B, width) ids to the last layer's states, (B, width, H)."""
+    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def whole(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, whole tensor) of each parameter, layer by layer, in `dtype` (default: its own). Collective: every process
+    runs through it to the end, whatever it does with the tensors. One tensor at a time is whole."""
+    if isinstance(model, FSDPModule):
+        model.reshard()  # a forward pass without gradients leaves the root gathered, in the compute dtype
+    for name, p in model.named_parameters():
+        p = p.detach().to(dtype or p.dtype)  # cast the shard first: half the traffic, the same bits
+        yield name, p.full_tensor() if isinstance(p, DTensor) else p
 
 
 @dataclass
 class View:
     """One micro-batch of responses under one prompt each. hidden: (B, T, H), the state that predicts response token t;
-    tokens: (B, T) response ids, 0 on padding; mask: (B, T), 1 on response tokens incl. EOS; head: (V, H)."""
+    tokens: (B, T) response ids, 0 on padding; mask: (B, T), 1 on response tokens incl. EOS; head: (V, H). filled, padded:
+    tokens that went through the network, without and with padding."""
 
     hidden: torch.Tensor
     tokens: torch.Tensor
     mask: torch.Tensor
     head: torch.Tensor
+    filled: int = 0
+    padded: int = 0
 
     def logits(self) -> torch.Tensor:
         """(B, T, V), at least float32: softmax over a large vocabulary loses too much in bfloat16. The head is a plain
@@ -35,13 +163,62 @@ class View:
         logits = self.hidden @ self.head.T
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
+    def score(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """log p of each token and the entropy of the distribution it comes from, (B, T), 0 on padding, no gradient."""
+        kept = self.mask.bool()
+        return tuple(self._spread(x) for x in head.score(self.hidden[kept], self.head, self.tokens[kept]))
+
+    def loss(
+        self,
+        objective: Callable[..., torch.Tensor],
+        weights: torch.Tensor,
+        given: Sequence[torch.Tensor] = (),
+        teacher: "View | None" = None,
+        kind: str = "kl_student_teacher",
+        top_k: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """L = Σ weights · objective(log p, D, *given) over response tokens, as `head.loss`, with tensors of (B, T): weights
+        and each of `given`. teacher: the same responses in the teacher's view. Returns L (), log p and D (B, T)."""
+        kept = self.mask.bool()
+        taught = (teacher.hidden[kept].detach(), teacher.head.detach()) if teacher else None
+        total, logp, apart = head.loss(
+            objective, weights[kept], self.hidden[kept], self.head, self.tokens[kept], [x[kept] for x in given],
+            taught, kind, top_k,
+        )  # fmt: skip
+        return total, self._spread(logp), self._spread(apart)
+
+    def _spread(self, values: torch.Tensor) -> torch.Tensor:
+        out = values.new_zeros(self.mask.shape)
+        out[self.mask.bool()] = values
+        return out
+
 
 class Policy:
-    """The network with its tokenizer. `micro_batch_tokens` bounds rows x longest row of one forward pass."""
+    """The network with its tokenizer. `micro_batch_tokens` bounds rows x longest row of one forward pass. recompute: store
+    a layer's input alone and run the layer again in the backward pass (activation checkpointing)."""
 
-    def __init__(self, model: nn.Module, tokenizer, micro_batch_tokens: int = 16384):
-        self.model, self.tokenizer, self.micro_batch_tokens = model, tokenizer, micro_batch_tokens
-        model.eval()  # no dropout anywhere: the student that is scored is the student that sampled
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer,
+        micro_batch_tokens: int = 16384,
+        world: World = World(),
+        recompute: bool | None = None,
+    ):
+        self.tokenizer, self.micro_batch_tokens, self.world = tokenizer, micro_batch_tokens, world
+        self.recompute = world.device.type == "cuda" if recompute is None else recompute
+        self.dtype = model.dtype  # of weights, gradients and optimizer
+        self.compute = torch.bfloat16 if world.device.type == "cuda" else None
+        # No dropout anywhere: the student that is scored is the student that sampled.
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.0
+        if self.recompute:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.eval()
+        self.model = self._placed(model)
         eos = model.generation_config.eos_token_id
         eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
         own = [tokenizer.eos_token_id, _turn_end(tokenizer)]
@@ -50,7 +227,7 @@ class Policy:
             raise ValueError("neither the tokenizer nor the model's generation config names an end-of-sequence token")
 
     @classmethod
-    def load(cls, path: str, dtype: torch.dtype = torch.float32, device: str = "cpu", **kwargs) -> "Policy":
+    def load(cls, path: str, dtype: torch.dtype = torch.float32, **kwargs) -> "Policy":
         """From a Hugging Face folder or hub id. Raises ValueError with one line when there is no model to be read."""
         try:
             tokenizer = AutoTokenizer.from_pretrained(path)
@@ -60,24 +237,46 @@ class Policy:
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(f"cannot load a model and its tokenizer from {path!r}: {reason}") from None
-        return cls(model.to(device), tokenizer, **kwargs)
+        return cls(model, tokenizer, **kwargs)
+
+    def _placed(self, model: nn.Module) -> nn.Module:
+        """On this process's device, in shards when there is a group."""
+        return shard(model, self.compute) if self.world.sharded else model.to(self.world.device)
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return self.world.device
 
     @property
     def vocabulary(self) -> int:
         return self.model.get_output_embeddings().weight.shape[0]
 
     def save(self, folder: str | Path) -> None:
-        """Writes a folder that `load`, transformers and vLLM read."""
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        """Writes a folder that `load`, transformers and vLLM read, in the compute dtype. Collective."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(self.model, options=options)
+        if self.world.rank == 0:
+            weights = {name: w.to(self.compute or w.dtype) for name, w in weights.items()}
+            self.model.save_pretrained(folder, state_dict=weights)
+            self.tokenizer.save_pretrained(folder)
 
     def frozen_copy(self) -> nn.Module:
-        """A copy of the network that never trains: the EMA teacher, or the fixed prior."""
-        return copy.deepcopy(self.model).requires_grad_(False)
+        """A copy of the network that never trains: the EMA teacher, or the fixed prior. Sharded like the network."""
+        if not self.world.sharded:
+            return copy.deepcopy(self.model).requires_grad_(False)
+        # A sharded model cannot be copied whole. An empty twin takes no memory before it is cut to shards, which are filled.
+        self.model.reshard()
+        with torch.device("meta"):
+            twin = AutoModelForCausalLM.from_config(self.model.config).to(self.dtype)
+        twin = twin.to_empty(device="cpu")
+        twin.tie_weights()
+        twin = self._placed(twin.eval()).requires_grad_(False)
+        with torch.no_grad():
+            for mine, own in zip(twin.parameters(), self.model.parameters(), strict=True):
+                mine.copy_(own)
+            for mine, own in zip(twin.buffers(), self.model.buffers(), strict=True):
+                mine.copy_(own)
+        return twin
 
     def decode(self, response: Ids) -> str:
         """The response as text, without special tokens."""
@@ -86,10 +285,18 @@ class Policy:
     # ---- Scoring -----------------------------------------------------------------------------------------
 
     def micro_batches(self, rows: Iterable[int], lengths: Sequence[int]) -> list[list[int]]:
-        """`rows` sorted by length and cut so that none exceeds micro_batch_tokens (a longer row goes alone). The result
-        of an optimizer step does not depend on the cut: `losses.sequence_mean` divides by the step's own N."""
+        """This process's micro-batches: `rows` sorted by length, dealt to the processes in turn, and cut so that none
+        exceeds micro_batch_tokens (a longer row goes alone). The result of an optimizer step depends neither on the cut
+        nor on the dealing: `losses.sequence_mean` divides by the step's own N. Every process gets as many, the last
+        ones empty where it has fewer, since a forward pass over shards needs everybody."""
+        ordered = sorted(rows, key=lambda row: lengths[row])
+        dealt = [self._packed(ordered[rank :: self.world.size], lengths) for rank in range(self.world.size)]
+        mine = dealt[self.world.rank]
+        return mine + [[]] * (max(map(len, dealt)) - len(mine))
+
+    def _packed(self, ordered: list[int], lengths: Sequence[int]) -> list[list[int]]:
         batches: list[list[int]] = []
-        for row in sorted(rows, key=lambda row: lengths[row]):
+        for row in ordered:
             if batches and (len(batches[-1]) + 1) * lengths[row] <= self.micro_batch_tokens:
                 batches[-1].append(row)
             else:
@@ -98,8 +305,12 @@ class Policy:
 
     def view(self, prompts: Sequence[Ids], responses: Sequence[Ids], model: nn.Module | None = None) -> View:
         """Runs the network over prompt + response. Rows are padded on the right, where a causal model never looks, so
-        no attention mask is needed. `model`: another set of weights (an EMA copy, a fixed prior)."""
+        no attention mask is needed. `model`: another set of weights (an EMA copy, a fixed prior). Without rows it is a pass
+        over one token that nobody counts, which keeps the processes of a group in step."""
         model = self.model if model is None else model
+        empty = not prompts
+        if empty:
+            prompts, responses = [[0]], [[0]]
         width = max(len(p) + len(r) for p, r in zip(prompts, responses))
         T = max(map(len, responses))
         ids = torch.zeros(len(prompts), width, dtype=torch.long)
@@ -112,10 +323,14 @@ class Policy:
             mask[i, : len(r)] = 1
             # The one shift of the code base: the state at place j predicts token j + 1.
             places[i, : len(r)] = torch.arange(len(p) - 1, len(p) - 1 + len(r))
+        mask *= not empty
         ids, tokens, mask, places = (x.to(self.device) for x in (ids, tokens, mask, places))
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, width, H)
+        model.train(self.recompute and torch.is_grad_enabled())  # the library recomputes in this mode alone
+        hidden = model.states(ids) if self.world.sharded else _states(model, ids)  # (B, width, H)
+        model.eval()
         hidden = hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))  # (B, T, H)
-        return View(hidden, tokens, mask, model.get_output_embeddings().weight)
+        filled = 0 if empty else sum(map(len, prompts)) + sum(map(len, responses))
+        return View(hidden, tokens, mask, model.get_output_embeddings().weight, filled, ids.numel())
 
     @torch.no_grad()
     def score(
@@ -123,17 +338,16 @@ class Policy:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Frozen log p(y_t | prompt, y_<t) and the entropy of the distribution it was drawn from, both (N, T) for all N
         responses, 0 on padding and on rows not asked for."""
-        N, T = len(responses), max(map(len, responses))
-        logp = torch.zeros(N, T, dtype=torch.promote_types(self.model.dtype, torch.float32), device=self.device)
+        N, T = len(responses), max(map(len, responses), default=0)
+        logp = torch.zeros(N, T, dtype=torch.promote_types(self.dtype, torch.float32), device=self.device)
         entropy = torch.zeros_like(logp)
         lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
         for batch in self.micro_batches(range(N) if rows is None else rows, lengths):
             view = self.view([prompts[i] for i in batch], [responses[i] for i in batch], model)
-            drawn = torch.distributions.Categorical(logits=view.logits(), validate_args=False)
             t = view.mask.shape[1]
-            logp[batch, :t] = drawn.log_prob(view.tokens) * view.mask
-            entropy[batch, :t] = drawn.entropy() * view.mask
-        return logp, entropy
+            if batch:
+                logp[batch, :t], entropy[batch, :t] = view.score()
+        return self.world.sum(logp), self.world.sum(entropy)
 
     def mask(self, responses: Sequence[Ids]) -> torch.Tensor:
         """(N, T): 1 on response tokens, as `score` returns them."""
@@ -142,13 +356,19 @@ class Policy:
 
     # ---- Updating ----------------------------------------------------------------------------------------
 
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradient of this process's part of the loss; the whole loss is the sum over processes, of whose
+        gradients sharding takes the mean."""
+        (loss * self.world.size).backward()
+
     def step(
         self, optimizer: torch.optim.Optimizer, learning_rate: float, max_grad_norm: float, skip: bool = False
     ) -> float:
         """One optimizer update from the accumulated gradients, clipped to max_grad_norm. Returns the norm before
         clipping, or nan when the update was skipped: by request, or because the norm is not finite. The gradients are
         gone afterwards either way."""
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm).item()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm)
+        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()  # over all shards
         if skip or not math.isfinite(norm):
             norm = math.nan
         else:
@@ -162,6 +382,9 @@ class Policy:
 @torch.no_grad()
 def ema_update(teacher: nn.Module, student: nn.Module, rate: float) -> None:
     """teacher ← (1 − rate) · teacher + rate · student, parameter by parameter, in the teacher's own precision."""
+    for model in (teacher, student):
+        if isinstance(model, FSDPModule):
+            model.reshard()  # after a pass without gradients the root stands gathered
     for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
         t.copy_((1 - rate) * t + rate * s.to(t.dtype))
 

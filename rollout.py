@@ -62,7 +62,10 @@ class _Draw(LogitsProcessor):
 
 class HFSampler:
     """Samples with transformers' own generate loop (KV cache, left padding, position ids). It shares the policy's
-    weights, so there is nothing to push. max_batch_tokens bounds rows x (prompt + response) of one generate call."""
+    weights, so there is nothing to push. max_batch_tokens bounds rows x (prompt + response) of one generate call. Each
+    process of a group draws its share of the rows; all of them get all rollouts."""
+
+    other_engine = False  # the log-probs are the trainer's own
 
     def __init__(self, policy: Policy, max_batch_tokens: int = 65536):
         self.policy, self.max_batch_tokens = policy, max_batch_tokens
@@ -70,27 +73,35 @@ class HFSampler:
     def sync(self, policy: Policy) -> None:
         self.policy = policy
 
+    def sleep(self) -> None:
+        """Gives up what only sampling needs, until the next `sync`. Here there is nothing."""
+
     @torch.no_grad()
     def sample(
         self, prompts: list[Ids], n: int, seed: int, max_tokens: int, temperature: float = 1.0, top_p: float = 1.0
     ) -> list[Rollout]:
         """n responses for each prompt, prompt by prompt: row i * n + j is response j to prompt i. temperature 0 takes
         the likeliest token."""
-        order = sorted(range(len(prompts) * n), key=lambda row: len(prompts[row // n]))
-        rollouts: list[Rollout | None] = [None] * len(order)
+        world, count = self.policy.world, len(prompts) * n
+        order = sorted(world.share(count), key=lambda row: len(prompts[row // n]))
+        calls: list[list[int]] = []
         while order:
-            count = max(1, self.max_batch_tokens // (len(prompts[order[-1] // n]) + max_tokens))
-            rows, order = order[-count:], order[:-count]
+            size = max(1, self.max_batch_tokens // (len(prompts[order[-1] // n]) + max_tokens))
+            calls.append(order[-size:])
+            order = order[:-size]
+        # Over shards every forward pass needs every process, so one with fewer rows generates some that nobody sees.
+        calls += [[]] * (int(world.most(len(calls))) - len(calls))
+        rollouts: dict[int, Rollout] = {}
+        for rows in calls:
             drawn = self._generate(
-                [prompts[row // n] for row in rows],
-                [seed_for(seed, row) for row in rows],
+                [prompts[row // n] for row in rows] or [[self.policy.eos_ids[0]]],
+                [seed_for(seed, row) for row in rows] or [0],
                 max_tokens,
                 temperature,
                 top_p,
             )
-            for row, rollout in zip(rows, drawn):
-                rollouts[row] = rollout
-        return rollouts
+            rollouts.update(zip(rows, drawn))
+        return world.collect([rollouts[row] for row in world.share(count)], count)
 
     def _generate(
         self, prompts: list[Ids], seeds: list[int], max_tokens: int, temperature: float, top_p: float
@@ -110,7 +121,10 @@ class HFSampler:
         processors = LogitsProcessorList([*warpers, draw])
         own, policy.model.generation_config = policy.model.generation_config, config
         try:
-            out = policy.model.generate(ids, attention_mask=seen, generation_config=config, logits_processor=processors)
+            out = policy.model.generate(
+                ids, attention_mask=seen, generation_config=config, logits_processor=processors,
+                synced_gpus=policy.world.size > 1,
+            )  # fmt: skip
         finally:
             policy.model.generation_config = own
         out = out[:, width:].tolist()

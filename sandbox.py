@@ -85,8 +85,14 @@ class Result(NamedTuple):
     seconds: float = 0.0  # from fork to answer
 
 
+def _cores() -> int:
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(len(os.sched_getaffinity(0)), 16 * beside) // beside)
+
+
 class Sandbox:
-    """workers: processes, one call each at a time (default: one per core, at most 16). preamble: the names of PREAMBLE
+    """workers: processes, one call each at a time (default: one per core, at most 16; of several processes that torchrun
+    started on a machine, each takes its part). preamble: the names of PREAMBLE
     are there without import, and the recursion limit is 50,000, as competition judges have it. packages: installed
     packages can be imported, at their cost in each call. warm: source of the caller's own that each worker runs once, so
     that calls find loaded what it imports and caches. without: layers to leave out, for tests."""
@@ -107,7 +113,7 @@ class Sandbox:
             "time_limit": time_limit, "memory_mb": memory_mb, "output_bytes": output_bytes, "preamble": preamble,
             "warm": warm, "packages": folders if packages else [], "without": without,
         }  # fmt: skip
-        self._workers = [_Worker(limits) for _ in range(workers or min(len(os.sched_getaffinity(0)), 16))]
+        self._workers = [_Worker(limits) for _ in range(workers or _cores())]
         self._free = queue.SimpleQueue()
         atexit.register(self.close)
         for worker in self._workers:

@@ -25,7 +25,6 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import Olmo3Config, Olmo3ForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import feedback
-import losses
 from feedback import Context, Templates
 from policy import Policy
 from rollout import HFSampler
@@ -514,7 +513,7 @@ def warm_start(subset: str, steps: int = 0, seed: int = 0) -> Policy:
             rng.shuffle(pool)
         prompts, answers = zip(*pool.pop())
         view = policy.view(prompts, answers)
-        loss = -(losses.token_logp(view.logits(), view.tokens) * view.mask).sum() / view.mask.sum()
+        loss = view.loss(lambda logp, _: -logp, view.mask / view.mask.sum())[0]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         share = min(1.0, step / 50) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))

@@ -28,6 +28,7 @@ Where we depart from the paper's text, or had to choose:
 
 import json
 import math
+import os
 import random
 import shutil
 import subprocess
@@ -50,7 +51,7 @@ import feedback
 import losses
 import tasks
 import toy
-from policy import Policy, ema_update
+from policy import Policy, World, ema_update
 from rollout import HFSampler, ServedModel, seed_for
 
 
@@ -153,6 +154,7 @@ class Config:
     teacher: Literal["", "live", "ema"] = ""  # "": the method's own, see METHODS
     ema_rate: float = 0.01  # teacher <- (1 - rate) teacher + rate student, per rollout batch
     ratio_limit: float = 2.0  # SDPO's truncated token weight
+    mismatch_limit: str = "2"  # SDPO's weight min(pi_old / pi_sampler, limit) when vLLM samples; none: no weight
     # ---- Policy gradient and hybrids
     divide_by_std: bool = False
     clip_low: float = 0.2
@@ -334,7 +336,8 @@ def write_critiques(
     attempts = [(problems[i].messages, texts[i], problems[i].reference, templates) for i in failed]
     if critic:
         requests = [[{"role": "user", "content": "".join(feedback.critique_parts(*attempt))}] for attempt in attempts]
-        replies = critic.reply(requests, seed, cfg.max_critique_tokens, cfg.temperature, cfg.top_p)
+        ask = lambda: critic.reply(requests, seed, cfg.max_critique_tokens, cfg.temperature, cfg.top_p)  # noqa: E731
+        replies = policy.world.first(ask)
     else:
         prompts = [
             feedback.critique_prompt(policy.tokenizer, *attempt, cfg.max_teacher_tokens)[0] for attempt in attempts
@@ -400,7 +403,7 @@ class Clock:
 
 def train(cfg: Config, policy: Policy, task: tasks.Task, out: Path, record: dict) -> None:
     """Runs the EM loop and writes the run directory. `record` is saved as config.json."""
-    method, templates, G = METHODS[cfg.method], cfg.templates(), cfg.group_size
+    method, templates, G, world = METHODS[cfg.method], cfg.templates(), cfg.group_size, policy.world
     sampler, tokenizer = HFSampler(policy), policy.tokenizer
     critic = ServedModel(cfg.critic_url, cfg.critic_model, cfg.critic_timeout) if cfg.critic_url else None
     watched, split = (task.validation, "validation") if task.validation else (task.test, "test")
@@ -416,8 +419,10 @@ def train(cfg: Config, policy: Policy, task: tasks.Task, out: Path, record: dict
     e_optimizer = adamw() if cfg.e_optimizer == "own" and cfg.method == "vpd" else optimizer
     shift, bad_in_a_row, best = None, 0, -1.0
 
-    (out / "config.json").write_text(json.dumps(record, indent=1) + "\n")
-    log, samples = (out / "log.jsonl").open("w"), (out / "samples.jsonl").open("w")
+    if world.rank == 0:
+        (out / "config.json").write_text(json.dumps(record, indent=1) + "\n")
+    mine = lambda name: out / name if world.rank == 0 else Path(os.devnull)  # noqa: E731
+    log, samples = mine("log.jsonl").open("w"), mine("samples.jsonl").open("w")
 
     def write(file, row: dict) -> None:
         row = {
@@ -453,13 +458,14 @@ def train(cfg: Config, policy: Policy, task: tasks.Task, out: Path, record: dict
     try:
         if cfg.eval_every:
             validate(0)
-        bar = tqdm(total=steps, disable=None, unit="batch", dynamic_ncols=True)
+        bar = tqdm(total=steps, disable=True if world.rank else None, unit="batch", dynamic_ncols=True)
         for step, problems in enumerate(batches(task.train, cfg.prompts_per_batch, steps, cfg.seed)):
             clock, skipped = Clock(), Counter()
             figures = dict.fromkeys(
                 ("margin", "length_correlation", "e_loss", "e_grad_norm", "shift", "e_rows", "e_died")
             )
             e_losses, e_norms, m_losses, m_norms, apart = [], [], [], [], 0.0
+            packing = torch.zeros(2, dtype=torch.long)
             warmup = min(1.0, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else 1.0
             rate = warmup * (1 - step / steps if cfg.schedule == "linear" else 1.0)
 
@@ -507,7 +513,15 @@ def train(cfg: Config, policy: Policy, task: tasks.Task, out: Path, record: dict
             clock.lap("feedback")
 
             # ---- 3. Freeze log pi_theta(y|x); the teacher's log-probs at the same weights give the reward margin
+            sampler.sleep()
             old_logp, entropy = policy.score(x, y)  # (B, T)
+            drawn_logp = torch.zeros_like(old_logp)  # log-probs as the sampler's engine gave them
+            for i in rows:
+                drawn_logp[i, : len(y[i])] = torch.tensor(rollouts[i].logp)
+            gap = (old_logp - drawn_logp)[mask.bool()].abs()
+            mismatch = torch.ones_like(old_logp)  # (B, T)
+            if cfg.mismatch_limit != "none" and sampler.other_engine:
+                mismatch = losses.truncated_ratio(old_logp, drawn_logp, float(cfg.mismatch_limit))
             if method.teacher:
                 teacher_logp, _ = policy.score(xC, y, told.nonzero().flatten().tolist(), teacher)
                 teacher_logp = torch.where(told[:, None], teacher_logp, old_logp)  # no context: A^SDPO = 0
@@ -523,31 +537,31 @@ def train(cfg: Config, policy: Policy, task: tasks.Task, out: Path, record: dict
                 weights = []
                 for first in range(0, len(groups), cfg.e_minibatch_prompts):
                     minibatch = [i for group in groups[first : first + cfg.e_minibatch_prompts] for i in group]
-                    n_pos = int(r[minibatch].sum())
-                    n_neg = len(minibatch) - n_pos
-                    if n_pos == 0 or n_neg == 0:  # only with --e_groups all
+                    if not 0 < r[minibatch].sum() < len(minibatch):  # only with --e_groups all
                         skipped["e_step: minibatch of one outcome"] += len(minibatch)
                         continue
                     # First pass, no gradient: every r~ of the minibatch, hence delta before it is used. The first
                     # minibatch meets the weights of the freeze, whose pass serves when it read the live teacher.
                     fresh = teacher_logp if teacher is None and first == 0 else policy.score(xC, y, minibatch)[0]
-                    implicit = losses.implicit_reward(fresh, prior_logp, mask, cfg.beta)[minibatch]
+                    q_logp = fresh[minibatch].requires_grad_()  # (n, T)
+                    implicit = losses.implicit_reward(q_logp, prior_logp[minibatch], mask[minibatch], cfg.beta)
                     value = losses.reward_shift(implicit, r[minibatch]).item()
                     if math.isfinite(value):  # one overflow must not poison every later E-step
                         shift = value if shift is None else (1 - cfg.shift_rate) * shift + cfg.shift_rate * value
                     delta = value if shift is None else shift
-                    # Second pass: with delta and the class counts fixed, any micro-batches give the same gradient.
-                    total = 0.0
+                    e_loss = losses.bco_loss(implicit, r[minibatch], delta)  # Eq. 9
+                    # c = dL_E / d log q(y_t|x,C,y_<t), the same for every token of a row: with it fixed, the second pass
+                    # sums c log q, in any micro-batches.
+                    c = torch.zeros_like(fresh)  # (B, T)
+                    (c[minibatch],) = torch.autograd.grad(e_loss, q_logp)
                     for part in policy.micro_batches(minibatch, lengths):
                         view = policy.view([xC[i] for i in part], [y[i] for i in part])
-                        q_logp = losses.token_logp(view.logits(), view.tokens)  # (b, t)
-                        prior = prior_logp[part, : q_logp.shape[1]]
-                        part_implicit = losses.implicit_reward(q_logp, prior, view.mask, cfg.beta)
-                        loss = losses.bco_loss(part_implicit, r[part], delta, n_pos, n_neg)
-                        loss.backward()
-                        total += loss.item()
-                    e_norms.append(update(e_optimizer, (cfg.e_lr or cfg.lr) * rate, total))
-                    e_losses.append(total)
+                        given = c[part, : view.mask.shape[1]]
+                        policy.backward(view.loss(lambda log_q, _, c: c * log_q, view.mask, [given])[0])
+                        packing += torch.tensor([view.filled, view.padded])
+                    e_norms.append(update(e_optimizer, (cfg.e_lr or cfg.lr) * rate, e_loss.item()))
+                    e_losses.append(e_loss.item())
+                    implicit = implicit.detach()
                     weights.append(torch.sigmoid(implicit - delta) * torch.sigmoid(delta - implicit))
                 died = torch.cat(weights) < 0.01 if weights else []
                 figures |= {"e_loss": mean(e_losses), "e_grad_norm": mean(e_norms), "shift": shift,
@@ -566,36 +580,46 @@ def train(cfg: Config, policy: Policy, task: tasks.Task, out: Path, record: dict
                 A = losses.reweighted_advantages(A, teacher_logp, old_logp, lam, cfg.reweight_clip)  # (B, T), B.28
             skipped["m_step: no context" if not method.reinforces else "m_step: no signal"] += int((~active).sum())
             size = cfg.minibatch_prompts * G
+            distil = dict(kind=cfg.divergence, top_k=cfg.top_k or None)
+
+            def per_token(logp, d, before, A, told, mismatch):
+                """The M-step's loss of a chunk of tokens: (1, n) all of them."""
+                if size == len(y):  # one update per batch: the weights are those that sampled, the ratio is 1 exactly
+                    before = logp.detach()
+                loss = torch.zeros_like(logp)
+                if method.distils:  # Eq. 10, Eq. 2
+                    ratio = 1.0 if cfg.method == "vpd" else losses.truncated_ratio(logp, before, cfg.ratio_limit)
+                    loss = loss + (cfg.w_opd if cfg.method == "joint" else 1.0) * ratio * d * told
+                if method.reinforces:
+                    pg = losses.grpo_loss(logp, before, A, cfg.clip_low, cfg.clip_high, cfg.dual_clip)
+                    loss = loss + (cfg.w_rl if cfg.method == "joint" else 1.0) * pg
+                return loss * mismatch
+
+            given = [x if x.ndim == 2 else x[:, None].expand_as(mask) for x in (old_logp, A, told, mismatch)]  # (B, T)
             for first in range(0, len(y), size):
                 minibatch = [i for i in range(first, first + size) if active[i]]
                 if not minibatch:
                     skipped["m_step: whole update"] += 1
                     continue
-                total = 0.0
+                total = torch.zeros(2, dtype=torch.float64, device=policy.device)
                 for part in policy.micro_batches(minibatch, lengths):
-                    view = policy.view([x[i] for i in part], [y[i] for i in part])
-                    logits, t = view.logits(), view.mask.shape[1]  # (b, t, V)
-                    logp = losses.token_logp(logits, view.tokens)  # (b, t)
-                    # With one update per batch the weights are those that sampled, so the ratio is 1 exactly.
-                    before = logp.detach() if size == len(y) else old_logp[part, :t]
-                    per_token = torch.zeros_like(logp)
+                    q = None
                     if method.distils:
                         with torch.no_grad():  # sg q_phi
-                            q = policy.view([xC[i] for i in part], [y[i] for i in part], teacher).logits()
-                        d = losses.distillation_loss(logits, q, cfg.divergence, cfg.top_k or None)  # (b, t)
-                        d = d * told[part, None]
-                        apart += losses.sequence_mean(d.detach(), view.mask, int(told.sum())).item()
-                        ratio = 1.0 if cfg.method == "vpd" else losses.truncated_ratio(logp, before, cfg.ratio_limit)
-                        per_token = per_token + (cfg.w_opd if cfg.method == "joint" else 1.0) * ratio * d
-                    if method.reinforces:
-                        a = A[part] if A.ndim == 1 else A[part, :t]
-                        pg = losses.grpo_loss(logp, before, a, cfg.clip_low, cfg.clip_high, cfg.dual_clip)
-                        per_token = per_token + (cfg.w_rl if cfg.method == "joint" else 1.0) * pg
-                    loss = losses.sequence_mean(per_token, view.mask, size)
-                    loss.backward()
-                    total += loss.item()
-                m_norms.append(update(optimizer, cfg.lr * rate, total))
-                m_losses.append(total)
+                            q = policy.view([xC[i] for i in part], [y[i] for i in part], teacher)
+                    view = policy.view([x[i] for i in part], [y[i] for i in part])
+                    t = view.mask.shape[1]
+                    loss, _, d = view.loss(
+                        per_token, losses.sequence_weights(view.mask, size), [g[part, :t] for g in given], q, **distil
+                    )
+                    policy.backward(loss)
+                    apart_here = losses.sequence_mean(d * told[part, None], view.mask, max(1, int(told.sum())))
+                    total += torch.stack([loss.detach(), apart_here]).double()
+                    packing += torch.tensor([view.filled, view.padded])
+                loss, d = policy.world.sum(total).tolist()
+                m_norms.append(update(optimizer, cfg.lr * rate, loss))
+                m_losses.append(loss)
+                apart += d
             if teacher is not None:
                 ema_update(teacher, policy.model, cfg.ema_rate)  # once per rollout batch
             clock.lap("m_step")
@@ -605,7 +629,7 @@ def train(cfg: Config, policy: Policy, task: tasks.Task, out: Path, record: dict
             clock.lap("sync")
 
             n_tokens = int(mask.sum())
-            gap = torch.cat([old_logp[i, : len(y[i])].cpu() - torch.tensor(rollouts[i].logp) for i in rows])
+            filled, padded = world.sum(packing).tolist()
             kinds = Counter(c.kind for c in C if c)
             wins = Counter(c.kind for c, o in zip(C, outcomes) if c and o.reward)
             row = {
@@ -619,7 +643,9 @@ def train(cfg: Config, policy: Policy, task: tasks.Task, out: Path, record: dict
                 "success_given_context": {kind: wins[kind] / count for kind, count in sorted(kinds.items())},
                 "left_out": {why: count for why, count in skipped.items() if count},
                 "updates_not_finite": sum(not math.isfinite(norm) for norm in e_norms + m_norms),
-                "sampler_gap": mean(gap.abs()), "lr": cfg.lr * rate,
+                "sampler_gap": mean(gap), "lr": cfg.lr * rate,
+                "mismatch_truncated": mean(mismatch[mask.bool()] == float(cfg.mismatch_limit)) if sampler.other_engine and cfg.mismatch_limit != "none" else None,
+                "padding": 1 - filled / padded if padded else None,
                 "seconds": {k: round(v, 4) for k, v in clock.seconds.items()},
                 "tokens_per_second": n_tokens / sum(clock.seconds.values()),
             }  # fmt: skip
@@ -659,20 +685,23 @@ def main(argv: list[str] | None = None) -> None:
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # threads that fight for a busy core cost more than they bring
     out = Path(cfg.out or f"runs/{cfg.task}-{cfg.method}-seed{cfg.seed}")
+    world = World.start()
+    if world.rank:
+        sys.stdout = open(os.devnull, "w")  # one process speaks
     try:
         check(cfg)
         if out.exists() and not cfg.overwrite:
             raise ValueError(f"{out} exists: give another --out, or --overwrite to delete it")
         if out.exists() and not (out / "config.json").exists():
             raise ValueError(f"{out} is no run directory (no config.json): --overwrite will not delete it")
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        if cfg.task != "toy" and device == "cpu" and not cfg.smoke and not Path(cfg.model).is_dir():
+        if cfg.task != "toy" and not torch.cuda.is_available() and not cfg.smoke and not Path(cfg.model).is_dir():
             raise ValueError(
                 f"--task {cfg.task} with {cfg.model} needs CUDA GPUs, and there is none: on this machine run "
                 f"`bash run.sh {cfg.task} --smoke` or `bash run.sh toy`"
             )
         cfg.data = str(Path(cfg.data).resolve()) if cfg.data else ""  # evaluation may start from another folder
         task = tasks.load(cfg.task, cfg.subset, cfg.data, cfg.train_tests, cfg.since, cfg.until)
+        task.verify = world.shared(task.verify)
         if METHODS[cfg.method].teacher and task.sources and cfg.feedback not in task.sources:
             raise ValueError(f"--feedback {cfg.feedback}: {task.name} has {', '.join(task.sources)}")
         dtype = getattr(torch, cfg.dtype)
@@ -680,7 +709,7 @@ def main(argv: list[str] | None = None) -> None:
             if cfg.smoke:
                 toy.smoke_model(cfg.task, cfg.smoke, Path(made))
             policy = Policy.load(
-                made if cfg.smoke else cfg.model, dtype, device, micro_batch_tokens=cfg.micro_batch_tokens
+                made if cfg.smoke else cfg.model, dtype, micro_batch_tokens=cfg.micro_batch_tokens, world=world
             )
         if cfg.top_k > policy.vocabulary:
             raise ValueError(f"--top_k {cfg.top_k} exceeds the vocabulary of {policy.vocabulary} tokens")
@@ -694,16 +723,19 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(
                 f"{len(fits)} training problems do not fill a batch of --prompts_per_batch {cfg.prompts_per_batch}"
             )
-        if out.exists():
-            shutil.rmtree(out)
-        out.mkdir(parents=True)
+        world.first(lambda: None)  # everybody has looked
+        if world.rank == 0:
+            if out.exists():
+                shutil.rmtree(out)
+            out.mkdir(parents=True)
         if cfg.smoke:  # the model was made on the spot; evaluation will want it again
             cfg.model = str(out / "base")
             policy.save(cfg.model)
     except (ValueError, OSError) as error:
         fail(error)
     teacher = cfg.teacher or METHODS[cfg.method].teacher
-    record = {**asdict(cfg), "out": str(out), "teacher": teacher, "commit": git_commit(), "device": device,
+    record = {**asdict(cfg), "out": str(out), "teacher": teacher, "commit": git_commit(), "processes": world.size,
+              "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
               "torch": torch.__version__, "command": " ".join(["python", *sys.argv]), "prompts_dropped": dropped}  # fmt: skip
     print(" ".join(f"{f.name}={record[f.name]!r}" for f in fields(cfg)))
     for note in task.notes:

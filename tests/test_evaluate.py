@@ -287,7 +287,7 @@ def command(monkeypatch):
     monkeypatch.setattr(evaluate.tasks, "read", read)
     monkeypatch.setattr(evaluate, "measure", measure)
     monkeypatch.setattr(evaluate, "HFSampler", lambda policy: None)
-    monkeypatch.setattr(evaluate.Policy, "load", lambda path, device: path)
+    monkeypatch.setattr(evaluate.Policy, "load", lambda path, **_: path)
     calls.run = lambda *argv: evaluate.main([str(word) for word in argv])
     return calls
 

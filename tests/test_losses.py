@@ -461,6 +461,8 @@ def log_probs(*shape, seed):
 ARGUMENTS = {  # one well-formed call of each function
     "kl": lambda: (log_probs(2, 3, 5, seed=20), log_probs(2, 3, 5, seed=21)),
     "token_logp": lambda: (normal(2, 3, 5, seed=20), TOKENS.clone()),
+    "with_tail": lambda: (log_probs(2, 3, 5, seed=20)[..., :3],),
+    "sequence_weights": lambda: (torch.tensor([[1, 1, 0], [1, 0, 0]]), 4),
     "top_k_with_tail": lambda: (normal(2, 3, 5, seed=20), normal(2, 3, 5, seed=21), 2),
     "divergence": lambda: (log_probs(2, 3, 5, seed=20), log_probs(2, 3, 5, seed=21), "js"),
     "distillation_loss": lambda: (normal(2, 3, 5, seed=20), normal(2, 3, 5, seed=21), "js", 2),

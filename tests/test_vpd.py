@@ -359,8 +359,8 @@ def test_ctrl_c_leaves_a_usable_directory(tmp_path, monkeypatch):
 
 
 def test_five_updates_in_a_row_that_are_not_finite_end_the_run_with_the_weights_intact(tmp_path, monkeypatch, capsys):
-    mean = losses.sequence_mean
-    monkeypatch.setattr(losses, "sequence_mean", lambda *args: mean(*args) * float("nan"))
+    weights_of = losses.sequence_weights
+    monkeypatch.setattr(losses, "sequence_weights", lambda *args: weights_of(*args) * float("nan"))
     with pytest.raises(SystemExit) as stop:
         run(tmp_path / "run", "--method", "sdpo", "--eval_every", "0", steps=9)
     assert stop.value.code == 1 and "five updates" in capsys.readouterr().err
