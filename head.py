@@ -41,6 +41,13 @@ def _logsumexp(logits: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts, -1).logsumexp(-1, keepdim=True)
 
 
+def _exponentiate(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turns logits (c, V) into z · p in place, where p sums to 1. Returns z and their logsumexp, both (c, 1)."""
+    largest = logits.amax(-1, keepdim=True)
+    z = logits.sub_(largest).exp_().sum(-1, keepdim=True)
+    return z, largest + z.log()
+
+
 def _buffer(hidden: torch.Tensor, head: torch.Tensor, top_k: int | None = None) -> torch.Tensor:
     n = tokens_per_chunk(*head.shape, top_k, head.element_size(), head.device.type)
     dtype = torch.promote_types(head.dtype, torch.float32)
@@ -124,7 +131,7 @@ def _chunk(objective, weights, hidden, head, tokens, given, teacher, kind, top_k
     if teacher and top_k is not None:
         # One buffer for both: of the teacher's logits only the normaliser is kept, those at the student's top k are
         # formed again from k rows of the head.
-        t_total = _logsumexp(_project(*teacher, buffer))
+        t_total = _exponentiate(_project(*teacher, buffer))[1]
     logits = _project(hidden, head, buffer)
     chosen = logits.gather(-1, tokens)  # (c, 1)
     at_top = apart = log_t = None
@@ -132,12 +139,13 @@ def _chunk(objective, weights, hidden, head, tokens, given, teacher, kind, top_k
         top = logits.topk(top_k, dim=-1).indices  # (c, k)
         at_top = logits.gather(-1, top)
         log_t = torch.einsum("ckh,ch->ck", teacher[1][top], teacher[0]).to(logits.dtype) - t_total
-    total = _logsumexp(logits)  # (c, 1)
-    logits -= total  # log p
     if teacher and top_k is None:
-        apart, slope = _compare(logits, _project(*teacher, other), kind)  # slope stands in logits, p in other
+        total = _logsumexp(logits)  # (c, 1)
+        apart, slope = _compare(
+            logits, total, _project(*teacher, other), kind
+        )  # slopes now stand in logits, p in other
     else:
-        logits.exp_()  # p
+        z, total = _exponentiate(logits)  # z p now stands in logits
     with torch.enable_grad():
         logp = (chosen - total).squeeze(-1).unsqueeze(0).requires_grad_()  # (1, c)
         leaves = [logp]
@@ -153,30 +161,32 @@ def _chunk(objective, weights, hidden, head, tokens, given, teacher, kind, top_k
     by_logp = by_logp.to(logits.dtype).T  # (c, 1)
     by_other = by_other.to(logits.dtype)
     if at_top is not None:  # by_other: dL / d log p at the top k
-        logits.mul_(-(by_logp + by_other.sum(-1, keepdim=True)))
+        logits.mul_(-(by_logp + by_other.sum(-1, keepdim=True)) / z)
         logits.scatter_add_(-1, top, by_other)
     elif teacher:  # by_other: dL / dD
         by_other, p = by_other.T, other[: len(logits)]
-        logits.mul_(by_other).sub_(p.mul_(by_logp + by_other * slope))
+        logits.mul_(by_other).addcmul_(p, by_logp + by_other * slope, value=-1)
     else:
-        logits.mul_(-by_logp)
+        logits.mul_(-by_logp / z)
     logits.scatter_add_(-1, tokens, by_logp)
     return logits, value.detach().to(logits.dtype), logp.detach().squeeze(0), apart.detach().squeeze(0)
 
 
-def _compare(log_s: torch.Tensor, logits_t: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """D over the whole vocabulary, a block of columns at a time. log_s: (c, V), left holding dD / d log s; logits_t: (c, V),
-    left holding the student's probabilities. Returns D (c,) and Σ dD / d log s (c, 1)."""
-    total = _logsumexp(logits_t)
-    apart, slope = log_s.new_zeros(len(log_s)), log_s.new_zeros(len(log_s), 1)
-    for mine, theirs in zip(log_s.split(COLUMNS, -1), logits_t.split(COLUMNS, -1)):
+def _compare(
+    logits: torch.Tensor, total: torch.Tensor, logits_t: torch.Tensor, kind: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """D over the whole vocabulary, a block of columns at a time. logits: (c, V), left holding dD / d log s; total: (c, 1) their
+    logsumexp; logits_t: (c, V), left holding the student's probabilities. Returns D (c,) and Σ dD / d log s (c, 1)."""
+    total_t = _logsumexp(logits_t)
+    apart, slope = logits.new_zeros(len(logits)), logits.new_zeros(len(logits), 1)
+    for mine, theirs in zip(logits.split(COLUMNS, -1), logits_t.split(COLUMNS, -1)):
         with torch.enable_grad():
-            s = mine.clone().requires_grad_()
-            part = losses.divergence(s, theirs - total, kind)
-            (by_s,) = torch.autograd.grad(part.sum(), s)
+            log_s = (mine - total).requires_grad_()
+            part = losses.divergence(log_s, theirs - total_t, kind)
+            (by_s,) = torch.autograd.grad(part.sum(), log_s)
         apart += part.detach()
         slope += by_s.sum(-1, keepdim=True)
-        torch.exp(mine, out=theirs)
+        torch.exp(log_s.detach(), out=theirs)
         mine.copy_(by_s)
     return apart, slope
 

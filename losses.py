@@ -30,7 +30,7 @@ def kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     """
     assert log_p.shape == log_q.shape, f"log_p {tuple(log_p.shape)} and log_q {tuple(log_q.shape)} differ"
     # 0 log 0 = 0: the difference is masked, not the product, so that the gradient stays finite as well.
-    gap = (log_p - log_q).masked_fill(log_p == -math.inf, 0.0)
+    gap = torch.where(log_p == -math.inf, 0.0, log_p - log_q)
     return (log_p.exp() * gap).sum(-1)
 
 
@@ -90,11 +90,11 @@ def divergence(log_s: torch.Tensor, log_t: torch.Tensor, kind: str) -> torch.Ten
     if kind == "kl_teacher_student":
         return kl(log_t, log_s)
     if kind == "js":
-        # A token forbidden to both (−inf twice) has no mass in M either; logaddexp would give it a nan gradient.
-        absent = (log_s == -math.inf) & (log_t == -math.inf)
-        log_m = torch.logaddexp(log_s.masked_fill(absent, 0.0), log_t.masked_fill(absent, 0.0)) - math.log(2.0)
-        log_m = log_m.masked_fill(absent, -math.inf)
-        return 0.5 * kl(log_s, log_m) + 0.5 * kl(log_t, log_m)
+        # log M − log S = log ½(1 + T/S), from u = log T − log S. Infinite u (a token forbidden to one of them) is cut where
+        # softplus is linear or 0 anyway; a token forbidden to both has u = nan and no mass.
+        u = (log_t - log_s).nan_to_num(0.0, 1e4, -1e4)
+        m_over_s = F.softplus(u, threshold=50) - math.log(2.0)
+        return 0.5 * (log_t.exp() * (u - m_over_s) - log_s.exp() * m_over_s).sum(-1)
     raise ValueError(f"unknown divergence {kind!r}: choose one of {', '.join(DIVERGENCES)}")
 
 

@@ -8,6 +8,7 @@ Nothing after this file shifts anything. Only response places are projected on t
 import copy
 import math
 import os
+import shutil
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -252,13 +253,23 @@ class Policy:
         return self.model.get_output_embeddings().weight.shape[0]
 
     def save(self, folder: str | Path) -> None:
-        """Writes a folder that `load`, transformers and vLLM read, in the compute dtype. Collective."""
+        """Writes a folder that `load`, transformers and vLLM read, in the compute dtype; an older one of the name is replaced
+        when the new one is whole. Collective."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(self.model, options=options)
         if self.world.rank == 0:
             weights = {name: w.to(self.compute or w.dtype) for name, w in weights.items()}
-            self.model.save_pretrained(folder, state_dict=weights)
-            self.tokenizer.save_pretrained(folder)
+            folder = Path(folder)
+            part, old = folder.with_name(f"part-{folder.name}"), folder.with_name(f"part-old-{folder.name}")
+            for left in (part, old):
+                shutil.rmtree(left, ignore_errors=True)
+            self.model.save_pretrained(part, state_dict=weights)
+            self.tokenizer.save_pretrained(part)
+            if folder.exists():
+                folder.rename(old)
+            part.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
+        self.world.first(lambda: None)  # nobody reads it before it is there
 
     def frozen_copy(self) -> nn.Module:
         """A copy of the network that never trains: the EMA teacher, or the fixed prior. Sharded like the network."""

@@ -31,11 +31,13 @@ import math
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -46,6 +48,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.utils import logging as hf_logging
 
+import checkpoint
 import evaluate
 import feedback
 import losses
@@ -98,6 +101,10 @@ class Config:
     seed: int = 0
     out: str = ""  # run directory; "" is runs/TASK-METHOD-seedN
     overwrite: bool = False  # delete the run directory if it exists
+    resume: bool = False  # go on from the run directory's last checkpoint; starts the run if there is none
+    checkpoint_every: int = (
+        10  # rollout batches; the last two are kept. 0: only when the run ends or is told to (SIGTERM)
+    )
     epochs: int = 30  # passes over the training problems, when steps is 0
     steps: int = 0  # rollout batches; 0: by epochs
     log_samples: int = 8  # rollouts written to samples.jsonl per batch
@@ -237,16 +244,48 @@ def parse(argv: list[str] | None = None) -> Config:
                            "minibatch_prompts": 2 if chosen.task == "lcb" else 4,
                            "subset": "all" if chosen.task == "sciknoweval" else ""}  # fmt: skip
     parser.set_defaults(**preset)
-    cfg, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
-    if unknown:
-        parser.error(f"unknown argument {unknown[0]}")
+
+    def settle() -> Config:
+        cfg, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+        if unknown:
+            parser.error(f"unknown argument {unknown[0]}")
+        cfg.out = cfg.out or f"runs/{cfg.task}-{cfg.method}-seed{cfg.seed}"
+        cfg.data = str(Path(cfg.data).resolve()) if cfg.data else ""  # evaluation may start from another folder
+        return cfg
+
+    cfg = settle()
+    saved = Path(cfg.out) / "config.json"
+    if not cfg.resume or not saved.exists():
+        return cfg
+    # The run's own settings take the preset's place, so what differs from them now was asked for by a flag.
+    try:
+        kept = json.loads(saved.read_text())
+    except ValueError:
+        parser.error(f"{saved} is not JSON: --overwrite starts the run again")
+    kept = {
+        f.name: kept[f.name] for f in fields(Config) if f.name in kept and f.name not in ("out", "resume", "overwrite")
+    }
+    parser.set_defaults(**kept)
+    cfg = settle()
+    changed = [
+        f"--{name} {getattr(cfg, name)} (was {value})" for name, value in kept.items() if getattr(cfg, name) != value
+    ]
+    if changed:
+        parser.error(f"--resume goes on with the settings of {saved}, and these differ: {', '.join(changed)}")
     return cfg
+
+
+def _positive(text: str) -> bool:
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False
 
 
 def check(cfg: Config) -> None:
     """Raises ValueError with one line for settings that cannot work together."""
     shares = {"shift_rate", "ema_rate", "top_p", "eval_top_p", "reweight_lam", "adam_beta1", "adam_beta2"}
-    may_be_zero = {"steps", "epochs", "log_samples", "eval_every", "eval_temperature", "warmup_steps", "weight_decay",
+    may_be_zero = {"steps", "checkpoint_every", "epochs", "log_samples", "eval_every", "eval_temperature", "warmup_steps", "weight_decay",
                    "e_lr", "top_k", "ema_rate", "w_opd", "w_rl", "reweight_lam", "reweight_steps", "adam_beta1"}  # fmt: skip
     for field in fields(cfg):
         value = getattr(cfg, field.name)
@@ -292,6 +331,10 @@ def check(cfg: Config) -> None:
         raise ValueError(
             "--critic_url holds a secret, which would be saved with the run: put the key into OPENAI_API_KEY"
         )
+    if cfg.resume and cfg.overwrite:
+        raise ValueError("--resume goes on with a run directory and --overwrite deletes it: give one of them")
+    if cfg.mismatch_limit != "none" and not _positive(cfg.mismatch_limit):
+        raise ValueError(f"--mismatch_limit must be a positive number or none, not {cfg.mismatch_limit!r}")
     if cfg.smoke and cfg.task == "toy":
         raise ValueError("--smoke is for lcb, sciknoweval and math: the toy tasks run here as they are")
     if cfg.teacher and not method.teacher:
@@ -401,8 +444,11 @@ class Clock:
 # ---- The loop ------------------------------------------------------------------------------------------------
 
 
-def train(cfg: Config, policy: Policy, task: tasks.Task, out: Path, record: dict) -> None:
-    """Runs the EM loop and writes the run directory. `record` is saved as config.json."""
+def train(
+    cfg: Config, policy: Policy, task: tasks.Task, out: Path, record: dict, stop_signals: Callable = lambda: 0
+) -> None:
+    """Runs the EM loop and writes the run directory. `record` is saved as config.json. stop_signals: how many signals to
+    stop this process has had."""
     method, templates, G, world = METHODS[cfg.method], cfg.templates(), cfg.group_size, policy.world
     sampler, tokenizer = HFSampler(policy), policy.tokenizer
     critic = ServedModel(cfg.critic_url, cfg.critic_model, cfg.critic_timeout) if cfg.critic_url else None
@@ -417,12 +463,34 @@ def train(cfg: Config, policy: Policy, task: tasks.Task, out: Path, record: dict
 
     optimizer = adamw()
     e_optimizer = adamw() if cfg.e_optimizer == "own" and cfg.method == "vpd" else optimizer
-    shift, bad_in_a_row, best = None, 0, -1.0
+    shift, bad_in_a_row, best, first_step = None, 0, -1.0, 0
+    models = {"policy": policy.model} | ({"teacher": teacher} if teacher is not None else {})
+    optimizers = {"shared": (policy.model, optimizer)}
+    if e_optimizer is not optimizer:
+        optimizers["e_step"] = (policy.model, e_optimizer)
+    kept = checkpoint.restore(out / "checkpoints", models, optimizers, world) if cfg.resume else None
+    if kept:
+        first_step, shift, bad_in_a_row, best = (kept[name] for name in ("step", "shift", "bad_in_a_row", "best"))
+    if cfg.resume and world.rank == 0:
+        dropped = sum(checkpoint.cut_log(out / name, first_step if kept else -1) for name in ("log.jsonl", "samples.jsonl"))
+        print(f"going on after {first_step} batches; {dropped} later lines dropped from the logs")
 
-    if world.rank == 0:
-        (out / "config.json").write_text(json.dumps(record, indent=1) + "\n")
+    def save_state(step: int) -> None:
+        state = {"shift": shift, "bad_in_a_row": bad_in_a_row, "best": best}
+        checkpoint.save(out / "checkpoints", step, models, optimizers, state, world)
+
+    def leave_if_told(step: int) -> None:
+        """After a SIGTERM: saves the state after `step` batches, which are whole at every place this is called from."""
+        if world.most(stop_signals()):
+            save_state(step)
+            policy.save(out / "model")
+            raise SystemExit(143)
+
+    if world.rank == 0 and not kept:
+        (out / "part-config.json").write_text(json.dumps(record, indent=1) + "\n")
+        (out / "part-config.json").rename(out / "config.json")  # whole, whenever the run is killed
     mine = lambda name: out / name if world.rank == 0 else Path(os.devnull)  # noqa: E731
-    log, samples = mine("log.jsonl").open("w"), mine("samples.jsonl").open("w")
+    log, samples = mine("log.jsonl").open("a"), mine("samples.jsonl").open("a")
 
     def write(file, row: dict) -> None:
         row = {
@@ -456,10 +524,16 @@ def train(cfg: Config, policy: Policy, task: tasks.Task, out: Path, record: dict
         return norm
 
     try:
-        if cfg.eval_every:
+        if kept:
+            write(log, {"kind": "resume", "step": first_step, "commit": record["commit"], "processes": world.size})
+        elif cfg.eval_every:
             validate(0)
-        bar = tqdm(total=steps, disable=True if world.rank else None, unit="batch", dynamic_ncols=True)
+        bar = tqdm(
+            total=steps, initial=first_step, disable=True if world.rank else None, unit="batch", dynamic_ncols=True
+        )
         for step, problems in enumerate(batches(task.train, cfg.prompts_per_batch, steps, cfg.seed)):
+            if step < first_step:
+                continue
             clock, skipped = Clock(), Counter()
             figures = dict.fromkeys(
                 ("margin", "length_correlation", "e_loss", "e_grad_norm", "shift", "e_rows", "e_died")
@@ -479,6 +553,7 @@ def train(cfg: Config, policy: Policy, task: tasks.Task, out: Path, record: dict
             x, row_problems = [x[i // G] for i in rows], [problems[i // G] for i in rows]
             mask = policy.mask(y)  # (B, T)
             clock.lap("rollout")
+            leave_if_told(step)
 
             # ---- 2. Outcomes r in {0, 1} and contexts C (or none) per rollout
             outcomes = task.verify(row_problems, texts)
@@ -513,6 +588,7 @@ def train(cfg: Config, policy: Policy, task: tasks.Task, out: Path, record: dict
             clock.lap("feedback")
 
             # ---- 3. Freeze log pi_theta(y|x); the teacher's log-probs at the same weights give the reward margin
+            leave_if_told(step)
             sampler.sleep()
             old_logp, entropy = policy.score(x, y)  # (B, T)
             drawn_logp = torch.zeros_like(old_logp)  # log-probs as the sampler's engine gave them
@@ -658,10 +734,17 @@ def train(cfg: Config, policy: Policy, task: tasks.Task, out: Path, record: dict
             bar.update()
             if cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or step + 1 == steps):
                 validate(step + 1)
-    finally:  # Ctrl-C and errors leave a readable log and the weights as they were
+            if step + 1 == steps or cfg.checkpoint_every and (step + 1) % cfg.checkpoint_every == 0:
+                save_state(step + 1)
+            leave_if_told(step + 1)
+        policy.save(out / "model")
+    except (Exception, KeyboardInterrupt):  # the weights as they were, where nobody else is needed to gather them
+        if world.size == 1:
+            policy.save(out / "model")
+        raise
+    finally:
         log.close()
         samples.close()
-        policy.save(out / "model")
         task.close()
 
 
@@ -684,32 +767,34 @@ def main(argv: list[str] | None = None) -> None:
     hf_logging.disable_progress_bar()
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # threads that fight for a busy core cost more than they bring
-    out = Path(cfg.out or f"runs/{cfg.task}-{cfg.method}-seed{cfg.seed}")
+    out, resuming = Path(cfg.out), cfg.resume
     world = World.start()
     if world.rank:
         sys.stdout = open(os.devnull, "w")  # one process speaks
     try:
         check(cfg)
-        if out.exists() and not cfg.overwrite:
-            raise ValueError(f"{out} exists: give another --out, or --overwrite to delete it")
-        if out.exists() and not (out / "config.json").exists():
+        if out.exists() and not cfg.overwrite and not resuming:
+            raise ValueError(
+                f"{out} exists: give another --out, --resume to go on with it, or --overwrite to delete it"
+            )
+        if cfg.overwrite and out.exists() and not (out / "config.json").exists():
             raise ValueError(f"{out} is no run directory (no config.json): --overwrite will not delete it")
         if cfg.task != "toy" and not torch.cuda.is_available() and not cfg.smoke and not Path(cfg.model).is_dir():
             raise ValueError(
                 f"--task {cfg.task} with {cfg.model} needs CUDA GPUs, and there is none: on this machine run "
                 f"`bash run.sh {cfg.task} --smoke` or `bash run.sh toy`"
             )
-        cfg.data = str(Path(cfg.data).resolve()) if cfg.data else ""  # evaluation may start from another folder
         task = tasks.load(cfg.task, cfg.subset, cfg.data, cfg.train_tests, cfg.since, cfg.until)
         task.verify = world.shared(task.verify)
         if METHODS[cfg.method].teacher and task.sources and cfg.feedback not in task.sources:
             raise ValueError(f"--feedback {cfg.feedback}: {task.name} has {', '.join(task.sources)}")
         dtype = getattr(torch, cfg.dtype)
         with tempfile.TemporaryDirectory() as made:
-            if cfg.smoke:
+            making = cfg.smoke and cfg.model != str(out / "base")  # a smoke run that goes on has its model there
+            if making:
                 toy.smoke_model(cfg.task, cfg.smoke, Path(made))
             policy = Policy.load(
-                made if cfg.smoke else cfg.model, dtype, micro_batch_tokens=cfg.micro_batch_tokens, world=world
+                made if making else cfg.model, dtype, micro_batch_tokens=cfg.micro_batch_tokens, world=world
             )
         if cfg.top_k > policy.vocabulary:
             raise ValueError(f"--top_k {cfg.top_k} exceeds the vocabulary of {policy.vocabulary} tokens")
@@ -725,10 +810,10 @@ def main(argv: list[str] | None = None) -> None:
             )
         world.first(lambda: None)  # everybody has looked
         if world.rank == 0:
-            if out.exists():
+            if cfg.overwrite and out.exists():
                 shutil.rmtree(out)
-            out.mkdir(parents=True)
-        if cfg.smoke:  # the model was made on the spot; evaluation will want it again
+            out.mkdir(parents=True, exist_ok=True)
+        if making:  # the model was made on the spot; evaluation will want it again
             cfg.model = str(out / "base")
             policy.save(cfg.model)
     except (ValueError, OSError) as error:
@@ -744,14 +829,22 @@ def main(argv: list[str] | None = None) -> None:
     rows = cfg.prompts_per_batch * cfg.group_size
     print(f"{rows} rollouts per batch, {cfg.minibatch_prompts * cfg.group_size} sequences per M-step update, "
           f"{cfg.prompts_per_batch // cfg.minibatch_prompts} updates per batch")  # fmt: skip
+    received = []
+    before = signal.signal(signal.SIGTERM, lambda *_: received.append(1))
     try:
-        train(cfg, policy, task, out, record)
+        train(cfg, policy, task, out, record, stop_signals=lambda: len(received))
+    except SystemExit as stop:
+        if stop.code == 143:
+            print(f"told to stop: the state is in {out}/checkpoints; --resume goes on from it", file=sys.stderr)
+        raise
     except KeyboardInterrupt:
         print(f"stopped; the log and the weights so far are in {out}", file=sys.stderr)
         sys.exit(130)
     except FloatingPointError as error:
         print(f"vpd.py: {error}; the log and the last finite weights are in {out}", file=sys.stderr)
         sys.exit(1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     best = f", {out}/best the best on validation problems" if (out / "best").exists() else ""
     print(f"done: {out}/model is the last model{best}")
 

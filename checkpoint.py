@@ -1,0 +1,166 @@
+"""The state of a run on disk: weights, optimizers, moving average, and the few numbers beside them.
+
+A checkpoint is a folder `step-N`, the state after N rollout batches. It is written under a temporary name and renamed when
+all of it is there, so a run that is killed at any moment leaves whole checkpoints only. Tensors are written by
+torch.distributed.checkpoint, in shards, and may be read by another number of processes. `manifest.json` holds size and
+CRC-32 of every file: what a disk or a hand has damaged since is found before it is loaded.
+"""
+
+import json
+import random
+import shutil
+import sys
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from policy import World
+
+KEPT = 2
+
+Optimizers = dict[str, tuple[nn.Module, torch.optim.Optimizer]]
+
+
+def save(
+    folder: Path, step: int, models: dict[str, nn.Module], optimizers: Optimizers, state: dict, world: World
+) -> Path:
+    """Writes `folder/step-N` and removes all but the last two. models and optimizers by name; state: what JSON can hold.
+    Collective. Returns the checkpoint's path."""
+    final, part = folder / f"step-{step:06d}", folder / f"part-{step:06d}"
+
+    def clear() -> None:
+        for left in folder.glob("part-*"):  # of a save that was cut short
+            shutil.rmtree(left)
+        part.mkdir(parents=True)
+
+    world.first(clear)
+    # An optimizer that has made no step yet has no state: asking for it would make one up, and change the run.
+    stepped = [name for name, (_, optimizer) in optimizers.items() if optimizer.state]
+    tensors = {f"model.{name}": get_model_state_dict(model) for name, model in models.items()}
+    tensors |= {f"optimizer.{name}": get_optimizer_state_dict(*optimizers[name]) for name in stepped}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that one process by itself has no group is no news
+        dcp.save(tensors, checkpoint_id=part)
+    mine = {path.name: _sum(path) for path in part.glob(f"__{world.rank}_*")}
+    sums = world.collect([mine], world.size)
+    randoms = world.collect([_random_state()], world.size)
+
+    def finish() -> None:
+        kept = {"step": step, "stepped": stepped, "random": randoms, **state}
+        (part / "state.json").write_text(json.dumps(kept))
+        files = {name: _sum(part / name) for name in (".metadata", "state.json")}
+        for found in sums:
+            files |= found
+        (part / "manifest.json").write_text(json.dumps(files))
+        if final.exists():
+            _remove(final)
+        part.rename(final)
+        for old in sorted(folder.glob("step-*"))[:-KEPT]:
+            _remove(old)
+
+    world.first(finish)
+    return final
+
+
+def restore(folder: Path, models: dict[str, nn.Module], optimizers: Optimizers, world: World) -> dict | None:
+    """Loads the newest whole checkpoint of `folder` into models and optimizers. Returns what `save` was given as state, with
+    "step"; None if there is no checkpoint. A damaged one is named on standard error and the one before it taken. Raises
+    ValueError when every one is damaged. Collective."""
+    found = world.first(lambda: sorted(folder.glob("step-*"), reverse=True))
+    for checkpoint in found:
+        damage = world.first(lambda: _damage(checkpoint))
+        if damage:
+            if world.rank == 0:
+                print(f"checkpoint {checkpoint} is damaged ({damage}): taking the one before it", file=sys.stderr)
+            continue
+        state = json.loads((checkpoint / "state.json").read_text())
+        tensors = {f"model.{name}": get_model_state_dict(model) for name, model in models.items()}
+        stepped = [name for name in optimizers if name in state["stepped"]]
+        tensors |= {f"optimizer.{name}": get_optimizer_state_dict(*optimizers[name]) for name in stepped}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.load(tensors, checkpoint_id=checkpoint)
+        for name, model in models.items():
+            set_model_state_dict(model, tensors[f"model.{name}"])
+        for name in stepped:
+            set_optimizer_state_dict(*optimizers[name], tensors[f"optimizer.{name}"])
+        if world.rank < len(state["random"]):
+            _set_random_state(state["random"][world.rank])
+        return {key: value for key, value in state.items() if key not in ("stepped", "random")}
+    if found:
+        raise ValueError(f"every checkpoint in {folder} is damaged: --overwrite starts the run again")
+    return None
+
+
+def cut_log(path: Path, step: int) -> int:
+    """Drops from a JSONL log what was written after the checkpoint of `step` batches: rows of later batches, and a torn
+    line. An evaluation's step counts batches done, every other row's names the batch. Returns the number dropped."""
+    if not path.exists():
+        return 0
+    kept, lines = [], path.read_text(errors="replace").splitlines()
+    for line in lines:
+        try:
+            row = json.loads(line)
+            if row["step"] < step or row.get("kind") in ("eval", "resume") and row["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    part = path.with_name("part-" + path.name)
+    part.write_text("".join(line + "\n" for line in kept))
+    part.replace(path)
+    return len(lines) - len(kept)
+
+
+def _remove(folder: Path) -> None:
+    """Renamed first: half of a checkpoint must not look like one."""
+    gone = folder.with_name(f"part-gone-{folder.name}")
+    folder.rename(gone)
+    shutil.rmtree(gone)
+
+
+def _sum(path: Path) -> list[int]:
+    """[bytes, CRC-32] of a file."""
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            crc = zlib.crc32(block, crc)
+    return [path.stat().st_size, crc]
+
+
+def _damage(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint's files, "" if nothing."""
+    try:
+        files = json.loads((checkpoint / "manifest.json").read_text())
+        wrong = [name for name, known in files.items() if _sum(checkpoint / name) != known]
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return f"{wrong[0]} is not what was written" if wrong else ""
+
+
+def _random_state() -> dict:
+    numpy = np.random.get_state()
+    state = {"python": random.getstate(), "numpy": [numpy[0], numpy[1].tolist(), *numpy[2:]],
+             "torch": torch.get_rng_state().tolist()}  # fmt: skip
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state().tolist()
+    return state
+
+
+def _set_random_state(state: dict) -> None:
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))

@@ -1,0 +1,349 @@
+"""A run that is stopped, killed or damaged goes on as if nothing had been: checkpoints by themselves, then whole runs."""
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import vpd
+from policy import World
+
+torch.set_num_threads(1)
+ROOT, ALONE = Path(__file__).parent.parent, World()
+
+
+# ---- A checkpoint by itself --------------------------------------------------------------------------------
+
+
+def trained(make_model, steps, seed=0):
+    """A model and its AdamW after some steps on gradients made up by the seed."""
+    model = make_model(dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    train(model, optimizer, steps, seed)
+    return model, optimizer
+
+
+def train(model, optimizer, steps, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def flat(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_weights_moments_and_numbers_come_back_exactly(make_model, tmp_path, steps):
+    """With no step made yet, an optimizer has no state, and neither saving nor loading may make one up: AdamW's bias
+    correction would then start at its second step."""
+    model, optimizer = trained(make_model, steps)
+    teacher = make_model("qwen3-untied", dtype=torch.float32)
+    state = {"shift": -0.25, "best": 0.5, "bad_in_a_row": 2}
+    optimizers = {"shared": (model, optimizer)}
+    checkpoint.save(tmp_path, 7, {"policy": model, "teacher": teacher}, optimizers, state, ALONE)
+    assert bool(optimizer.state) == (steps > 0)
+    again, fresh = trained(make_model, 0)
+    other = make_model("qwen3-untied", dtype=torch.float32)
+    with torch.no_grad():
+        for p in [*again.parameters(), *other.parameters()]:
+            p.mul_(-2)
+    kept = checkpoint.restore(tmp_path, {"policy": again, "teacher": other}, {"shared": (again, fresh)}, ALONE)
+    assert kept == {"step": 7, **state}
+    assert torch.equal(flat(again), flat(model)) and torch.equal(flat(other), flat(teacher))
+    assert bool(fresh.state) == (steps > 0)
+    train(model, optimizer, 3, seed=1)
+    train(again, fresh, 3, seed=1)
+    assert torch.equal(flat(again), flat(model))
+
+
+def test_random_states_come_back(make_model, tmp_path):
+    model, _ = trained(make_model, 0)
+    draw = lambda: (random.random(), np.random.rand(), torch.rand(1).item())  # noqa: E731
+    checkpoint.save(tmp_path, 0, {"policy": model}, {}, {}, ALONE)
+    expected = draw()
+    assert draw() != expected
+    checkpoint.restore(tmp_path, {"policy": model}, {}, ALONE)
+    assert draw() == expected
+
+
+def test_the_last_two_are_kept_and_what_a_cut_save_left_is_cleared(make_model, tmp_path):
+    model, _ = trained(make_model, 0)
+    (tmp_path / "part-000009").mkdir(parents=True)
+    for step in (2, 4, 6, 10, 10):
+        checkpoint.save(tmp_path, step, {"policy": model}, {}, {}, ALONE)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000006", "step-000010"]
+
+
+def test_an_empty_folder_has_no_checkpoint(make_model, tmp_path):
+    assert checkpoint.restore(tmp_path / "none", {}, {}, ALONE) is None
+
+
+def damage_bytes(folder):
+    with next(folder.glob("*.distcp")).open("r+b") as file:
+        file.seek(2000)
+        byte = file.read(1)
+        file.seek(2000)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+DAMAGES = {
+    "one bit": damage_bytes,
+    "cut short": lambda folder: os.truncate(next(folder.glob("*.distcp")), 1000),
+    "a file is missing": lambda folder: next(folder.glob("*.distcp")).unlink(),
+    "no metadata": lambda folder: (folder / ".metadata").unlink(),
+    "no manifest": lambda folder: (folder / "manifest.json").unlink(),
+    "manifest is no JSON": lambda folder: (folder / "manifest.json").write_text("{"),
+    "state": lambda folder: (folder / "state.json").write_text("{}"),
+    "empty": lambda folder: [path.unlink() for path in folder.iterdir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(make_model, tmp_path, capsys, damage):
+    model, optimizer = trained(make_model, 1)
+    checkpoint.save(tmp_path, 1, {"policy": model}, {"shared": (model, optimizer)}, {}, ALONE)
+    first = flat(model).clone()
+    train(model, optimizer, 1)
+    checkpoint.save(tmp_path, 2, {"policy": model}, {"shared": (model, optimizer)}, {}, ALONE)
+    DAMAGES[damage](tmp_path / "step-000002")
+    again, fresh = trained(make_model, 0)
+    assert checkpoint.restore(tmp_path, {"policy": again}, {"shared": (again, fresh)}, ALONE)["step"] == 1
+    assert torch.equal(flat(again), first)
+    error = capsys.readouterr().err
+    assert "step-000002 is damaged" in error and error.count("\n") == 1
+
+
+def test_nothing_but_damage_is_an_error(make_model, tmp_path):
+    model, _ = trained(make_model, 0)
+    checkpoint.save(tmp_path, 1, {"policy": model}, {}, {}, ALONE)
+    damage_bytes(tmp_path / "step-000001")
+    with pytest.raises(ValueError, match="--overwrite"):
+        checkpoint.restore(tmp_path, {"policy": model}, {}, ALONE)
+
+
+def test_log_rows_after_the_checkpoint_and_a_torn_line_are_dropped(tmp_path):
+    rows = [
+        {"kind": "eval", "step": 0}, {"kind": "train", "step": 0}, {"kind": "train", "step": 1}, {"kind": "eval", "step": 2},
+        {"kind": "resume", "step": 2}, {"kind": "train", "step": 2}, {"kind": "eval", "step": 3}, {"kind": "train", "step": 3},
+    ]  # fmt: skip
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "train", "st')
+    assert checkpoint.cut_log(log, 2) == 4
+    assert [json.loads(line) for line in log.read_text().splitlines()] == rows[:5]
+    assert log.read_text().endswith("\n") and checkpoint.cut_log(log, 2) == 0
+    assert checkpoint.cut_log(tmp_path / "none.jsonl", 2) == 0
+
+
+# ---- Whole runs --------------------------------------------------------------------------------------------
+
+SMALL = ["--subset", "choice", "--prompts_per_batch", "4", "--minibatch_prompts", "2", "--e_minibatch_prompts", "4",
+         "--group_size", "4", "--max_response_tokens", "30", "--eval_samples", "1", "--dtype", "float64", "--steps", "5",
+         "--e_step_every", "2", "--eval_every", "2", "--checkpoint_every", "2", "--feedback", "environment"]  # fmt: skip
+
+
+def rows_of(out):
+    """The log without times and notes of resuming."""
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")}
+        for row in rows
+        if row["kind"] != "resume"
+    ]
+
+
+def samples_of(out):
+    return [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+
+
+def same_run(one, other):
+    assert [(r["kind"], r["step"]) for r in rows_of(one)] == [(r["kind"], r["step"]) for r in rows_of(other)]
+    for mine, theirs in zip(rows_of(one), rows_of(other)):
+        for key, value in theirs.items():
+            if isinstance(value, float):
+                assert math.isclose(mine[key], value, rel_tol=1e-9, abs_tol=1e-9), key
+            else:
+                assert mine[key] == value, key
+    assert samples_of(one) == samples_of(other)
+    from safetensors.torch import load_file
+
+    mine, theirs = (load_file(out / "model" / "model.safetensors") for out in (one, other))
+    assert max((mine[k] - theirs[k]).abs().max().item() for k in theirs) < 1e-9
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """unbroken(*flags): the directory of a run that nothing stopped, made once per flags."""
+    made = {}
+
+    def run(*flags):
+        if flags not in made:
+            made[flags] = tmp_path_factory.mktemp("unbroken") / "run"
+            vpd.main([*SMALL, *flags, "--out", str(made[flags])])
+        return made[flags]
+
+    return run
+
+
+def start(out, *flags, before=lambda: None):
+    """The process id of a child that runs the settings SMALL, after `before()`; its messages go to a file beside `out`. A fork
+    has everything imported."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        messages = os.open(out.with_suffix(".err"), os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        os.dup2(messages, 1)
+        os.dup2(messages, 2)
+        sys.stdout = sys.stderr = open(2, "w", closefd=False)
+        before()
+        vpd.main([*SMALL, *flags, "--out", str(out)])
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def end(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def running(child):
+    """Is it? An ended child is still there to be waited for."""
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+
+@pytest.mark.parametrize("flags", [(), ("--method", "sdpo"), ("--prior", "fixed", "--e_optimizer", "shared")], ids=str)
+@pytest.mark.parametrize("when", [1, 2, 4])
+def test_a_resumed_run_is_the_unbroken_run(unbroken, tmp_path, flags, when):
+    """Stopped at the end of a batch, as by a kill: nothing is tidied up. Optimizers, delta, moving average and the fixed prior
+    all have to come back for the losses to be the same."""
+    out, sync, seen = tmp_path / "run", vpd.HFSampler.sync, []
+
+    def dying(self, policy):
+        sync(self, policy)
+        seen.append(1)
+        if len(seen) == when + 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert end(start(out, *flags, before=lambda: setattr(vpd.HFSampler, "sync", dying))) == -signal.SIGKILL
+    vpd.main([*SMALL, *flags, "--out", str(out), "--resume"])
+    same_run(out, unbroken(*flags))
+    notes = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines() if '"resume"' in line]
+    assert [note["step"] for note in notes] == ([] if when < 2 else [when - when % 2])
+
+
+def test_flags_that_differ_from_the_runs_are_refused_by_name(unbroken, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(unbroken(), out)
+    before = (out / "log.jsonl").read_text()
+    for flags, named in (
+        (["--lr", "0.5"], "--lr 0.5 (was 0.001)"),
+        (["--steps", "9"], "--steps 9"),
+        (["--method", "sdpo"], "--method sdpo"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            vpd.main(["--out", str(out), "--resume", *flags])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and named in error and error.count("\n") == 1
+    assert (out / "log.jsonl").read_text() == before
+
+
+def test_without_flags_resume_takes_the_runs_own_settings(unbroken, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(unbroken(), out)
+    vpd.main(["--out", str(out), "--resume"])  # a finished run: nothing is left to do
+    same_run(out, unbroken())
+
+
+def test_resume_and_overwrite_together_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        vpd.main([*SMALL, "--out", str(tmp_path / "run"), "--resume", "--overwrite"])
+    assert stop.value.code == 2 and "--resume" in capsys.readouterr().err
+
+
+def lines_in(path):
+    return path.read_text(errors="replace").count("\n") if path.exists() else 0
+
+
+def test_sigterm_saves_and_leaves(unbroken, tmp_path):
+    out = tmp_path / "run"
+    child = start(out)
+    while lines_in(out / "log.jsonl") < 2 and running(child):  # the evaluation of step 0 and the first batch
+        time.sleep(0.01)
+    os.kill(child, signal.SIGTERM)
+    assert end(child) == 143 and "--resume goes on" in out.with_suffix(".err").read_text()
+    assert list((out / "checkpoints").glob("step-*")) and (out / "model" / "config.json").exists()
+    vpd.main(["--out", str(out), "--resume"])
+    same_run(out, unbroken())
+
+
+def die_at(moment):
+    """Kills this process at the n-th call of those that a save is made of."""
+    places = (
+        (checkpoint.dcp, "save"),
+        (checkpoint, "_sum"),
+        (checkpoint, "_remove"),
+        (Path, "write_text"),
+        (Path, "rename"),
+    )
+    calls = []
+    for module, name in places:
+
+        def dying(*args, plain=getattr(module, name), **kwargs):
+            calls.append(1)
+            if len(calls) == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return plain(*args, **kwargs)
+
+        setattr(module, name, dying)
+
+
+def kill_and_resume(out, kills, rng):
+    """Starts the run again and again and kills it at random: some time after its first new row, or in the middle of a save."""
+    ends, flags = [], ("--checkpoint_every", "1", "--resume")
+    for kill in range(kills):
+        if kill % 2:
+            child = start(out, *flags, before=lambda: die_at(rng.randrange(1, 16)))
+        else:
+            before = lines_in(out / "log.jsonl")
+            child = start(out, *flags)
+            while lines_in(out / "log.jsonl") in (0, before) and running(child):
+                time.sleep(0.005)
+            time.sleep(rng.random() * 0.4)
+            os.kill(child, signal.SIGKILL)
+        rng.random()
+        ends.append(end(child))
+        assert ends[-1] in (-signal.SIGKILL, 0), out.with_suffix(".err").read_text()
+    vpd.main([*SMALL, *flags, "--out", str(out)])
+    return ends
+
+
+def test_five_kills_at_random_moments_change_nothing(unbroken, tmp_path):
+    ends = kill_and_resume(tmp_path / "run", 5, random.Random(0))
+    assert ends.count(-signal.SIGKILL) >= 3
+    same_run(tmp_path / "run", unbroken("--checkpoint_every", "1"))
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_change_nothing(unbroken, tmp_path):
+    for seed in range(4):  # a run of five batches does not live through twenty
+        ends = kill_and_resume(tmp_path / f"run{seed}", 5, random.Random(seed + 1))
+        assert ends.count(-signal.SIGKILL) >= 3
+        same_run(tmp_path / f"run{seed}", unbroken("--checkpoint_every", "1"))

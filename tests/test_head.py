@@ -1,0 +1,176 @@
+"""The chunked head against the plain losses on whole logits: values, gradients, and that no (T, V) tensor exists."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import head
+import losses
+
+torch.set_num_threads(1)
+N, V, H, WIDE = 11, 37, 6, 5  # tokens, vocabulary, hidden sizes of student and teacher
+KINDS = [(kind, top_k) for kind in losses.DIVERGENCES for top_k in (1, 4, None)]
+
+
+def inputs(dtype=torch.float64, scale=2.0, seed=0):
+    """hidden (N, H), head (V, H), tokens (N,), weights (N,), advantages (N,), teacher (hidden, head)."""
+    torch.manual_seed(seed)
+    normal = lambda *shape: (scale * torch.randn(*shape, dtype=torch.float64) / 2).to(dtype)  # noqa: E731
+    hidden, weight = normal(N, H).requires_grad_(), normal(V, H).requires_grad_()
+    return hidden, weight, torch.randint(V, (N,)), torch.rand(N), normal(N), (normal(N, WIDE), normal(V, WIDE))
+
+
+def objective(logp, d, A):
+    """Nothing linear: a clipped ratio on log p, a product of both, and one place where D is not differentiated."""
+    ratio = (logp - logp.detach() + 0.3 * A).exp()
+    return -torch.minimum(ratio * A, ratio.clamp(0.8, 1.2) * A) + d * (1 + logp.exp()) + 0.5 * d.square()
+
+
+def plain(hidden, weight, tokens, weights, A, teacher, kind, top_k):
+    """The same loss by autograd through whole logits and the functions of losses.py."""
+    logits = hidden @ weight.T
+    logp = losses.token_logp(logits[None], tokens[None])
+    d = torch.zeros_like(logp)
+    if teacher:
+        d = losses.distillation_loss(logits[None], (teacher[0] @ teacher[1].T)[None], kind, top_k)
+    return (weights * objective(logp, d, A[None]).squeeze(0)).sum(), logp[0], d[0]
+
+
+@pytest.fixture(params=[1, 4, 1000], ids=lambda n: f"chunks of {n}")
+def small(request, monkeypatch):
+    """Chunks that do and do not divide the tokens, and blocks that do not divide the vocabulary."""
+    monkeypatch.setattr(head, "tokens_per_chunk", lambda *_: request.param)
+    monkeypatch.setattr(head, "COLUMNS", 10)
+
+
+def close(actual, expected, tol=1e-10):
+    torch.testing.assert_close(
+        actual, expected.to(actual.dtype), rtol=0, atol=tol * float(expected.abs().max().clamp(min=1e-3))
+    )
+
+
+@pytest.mark.parametrize("kind, top_k", KINDS + [("", None)], ids=str)
+@pytest.mark.parametrize("dtype, tol", [(torch.float64, 1e-11), (torch.float32, 1e-6)], ids=["float64", "float32"])
+def test_loss_and_gradients_are_those_of_the_plain_losses(small, kind, top_k, dtype, tol):
+    hidden, weight, tokens, weights, A, teacher = inputs(dtype, scale=1.0)
+    teacher = teacher if kind else None
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]  # the same numbers, in float64
+    taught = tuple(x.double() for x in teacher) if teacher else None
+    expected = plain(*exact, tokens, weights.double(), A.double(), taught, kind, top_k)
+    wanted = torch.autograd.grad(3.0 * expected[0], exact)
+    found = head.loss(objective, weights, hidden, weight, tokens, [A], teacher, kind, top_k)
+    (3.0 * found[0]).backward()
+    for one, other in zip(found, expected):
+        close(one.detach(), other.detach(), 10 * tol)
+    assert not found[1].requires_grad and not found[2].requires_grad
+    close(hidden.grad, wanted[0], tol)
+    close(weight.grad, wanted[1], tol)
+
+
+@pytest.mark.parametrize("kind, top_k", [("js", 4), ("js", None), ("kl_teacher_student", 4)], ids=str)
+def test_gradients_are_the_slope_of_the_loss(kind, top_k):
+    """Central differences in a random direction, float64. (gradcheck itself wants to go backward twice.)"""
+    hidden, weight, tokens, weights, A, teacher = inputs()
+
+    def f(hidden, weight):
+        mixed = lambda logp, d, A: d * A - logp.exp()  # noqa: E731
+        return head.loss(mixed, weights, hidden, weight, tokens, [A], teacher, kind, top_k)[0]
+
+    f(hidden, weight).backward()
+    step, (h, w) = 1e-6, (torch.randn_like(x) for x in (hidden, weight))
+    difference = (f(hidden + step * h, weight + step * w) - f(hidden - step * h, weight - step * w)) / (2 * step)
+    assert difference.item() == pytest.approx(((hidden.grad * h).sum() + (weight.grad * w).sum()).item(), rel=1e-7)
+
+
+def test_score_is_log_softmax_and_entropy(small):
+    hidden, weight, tokens, *_ = inputs(scale=6.0)
+    logp, entropy = head.score(hidden, weight, tokens)
+    log_p = (hidden @ weight.T).log_softmax(-1).detach()
+    close(logp, log_p[range(N), tokens])
+    close(entropy, -(log_p.exp() * log_p).sum(-1))
+
+
+def test_entropy_counts_a_token_of_probability_0_as_0():
+    hidden, weight = torch.tensor([[1.0]]), torch.tensor([[0.0], [0.0], [-3e38]])
+    logp, entropy = head.score(hidden * 100, weight, torch.tensor([0]))  # logits 0, 0, -inf
+    assert logp.item() == pytest.approx(-torch.tensor(2.0).log().item())
+    assert entropy.item() == pytest.approx(torch.tensor(2.0).log().item())
+
+
+class Largest(TorchDispatchMode):
+    """Numbers of elements of the largest tensors that any operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.numel())
+        return out
+
+
+@pytest.mark.parametrize("kind, top_k", [("js", None), ("kl_student_teacher", 4), ("", None)], ids=str)
+def test_no_tensor_as_large_as_the_logits_exists_forward_or_backward(kind, top_k, monkeypatch):
+    hidden, weight, tokens, weights, A, teacher = inputs()
+    monkeypatch.setattr(head, "tokens_per_chunk", lambda *_: 2)
+    with Largest() as seen:
+        (hidden.detach() @ weight.detach().T)
+    assert seen.elements == N * V  # what the test would see
+    with Largest() as seen:
+        head.loss(objective, weights, hidden, weight, tokens, [A], teacher if kind else None, kind, top_k)[0].backward()
+        head.score(hidden, weight, tokens)
+    assert seen.elements == V * H  # the head's own gradient; 2 V of logits are less
+
+
+def test_a_second_backward_is_refused():
+    hidden, weight, tokens, weights, A, _ = inputs()
+    loss = head.loss(objective, weights, hidden, weight, tokens, [A])[0]
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="taken once"):
+        loss.backward()
+
+
+def test_no_tokens_give_a_loss_of_0_and_gradients_of_0():
+    _, weight, _, _, _, teacher = inputs()
+    hidden = torch.zeros(0, H, dtype=torch.float64, requires_grad=True)
+    empty, taught = torch.zeros(0), (teacher[0][:0], teacher[1])
+    loss, logp, d = head.loss(
+        objective, empty, hidden, weight, torch.zeros(0, dtype=torch.long), [empty], taught, "js", 4
+    )
+    loss.backward()
+    assert loss.item() == 0 and logp.shape == d.shape == (0,)
+    assert torch.equal(weight.grad, torch.zeros_like(weight)) and hidden.grad.shape == (0, H)
+
+
+@pytest.mark.parametrize("top_k", [4, None], ids=str)
+def test_bfloat16_states_and_head_keep_the_softmax_in_float32(top_k):
+    """Logits are rounded to bfloat16 as in any bfloat16 model, what follows is not: against the same rounded logits."""
+    hidden, weight, tokens, weights, A, teacher = inputs(torch.bfloat16)
+    logits, taught = ((h @ w.T).float()[None] for h, w in ((hidden.detach(), weight.detach()), teacher))
+    expected = losses.distillation_loss(logits, taught, "js", top_k)[0]
+    _, logp, d = head.loss(objective, weights, hidden, weight, tokens, [A], teacher, "js", top_k)
+    assert logp.dtype == d.dtype == torch.float32
+    close(logp, losses.token_logp(logits, tokens[None])[0], 1e-6)
+    close(d, expected, 1e-6 if top_k is None else 2e-2)  # the teacher's logits at the top k are formed again
+    assert head.score(hidden, weight, tokens)[0].dtype == torch.float32
+
+
+def test_gradients_come_back_in_the_dtype_of_the_weights():
+    hidden, weight, tokens, weights, A, teacher = inputs(torch.bfloat16)
+    head.loss(objective, weights, hidden, weight, tokens, [A], teacher, "js", 4)[0].backward()
+    reference = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    taught = tuple(x.double() for x in teacher)
+    plain(*reference, tokens, weights, A, taught, "js", 4)[0].backward()
+    for mine, other in zip((hidden, weight), reference):
+        assert mine.grad.dtype == torch.bfloat16
+        assert (mine.grad.double() - other.grad).norm() < 0.05 * other.grad.norm()
+
+
+def test_a_chunk_fills_one_buffer_with_logits_and_rows_of_the_teachers_head():
+    assert head.tokens_per_chunk(151_936, 256, None, 4, "cpu") == (80 << 20) // (4 * 151_936)
+    assert head.tokens_per_chunk(151_936, 4096, 100, 2, "cpu") == (80 << 20) // (4 * 151_936 + 2 * 100 * 4096)
+    assert head.tokens_per_chunk(151_936, 4096, 100, 2, "cuda") == (800 << 20) // (4 * 151_936 + 2 * 100 * 4096)
+    assert head.tokens_per_chunk(10**9, 1, None, 4, "cpu") == 1
