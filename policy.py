@@ -62,10 +62,10 @@ class World:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(device)
-        # Ranks wait for the slowest in sampling and grading, which may take longer than the library's ten minutes.
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2), device_id=device if cuda else None
-        )
+        if not dist.is_initialized():
+            # Processes wait for the slowest in sampling and grading, which may take longer than the library's ten minutes.
+            backend, device_id = ("cpu:gloo,cuda:nccl", device) if cuda else ("gloo", None)
+            dist.init_process_group(backend, timeout=timedelta(hours=2), device_id=device_id)
         return cls(dist.get_rank(), dist.get_world_size(), device, sharded=True)
 
     def share(self, n: int) -> range:
@@ -195,8 +195,9 @@ class View:
 
 
 class Policy:
-    """The network with its tokenizer. `micro_batch_tokens` bounds rows x longest row of one forward pass. recompute: store
-    a layer's input alone and run the layer again in the backward pass (activation checkpointing)."""
+    """The network with its tokenizer. `micro_batch_tokens` bounds rows x longest row of one forward pass. compute: dtype
+    of forward and backward passes over shards, bfloat16 on CUDA, else the weights' own. recompute: store a layer's input
+    alone and run the layer again in the backward pass (activation checkpointing); on CUDA by default."""
 
     def __init__(
         self,
@@ -204,12 +205,13 @@ class Policy:
         tokenizer,
         micro_batch_tokens: int = 16384,
         world: World = World(),
+        compute: torch.dtype | None = None,
         recompute: bool | None = None,
     ):
         self.tokenizer, self.micro_batch_tokens, self.world = tokenizer, micro_batch_tokens, world
         self.recompute = world.device.type == "cuda" if recompute is None else recompute
         self.dtype = model.dtype  # of weights, gradients and optimizer
-        self.compute = torch.bfloat16 if world.device.type == "cuda" else None
+        self.compute = torch.bfloat16 if compute is None and world.device.type == "cuda" else compute
         # No dropout anywhere: the student that is scored is the student that sampled.
         for module in model.modules():
             if isinstance(module, nn.Dropout):
@@ -258,7 +260,9 @@ class Policy:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(self.model, options=options)
         if self.world.rank == 0:
-            weights = {name: w.to(self.compute or w.dtype) for name, w in weights.items()}
+            # named_parameters counts a tied head once, as the embedding; the gathered dictionary holds it twice.
+            once = {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}
+            weights = {name: w.to(self.compute or w.dtype) for name, w in weights.items() if name in once}
             folder = Path(folder)
             part, old = folder.with_name(f"part-{folder.name}"), folder.with_name(f"part-old-{folder.name}")
             for left in (part, old):
@@ -316,8 +320,8 @@ class Policy:
 
     def view(self, prompts: Sequence[Ids], responses: Sequence[Ids], model: nn.Module | None = None) -> View:
         """Runs the network over prompt + response. Rows are padded on the right, where a causal model never looks, so
-        no attention mask is needed. `model`: another set of weights (an EMA copy, a fixed prior). Without rows it is a pass
-        over one token that nobody counts, which keeps the processes of a group in step."""
+        no attention mask is needed. `model`: another set of weights (an EMA copy, a fixed prior). Without rows it is a view
+        of none, by way of a pass over one token, which keeps the processes of a group in step."""
         model = self.model if model is None else model
         empty = not prompts
         if empty:
@@ -334,12 +338,13 @@ class Policy:
             mask[i, : len(r)] = 1
             # The one shift of the code base: the state at place j predicts token j + 1.
             places[i, : len(r)] = torch.arange(len(p) - 1, len(p) - 1 + len(r))
-        mask *= not empty
         ids, tokens, mask, places = (x.to(self.device) for x in (ids, tokens, mask, places))
         model.train(self.recompute and torch.is_grad_enabled())  # the library recomputes in this mode alone
         hidden = model.states(ids) if self.world.sharded else _states(model, ids)  # (B, width, H)
         model.eval()
         hidden = hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))  # (B, T, H)
+        if empty:
+            hidden, tokens, mask = hidden[:0], tokens[:0], mask[:0]
         filled = 0 if empty else sum(map(len, prompts)) + sum(map(len, responses))
         return View(hidden, tokens, mask, model.get_output_embeddings().weight, filled, ids.numel())
 
