@@ -1,0 +1,223 @@
+"""What a run needs before it starts: rows, tokens and updates from the settings, bytes from the settings and the
+model's config. No weights are read and no GPU is asked, so that `python vpd.py --plan` answers anywhere.
+
+A GPU's memory has two peaks. In training the engine that samples sleeps; in sampling the gradients are gone, and what
+the trainer does not keep is for the engine's weights and its key-value cache. Tensors are counted one by one, as
+policy.py and head.py hold them; the three constants below are assumptions. GB is 10^9 bytes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import head
+
+FRAMEWORK = 4.0e9  # assumed: CUDA context, NCCL's buffers, and what the allocator holds but cannot use
+ENGINE = 3.0e9  # assumed: CUDA graphs and activations of an engine awake
+ASLEEP = 1.5e9  # assumed: what stays of an engine asleep, mostly its graphs
+BF16, F32 = 2, 4  # bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes per GPU, by name. state: what stands throughout training; moments: what comes on top at each of training's
+    four peaks, one at a time; sampling: what trainer and engine hold beside the cache. gpu: bytes of one GPU, 0 for a
+    CPU, where the state alone is counted. cache_token: of the cache; longest: tokens of the longest sequence sampled;
+    host: all processes together while weights are loaded; model, checkpoint (with optimizer and copies): on disk."""
+
+    parameters: int
+    processes: int
+    gpu: float
+    state: dict[str, float]
+    moments: dict[str, dict[str, float]]
+    sampling: dict[str, float]
+    cache_token: int
+    longest: int
+    host: int
+    model: int
+    checkpoint: int
+
+    @property
+    def peak(self) -> str:
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
+    def training(self) -> float:
+        return sum(self.state.values()) + sum(self.moments[self.peak].values())
+
+    @property
+    def sequences(self) -> float:
+        """How many of the longest sequences the cache holds."""
+        return (self.gpu - sum(self.sampling.values())) / (self.cache_token * self.longest)
+
+
+def read(path: str):
+    """The config of a folder or hub id; ValueError with one line when there is none."""
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"cannot read a model's config from {path!r}: {reason}") from None
+
+
+def shapes(config) -> tuple[list[list[torch.Size]], list[torch.Size]]:
+    """Shapes of the parameters of every decoder layer, and of the root's (embedding, norm, head; tied ones once)."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise ValueError(f"no causal language model for this config: {str(error).splitlines()[0]}") from None
+    if not hasattr(model.base_model, "layers"):
+        raise ValueError(f"{type(model).__name__} has no list of decoder layers by the name of `layers`")
+    layers = [list(layer.parameters()) for layer in model.base_model.layers]
+    inside = {id(p) for layer in layers for p in layer}
+    root = [p.shape for p in model.parameters() if id(p) not in inside]
+    return [[p.shape for p in layer] for layer in layers], root
+
+
+def tokens(cfg, teacher: str) -> tuple[int, int, int]:
+    """At most: of a student's row, of a teacher's (0 without one), of a sequence that is sampled."""
+    student = cfg.max_prompt_tokens + cfg.max_response_tokens
+    reviewed = teacher and cfg.feedback == "critique" and not cfg.critic_url
+    review = cfg.max_teacher_tokens + cfg.max_critique_tokens if reviewed else 0
+    return student, (cfg.max_teacher_tokens + cfg.max_response_tokens if teacher else 0), max(student, review)
+
+
+def memory(config, cfg, method, processes: int, gpu_bytes: float = 0) -> Plan:
+    """The plan of a run. config: of transformers; cfg, method: vpd.Config and its row of vpd.METHODS; processes: one a
+    GPU; gpu_bytes: memory of each GPU, 0 for a CPU. Raises ValueError for a model that policy.py cannot train."""
+    layers, root = shapes(config)
+    count = lambda group: sum(shape.numel() for shape in group)  # noqa: E731
+    # Shards are cut along the first axis, and the first process has the larger ones.
+    cut = lambda shape: -(-shape[0] // processes) * (shape.numel() // shape[0])  # noqa: E731
+    everything = [shape for group in [*layers, root] for shape in group]
+    whole, shard, root_size, layer_size = (
+        count(everything),
+        sum(map(cut, everything)),
+        count(root),
+        max(map(count, layers)),
+    )
+    master, compute = getattr(torch, cfg.dtype).itemsize, BF16 if gpu_bytes else getattr(torch, cfg.dtype).itemsize
+    teacher, vpd = cfg.teacher or method.teacher, cfg.method == "vpd"
+    optimizers = 2 if vpd and cfg.e_optimizer == "own" else 1
+    copies = ["EMA teacher"] * (teacher == "ema") + ["initial weights"] * (vpd and cfg.prior == "fixed")
+    kept = {"weights": shard * master, "AdamW's moments": 2 * optimizers * shard * master}
+    kept |= {name: shard * master for name in copies}
+    if gpu_bytes and "initial weights" in copies:  # no backward pass ever follows to shut their root again
+        kept["initial weights, root gathered"] = root_size * compute
+    state = {**kept, "gradients": shard * master}
+
+    text = config.get_text_config()
+    H, V, heads = text.hidden_size, text.vocab_size, text.num_attention_heads
+    inner = getattr(text, "intermediate_size", None) or 4 * H
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    d = getattr(text, "head_dim", None) or H // heads
+    student, taught, longest = tokens(cfg, teacher)
+    moments, sampling = {}, {}
+    if gpu_bytes:
+        # A micro batch fills micro_batch_tokens or is one longer row. Only VPD's E-step goes backward through the
+        # teacher's rows.
+        n = max(cfg.micro_batch_tokens, taught if vpd else student)
+        recomputed = n * (
+            2 * (F32 + 2 * BF16) * H  # two norms: input in float32, normalised, output
+            + (F32 + BF16) * (heads + kv_heads) * d  # norms of queries and keys
+            + BF16 * (heads + 2 * kv_heads) * d  # queries, keys and values as attention takes them
+            + BF16 * heads * d  # its output
+            + BF16 * 4 * inner  # MLP: gate, its activation, up, their product
+            + BF16 * (3 * inner + 3 * H)  # gradients on their way: three of the MLP, three of states
+        )
+        full = method.distils and not cfg.top_k
+        top_k = cfg.top_k if method.distils and not full else 0
+        chunk = min(n, head.tokens_per_chunk(V, H, top_k or None, compute, "cuda"))
+        # Logits in float32, for all of V the teacher's beside; one bfloat16 copy on the way in or out; K rows of the
+        # teacher's head a token; six blocks of columns where all of V is compared.
+        chunks = chunk * ((F32 * (2 if full else 1) + BF16) * V + BF16 * top_k * H + F32 * 6 * full * head.COLUMNS)
+        # Of the student: the last norm's input in float32 and normalised, the responses' states, those without padding,
+        # their gradient; of the teacher, two of these.
+        standing = {
+            "layer inputs": n * BF16 * H * len(layers),
+            "last states": n * (F32 + BF16 * (4 + 2 * bool(teacher))) * H,
+            "root gathered": root_size * compute,
+            "gradient of the head": V * H * compute,
+        }
+        if teacher == "ema":
+            standing["EMA teacher, root gathered"] = root_size * compute
+        moments = {
+            "the loss head": {**standing, "logits in chunks": chunks},
+            "a layer's backward pass": {
+                **standing,
+                "layers gathered, two": 2 * layer_size * compute,
+                "a layer's gradient, to be reduced": layer_size * (compute + F32),
+                "a layer run again": recomputed,
+            },
+            "the root's gradient": {
+                "root gathered": root_size * compute,
+                "its gradient, to be reduced": root_size * (compute + F32),
+            },
+            "the update": {"AdamW's square roots": shard * master},
+        }
+        moments = {name: {**parts, "framework (assumed)": FRAMEWORK + ASLEEP} for name, parts in moments.items()}
+        sampling = {**kept, "engine's weights, bf16": BF16 * whole, "framework, engine (assumed)": FRAMEWORK + ENGINE}
+    return Plan(
+        whole, processes, gpu_bytes, state, moments, sampling,
+        cache_token=2 * BF16 * text.num_hidden_layers * kv_heads * d, longest=longest, host=whole * master * processes,
+        model=whole * compute, checkpoint=whole * master * (1 + 2 * optimizers + len(copies)),
+    )  # fmt: skip
+
+
+def refuse(plan: Plan, cfg) -> None:
+    """Raises ValueError with one line when training, or the cache for a single sequence, exceeds a GPU's memory."""
+    state, cache = sum(plan.state.values()), plan.gpu - sum(plan.sampling.values())
+    here = f"on each of {plan.processes} GPUs of {size(plan.gpu)}"
+    helps = "what helps: more GPUs" + ", --teacher live" * ("EMA teacher" in plan.state)
+    helps += ", --e_optimizer shared" * (cfg.method == "vpd" and cfg.e_optimizer == "own")
+    helps += ", --prior dynamic" * ("initial weights" in plan.state)
+    if plan.gpu and plan.training > plan.gpu:
+        helps += ", smaller --micro_batch_tokens, --max_teacher_tokens, --max_response_tokens" * (state < plan.gpu)
+        raise ValueError(
+            f"training needs {size(plan.training)} {here}: {size(state)} of weights, gradients and optimizer, and "
+            f"{size(plan.training - state)} for {plan.peak}; {helps}"
+        )
+    if plan.gpu and plan.sequences < 1:
+        helps += ", smaller --max_prompt_tokens, --max_response_tokens" * (cache > 0)
+        raise ValueError(
+            f"sampling leaves {size(max(0, cache))} {here} for the key-value cache, and one sequence of {plan.longest} "
+            f"tokens needs {size(plan.cache_token * plan.longest)}; {helps}"
+        )
+
+
+def size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def lines(plan: Plan, cfg, method) -> list[str]:
+    """The plan as text, three lines on a CPU."""
+    G, B = cfg.group_size, cfg.prompts_per_batch
+    student, taught, _ = tokens(cfg, cfg.teacher or method.teacher)
+    m_rows, e_rows = cfg.minibatch_prompts * G, cfg.e_minibatch_prompts * G
+    rows = (
+        f"{B * G} rollouts per batch; M-step: {B // cfg.minibatch_prompts} updates per batch, {m_rows} sequences each"
+    )
+    most = f"tokens at most: {student} a student's row" + f", {taught} a teacher's" * bool(taught)
+    most += f", {max(cfg.micro_batch_tokens, student, taught)} a micro batch, {m_rows * student} an M-step update"
+    if cfg.method == "vpd":
+        rows += f"; E-step: {B // cfg.e_minibatch_prompts} every {cfg.e_step_every} batches, {e_rows} sequences each"
+        most += f", {e_rows * taught} an E-step update"
+    end = f"host memory to load the weights {size(plan.host)}; on disk: model {size(plan.model)}, "
+    end += f"weights with optimizer {size(plan.checkpoint)}"
+    if not plan.gpu:
+        end = f"{plan.parameters:.3g} parameters; {size(sum(plan.state.values()))} a process with optimizer; {end}"
+        return [rows, most, end]
+    here, training = f"{plan.processes} GPUs of {plan.gpu / 1e9:.1f}", plan.state | plan.moments[plan.peak]
+    table = [f"{f'{plan.parameters:.3g} parameters; GB on each of {here}':54}{'training':>10}{'sampling':>10}"]
+    for name in dict.fromkeys([*training, *plan.sampling]):
+        cells = [f"{column[name] / 1e9:10.2f}" if name in column else " " * 10 for column in (training, plan.sampling)]
+        table.append(f"  {name:52}{''.join(cells)}".rstrip())
+    table.append(f"  {'together':52}{plan.training / 1e9:10.2f}{sum(plan.sampling.values()) / 1e9:10.2f}")
+    others = [f"{name} {size(sum(parts.values()))}" for name, parts in plan.moments.items() if name != plan.peak]
+    left = size(max(0, plan.gpu - sum(plan.sampling.values())))
+    cache = f"{left} for the key-value cache: {plan.cache_token} bytes a token, "
+    cache += f"{max(0, int(plan.sequences))} sequences of {plan.longest} tokens"
+    peak = f"training peaks in {plan.peak}; the other moments beside the state: {', '.join(others)}"
+    return [rows, most, *table, peak, cache, end]

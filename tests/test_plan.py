@@ -1,0 +1,358 @@
+"""The plan's numbers by hand, against tensors that exist, and against what the paper's models are known to need."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, Olmo3Config, Qwen3Config
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import head  # noqa: E402
+import plan  # noqa: E402
+import vpd  # noqa: E402
+
+GB = 10**9
+QWEN3_8B = dict(
+    vocab_size=151936, hidden_size=4096, num_hidden_layers=36, head_dim=128, num_attention_heads=32,
+    num_key_value_heads=8, intermediate_size=12288, tie_word_embeddings=False,
+)  # fmt: skip
+QWEN3_2B = dict(
+    vocab_size=151936, hidden_size=2048, num_hidden_layers=28, head_dim=128, num_attention_heads=16,
+    num_key_value_heads=8, intermediate_size=6144, tie_word_embeddings=True,
+)  # fmt: skip
+TINY = dict(
+    vocab_size=100, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=4,
+    intermediate_size=16, tie_word_embeddings=False,
+)  # fmt: skip
+# TINY's parameters: queries, keys, values, output, the norms of queries and keys, three matrices of the MLP, two norms.
+LAYER = 8 * 8 + 4 * 8 + 4 * 8 + 8 * 8 + 4 + 4 + 3 * 16 * 8 + 8 + 8
+ROOT_SIZE = 100 * 8 + 8 + 100 * 8
+SIZES = "--max_prompt_tokens 10 --max_response_tokens 20 --max_teacher_tokens 30 --micro_batch_tokens 40"
+
+
+def planned(shape, flags="", processes=1, gpu=0.0):
+    cfg = vpd.parse(flags.split())
+    return plan.memory(Qwen3Config(**shape), cfg, vpd.METHODS[cfg.method], processes, gpu), cfg
+
+
+# ---- By hand -------------------------------------------------------------------------------------------------
+
+
+def test_state_is_four_numbers_a_parameter_and_each_copy_and_optimizer_adds_its_own():
+    whole = 2 * LAYER + ROOT_SIZE
+    base, _ = planned(TINY, "--task lcb")
+    assert base.parameters == whole
+    assert base.state == {"weights": 4 * whole, "AdamW's moments": 8 * whole, "gradients": 4 * whole}
+    assert (base.host, base.model, base.checkpoint) == (4 * whole, 4 * whole, 12 * whole) and not base.moments
+    for flags, more, on_disk in [
+        ("--e_optimizer own", {"AdamW's moments": 16 * whole}, 20),
+        ("--prior fixed", {"initial weights": 4 * whole}, 16),
+        ("--method sdpo", {"EMA teacher": 4 * whole}, 16),
+        ("--method sdpo --e_optimizer own --prior fixed", {"EMA teacher": 4 * whole}, 16),  # it has no E-step
+        ("--method sdpo --teacher live", {}, 12),
+        ("--teacher ema", {"EMA teacher": 4 * whole}, 16),
+        ("--method grpo", {}, 12),
+        ("--dtype float64", {name: 2 * count for name, count in base.state.items()}, 24),
+    ]:
+        found, _ = planned(TINY, f"--task lcb {flags}")
+        assert found.state == base.state | more and found.checkpoint == on_disk * whole, flags
+
+
+def test_shards_are_cut_along_the_first_axis_and_rounded_up():
+    """Three processes: 100 rows are 34, 16 are 6, 8 are 3, 4 are 2."""
+    layer = 3 * 8 + 2 * 8 + 2 * 8 + 3 * 8 + 2 + 2 + 6 * 8 + 6 * 8 + 3 * 16 + 3 + 3
+    shard = 2 * layer + 34 * 8 + 3 + 34 * 8
+    found, _ = planned(TINY, "--task lcb", processes=3)
+    assert found.state == {"weights": 4 * shard, "AdamW's moments": 8 * shard, "gradients": 4 * shard}
+    assert found.host == 3 * 4 * found.parameters and found.checkpoint == 12 * found.parameters  # whole, not in shards
+
+
+def test_training_peaks_by_hand():
+    found, _ = planned(TINY, f"--task lcb {SIZES} --top_k 5", gpu=80 * GB)
+    n = 30 + 20  # one teacher's row is longer than the micro batch
+    standing = {
+        "layer inputs": n * 2 * 8 * 2,
+        "last states": n * (4 + 2 * 6) * 8,
+        "root gathered": 2 * ROOT_SIZE,
+        "gradient of the head": 2 * 100 * 8,
+        "framework (assumed)": 4e9 + 1.5e9,
+    }
+    norms, attention = 2 * 8 * (4 + 2 + 2), 12 * (4 + 2) + 16 * 2 + 8 * 2  # (2 + 1) * 4 wide, (2 + 2) * 4, 2 * 4
+    mlp, underway = 4 * 16 * 2, 3 * 16 * 2 + 3 * 8 * 2
+    chunk = min(n, head.tokens_per_chunk(100, 8, 5, 2, "cuda"))
+    assert found.moments == {
+        "the loss head": {**standing, "logits in chunks": chunk * (4 * 100 + 2 * 100 + 2 * 5 * 8)},
+        "a layer's backward pass": {
+            **standing,
+            "layers gathered, two": 2 * 2 * LAYER,
+            "a layer's gradient, to be reduced": (2 + 4) * LAYER,
+            "a layer run again": n * (norms + attention + mlp + underway),
+        },
+        "the root's gradient": {
+            "root gathered": 2 * ROOT_SIZE,
+            "its gradient, to be reduced": (2 + 4) * ROOT_SIZE,
+            "framework (assumed)": 5.5e9,
+        },
+        "the update": {"AdamW's square roots": 4 * found.parameters, "framework (assumed)": 5.5e9},
+    }
+    largest = max(sum(parts.values()) for parts in found.moments.values())
+    assert found.training == sum(found.state.values()) + largest
+    assert found.training == sum(found.state.values()) + sum(found.moments[found.peak].values())
+
+
+def test_sampling_keeps_weights_moments_and_copies_but_no_gradients():
+    found, _ = planned(TINY, f"--task lcb {SIZES} --prior fixed", gpu=80 * GB)
+    whole = found.parameters
+    assert found.sampling == {
+        "weights": 4 * whole,
+        "AdamW's moments": 8 * whole,
+        "initial weights": 4 * whole,
+        "initial weights, root gathered": 2 * ROOT_SIZE,
+        "engine's weights, bf16": 2 * whole,
+        "framework, engine (assumed)": 4e9 + 3e9,
+    }
+    assert found.cache_token == 2 * 2 * 2 * 1 * 4  # keys and values, bf16, layers, heads, width
+    assert found.sequences == pytest.approx((80e9 - 18 * whole - 2 * ROOT_SIZE - 7e9) / (32 * (10 + 20)))
+
+
+@pytest.mark.parametrize(
+    "flags, rows, longest",
+    [
+        ("", 50, 30),  # the E-step's gradient runs through the teacher's rows: 30 + 20
+        ("--method sdpo", 40, 30),  # elsewhere through the student's, and the micro batch is longer
+        ("--method grpo --micro_batch_tokens 7", 30, 30),
+        ("--micro_batch_tokens 4000", 4000, 30),
+        ("--feedback critique --max_critique_tokens 9", 50, 30 + 9),  # the review reads the teacher's length
+        ("--feedback critique --max_critique_tokens 9 --critic_url http://a/v1 --critic_model m", 50, 30),
+        ("--method grpo --feedback critique", 40, 30),
+    ],
+)
+def test_a_micro_batch_is_full_or_one_longer_row(flags, rows, longest):
+    found, _ = planned(TINY, f"--task lcb {SIZES} {flags}", gpu=80 * GB)
+    assert found.moments["the loss head"]["layer inputs"] == rows * 2 * 8 * 2
+    assert found.longest == longest
+
+
+@pytest.mark.parametrize(
+    "flags, k, bytes_a_token",
+    [
+        ("--top_k 20", 20, 4 * 151936 + 2 * 151936 + 2 * 20 * 4096),
+        ("--top_k 0", None, 2 * 4 * 151936 + 2 * 151936 + 6 * 4 * head.COLUMNS),  # the teacher's logits beside
+        ("--top_k 20 --method grpo", None, 4 * 151936 + 2 * 151936),  # no teacher in the loss
+        ("--top_k 0 --method reshape", None, 4 * 151936 + 2 * 151936),
+        ("--top_k 0 --method joint", None, 2 * 4 * 151936 + 2 * 151936 + 6 * 4 * head.COLUMNS),
+    ],
+)
+def test_logits_in_chunks(flags, k, bytes_a_token):
+    found, _ = planned(QWEN3_8B, f"--task lcb {flags}", gpu=80 * GB)
+    tokens = head.tokens_per_chunk(151936, 4096, k, 2, "cuda")
+    assert found.moments["the loss head"]["logits in chunks"] == tokens * bytes_a_token
+    assert ("EMA teacher, root gathered" in found.moments["the loss head"]) == (
+        "grpo" not in flags and "--method" in flags
+    )
+
+
+# ---- Against tensors that exist ------------------------------------------------------------------------------
+
+
+def test_what_a_layer_keeps_for_its_backward_pass_is_what_autograd_keeps():
+    n, shape = 512, TINY | dict(hidden_size=512, num_attention_heads=16, num_key_value_heads=4, head_dim=64,
+                                intermediate_size=1536)  # fmt: skip
+    model = AutoModelForCausalLM.from_config(Qwen3Config(**shape)).bfloat16()
+    states = torch.randn(1, n, 512, dtype=torch.bfloat16, requires_grad=True)
+    angles, kept = model.model.rotary_emb(states, torch.arange(n)[None]), {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = model.model.layers[0](states, position_embeddings=angles, attention_mask=None)
+    for tensor in (*model.parameters(), *angles):
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    found, _ = planned(shape, f"--task lcb --max_prompt_tokens 1 --max_response_tokens 2 --max_teacher_tokens 3 "
+                              f"--micro_batch_tokens {n}", gpu=80 * GB)  # fmt: skip
+    underway = n * 2 * (3 * 1536 + 3 * 512)
+    ours = found.moments["a layer's backward pass"]["a layer run again"] - underway
+    assert out.requires_grad and ours == pytest.approx(sum(kept.values()), rel=0.02)
+
+
+WORKER = """
+import json, sys, torch
+sys.path.insert(0, sys.argv[1])
+from types import SimpleNamespace
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, Qwen3Config
+from policy import Policy, World, whole
+torch.set_num_threads(1)
+world = World.start()
+network = AutoModelForCausalLM.from_config(Qwen3Config(**json.loads(sys.argv[2])))
+policy = Policy(network, SimpleNamespace(eos_token_id=2, chat_template=None), world=world)
+optimizer = torch.optim.AdamW(policy.model.parameters())
+twin = policy.frozen_copy()
+view = policy.view([[5, 6]], [[7, 8, 2]])
+policy.backward(view.loss(lambda logp, _: -logp, view.mask.float())[0])
+size = lambda tensors: sum(t.to_local().nbytes for t in tensors if isinstance(t, DTensor))
+found = {"weights": size(policy.model.parameters()), "gradients": size(p.grad for p in policy.model.parameters())}
+found["EMA teacher"] = size(twin.parameters())
+policy.step(optimizer, 1e-3, 1.0)
+found["AdamW's moments"] = size(t for state in optimizer.state.values() for t in state.values())
+if world.rank == 0:
+    print("found", json.dumps(found))
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_gradients_and_moments_of_two_processes_are_what_they_hold(tmp_path, tied):
+    shape = TINY | dict(vocab_size=301, hidden_size=36, intermediate_size=75, tie_word_embeddings=tied)
+    (tmp_path / "worker.py").write_text(WORKER)
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*run, tmp_path / "worker.py", ROOT, json.dumps(shape)], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    measured = json.loads(done.stdout.split("found", 1)[1])
+    found, _ = planned(shape, "--task lcb --method sdpo", processes=2)
+    assert measured.keys() == found.state.keys()
+    for name, count in found.state.items():
+        assert measured[name] == pytest.approx(count, rel=0.02), name
+
+
+# ---- The paper's models --------------------------------------------------------------------------------------
+
+
+def test_qwen3_8b_on_lcb_fits_eight_gpus_of_80_gb_and_not_one():
+    found, cfg = planned(QWEN3_8B, "--task lcb", 8, 80e9)
+    assert found.parameters == pytest.approx(8.19e9, rel=1e-3)
+    plan.refuse(found, cfg)
+    assert 35e9 < found.training < 50e9 and 20 < found.sequences < 40
+    assert found.sampling["engine's weights, bf16"] == 2 * found.parameters  # every GPU has an engine of its own
+    found, cfg = planned(QWEN3_8B, "--task lcb", 1, 80e9)
+    with pytest.raises(ValueError, match="training needs .* on each of 1 GPUs of 80.0 GB: .* more GPUs$") as refusal:
+        plan.refuse(found, cfg)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("method, most", [("vpd", 45e9), ("sdpo", 52e9), ("grpo", 45e9)])
+def test_qwen3_2b_on_sciknoweval_fits_one_gpu_of_80_gb(method, most):
+    found, cfg = planned(QWEN3_2B, f"--task sciknoweval --method {method}", 1, 80e9)
+    assert found.parameters == pytest.approx(1.72e9, rel=2e-3)
+    plan.refuse(found, cfg)
+    assert 36e9 < found.training < most and found.sequences > 30
+
+
+def test_a_refusal_names_what_would_help():
+    def says(flags, gpu, **changed):
+        found, cfg = planned(QWEN3_2B, f"--task lcb {flags}", 1, gpu)
+        with pytest.raises(ValueError) as refusal:
+            plan.refuse(replace(found, **changed), cfg)
+        return str(refusal.value)
+
+    tight = says("", 35e9)  # the state fits, a micro batch does not
+    assert tight.startswith("training needs") and "--micro_batch_tokens" in tight and "--teacher" not in tight
+    assert "--micro_batch_tokens" not in says("", 20e9)  # no micro batch is small enough
+    assert "--teacher live" in says("--method sdpo", 35e9) and "--prior dynamic" in says("--prior fixed", 35e9)
+    assert "--e_optimizer shared" in says("--e_optimizer own", 35e9)
+    full = says("", 80e9, cache_token=10**7)  # 100 GB a sequence
+    assert full.startswith("sampling leaves") and "one sequence of 10240 tokens needs 102.4 GB" in full
+    assert "--max_response_tokens" in full and "\n" not in full
+
+
+# ---- As a user meets it --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder that holds a config and nothing else, in an empty working directory."""
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    def write(config):
+        config.architectures = None
+        config.save_pretrained("model")
+        return "model"
+
+    return write
+
+
+def run(capsys, argv):
+    try:
+        vpd.main(argv.split())
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    said = capsys.readouterr()
+    return status, said.out.splitlines(), said.err.splitlines()
+
+
+def test_plan_flag_needs_a_config_alone_and_leaves_nothing_behind(folder, capsys, tmp_path):
+    model = folder(Qwen3Config(**QWEN3_8B))
+    status, out, err = run(capsys, f"--task lcb --plan --model {model} --data no/such/file --gpus 8 --gpu_memory 80")
+    assert (status, err) == (0, []) and [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert out[0] == ("256 rollouts per batch; M-step: 32 updates per batch, 8 sequences each; "
+                      "E-step: 1 every 5 batches, 256 sequences each")  # fmt: skip
+    assert out[1] == ("tokens at most: 10240 a student's row, 18432 a teacher's, 20480 a micro batch, "
+                      f"{8 * 10240} an M-step update, {256 * 18432} an E-step update")  # fmt: skip
+    assert out[2].split() == "8.19e+09 parameters; GB on each of 8 GPUs of 80.0 training sampling".split()
+    assert out[3].split() == ["weights", "4.10", "4.10"] and out[4].split() == ["AdamW's", "moments", "8.19", "8.19"]
+    cells = [line.split() for line in out if line.startswith("  ")]
+    for column in (-2, -1):  # together is the sum of what stands above
+        listed = [float(line[54:].ljust(20)[slice(0, 10) if column == -2 else slice(10, 20)].strip() or 0)
+                  for line in out[3 : 3 + len(cells) - 1]]  # fmt: skip
+        assert float(cells[-1][column]) == pytest.approx(sum(listed), abs=0.1)
+    assert out[-1].startswith("host memory to load the weights 262.1 GB; on disk: model 16.4 GB")
+
+
+def test_plan_flag_refuses_with_status_2_after_the_table(folder, capsys):
+    model = folder(Qwen3Config(**QWEN3_8B))
+    status, out, err = run(capsys, f"--task lcb --plan --model {model} --gpus 1 --gpu_memory 80")
+    assert status == 2 and any("together" in line for line in out)
+    assert len(err) == 1 and err[0].startswith("vpd.py: error: training needs 169.3 GB on each of 1 GPUs")
+
+
+def test_plan_of_other_families(folder, capsys):
+    family = Olmo3Config(vocab_size=300, hidden_size=32, num_hidden_layers=4, num_attention_heads=2,
+                         intermediate_size=64, pad_token_id=0)  # fmt: skip
+    status, out, _ = run(capsys, f"--task math --plan --model {folder(family)} --gpus 2 --gpu_memory 24")
+    with torch.device("meta"):
+        count = sum(p.numel() for p in AutoModelForCausalLM.from_config(family).parameters())
+    assert status == 0 and out[2].startswith(f"{count:.3g} parameters")
+
+
+@pytest.mark.parametrize(
+    "argv, reason",
+    [
+        ("--task lcb --plan --model no/such/model --gpus 1 --gpu_memory 80", "cannot read a model's config from"),
+        ("--task lcb --plan --gpus -1 --gpu_memory 80", "--gpus must be 0 or positive"),
+        ("--task lcb --gpus 8", "are for --plan"),
+        ("--task lcb --plan --smoke qwen3", "--plan is for the task's own model"),
+    ],
+)
+def test_bad_plans_are_one_line_and_status_2(capsys, monkeypatch, tmp_path, argv, reason):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    status, out, err = run(capsys, argv)
+    assert status == 2 and out == [] and len(err) == 1 and reason in err[0]
+
+
+def test_a_model_that_cannot_be_sharded_is_refused(folder, capsys):
+    status, _, err = run(capsys, f"--task lcb --plan --model {folder(GPT2Config())} --gpus 1 --gpu_memory 80")
+    assert status == 2 and len(err) == 1 and "no list of decoder layers" in err[0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without GPUs")
+def test_on_a_cpu_the_toy_plan_is_three_lines_and_a_real_task_asks_for_which_gpus(capsys, monkeypatch):
+    status, out, _ = run(capsys, "--task lcb --plan")
+    assert status == 2 and out == []
+    monkeypatch.chdir(ROOT)
+    status, out, _ = run(capsys, "--task toy --plan")
+    assert status == 0 and len(out) == 3
+    assert out[1].startswith(
+        f"tokens at most: {256 + 100} a student's row, {512 + 100} a teacher's, 20480 a micro batch"
+    )
