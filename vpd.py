@@ -52,6 +52,7 @@ import checkpoint
 import evaluate
 import feedback
 import losses
+import plan
 import tasks
 import toy
 from policy import Policy, World, ema_update
@@ -108,6 +109,10 @@ class Config:
     epochs: int = 30  # passes over the training problems, when steps is 0
     steps: int = 0  # rollout batches; 0: by epochs
     log_samples: int = 8  # rollouts written to samples.jsonl per batch
+    # ---- Plan: what the run needs, printed before it starts
+    plan: bool = False  # print it and end; needs the model's config alone
+    gpus: int = 0  # to plan for; 0: those here
+    gpu_memory: float = 0.0  # GB of each; 0: that of the GPUs here, a CPU where there is none
     # ---- Evaluation on validation problems
     eval_every: int = 10  # rollout batches; 0: never
     eval_samples: int = 4  # per problem: avg@4
@@ -286,7 +291,7 @@ def check(cfg: Config) -> None:
     """Raises ValueError with one line for settings that cannot work together."""
     shares = {"shift_rate", "ema_rate", "top_p", "eval_top_p", "reweight_lam", "adam_beta1", "adam_beta2"}
     may_be_zero = {"steps", "checkpoint_every", "epochs", "log_samples", "eval_every", "eval_temperature", "warmup_steps", "weight_decay",
-                   "e_lr", "top_k", "ema_rate", "w_opd", "w_rl", "reweight_lam", "reweight_steps", "adam_beta1"}  # fmt: skip
+                   "gpus", "gpu_memory", "e_lr", "top_k", "ema_rate", "w_opd", "w_rl", "reweight_lam", "reweight_steps", "adam_beta1"}  # fmt: skip
     for field in fields(cfg):
         value = getattr(cfg, field.name)
         if field.type not in (int, float) or field.name == "seed":
@@ -339,6 +344,10 @@ def check(cfg: Config) -> None:
         raise ValueError("--smoke is for lcb, sciknoweval and math: the toy tasks run here as they are")
     if cfg.teacher and not method.teacher:
         raise ValueError(f"--teacher {cfg.teacher} means nothing to --method {cfg.method}, which has no teacher")
+    if cfg.smoke and cfg.plan:
+        raise ValueError("--plan is for the task's own model, which --smoke replaces by a tiny one")
+    if (cfg.gpus or cfg.gpu_memory) and not cfg.plan:
+        raise ValueError("--gpus and --gpu_memory are for --plan: a run takes the GPUs that torchrun gives it")
     cfg.templates()  # raises ValueError for a template without its hole
 
 
@@ -472,7 +481,9 @@ def train(
     if kept:
         first_step, shift, bad_in_a_row, best = (kept[name] for name in ("step", "shift", "bad_in_a_row", "best"))
     if cfg.resume and world.rank == 0:
-        dropped = sum(checkpoint.cut_log(out / name, first_step if kept else -1) for name in ("log.jsonl", "samples.jsonl"))
+        dropped = sum(
+            checkpoint.cut_log(out / name, first_step if kept else -1) for name in ("log.jsonl", "samples.jsonl")
+        )
         print(f"going on after {first_step} batches; {dropped} later lines dropped from the logs")
 
     def save_state(step: int) -> None:
@@ -748,6 +759,17 @@ def train(
         task.close()
 
 
+def planned(cfg: Config, path: str, processes: int) -> None:
+    """Prints what the run needs. Raises ValueError where it does not fit the GPUs."""
+    gpu = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 0
+    gpu = cfg.gpu_memory * 1e9 or gpu
+    if cfg.plan and not gpu and cfg.task != "toy":
+        raise ValueError("there is no GPU here to plan for: say --gpus N --gpu_memory GB")
+    found = plan.memory(plan.read(path), cfg, METHODS[cfg.method], cfg.gpus or processes, gpu)
+    print("\n".join(plan.lines(found, cfg, METHODS[cfg.method])), flush=True)
+    plan.refuse(found, cfg)
+
+
 def git_commit() -> str:
     """The commit of this code, marked when the tree differs from it; "unknown" outside a repository."""
     here = Path(__file__).parent
@@ -768,6 +790,12 @@ def main(argv: list[str] | None = None) -> None:
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # threads that fight for a busy core cost more than they bring
     out, resuming = Path(cfg.out), cfg.resume
+    if cfg.plan:
+        try:
+            check(cfg)
+            return planned(cfg, cfg.model, torch.cuda.device_count() or 1)
+        except (ValueError, OSError) as error:
+            fail(error)
     world = World.start()
     if world.rank:
         sys.stdout = open(os.devnull, "w")  # one process speaks
@@ -793,9 +821,9 @@ def main(argv: list[str] | None = None) -> None:
             making = cfg.smoke and cfg.model != str(out / "base")  # a smoke run that goes on has its model there
             if making:
                 toy.smoke_model(cfg.task, cfg.smoke, Path(made))
-            policy = Policy.load(
-                made if making else cfg.model, dtype, micro_batch_tokens=cfg.micro_batch_tokens, world=world
-            )
+            path = made if making else cfg.model
+            planned(cfg, path, world.size)
+            policy = Policy.load(path, dtype, micro_batch_tokens=cfg.micro_batch_tokens, world=world)
         if cfg.top_k > policy.vocabulary:
             raise ValueError(f"--top_k {cfg.top_k} exceeds the vocabulary of {policy.vocabulary} tokens")
         fits = [
@@ -826,9 +854,6 @@ def main(argv: list[str] | None = None) -> None:
     for note in task.notes:
         print(note)
     print(f"{task.splits()}; {dropped} training prompts over {cfg.max_prompt_tokens} tokens dropped")
-    rows = cfg.prompts_per_batch * cfg.group_size
-    print(f"{rows} rollouts per batch, {cfg.minibatch_prompts * cfg.group_size} sequences per M-step update, "
-          f"{cfg.prompts_per_batch // cfg.minibatch_prompts} updates per batch")  # fmt: skip
     received = []
     before = signal.signal(signal.SIGTERM, lambda *_: received.append(1))
     try:
