@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# bash run.sh [toy|lcb|sciknoweval|math|eval|figures|test|test-slow] [flags passed on]; no word = toy
+# bash run.sh [toy|lcb|sciknoweval|math|eval|figures|bench|test|test-slow] [flags passed on]; no word = toy
 # lcb, sciknoweval and math take --smoke: the same path on a CPU, tiny random models, the project's own fixtures
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -7,8 +7,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 word=toy
 if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then word=$1; shift; fi
 case $word in
-  toy|lcb|sciknoweval|math|eval|figures|test|test-slow) ;;
-  *) echo "run.sh: error: unknown word '$word': toy, lcb, sciknoweval, math, eval, figures, test or test-slow" >&2; exit 2 ;;
+  toy|lcb|sciknoweval|math|eval|figures|bench|test|test-slow) ;;
+  *) echo "run.sh: error: unknown word '$word': toy, lcb, sciknoweval, math, eval, figures, bench, test or test-slow" >&2; exit 2 ;;
 esac
 
 # A virtual environment of our own unless one is active; pins are installed once per version of requirements.txt.
@@ -37,6 +37,7 @@ case $word in
   test-slow) exec python -m pytest -q -m slow tests "$@" ;;
   eval) exec python evaluate.py "$@" ;;
   figures) exec python figures.py "$@" ;;
+  bench) exec python bench.py "$@" ;;
 esac
 
 # Train, evaluate the first and the last weights on test problems, draw the curves.
