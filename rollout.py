@@ -7,16 +7,18 @@ rollouts, however the rows were grouped into batches.
 
 import hashlib
 import os
+import random
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
-from policy import Ids, Policy
+from policy import Ids, Policy, whole
 
 
 def seed_for(*parts: int | str) -> int:
@@ -135,6 +137,114 @@ class HFSampler:
             length = ends[0] + 1 if ends else len(tokens)
             rollouts.append(Rollout(tokens[:length], token_logp[:length], "stop" if ends else "length"))
         return rollouts
+
+
+class StaleEngine(RuntimeError):
+    """The engine does not compute the trainer's distribution."""
+
+
+class VLLMSampler:
+    """Samples with a vLLM engine in every process, beside the trainer on the same device. The engine holds the whole
+    network in the dtype the trainer computes in (float32 where that is float64), and no weights before the first `sync`.
+    Everything here but `sleep` is collective. `gap`: mean |log p of the engine - log p of the trainer| in nats a token,
+    after the last push.
+
+    path: a Hugging Face folder or hub id, of which the configuration alone is read. max_model_len: tokens of prompt and
+    response; a response that reaches it is cut, as at max_tokens. memory_share: the engine's part of the device's whole
+    memory. gap_limit: `sync` raises above it; by default 1e-3 in float32, and in bfloat16 0.1, where rounding alone makes
+    0.01 to 0.02 and weights left over from an earlier update 0.2 or more."""
+
+    # A run ends by returning from main with engine and process group alive. Destroying the group under a living engine
+    # breaks the exit; llm.llm_engine.engine_core.shutdown() takes the group along, so nothing collective can follow it.
+    other_engine = True
+
+    def __init__(
+        self, policy: Policy, path: str, max_model_len: int, memory_share: float = 0.55, gap_limit: float | None = None
+    ):
+        # The engine must live in this process, where the weights are.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        from vllm import LLM, SamplingParams  # many seconds, and an import that not every machine has
+
+        self.policy, self.max_model_len, self.params = policy, max_model_len, SamplingParams
+        self.dtype = policy.compute or (torch.float32 if policy.dtype == torch.float64 else policy.dtype)
+        self.gap_limit = (1e-3 if self.dtype == torch.float32 else 0.1) if gap_limit is None else gap_limit
+        self.gap, self.probes = float("nan"), [[policy.eos_ids[0]]]
+        cuda = policy.device.type == "cuda"
+        # The engine seeds every generator of the process; the trainer's are put back.
+        states = random.getstate(), np.random.get_state()
+        with torch.random.fork_rng([policy.device] if cuda else []):
+            self.llm = LLM(
+                path, dtype=self.dtype, load_format="dummy", max_model_len=max_model_len,
+                gpu_memory_utilization=memory_share, enable_sleep_mode=cuda, enforce_eager=not cuda,
+                distributed_executor_backend="external_launcher" if policy.world.sharded else None,
+                tensor_parallel_size=1, logprobs_mode="processed_logprobs", skip_tokenizer_init=True,
+                generation_config="vllm",  # no settings from the model's own, which `sample` would have to undo
+            )  # fmt: skip
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        self.sleep()
+
+    def sleep(self) -> None:
+        """Gives the memory of weights and cache back to the trainer until the next `sync`. On a CPU nothing is freed."""
+        self.llm.sleep(level=2)
+        self.awake = False
+
+    def sync(self, policy: Policy) -> None:
+        """Pushes the weights, and draws a few probes to see that they arrived. Raises StaleEngine in every process if
+        the engine of one computes something else than the trainer."""
+        self.policy = policy
+        torch.cuda.empty_cache()
+        self.llm.wake_up(tags=["weights"])
+        # Without an iterator reload_weights would put back what the folder at `path` holds.
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": whole(policy.model, self.dtype)})
+        self.llm.wake_up(tags=["kv_cache"])
+        self.llm.reset_prefix_cache()  # keys and values of the old weights
+        self.awake = True
+        self.gap = self._gap()
+        if not self.gap <= self.gap_limit:  # nan too
+            raise StaleEngine(
+                f"after the push vLLM's log-probs lie {self.gap:.3g} nats a token from the trainer's on average, and "
+                f"{self.gap_limit:g} is the limit: the engine's weights are stale, or those of another model"
+            )
+
+    def _gap(self) -> float:
+        """In the process where it is largest. Two probes for each, of at most 32 tokens, are drawn as rollouts are, from
+        prompts of the last call, so that a cache that outlived its weights shows as well."""
+        world = self.policy.world
+        prompts = [self.probes[i % len(self.probes)] for i in range(2 * world.size)]
+        drawn = self.sample(prompts, n=1, seed=0, max_tokens=32)
+        scored = self.policy.score(prompts, [r.tokens for r in drawn])[0].cpu()
+        gaps = [(scored[i, : len(r.logp)] - torch.tensor(r.logp)).abs() for i, r in enumerate(drawn)]
+        # Everybody has all the numbers, so everybody comes to the same conclusion.
+        return torch.stack([torch.cat(gaps[rank :: world.size]).mean() for rank in range(world.size)]).max().item()
+
+    def sample(
+        self, prompts: list[Ids], n: int, seed: int, max_tokens: int, temperature: float = 1.0, top_p: float = 1.0
+    ) -> list[Rollout]:
+        """As HFSampler's. All rows of a prompt are drawn in one process, which then reads the prompt once. Raises
+        ValueError if a prompt leaves no room for a response, RuntimeError while the engine sleeps."""
+        if not self.awake:
+            raise RuntimeError("vLLM has no weights before the first sync(policy), nor between sleep() and the next")
+        if (longest := max(map(len, prompts), default=0)) >= self.max_model_len:
+            raise ValueError(f"a prompt of {longest} tokens leaves no room within max_model_len {self.max_model_len}")
+        world = self.policy.world
+        self.probes = prompts[: 2 * world.size] or self.probes
+        rows = [i * n + j for i in world.share(len(prompts)) for j in range(n)]
+        # The policy's EOS ids stop a row; ignore_eos is about those that the folder's generation_config.json names.
+        params = [
+            self.params(
+                temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed_for(seed, row),
+                stop_token_ids=self.policy.eos_ids, ignore_eos=True, logprobs=0, flat_logprobs=True, detokenize=False,
+            )
+            for row in rows
+        ]  # fmt: skip
+        answers = self.llm.generate([{"prompt_token_ids": prompts[row // n]} for row in rows], params, use_tqdm=False)
+        drawn = []
+        for answer in (a.outputs[0] for a in answers):
+            logp = [at[token].logprob for at, token in zip(answer.logprobs, answer.token_ids)]
+            drawn.append(Rollout(list(answer.token_ids), logp, answer.finish_reason))
+        groups = world.collect([drawn[k : k + n] for k in range(0, len(drawn), n)], len(prompts))
+        return [rollout for group in groups for rollout in group]
 
 
 class ServedModel:

