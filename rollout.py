@@ -145,14 +145,14 @@ class StaleEngine(RuntimeError):
 
 class VLLMSampler:
     """Samples with a vLLM engine in every process, beside the trainer on the same device. The engine holds the whole
-    network in the dtype the trainer computes in (float32 where that is float64), and no weights before the first `sync`.
+    network in the dtype the trainer computes in (float32 where that is float64) and no weights before the first `sync`.
     Everything here but `sleep` is collective. `gap`: mean |log p of the engine - log p of the trainer| in nats a token,
     after the last push.
 
     path: a Hugging Face folder or hub id, of which the configuration alone is read. max_model_len: tokens of prompt and
     response; a response that reaches it is cut, as at max_tokens. memory_share: the engine's part of the device's whole
-    memory. gap_limit: `sync` raises above it; by default 1e-3 in float32, and in bfloat16 0.1, where rounding alone makes
-    0.01 to 0.02 and weights left over from an earlier update 0.2 or more."""
+    memory. gap_limit: `sync` raises above it; by default 1e-3 in float32, and in bfloat16 0.1, where rounding makes 0.01
+    to 0.02 and weights left over from an earlier update 0.2 or more."""
 
     # A run ends by returning from main with engine and process group alive. Destroying the group under a living engine
     # breaks the exit; llm.llm_engine.engine_core.shutdown() takes the group along, so nothing collective can follow it.
@@ -178,6 +178,7 @@ class VLLMSampler:
                 gpu_memory_utilization=memory_share, enable_sleep_mode=cuda, enforce_eager=not cuda,
                 distributed_executor_backend="external_launcher" if policy.world.sharded else None,
                 tensor_parallel_size=1, logprobs_mode="processed_logprobs", skip_tokenizer_init=True,
+                enable_chunked_prefill=cuda,  # vLLM's CPU code cannot draw from a seed after a prompt read in pieces
                 generation_config="vllm",  # no settings from the model's own, which `sample` would have to undo
             )  # fmt: skip
         random.setstate(states[0])
@@ -185,7 +186,7 @@ class VLLMSampler:
         self.sleep()
 
     def sleep(self) -> None:
-        """Gives the memory of weights and cache back to the trainer until the next `sync`. On a CPU nothing is freed."""
+        """Gives the memory of weights and cache to the trainer until the next `sync`; on a CPU nothing is freed."""
         self.llm.sleep(level=2)
         self.awake = False
 
@@ -208,7 +209,7 @@ class VLLMSampler:
             )
 
     def _gap(self) -> float:
-        """In the process where it is largest. Two probes for each, of at most 32 tokens, are drawn as rollouts are, from
+        """In the process where it is largest. Two probes for each, of at most 32 tokens, are drawn as rollouts are from
         prompts of the last call, so that a cache that outlived its weights shows as well."""
         world = self.policy.world
         prompts = [self.probes[i % len(self.probes)] for i in range(2 * world.size)]

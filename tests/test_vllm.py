@@ -1,7 +1,7 @@
 """What rollout.py promises of VLLMSampler, with the real engine: `bash run.sh test-vllm`.
 
-Tiny random Qwen3 models on vLLM's CPU kernels, their heads tied and untied. Run as a script, by torchrun or plainly, this
-file is what `test_two_processes` compares: one training step between two pushes, and a push that one process misses.
+Tiny random Qwen3 models on vLLM's CPU kernels, their heads tied and untied. Run as a script, by torchrun or plainly,
+this file is what `test_two_processes` compares: one training step between two pushes, and a push that one process misses.
 """
 
 import json
@@ -178,6 +178,7 @@ def test_the_largest_seed_is_taken_whole(pair, monkeypatch):
 def test_a_row_ends_with_an_eos_of_the_policy_or_is_cut_at_max_tokens(pair):
     policy, sampler = pair
     policy.eos_ids = list(range(30, 42))
+    # The long prompts together are more than one pass of the engine takes.
     rollouts = sampler.sample(PROMPTS, n=150, seed=0, max_tokens=12, temperature=2.0)
     assert {r.tokens[-1] for r in rollouts if r.finish == "stop"} == set(policy.eos_ids)
     for r in rollouts:
