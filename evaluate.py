@@ -12,6 +12,7 @@ for new training runs, whose spread only seeds show.
 
 import argparse
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -23,10 +24,11 @@ import torch
 from scipy import stats
 from transformers.utils import logging as hf_logging
 
+import plan
 import tasks
 from feedback import student_prompt
-from policy import Policy
-from rollout import HFSampler, seed_for
+from policy import Policy, World
+from rollout import HFSampler, VLLMSampler, open_sampler, seed_for
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -57,7 +59,7 @@ def summarise(rewards: np.ndarray) -> dict:
 
 def measure(
     policy: Policy,
-    sampler: HFSampler,
+    sampler: HFSampler | VLLMSampler,
     verify: Callable,
     problems: list[tasks.Problem],
     n: int,
@@ -180,6 +182,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--temperature", type=float, help="default 1.0 for toy, else 0.6 (SDPO)")
     parser.add_argument("--top_p", type=float, help="default 1.0 for toy, else 0.95 (SDPO)")
     parser.add_argument("--max_tokens", type=int, help="default 100 for toy, else 8192")
+    parser.add_argument("--sampler", choices=("", "vllm", "hf"), default="", help="default: vllm on a GPU, else hf")
+    parser.add_argument("--engine_memory", type=float, default=0.55, help="vLLM's share of the GPU's memory")
     parser.add_argument("--out", type=Path, help="file for every problem's rewards, or every response's grade")
     args = parser.parse_args(argv)
     hf_logging.set_verbosity_error()
@@ -228,7 +232,12 @@ def main(argv: list[str] | None = None) -> None:
             return
         if not torch.cuda.is_available():
             torch.set_num_threads(1)
-        policies = {name: Policy.load(path) for name, path in models.items()}
+        for path in models.values():
+            plan.read(path)
+        world = World.start()
+        if world.rank:
+            sys.stdout = open(os.devnull, "w")  # one process speaks
+        task.verify = world.shared(task.verify)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     problems, results = getattr(task, args.split), {}
@@ -241,9 +250,18 @@ def main(argv: list[str] | None = None) -> None:
     print(
         f"{task.name}, {len(problems)} {args.split} problems, {n} samples each, temperature {temperature}, top_p {top_p}"
     )
-    for name, policy in policies.items():
+    sampler = None
+    for name, path in models.items():
+        try:  # one network at a time; the engine stays, since both are of one shape
+            policy = Policy.load(path, torch.bfloat16 if torch.cuda.is_available() else torch.float32, world=world)
+        except ValueError as error:
+            parser.error(str(error))
+        if sampler is None:
+            longest = max(len(student_prompt(policy.tokenizer, p.messages)) for p in problems) + limit
+            sampler = open_sampler(args.sampler, policy, path, longest, args.engine_memory)
+        sampler.sync(policy)
         seed = seed_for(args.seed, "evaluation")
-        result = measure(policy, HFSampler(policy), task.verify, problems, n, seed, limit, temperature, top_p)
+        result = measure(policy, sampler, task.verify, problems, n, seed, limit, temperature, top_p)
         results[name] = {"model": models[name], **settings, **result}
         method = config.get("method", "") if name == "after" else "base"
         base = config.get("model", models[name])
@@ -256,9 +274,10 @@ def main(argv: list[str] | None = None) -> None:
         paper = paper_figures(name_of, subset, base, method, config.get("feedback", "")) if standard else {}
         print("\n".join(table(name, models[name], results[name], paper)))
     task.close()
-    if out:
+    if out and world.rank == 0:
         out.write_text(json.dumps(results["model"] if args.model else results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
     main()
+    World.end()

@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -67,6 +68,12 @@ class World:
             backend, device_id = ("cpu:gloo,cuda:nccl", device) if cuda else ("gloo", None)
             dist.init_process_group(backend, timeout=timedelta(hours=2), device_id=device_id)
         return cls(dist.get_rank(), dist.get_world_size(), device, sharded=True)
+
+    @staticmethod
+    def end() -> None:
+        """Leaves the group, unless vLLM lives in it: its engine does not outlive the group, and the exit ends both."""
+        if dist.is_initialized() and "vllm" not in sys.modules:
+            dist.destroy_process_group()
 
     def share(self, n: int) -> range:
         """The places in 0..n-1 that are this process's to do; `collect` puts the results back in order."""

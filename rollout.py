@@ -248,6 +248,14 @@ class VLLMSampler:
         return [rollout for group in groups for rollout in group]
 
 
+def open_sampler(which: str, policy: Policy, path: str, longest: int, memory_share: float) -> "HFSampler | VLLMSampler":
+    """The sampler by name; "" is vLLM on a GPU and transformers' own on a CPU. path: of the model's configuration; longest:
+    tokens of prompt and response together; memory_share: the engine's part of the GPU."""
+    if which == "vllm" or not which and policy.device.type == "cuda":
+        return VLLMSampler(policy, path, longest, memory_share)
+    return HFSampler(policy)
+
+
 class ServedModel:
     """A model behind any OpenAI-compatible server. The key comes from the environment variable OPENAI_API_KEY alone."""
 

@@ -56,7 +56,7 @@ import plan
 import tasks
 import toy
 from policy import Policy, World, ema_update
-from rollout import HFSampler, ServedModel, seed_for
+from rollout import ServedModel, StaleEngine, open_sampler, seed_for
 
 
 class Method(NamedTuple):
@@ -129,6 +129,8 @@ class Config:
     max_response_tokens: int = 8192
     temperature: float = 1.0
     top_p: float = 1.0
+    sampler: Literal["", "vllm", "hf"] = ""  # "": vLLM on a GPU, transformers' generate on a CPU
+    engine_memory: float = 0.55  # vLLM's share of the GPU's memory while it samples
     # ---- Optimizer (AdamW)
     lr: float = 1e-6
     warmup_steps: int = 0  # rollout batches
@@ -226,7 +228,10 @@ SMOKE = dict(
 
 def fail(message: str) -> None:
     """One line on what was wrong, exit status 2."""
-    print(f"vpd.py: error: {' '.join(str(message).split())}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    print(
+        f"vpd.py: error: {f'process {rank}: ' if rank != '0' else ''}{' '.join(str(message).split())}", file=sys.stderr
+    )
     sys.exit(2)
 
 
@@ -289,7 +294,16 @@ def _positive(text: str) -> bool:
 
 def check(cfg: Config) -> None:
     """Raises ValueError with one line for settings that cannot work together."""
-    shares = {"shift_rate", "ema_rate", "top_p", "eval_top_p", "reweight_lam", "adam_beta1", "adam_beta2"}
+    shares = {
+        "engine_memory",
+        "shift_rate",
+        "ema_rate",
+        "top_p",
+        "eval_top_p",
+        "reweight_lam",
+        "adam_beta1",
+        "adam_beta2",
+    }
     may_be_zero = {"steps", "checkpoint_every", "epochs", "log_samples", "eval_every", "eval_temperature", "warmup_steps", "weight_decay",
                    "gpus", "gpu_memory", "e_lr", "top_k", "ema_rate", "w_opd", "w_rl", "reweight_lam", "reweight_steps", "adam_beta1"}  # fmt: skip
     for field in fields(cfg):
@@ -459,9 +473,13 @@ def train(
     """Runs the EM loop and writes the run directory. `record` is saved as config.json. stop_signals: how many signals to
     stop this process has had."""
     method, templates, G, world = METHODS[cfg.method], cfg.templates(), cfg.group_size, policy.world
-    sampler, tokenizer = HFSampler(policy), policy.tokenizer
+    tokenizer = policy.tokenizer
     critic = ServedModel(cfg.critic_url, cfg.critic_model, cfg.critic_timeout) if cfg.critic_url else None
     watched, split = (task.validation, "validation") if task.validation else (task.test, "test")
+    questions = [feedback.student_prompt(tokenizer, p.messages) for p in watched] if cfg.eval_every else []
+    longest = plan.tokens(cfg, record["teacher"])[2]
+    longest = max([longest, *(len(question) + cfg.max_response_tokens for question in questions)])
+    sampler = open_sampler(cfg.sampler, policy, cfg.model, longest, cfg.engine_memory)
     steps = cfg.steps or cfg.epochs * (len(task.train) // cfg.prompts_per_batch)
     teacher = policy.frozen_copy() if record["teacher"] == "ema" else None  # None: the live weights
     reference = policy.frozen_copy() if cfg.method == "vpd" and cfg.prior == "fixed" else None
@@ -535,6 +553,7 @@ def train(
         return norm
 
     try:
+        sampler.sync(policy)
         if kept:
             write(log, {"kind": "resume", "step": first_step, "commit": record["commit"], "processes": world.size})
         elif cfg.eval_every:
@@ -865,7 +884,7 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print(f"stopped; the log and the weights so far are in {out}", file=sys.stderr)
         sys.exit(130)
-    except FloatingPointError as error:
+    except (FloatingPointError, StaleEngine) as error:
         print(f"vpd.py: {error}; the log and the last finite weights are in {out}", file=sys.stderr)
         sys.exit(1)
     finally:
@@ -876,3 +895,4 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+    World.end()

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import checkpoint
+import rollout
 import vpd
 from policy import World
 
@@ -234,15 +235,15 @@ def running(child):
 def test_a_resumed_run_is_the_unbroken_run(unbroken, tmp_path, flags, when):
     """Stopped at the end of a batch, as by a kill: nothing is tidied up. Optimizers, delta, moving average and the fixed prior
     all have to come back for the losses to be the same."""
-    out, sync, seen = tmp_path / "run", vpd.HFSampler.sync, []
+    out, sync, seen = tmp_path / "run", rollout.HFSampler.sync, []
 
     def dying(self, policy):
         sync(self, policy)
         seen.append(1)
-        if len(seen) == when + 1:
+        if len(seen) == when + 2:  # the first one hands over the weights the run starts with
             os.kill(os.getpid(), signal.SIGKILL)
 
-    assert end(start(out, *flags, before=lambda: setattr(vpd.HFSampler, "sync", dying))) == -signal.SIGKILL
+    assert end(start(out, *flags, before=lambda: setattr(rollout.HFSampler, "sync", dying))) == -signal.SIGKILL
     vpd.main([*SMALL, *flags, "--out", str(out), "--resume"])
     same_run(out, unbroken(*flags))
     notes = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines() if '"resume"' in line]

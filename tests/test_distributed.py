@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import rollout
 import toy
 import vpd
 from policy import Policy
@@ -60,7 +61,7 @@ torch.distributed.destroy_process_group()
 def play(out: Path, name: str, drawn: dict, replay: bool) -> None:
     """Runs one case into out/name. drawn: rollouts by seed, filled by one process and read by the others."""
     model, flags, fixed = CASES[name]
-    sample = vpd.HFSampler.sample
+    sample = rollout.HFSampler.sample
 
     def known(self, prompts, n, seed, *rest):
         if replay and fixed:
@@ -68,11 +69,11 @@ def play(out: Path, name: str, drawn: dict, replay: bool) -> None:
         drawn[seed] = sample(self, prompts, n, seed, *rest)
         return drawn[seed]
 
-    vpd.HFSampler.sample = known
+    rollout.HFSampler.sample = known
     try:
         vpd.main(["--model", str(out / model), *FLAGS, *flags, "--out", str(out / name)])
     finally:
-        vpd.HFSampler.sample = sample
+        rollout.HFSampler.sample = sample
 
 
 def run_all(folder: str) -> None:
