@@ -95,6 +95,18 @@ def test_steps_are_medians_of_every_phase():
     assert found["rollout"] > 0 and found.pop("together") == pytest.approx(sum(found.values()))
 
 
+def test_a_phase_is_the_median_of_its_steps(monkeypatch):
+    def main(argv):
+        folder = Path(argv[argv.index("--out") + 1])
+        folder.mkdir()
+        log = [json.dumps({"seconds": {"rollout": seconds, "sync": 1.0}}) for seconds in (9.0, 1.0, 2.0)]
+        (folder / "log.jsonl").write_text("\n".join(log))
+
+    monkeypatch.setattr(bench.vpd, "main", main)
+    assert bench.steps([]) == [{"case": "rollout", "seconds": 2.0}, {"case": "sync", "seconds": 1.0},
+                               {"case": "together", "seconds": 3.0}]  # fmt: skip
+
+
 def test_graders_grade_rightly_and_a_wrong_grade_is_an_error(monkeypatch):
     rows = bench.grader(8)
     assert len(rows) == 5 and all(row["per_second"] > 1 for row in rows)
