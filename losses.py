@@ -90,9 +90,9 @@ def divergence(log_s: torch.Tensor, log_t: torch.Tensor, kind: str) -> torch.Ten
     if kind == "kl_teacher_student":
         return kl(log_t, log_s)
     if kind == "js":
-        # log M − log S = log ½(1 + T/S), from u = log T − log S. Infinite u (a token forbidden to one of them) is cut where
-        # softplus is linear or 0 anyway; a token forbidden to both has u = nan and no mass.
-        u = (log_t - log_s).nan_to_num(0.0, 1e4, -1e4)
+        # log M − log S = log ½(1 + T/S), from u = log T − log S. −inf, a forbidden token, is cut where exp is 0 and softplus
+        # linear or 0 anyway, so that neither inf · 0 nor −inf + inf turns up.
+        u = log_t.clamp(min=-1e4) - log_s.clamp(min=-1e4)
         m_over_s = F.softplus(u, threshold=50) - math.log(2.0)
         return 0.5 * (log_t.exp() * (u - m_over_s) - log_s.exp() * m_over_s).sum(-1)
     raise ValueError(f"unknown divergence {kind!r}: choose one of {', '.join(DIVERGENCES)}")
