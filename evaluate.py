@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--top_p", type=float, help="default 1.0 for toy, else 0.95 (SDPO)")
     parser.add_argument("--max_tokens", type=int, help="default 100 for toy, else 8192")
     parser.add_argument("--sampler", choices=("", "vllm", "hf"), default="", help="default: vllm on a GPU, else hf")
-    parser.add_argument("--engine_memory", type=float, default=0.55, help="vLLM's share of the GPU's memory")
+    parser.add_argument("--engine_memory", type=float, default=0.6, help="vLLM's share of the GPU's memory")
     parser.add_argument("--out", type=Path, help="file for every problem's rewards, or every response's grade")
     args = parser.parse_args(argv)
     hf_logging.set_verbosity_error()

@@ -23,7 +23,8 @@ BF16, F32 = 2, 4  # bytes
 class Plan:
     """Bytes per GPU, by name. state: what stands throughout training; moments: what comes on top at each of training's
     four peaks, one at a time; sampling: what trainer and engine hold beside the cache. gpu: bytes of one GPU, 0 for a
-    CPU, where the state alone is counted. cache_token: of the cache; longest: tokens of the longest sequence sampled;
+    CPU, where the state alone is counted. share: of the GPU, the engine's while it samples; cache: what that leaves for
+    keys and values; cache_token: of one token; longest: tokens of the longest sequence sampled;
     host: all processes together while weights are loaded; model, checkpoint (with optimizer and copies): on disk."""
 
     parameters: int
@@ -32,6 +33,8 @@ class Plan:
     state: dict[str, float]
     moments: dict[str, dict[str, float]]
     sampling: dict[str, float]
+    share: float
+    cache: float
     cache_token: int
     longest: int
     host: int
@@ -49,7 +52,7 @@ class Plan:
     @property
     def sequences(self) -> float:
         """How many of the longest sequences the cache holds."""
-        return (self.gpu - sum(self.sampling.values())) / (self.cache_token * self.longest)
+        return max(0.0, self.cache) / (self.cache_token * self.longest)
 
 
 def read(path: str):
@@ -104,8 +107,6 @@ def memory(config, cfg, method, processes: int, gpu_bytes: float = 0) -> Plan:
     copies = ["EMA teacher"] * (teacher == "ema") + ["initial weights"] * (vpd and cfg.prior == "fixed")
     kept = {"weights": shard * master, "AdamW's moments": 2 * optimizers * shard * master}
     kept |= {name: shard * master for name in copies}
-    if gpu_bytes and "initial weights" in copies:  # no backward pass ever follows to shut their root again
-        kept["initial weights, root gathered"] = root_size * compute
     state = {**kept, "gradients": shard * master}
 
     text = config.get_text_config()
@@ -159,8 +160,11 @@ def memory(config, cfg, method, processes: int, gpu_bytes: float = 0) -> Plan:
         }
         moments = {name: {**parts, "framework (assumed)": FRAMEWORK + ASLEEP} for name, parts in moments.items()}
         sampling = {**kept, "engine's weights, bf16": BF16 * whole, "framework, engine (assumed)": FRAMEWORK + ENGINE}
+    # The engine gets what the trainer does not keep, less a twentieth for what nobody counted.
+    share = cfg.engine_memory or min(0.8, 0.95 - (sum(kept.values()) + FRAMEWORK) / gpu_bytes if gpu_bytes else 0.8)
+    cache = share * gpu_bytes - BF16 * whole - ENGINE
     return Plan(
-        whole, processes, gpu_bytes, state, moments, sampling,
+        whole, processes, gpu_bytes, state, moments, sampling, share, cache,
         cache_token=2 * BF16 * text.num_hidden_layers * kv_heads * d, longest=longest, host=whole * master * processes,
         model=whole * compute, checkpoint=whole * master * (1 + 2 * optimizers + len(copies)),
     )  # fmt: skip
@@ -168,7 +172,7 @@ def memory(config, cfg, method, processes: int, gpu_bytes: float = 0) -> Plan:
 
 def refuse(plan: Plan, cfg) -> None:
     """Raises ValueError with one line when training, or the cache for a single sequence, exceeds a GPU's memory."""
-    state, cache = sum(plan.state.values()), plan.gpu - sum(plan.sampling.values())
+    state, room = sum(plan.state.values()), plan.gpu - sum(plan.sampling.values())
     here = f"on each of {plan.processes} GPUs of {size(plan.gpu)}"
     helps = "what helps: more GPUs" + ", --teacher live" * ("EMA teacher" in plan.state)
     helps += ", --e_optimizer shared" * (cfg.method == "vpd" and cfg.e_optimizer == "own")
@@ -180,10 +184,15 @@ def refuse(plan: Plan, cfg) -> None:
             f"{size(plan.training - state)} for {plan.peak}; {helps}"
         )
     if plan.gpu and plan.sequences < 1:
-        helps += ", smaller --max_prompt_tokens, --max_response_tokens" * (cache > 0)
+        helps += ", a larger --engine_memory, smaller --max_prompt_tokens, --max_response_tokens" * (room > 0)
         raise ValueError(
-            f"sampling leaves {size(max(0, cache))} {here} for the key-value cache, and one sequence of {plan.longest} "
+            f"sampling leaves {size(max(0, plan.cache))} {here} for the key-value cache, and one sequence of {plan.longest} "
             f"tokens needs {size(plan.cache_token * plan.longest)}; {helps}"
+        )
+    if plan.gpu and plan.cache > room:
+        most = plan.share - (plan.cache - room) / plan.gpu
+        raise ValueError(
+            f"--engine_memory {plan.share:g} is more than the trainer leaves {here} while sampling: at most {most:.2f}"
         )
 
 
@@ -216,8 +225,7 @@ def lines(plan: Plan, cfg, method) -> list[str]:
         table.append(f"  {name:52}{''.join(cells)}".rstrip())
     table.append(f"  {'together':52}{plan.training / 1e9:10.2f}{sum(plan.sampling.values()) / 1e9:10.2f}")
     others = [f"{name} {size(sum(parts.values()))}" for name, parts in plan.moments.items() if name != plan.peak]
-    left = size(max(0, plan.gpu - sum(plan.sampling.values())))
-    cache = f"{left} for the key-value cache: {plan.cache_token} bytes a token, "
+    cache = f"{size(max(0, plan.cache))} of the engine's {plan.share:.2f} of the GPU for its key-value cache: {plan.cache_token} bytes a token, "
     cache += f"{max(0, int(plan.sequences))} sequences of {plan.longest} tokens"
     peak = f"training peaks in {plan.peak}; the other moments beside the state: {', '.join(others)}"
     return [rows, most, *table, peak, cache, end]

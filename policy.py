@@ -154,7 +154,7 @@ def whole(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[
 
 @dataclass
 class View:
-    """One micro-batch of responses under one prompt each. hidden: (B, T, H), the state that predicts response token t;
+    """One micro-batch of responses under one prompt each, to be used before the next pass over shards. hidden: (B, T, H), the state that predicts response token t;
     tokens: (B, T) response ids, 0 on padding; mask: (B, T), 1 on response tokens incl. EOS; head: (V, H). filled, padded:
     tokens that went through the network, without and with padding."""
 
@@ -307,23 +307,19 @@ class Policy:
     # ---- Scoring -----------------------------------------------------------------------------------------
 
     def micro_batches(self, rows: Iterable[int], lengths: Sequence[int]) -> list[list[int]]:
-        """This process's micro-batches: `rows` sorted by length, dealt to the processes in turn, and cut so that none
-        exceeds micro_batch_tokens (a longer row goes alone). The result of an optimizer step depends neither on the cut
-        nor on the dealing: `losses.sequence_mean` divides by the step's own N. Every process gets as many, the last
-        ones empty where it has fewer, since a forward pass over shards needs everybody."""
-        ordered = sorted(rows, key=lambda row: lengths[row])
-        dealt = [self._packed(ordered[rank :: self.world.size], lengths) for rank in range(self.world.size)]
-        mine = dealt[self.world.rank]
-        return mine + [[]] * (max(map(len, dealt)) - len(mine))
-
-    def _packed(self, ordered: list[int], lengths: Sequence[int]) -> list[list[int]]:
-        batches: list[list[int]] = []
-        for row in ordered:
-            if batches and (len(batches[-1]) + 1) * lengths[row] <= self.micro_batch_tokens:
-                batches[-1].append(row)
-            else:
-                batches.append([row])
-        return batches
+        """This process's micro-batches: `rows` sorted by length, cut so that none exceeds micro_batch_tokens (a longer row
+        goes alone), and dealt to the processes in turn. The result of an optimizer step depends neither on the cut nor on
+        the dealing: `losses.sequence_mean` divides by the step's own N. Every process gets as many, the last one empty
+        where there are fewer, since a forward pass over shards needs everybody."""
+        ordered, size = sorted(rows, key=lambda row: lengths[row]), self.world.size
+        rounds = -(-len(_packed(ordered, lengths, self.micro_batch_tokens)) // size)
+        # The smallest micro-batches that need no further round: one process does not wait while another does two rows.
+        low, high = 1, self.micro_batch_tokens
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if len(_packed(ordered, lengths, middle)) <= rounds * size else (middle + 1, high)
+        mine = _packed(ordered, lengths, high)[self.world.rank :: size]
+        return mine + [[]] * (rounds - len(mine))
 
     def view(self, prompts: Sequence[Ids], responses: Sequence[Ids], model: nn.Module | None = None) -> View:
         """Runs the network over prompt + response. Rows are padded on the right, where a causal model never looks, so
@@ -370,6 +366,8 @@ class Policy:
             t = view.mask.shape[1]
             if batch:
                 logp[batch, :t], entropy[batch, :t] = view.score()
+        if self.world.sharded:
+            (self.model if model is None else model).reshard()  # no backward pass follows that would do it
         return self.world.sum(logp), self.world.sum(entropy)
 
     def mask(self, responses: Sequence[Ids]) -> torch.Tensor:
@@ -400,6 +398,22 @@ class Policy:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return norm
+
+
+def _packed(ordered: list[int], lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Rows, shortest first, in batches of at most `limit` tokens with padding, of which padding is a tenth at most, or too
+    little to be worth another pass."""
+    batches: list[list[int]] = []
+    filled = 0
+    for row in ordered:
+        padded = (len(batches[-1]) + 1) * lengths[row] if batches else 0
+        if batches and padded <= limit and padded - (filled + lengths[row]) <= max(0.1 * padded, 1024):
+            batches[-1].append(row)
+            filled += lengths[row]
+        else:
+            batches.append([row])
+            filled = lengths[row]
+    return batches
 
 
 @torch.no_grad()

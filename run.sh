@@ -52,15 +52,24 @@ case $word in
     export VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1
     export VLLM_LOGGING_LEVEL=${VLLM_LOGGING_LEVEL:-ERROR}
     exec python -m pytest -q -m vllm tests "$@" ;;
-  eval) exec python evaluate.py "$@" ;;
   figures) exec python figures.py "$@" ;;
   bench) exec python bench.py "$@" ;;
 esac
 
+# One process a GPU (or NPROC of them). The settings are checked and the memory planned by one process first, so that what
+# is wrong with them is said once.
+processes=${NPROC:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)}
+if [ -z "${NPROC:-}" ] && [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then processes=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .); fi
+launch=python
+if [ "$processes" -gt 1 ]; then launch="python -m torch.distributed.run --standalone --nproc-per-node $processes --"; fi
+
+if [ "$word" = eval ]; then exec $launch evaluate.py "$@"; fi
+
 # Train, evaluate the first and the last weights on test problems, draw the curves.
 train_and_evaluate() {
-  python vpd.py --task "$word" "$@"
-  python evaluate.py --run "$out"
+  if [ "$launch" != python ]; then python vpd.py --task "$word" "$@" --plan >/dev/null; fi
+  $launch vpd.py --task "$word" "$@"
+  $launch evaluate.py --run "$out"
   python figures.py "$out" --out "$out/curves.png"
 }
 

@@ -130,7 +130,7 @@ class Config:
     temperature: float = 1.0
     top_p: float = 1.0
     sampler: Literal["", "vllm", "hf"] = ""  # "": vLLM on a GPU, transformers' generate on a CPU
-    engine_memory: float = 0.55  # vLLM's share of the GPU's memory while it samples
+    engine_memory: float = 0.0  # vLLM's share of the GPU's memory while it samples; 0: what the plan leaves it
     # ---- Optimizer (AdamW)
     lr: float = 1e-6
     warmup_steps: int = 0  # rollout batches
@@ -304,7 +304,7 @@ def check(cfg: Config) -> None:
         "adam_beta1",
         "adam_beta2",
     }
-    may_be_zero = {"steps", "checkpoint_every", "epochs", "log_samples", "eval_every", "eval_temperature", "warmup_steps", "weight_decay",
+    may_be_zero = {"steps", "checkpoint_every", "engine_memory", "epochs", "log_samples", "eval_every", "eval_temperature", "warmup_steps", "weight_decay",
                    "gpus", "gpu_memory", "e_lr", "top_k", "ema_rate", "w_opd", "w_rl", "reweight_lam", "reweight_steps", "adam_beta1"}  # fmt: skip
     for field in fields(cfg):
         value = getattr(cfg, field.name)
@@ -479,7 +479,7 @@ def train(
     questions = [feedback.student_prompt(tokenizer, p.messages) for p in watched] if cfg.eval_every else []
     longest = plan.tokens(cfg, record["teacher"])[2]
     longest = max([longest, *(len(question) + cfg.max_response_tokens for question in questions)])
-    sampler = open_sampler(cfg.sampler, policy, cfg.model, longest, cfg.engine_memory)
+    sampler = open_sampler(cfg.sampler, policy, cfg.model, longest, record["engine_memory"])
     steps = cfg.steps or cfg.epochs * (len(task.train) // cfg.prompts_per_batch)
     teacher = policy.frozen_copy() if record["teacher"] == "ema" else None  # None: the live weights
     reference = policy.frozen_copy() if cfg.method == "vpd" and cfg.prior == "fixed" else None
@@ -778,7 +778,7 @@ def train(
         task.close()
 
 
-def planned(cfg: Config, path: str, processes: int) -> None:
+def planned(cfg: Config, path: str, processes: int) -> plan.Plan:
     """Prints what the run needs. Raises ValueError where it does not fit the GPUs."""
     gpu = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 0
     gpu = cfg.gpu_memory * 1e9 or gpu
@@ -787,6 +787,7 @@ def planned(cfg: Config, path: str, processes: int) -> None:
     found = plan.memory(plan.read(path), cfg, METHODS[cfg.method], cfg.gpus or processes, gpu)
     print("\n".join(plan.lines(found, cfg, METHODS[cfg.method])), flush=True)
     plan.refuse(found, cfg)
+    return found
 
 
 def git_commit() -> str:
@@ -812,7 +813,8 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.plan:
         try:
             check(cfg)
-            return planned(cfg, cfg.model, torch.cuda.device_count() or 1)
+            planned(cfg, cfg.model, torch.cuda.device_count() or 1)
+            return
         except (ValueError, OSError) as error:
             fail(error)
     world = World.start()
@@ -841,7 +843,7 @@ def main(argv: list[str] | None = None) -> None:
             if making:
                 toy.smoke_model(cfg.task, cfg.smoke, Path(made))
             path = made if making else cfg.model
-            planned(cfg, path, world.size)
+            record = {"engine_memory": planned(cfg, path, world.size).share}
             policy = Policy.load(path, dtype, micro_batch_tokens=cfg.micro_batch_tokens, world=world)
         if cfg.top_k > policy.vocabulary:
             raise ValueError(f"--top_k {cfg.top_k} exceeds the vocabulary of {policy.vocabulary} tokens")
@@ -866,7 +868,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         fail(error)
     teacher = cfg.teacher or METHODS[cfg.method].teacher
-    record = {**asdict(cfg), "out": str(out), "teacher": teacher, "commit": git_commit(), "processes": world.size,
+    record = {**asdict(cfg), **record, "out": str(out), "teacher": teacher, "commit": git_commit(), "processes": world.size,
               "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
               "torch": torch.__version__, "command": " ".join(["python", *sys.argv]), "prompts_dropped": dropped}  # fmt: skip
     print(" ".join(f"{f.name}={record[f.name]!r}" for f in fields(cfg)))

@@ -112,11 +112,11 @@ def write_facts(folder: str) -> None:
 
     out, world = Path(folder), World.start()
     policy = Policy.load(str(out / "untied"), world=world, compute=torch.bfloat16, recompute=True)
-    view = policy.view([[5, 6, 7]] if world.rank == 0 else [[8, 9]], [[10, 11, 2]])
-    hidden, weight = str(view.hidden.dtype), str(view.head.dtype)
     twin = policy.frozen_copy()
     before = policy.score([[5, 6, 7]], [[10, 11, 2]])[0]
     twin_says = policy.score([[5, 6, 7]], [[10, 11, 2]], model=twin)[0]
+    view = policy.view([[5, 6, 7]] if world.rank == 0 else [[8, 9]], [[10, 11, 2]])
+    hidden, weight = str(view.hidden.dtype), str(view.head.dtype)
     loss = view.loss(lambda logp, _: -logp, view.mask / 3)[0]
     policy.backward(loss)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-2)

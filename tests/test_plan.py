@@ -113,12 +113,19 @@ def test_sampling_keeps_weights_moments_and_copies_but_no_gradients():
         "weights": 4 * whole,
         "AdamW's moments": 8 * whole,
         "initial weights": 4 * whole,
-        "initial weights, root gathered": 2 * ROOT_SIZE,
         "engine's weights, bf16": 2 * whole,
         "framework, engine (assumed)": 4e9 + 3e9,
     }
     assert found.cache_token == 2 * 2 * 2 * 1 * 4  # keys and values, bf16, layers, heads, width
-    assert found.sequences == pytest.approx((80e9 - 18 * whole - 2 * ROOT_SIZE - 7e9) / (32 * (10 + 20)))
+    assert found.share == 0.8  # a tiny model leaves more than the engine may have
+    assert found.cache == pytest.approx(0.8 * 80e9 - 2 * whole - 3e9)  # less its weights and graphs
+    assert found.sequences == pytest.approx((0.8 * 80e9 - 2 * whole - 3e9) / (32 * (10 + 20)))
+    small, _ = planned(TINY, f"--task lcb {SIZES} --prior fixed", gpu=10e9)
+    assert small.share == pytest.approx(0.95 - (16 * whole + 4e9) / 10e9)
+    told, cfg = planned(TINY, f"--task lcb {SIZES} --engine_memory 0.9", gpu=10e9)
+    assert told.share == 0.9
+    with pytest.raises(ValueError, match="--engine_memory 0.9 is more .* at most 0.60"):
+        plan.refuse(told, cfg)
 
 
 @pytest.mark.parametrize(
@@ -304,7 +311,11 @@ def test_a_refusal_names_what_would_help():
     assert "--teacher live" in says("--method sdpo", 35e9) and "--prior dynamic" in says("--prior fixed", 35e9)
     assert "--e_optimizer shared" in says("--e_optimizer own", 35e9)
     full = says("", 80e9, cache_token=10**7)  # 100 GB a sequence
-    assert full.startswith("sampling leaves") and "one sequence of 10240 tokens needs 102.4 GB" in full
+    assert (
+        full.startswith("sampling leaves")
+        and "a larger --engine_memory" in full
+        and "one sequence of 10240 tokens needs 102.4 GB" in full
+    )
     assert "--max_response_tokens" in full and "\n" not in full
 
 

@@ -16,7 +16,7 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import losses
-from policy import Policy, ema_update
+from policy import Policy, World, ema_update
 
 torch.set_num_threads(1)
 EOS, BETA = 2, 0.1
@@ -94,6 +94,35 @@ def test_micro_batches_cover_each_row_once_within_the_budget_by_length(policy, b
     assert sorted(flat) == sorted(rows) and take(lengths, flat) == [1, 3, 5, 7, 12, 16, 29, 30, 50]
     assert all(len(part) == 1 or len(part) * max(take(lengths, part)) <= budget for part in parts)
     assert len(parts) == count  # 16: 1 3 5 | 7 | 12 | 16 | 29 | 30 | 50; 40: 1 3 5 7 | 12 16 | 29 | 30 | 50
+
+
+def test_a_tenth_of_padding_is_the_most_that_a_large_micro_batch_has(policy):
+    policy.micro_batch_tokens = 20_000
+    rng = random.Random(1)
+    lengths = [min(10_000, int(rng.lognormvariate(7.8, 0.7)) + 300) for _ in range(256)]
+    parts = policy.micro_batches(range(256), lengths)
+    filled, padded = sum(lengths), sum(len(part) * max(take(lengths, part)) for part in parts)
+    assert 1 - filled / padded < 0.03
+    assert len(policy.micro_batches([0, 1], [2_000, 7_000])) == 2  # 5,000 of 14,000 would be padding
+    assert len(policy.micro_batches([0, 1], [6_500, 7_000])) == 1
+    assert len(policy.micro_batches([0, 1], [1, 1_000])) == 1  # too little to be worth a pass
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+@pytest.mark.parametrize("n", [0, 1, 8, 100])
+def test_processes_have_equally_many_micro_batches_that_cover_every_row_once(policy, size, n):
+    lengths = [random.Random(i).randrange(500, 9_000) for i in range(n)]
+    policy.micro_batch_tokens = 20_000
+    shares = []
+    for rank in range(size):
+        policy.world = World(rank=rank, size=size)
+        shares.append(policy.micro_batches(range(n), lengths))
+    assert len({len(parts) for parts in shares}) == 1
+    assert sorted(i for parts in shares for part in parts for i in part) == list(range(n))
+    if n == size == 8:  # eight rows on eight processes: a row each, not two on some and none on others
+        assert [len(parts[0]) for parts in shares] == [1] * 8
+    for parts in zip(*shares):  # empty ones in the last round alone, and none takes two rounds' work
+        assert all(parts) or parts == tuple(share[-1] for share in shares)
 
 
 # ---- Micro-batches and gradients -----------------------------------------------------------------------------
