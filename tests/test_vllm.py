@@ -7,6 +7,7 @@ this file is what `test_two_processes` compares: one training step between two p
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,11 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the script; under pytest conftest.py has done it
+import evaluate  # noqa: E402
 import rollout  # noqa: E402
+import tasks  # noqa: E402
+import toy  # noqa: E402
+import vpd  # noqa: E402
 from policy import Policy, World  # noqa: E402
 from rollout import StaleEngine, VLLMSampler  # noqa: E402
 from test_rollout import nucleus, same  # noqa: E402
@@ -295,6 +300,71 @@ def test_an_engine_in_bfloat16_is_near_and_has_a_limit_of_its_own(tmp_path):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(StaleEngine):
         patch.setattr(sampler.llm, "collective_rpc", swallow)
         sampler.sync(policy)
+
+
+# ---- Whole runs ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """run(out, *flags): batches of a random model on the toy task `choice`, with outcomes and feedback made up from the
+    response's length, so that groups are mixed. Returns the log."""
+    import vllm._custom_ops
+
+    vllm._custom_ops._supports_onednn = False
+    tokenizer, load = toy.build_tokenizer(), tasks.load
+    torch.manual_seed(1)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, intermediate_size=64, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=1024, initializer_range=0.1, pad_token_id=0,
+        eos_token_id=2, bos_token_id=None, tie_word_embeddings=True, architectures=["Qwen3ForCausalLM"],
+    )  # fmt: skip
+    Policy(Qwen3ForCausalLM(config), tokenizer).save(tmp_path / "model")
+
+    def graded(*args, **kwargs):
+        task = load(*args, **kwargs)
+        outcome = lambda text: tasks.Outcome(len(text) % 2, "even", f"length {len(text) % 7}")  # noqa: E731
+        task.verify, task.validation, task.test = lambda _, texts: [outcome(t) for t in texts], [], task.test[:6]
+        return task
+
+    monkeypatch.setattr(tasks, "load", graded)
+
+    def train(out, *flags):
+        vpd.main([
+            "--subset", "choice", "--model", str(tmp_path / "model"), "--sampler", "vllm", "--prompts_per_batch", "4",
+            "--minibatch_prompts", "2", "--e_minibatch_prompts", "4", "--group_size", "4", "--max_response_tokens", "12",
+            "--steps", "3", "--eval_every", "3", "--eval_samples", "1", "--e_step_every", "2", "--checkpoint_every", "1",
+            "--feedback", "environment", "--out", str(out), *flags,
+        ])  # fmt: skip
+        rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows if row["kind"] == "train"] == [0, 1, 2]
+        return [row for row in rows if row["kind"] == "train"]
+
+    return train
+
+
+def test_a_run_learns_from_the_engines_rollouts_and_is_evaluated_with_it(run, tmp_path, capsys):
+    for row in run(tmp_path / "run"):
+        assert row["sampler_gap"] < 1e-5 and row["mismatch_truncated"] == 0
+        assert row["m_grad_norm"] > 0 and 0 < row["reward"] < 1
+        assert (row["e_loss"] is not None) == (row["step"] % 2 == 0)
+    evaluate.main(["--run", str(tmp_path / "run"), "--sampler", "vllm"])
+    assert "before" in capsys.readouterr().out
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert found["before"]["rewards"] != found["after"]["rewards"]  # the engine was given the other weights
+
+
+def test_a_run_that_goes_on_draws_the_same_rollouts(run, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    rows = run(whole)
+    shutil.copytree(whole, cut)
+    for step in (2, 3):
+        shutil.rmtree(cut / "checkpoints" / f"step-{step:06d}")
+    shutil.copytree(whole / "checkpoints" / "step-000002", cut / "checkpoints" / "step-000002")
+    for one, other in zip(run(cut, "--resume"), rows, strict=True):
+        for key in ("reward", "m_loss", "m_grad_norm", "entropy", "response_length"):
+            assert one[key] == pytest.approx(other[key], rel=1e-6), key
+    assert (whole / "samples.jsonl").read_text() == (cut / "samples.jsonl").read_text()
 
 
 # ---- Processes -------------------------------------------------------------------------------------------------

@@ -295,6 +295,32 @@ def test_several_updates_per_batch_meet_a_teacher_that_has_moved_on(tmp_path, mo
     assert seen[0][1] == seen[1][1] and len({weights for _, weights in seen[1:]}) == 1 + updates
 
 
+@pytest.mark.parametrize("method, flags", [("vpd", ["--feedback", "environment"]), ("grpo", []), ("joint", [])])
+def test_a_token_drawn_by_another_engine_weighs_pi_old_over_pi_sampler_at_most_the_limit(
+    method, flags, tmp_path, monkeypatch
+):
+    """The sampler's log-probs are made log 1.5 lower, or log 4 lower, on every token: the weights are 1.5, and 2 instead of
+    4, and so is the loss. The E-step is about whole sequences and has no such weight."""
+    sample, factor = rollout.HFSampler.sample, [1.0]
+
+    def other(self, *args):
+        drawn = sample(self, *args)
+        return [rollout.Rollout(r.tokens, [p - math.log(factor[0]) for p in r.logp], r.finish) for r in drawn]
+
+    monkeypatch.setattr(rollout.HFSampler, "sample", other)
+    monkeypatch.setattr(rollout.HFSampler, "other_engine", True)
+    losses_, fixed = [], ("--method", method, "--eval_every", "0", "--max_grad_norm", "1e9", *flags)
+    for factor[0], limit in ((1.0, "2"), (1.5, "2"), (4.0, "2"), (4.0, "none"), (4.0, "3")):
+        out = tmp_path / f"{factor[0]} {limit}"
+        losses_.append(run(out, *fixed, "--mismatch_limit", limit, steps=1)[0])
+    norms = [row["m_grad_norm"] / losses_[0]["m_grad_norm"] for row in losses_]
+    assert norms == pytest.approx([1, 1.5, 2, 1, 3], rel=1e-5)
+    assert [row["mismatch_truncated"] for row in losses_] == [0, 0, 1, None, 1]
+    gaps = [0, math.log(1.5), math.log(4), math.log(4), math.log(4)]
+    assert [row["sampler_gap"] for row in losses_] == pytest.approx(gaps, abs=1e-5)
+    assert len({row["e_loss"] for row in losses_}) == 1
+
+
 def test_rows_left_out_are_counted_by_reason(tmp_path):
     rows = run(tmp_path / "run", "--method", "sdpo", "--feedback", "environment", "--no_borrow", "--eval_every", "0")
     for row in rows:
