@@ -61,7 +61,7 @@ esac
 processes=${NPROC:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)}
 if [ -z "${NPROC:-}" ] && [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then processes=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .); fi
 launch=python
-if [ "$processes" -gt 1 ]; then launch="python -m torch.distributed.run --standalone --nproc-per-node $processes --"; fi
+if [ "$processes" -gt 1 ]; then launch="python -m torch.distributed.run --standalone --shutdown-timeout 1800 --nproc-per-node $processes --"; fi
 
 if [ "$word" = eval ]; then exec $launch evaluate.py "$@"; fi
 

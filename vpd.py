@@ -23,7 +23,8 @@ Where we depart from the paper's text, or had to choose:
     6. The M-step's teacher is the network's live weights at each update; --teacher ema takes SDPO's moving average.
     7. VPD's M-step carries no importance weights (Sec. 3.4); SDPO's carries min(pi/pi_old, 2).
     8. An update in which no row takes part (no context, no advantage) is left out, momentum and weight decay included.
-    9. Compute is in the weights' own dtype (float32); bf16 compute and activation checkpointing are not in this version.
+    9. Where vLLM samples, a token of the M-step weighs min(pi_old/pi_sampler, 2) for the gap between the two engines, as in
+       SDPO's code; --mismatch_limit none turns it off.
 """
 
 import json
