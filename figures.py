@@ -84,7 +84,8 @@ def draw(runs: list[Path], out: Path) -> list[str]:
         axis.grid(alpha=0.3)
     axes[0].set_ylim(0, 1)
     axes[1].set_ylim(0, 1)
-    axes[0].legend(fontsize=8, loc="upper left")
+    if axes[0].get_legend_handles_labels()[0]:  # runs without evaluations have no curve there
+        axes[0].legend(fontsize=8, loc="upper left")
     figure.tight_layout()
     figure.savefig(out, dpi=110)
     plt.close(figure)
