@@ -137,3 +137,12 @@ def test_the_command_prints_a_line_a_case_and_writes_json(tmp_path, capsys, monk
         with pytest.raises(SystemExit) as refusal:
             bench.main(bad)
         assert refusal.value.code == 2
+
+
+@pytest.mark.slow
+def test_the_loss_head_costs_little_beside_its_products_at_the_size_of_qwen3():
+    """The memory is a matter of counting buffers; the time is set beside the products of the same run."""
+    found = {row["case"]: row for row in bench.heads(**bench.HEAD)}
+    top, whole = found["top-k, KL(student||teacher)"], found["all of V, JS"]
+    assert top["logits_tensors"] <= 0.25 and whole["logits_tensors"] <= 0.35
+    assert top["times_the_products"] <= 1.5 and whole["times_the_products"] <= 2.5
