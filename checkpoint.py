@@ -29,6 +29,11 @@ from policy import World
 
 KEPT = 2
 
+
+class Damaged(ValueError):
+    """No checkpoint is whole."""
+
+
 Optimizers = dict[str, tuple[nn.Module, torch.optim.Optimizer]]
 
 
@@ -63,11 +68,14 @@ def save(
         for found in sums:
             files |= found
         (part / "manifest.json").write_text(json.dumps(files))
-        if final.exists():
-            _remove(final)
-        part.rename(final)
+        gone = [final] if final.exists() else []
+        gone = [old.rename(old.with_name(f"part-gone-{old.name}")) for old in gone]
+        part.rename(final)  # nothing but a rename stands between the old one of this step and the new one
+        # Renamed before they are removed: half of a checkpoint must not look like one.
         for old in sorted(folder.glob("step-*"))[:-KEPT]:
-            _remove(old)
+            gone.append(old.rename(old.with_name(f"part-gone-{old.name}")))
+        for old in gone:
+            shutil.rmtree(old)
 
     world.first(finish)
     return final
@@ -76,7 +84,7 @@ def save(
 def restore(folder: Path, models: dict[str, nn.Module], optimizers: Optimizers, world: World) -> dict | None:
     """Loads the newest whole checkpoint of `folder` into models and optimizers. Returns what `save` was given as state, with
     "step"; None if there is no checkpoint. A damaged one is named on standard error and the one before it taken. Raises
-    ValueError when every one is damaged. Collective."""
+    Damaged when every one is damaged. Collective."""
     found = world.first(lambda: sorted(folder.glob("step-*"), reverse=True))
     for checkpoint in found:
         damage = world.first(lambda: _damage(checkpoint))
@@ -99,7 +107,7 @@ def restore(folder: Path, models: dict[str, nn.Module], optimizers: Optimizers, 
             _set_random_state(state["random"][world.rank])
         return {key: value for key, value in state.items() if key not in ("stepped", "random")}
     if found:
-        raise ValueError(f"every checkpoint in {folder} is damaged: --overwrite starts the run again")
+        raise Damaged(f"every checkpoint in {folder} is damaged: --overwrite starts the run again")
     return None
 
 
@@ -122,13 +130,6 @@ def cut_log(path: Path, step: int) -> int:
     return len(lines) - len(kept)
 
 
-def _remove(folder: Path) -> None:
-    """Renamed first: half of a checkpoint must not look like one."""
-    gone = folder.with_name(f"part-gone-{folder.name}")
-    folder.rename(gone)
-    shutil.rmtree(gone)
-
-
 def _sum(path: Path) -> list[int]:
     """[bytes, CRC-32] of a file."""
     crc = 0
@@ -142,6 +143,8 @@ def _damage(checkpoint: Path) -> str:
     """What is wrong with a checkpoint's files, "" if nothing."""
     try:
         files = json.loads((checkpoint / "manifest.json").read_text())
+        if missing := {".metadata", "state.json"} - files.keys():
+            return f"its manifest does not name {', '.join(sorted(missing))}"
         wrong = [name for name, known in files.items() if _sum(checkpoint / name) != known]
     except (OSError, ValueError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"

@@ -28,7 +28,7 @@ import plan
 import tasks
 from feedback import student_prompt
 from policy import Policy, World
-from rollout import HFSampler, VLLMSampler, open_sampler, seed_for
+from rollout import HFSampler, StaleEngine, VLLMSampler, open_sampler, seed_for
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -234,9 +234,9 @@ def main(argv: list[str] | None = None) -> None:
             torch.set_num_threads(1)
         for path in models.values():
             plan.read(path)
-        world = World.start()
-        if world.rank:
+        if os.environ.get("RANK", "0") != "0":
             sys.stdout = open(os.devnull, "w")  # one process speaks
+        world = World.start()
         task.verify = world.shared(task.verify)
     except (ValueError, OSError) as error:
         parser.error(str(error))
@@ -252,14 +252,22 @@ def main(argv: list[str] | None = None) -> None:
     )
     sampler = None
     for name, path in models.items():
-        try:  # one network at a time; the engine stays, since both are of one shape
+        if sampler is not None:  # one network at a time; the engine stays, since both are of one shape
+            sampler.sleep()
+            sampler.policy = policy = None
+            torch.cuda.empty_cache()
+        try:
             policy = Policy.load(path, torch.bfloat16 if torch.cuda.is_available() else torch.float32, world=world)
         except ValueError as error:
             parser.error(str(error))
         if sampler is None:
             longest = max(len(student_prompt(policy.tokenizer, p.messages)) for p in problems) + limit
             sampler = open_sampler(args.sampler, policy, path, longest, args.engine_memory)
-        sampler.sync(policy)
+        try:
+            sampler.sync(policy)
+        except StaleEngine as error:
+            print(f"evaluate.py: {error}", file=sys.stderr)
+            sys.exit(1)
         seed = seed_for(args.seed, "evaluation")
         result = measure(policy, sampler, task.verify, problems, n, seed, limit, temperature, top_p)
         results[name] = {"model": models[name], **settings, **result}

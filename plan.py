@@ -183,6 +183,8 @@ def refuse(plan: Plan, cfg) -> None:
             f"training needs {size(plan.training)} {here}: {size(state)} of weights, gradients and optimizer, and "
             f"{size(plan.training - state)} for {plan.peak}; {helps}"
         )
+    if cfg.sampler == "hf":
+        return
     if plan.gpu and plan.sequences < 1:
         helps += ", a larger --engine_memory, smaller --max_prompt_tokens, --max_response_tokens" * (room > 0)
         raise ValueError(

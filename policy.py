@@ -45,7 +45,7 @@ class World:
     @classmethod
     def start(cls) -> "World":
         """From the environment that torchrun sets. On CUDA even one process makes a group, so that one GPU and many run
-        the same code: sharded layers, float32 weights, bfloat16 compute."""
+        the same code: sharded layers, float32 weights, bfloat16 compute. Raises ValueError for more processes than GPUs."""
         cuda = torch.cuda.is_available()
         if "RANK" not in os.environ:
             if not cuda:
@@ -61,6 +61,8 @@ class World:
                 "MASTER_PORT": port,
             }
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+        if cuda and device.index >= torch.cuda.device_count():
+            raise ValueError(f"more processes on this machine than its {torch.cuda.device_count()} GPUs")
         if cuda:
             torch.cuda.set_device(device)
         if not dist.is_initialized():
@@ -139,7 +141,8 @@ def shard(model: nn.Module, compute: torch.dtype | None) -> nn.Module:
 
 def _states(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """(B, width) ids to the last layer's states, (B, width, H)."""
-    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    # Not by way of __call__, which vLLM replaces in the classes of some architectures (OLMo3) for its own use of them.
+    return model.base_model.forward(input_ids=ids, use_cache=False).last_hidden_state
 
 
 def whole(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
@@ -275,6 +278,9 @@ class Policy:
             for left in (part, old):
                 shutil.rmtree(left, ignore_errors=True)
             self.model.save_pretrained(part, state_dict=weights)
+            config = copy.deepcopy(self.model.config)
+            config.dtype = self.compute or self.dtype  # the library writes that of the shards
+            config.save_pretrained(part)
             self.tokenizer.save_pretrained(part)
             if folder.exists():
                 folder.rename(old)
@@ -365,7 +371,7 @@ class Policy:
             view = self.view([prompts[i] for i in batch], [responses[i] for i in batch], model)
             t = view.mask.shape[1]
             if batch:
-                logp[batch, :t], entropy[batch, :t] = view.score()
+                logp[batch, :t], entropy[batch, :t] = (x.to(logp.dtype) for x in view.score())
         if self.world.sharded:
             (self.model if model is None else model).reshard()  # no backward pass follows that would do it
         return self.world.sum(logp), self.world.sum(entropy)

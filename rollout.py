@@ -172,6 +172,9 @@ class VLLMSampler:
         cuda = policy.device.type == "cuda"
         # The engine seeds every generator of the process; the trainer's are put back.
         states = random.getstate(), np.random.get_state()
+        # vLLM makes its own model of some architectures (OLMo3) out of transformers' class, which it changes for everybody.
+        theirs = type(policy.model.base_model)
+        init = theirs.__init__
         with torch.random.fork_rng([policy.device] if cuda else []):
             self.llm = LLM(
                 path, dtype=self.dtype, load_format="dummy", max_model_len=max_model_len,
@@ -181,6 +184,7 @@ class VLLMSampler:
                 enable_chunked_prefill=cuda,  # vLLM's CPU code cannot draw from a seed after a prompt read in pieces
                 generation_config="vllm",  # no settings from the model's own, which `sample` would have to undo
             )  # fmt: skip
+        theirs.__init__ = init
         random.setstate(states[0])
         np.random.set_state(states[1])
         self.sleep()

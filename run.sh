@@ -58,27 +58,51 @@ esac
 
 # One process a GPU (or NPROC of them). The settings are checked and the memory planned by one process first, so that what
 # is wrong with them is said once.
-processes=${NPROC:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)}
-if [ -z "${NPROC:-}" ] && [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then processes=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .); fi
+if [ -n "${CUDA_VISIBLE_DEVICES+x}" ]; then
+  processes=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true)
+else
+  processes=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+fi
+processes=${NPROC:-$processes}
 launch=python
-if [ "$processes" -gt 1 ]; then launch="python -m torch.distributed.run --standalone --shutdown-timeout 1800 --nproc-per-node $processes --"; fi
-
+if [ "$processes" -gt 1 ]; then
+  launch="python -m torch.distributed.run --standalone --shutdown-timeout 1800 --nproc-per-node $processes --"
+fi
 if [ "$word" = eval ]; then exec $launch evaluate.py "$@"; fi
+
+# Runs a command and hands on the signals that this script gets, which would otherwise end the script alone. Job control
+# keeps an interrupt from being ignored in the background.
+attended() {
+  set -m
+  "$@" &
+  child=$!
+  set +m
+  trap 'kill -TERM -- -$child 2>/dev/null' TERM
+  trap 'kill -INT -- -$child 2>/dev/null' INT
+  status=0
+  wait $child || status=$?
+  while kill -0 $child 2>/dev/null; do status=0; wait $child || status=$?; done
+  trap - TERM INT
+  return $status
+}
 
 # Train, evaluate the first and the last weights on test problems, draw the curves.
 train_and_evaluate() {
-  if [ "$launch" != python ]; then python vpd.py --task "$word" "$@" --plan >/dev/null; fi
-  $launch vpd.py --task "$word" "$@"
-  $launch evaluate.py --run "$out"
+  if [ "$launch" != python ] && [ -z "$smoke" ]; then python vpd.py --task "$word" "$@" --plan --gpus $processes >/dev/null; fi
+  attended $launch vpd.py --task "$word" "$@"
+  attended $launch evaluate.py --run "$out"
   python figures.py "$out" --out "$out/curves.png"
 }
 
 out=
+resume=
 smoke=
 only=
 for ((i = 1; i <= $#; i++)); do
   case ${!i} in
     -h|--help) exec python vpd.py --help ;;
+    --plan) exec python vpd.py --task "$word" "$@" ;;
+    --resume) resume=1 ;;
     --smoke) j=$((i + 1)); case ${!j:-} in qwen3|olmo3) ;; *) smoke=$i ;; esac ;;
     --out=*) out=${!i#--out=} ;;
     --out) j=$((i + 1)); out=${!j:-} ;;
@@ -100,5 +124,6 @@ if [ -n "$smoke" ]; then  # every feedback source that the task has, the second 
   done
   exit
 fi
+if [ -z "$out" ] && [ -n "$resume" ]; then echo "run.sh: error: --resume needs --out, the run directory to go on with" >&2; exit 2; fi
 if [ -z "$out" ]; then out=runs/$word-$(date +%Y%m%d-%H%M%S); set -- --out "$out" "$@"; fi
 train_and_evaluate "$@"

@@ -27,6 +27,7 @@ Where we depart from the paper's text, or had to choose:
        SDPO's code; --mismatch_limit none turns it off.
 """
 
+import importlib.util
 import json
 import math
 import os
@@ -39,7 +40,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 from urllib.parse import urlsplit
@@ -224,6 +225,10 @@ SMOKE = dict(
 )  # fmt: skip
 
 
+# Settings of a command rather than of the run it starts or goes on with.
+NOT_OF_THE_RUN = ("out", "resume", "overwrite", "plan", "gpus", "gpu_memory")
+
+
 # ---- Settings ----------------------------------------------------------------------------------------------
 
 
@@ -273,9 +278,7 @@ def parse(argv: list[str] | None = None) -> Config:
         kept = json.loads(saved.read_text())
     except ValueError:
         parser.error(f"{saved} is not JSON: --overwrite starts the run again")
-    kept = {
-        f.name: kept[f.name] for f in fields(Config) if f.name in kept and f.name not in ("out", "resume", "overwrite")
-    }
+    kept = {f.name: kept[f.name] for f in fields(Config) if f.name in kept and f.name not in NOT_OF_THE_RUN}
     parser.set_defaults(**kept)
     cfg = settle()
     changed = [
@@ -379,6 +382,11 @@ def batches(problems: list, size: int, steps: int, seed: int):
         yield order[start : start + size]
 
 
+def watch(task: tasks.Task) -> tuple[list, str]:
+    """The problems that training is watched by, and the name of their split."""
+    return (task.validation, "validation") if task.validation else (task.test, "test")
+
+
 def mean(values) -> float | None:
     """The mean of a tensor's or list's finite values, or None if there are none."""
     values = torch.as_tensor(values, dtype=torch.float64)
@@ -469,18 +477,14 @@ class Clock:
 
 
 def train(
-    cfg: Config, policy: Policy, task: tasks.Task, out: Path, record: dict, stop_signals: Callable = lambda: 0
+    cfg: Config, policy: Policy, sampler, task: tasks.Task, out: Path, record: dict, stop_signals: Callable = lambda: 0
 ) -> None:
-    """Runs the EM loop and writes the run directory. `record` is saved as config.json. stop_signals: how many signals to
-    stop this process has had."""
+    """Runs the EM loop and writes the run directory, whose config.json is `record`. stop_signals: how many signals to stop
+    this process has had."""
     method, templates, G, world = METHODS[cfg.method], cfg.templates(), cfg.group_size, policy.world
     tokenizer = policy.tokenizer
     critic = ServedModel(cfg.critic_url, cfg.critic_model, cfg.critic_timeout) if cfg.critic_url else None
-    watched, split = (task.validation, "validation") if task.validation else (task.test, "test")
-    questions = [feedback.student_prompt(tokenizer, p.messages) for p in watched] if cfg.eval_every else []
-    longest = plan.tokens(cfg, record["teacher"])[2]
-    longest = max([longest, *(len(question) + cfg.max_response_tokens for question in questions)])
-    sampler = open_sampler(cfg.sampler, policy, cfg.model, longest, record["engine_memory"])
+    watched, split = watch(task)
     steps = cfg.steps or cfg.epochs * (len(task.train) // cfg.prompts_per_batch)
     teacher = policy.frozen_copy() if record["teacher"] == "ema" else None  # None: the live weights
     reference = policy.frozen_copy() if cfg.method == "vpd" and cfg.prior == "fixed" else None
@@ -491,7 +495,7 @@ def train(
 
     optimizer = adamw()
     e_optimizer = adamw() if cfg.e_optimizer == "own" and cfg.method == "vpd" else optimizer
-    shift, bad_in_a_row, best, first_step = None, 0, -1.0, 0
+    shift, bad_in_a_row, best, first_step, saved = None, 0, -1.0, 0, None
     models = {"policy": policy.model} | ({"teacher": teacher} if teacher is not None else {})
     optimizers = {"shared": (policy.model, optimizer)}
     if e_optimizer is not optimizer:
@@ -506,19 +510,18 @@ def train(
         print(f"going on after {first_step} batches; {dropped} later lines dropped from the logs")
 
     def save_state(step: int) -> None:
-        state = {"shift": shift, "bad_in_a_row": bad_in_a_row, "best": best}
+        nonlocal saved
+        saved, state = step, {"shift": shift, "bad_in_a_row": bad_in_a_row, "best": best}
         checkpoint.save(out / "checkpoints", step, models, optimizers, state, world)
 
     def leave_if_told(step: int) -> None:
         """After a SIGTERM: saves the state after `step` batches, which are whole at every place this is called from."""
         if world.most(stop_signals()):
-            save_state(step)
+            if saved != step:
+                save_state(step)
             policy.save(out / "model")
             raise SystemExit(143)
 
-    if world.rank == 0 and not kept:
-        (out / "part-config.json").write_text(json.dumps(record, indent=1) + "\n")
-        (out / "part-config.json").rename(out / "config.json")  # whole, whenever the run is killed
     mine = lambda name: out / name if world.rank == 0 else Path(os.devnull)  # noqa: E731
     log, samples = mine("log.jsonl").open("a"), mine("samples.jsonl").open("a")
 
@@ -626,9 +629,10 @@ def train(
             for i in rows:
                 drawn_logp[i, : len(y[i])] = torch.tensor(rollouts[i].logp)
             gap = (old_logp - drawn_logp)[mask.bool()].abs()
-            mismatch = torch.ones_like(old_logp)  # (B, T)
+            mismatch, at_limit = torch.ones_like(old_logp), None  # (B, T)
             if cfg.mismatch_limit != "none" and sampler.other_engine:
                 mismatch = losses.truncated_ratio(old_logp, drawn_logp, float(cfg.mismatch_limit))
+                at_limit = mean(mismatch[mask.bool()] == float(cfg.mismatch_limit))
             if method.teacher:
                 teacher_logp, _ = policy.score(xC, y, told.nonzero().flatten().tolist(), teacher)
                 teacher_logp = torch.where(told[:, None], teacher_logp, old_logp)  # no context: A^SDPO = 0
@@ -751,7 +755,7 @@ def train(
                 "left_out": {why: count for why, count in skipped.items() if count},
                 "updates_not_finite": sum(not math.isfinite(norm) for norm in e_norms + m_norms),
                 "sampler_gap": mean(gap), "lr": cfg.lr * rate,
-                "mismatch_truncated": mean(mismatch[mask.bool()] == float(cfg.mismatch_limit)) if sampler.other_engine and cfg.mismatch_limit != "none" else None,
+                "mismatch_truncated": at_limit,
                 "padding": 1 - filled / padded if padded else None,
                 "seconds": {k: round(v, 4) for k, v in clock.seconds.items()},
                 "tokens_per_second": n_tokens / sum(clock.seconds.values()),
@@ -769,8 +773,9 @@ def train(
                 save_state(step + 1)
             leave_if_told(step + 1)
         policy.save(out / "model")
-    except (Exception, KeyboardInterrupt):  # the weights as they were, where nobody else is needed to gather them
-        if world.size == 1:
+    except (Exception, KeyboardInterrupt) as error:
+        # The weights as they were, where nobody else is needed to gather them or everybody is here for the same reason.
+        if world.size == 1 or isinstance(error, (FloatingPointError, StaleEngine)):
             policy.save(out / "model")
         raise
     finally:
@@ -789,6 +794,27 @@ def planned(cfg: Config, path: str, processes: int) -> plan.Plan:
     print("\n".join(plan.lines(found, cfg, METHODS[cfg.method])), flush=True)
     plan.refuse(found, cfg)
     return found
+
+
+def settled(cfg: Config, policy: Policy, task: tasks.Task, found: plan.Plan) -> plan.Plan:
+    """The plan with the longest sequence that is sampled, evaluation's included. Raises ValueError where that has no room."""
+    questions = (
+        [feedback.student_prompt(policy.tokenizer, p.messages) for p in watch(task)[0]] if cfg.eval_every else []
+    )
+    longest = max([found.longest, *(len(question) + cfg.max_response_tokens for question in questions)])
+    found = replace(found, longest=longest)
+    plan.refuse(found, cfg)
+    return found
+
+
+def open_directory(out: Path, overwrite: bool, record: dict) -> None:
+    """Makes the run directory with its config.json; one that is there is deleted if `overwrite`, else left as it is."""
+    if overwrite and out.exists():
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "config.json").exists():
+        (out / "part-config.json").write_text(json.dumps(record, indent=1) + "\n")
+        (out / "part-config.json").rename(out / "config.json")  # whole, whenever the run is killed
 
 
 def git_commit() -> str:
@@ -818,10 +844,10 @@ def main(argv: list[str] | None = None) -> None:
             return
         except (ValueError, OSError) as error:
             fail(error)
-    world = World.start()
-    if world.rank:
+    if os.environ.get("RANK", "0") != "0":
         sys.stdout = open(os.devnull, "w")  # one process speaks
     try:
+        world = World.start()
         check(cfg)
         if out.exists() and not cfg.overwrite and not resuming:
             raise ValueError(
@@ -834,17 +860,20 @@ def main(argv: list[str] | None = None) -> None:
                 f"--task {cfg.task} with {cfg.model} needs CUDA GPUs, and there is none: on this machine run "
                 f"`bash run.sh {cfg.task} --smoke` or `bash run.sh toy`"
             )
+        if cfg.sampler == "vllm" and importlib.util.find_spec("vllm") is None:
+            raise ValueError("--sampler vllm: vllm is not installed; run.sh installs it where there is an NVIDIA GPU")
         task = tasks.load(cfg.task, cfg.subset, cfg.data, cfg.train_tests, cfg.since, cfg.until)
         task.verify = world.shared(task.verify)
         if METHODS[cfg.method].teacher and task.sources and cfg.feedback not in task.sources:
             raise ValueError(f"--feedback {cfg.feedback}: {task.name} has {', '.join(task.sources)}")
         dtype = getattr(torch, cfg.dtype)
         with tempfile.TemporaryDirectory() as made:
-            making = cfg.smoke and cfg.model != str(out / "base")  # a smoke run that goes on has its model there
+            # A smoke run that goes on has its model there.
+            making = cfg.smoke and not (resuming and (out / "base" / "config.json").exists())
             if making:
                 toy.smoke_model(cfg.task, cfg.smoke, Path(made))
             path = made if making else cfg.model
-            record = {"engine_memory": planned(cfg, path, world.size).share}
+            found = planned(cfg, path, world.size)
             policy = Policy.load(path, dtype, micro_batch_tokens=cfg.micro_batch_tokens, world=world)
         if cfg.top_k > policy.vocabulary:
             raise ValueError(f"--top_k {cfg.top_k} exceeds the vocabulary of {policy.vocabulary} tokens")
@@ -852,26 +881,26 @@ def main(argv: list[str] | None = None) -> None:
             p for p in task.train if len(feedback.student_prompt(policy.tokenizer, p.messages)) <= cfg.max_prompt_tokens
         ]
         dropped, task.train = len(task.train) - len(fits), fits
+        found = settled(cfg, policy, task, found)
         if METHODS[cfg.method].teacher and cfg.feedback == "critique" and not all(p.reference for p in fits):
             raise ValueError(f"--feedback critique needs a reference answer for every problem of {task.name}")
         if len(fits) < cfg.prompts_per_batch:
             raise ValueError(
                 f"{len(fits)} training problems do not fill a batch of --prompts_per_batch {cfg.prompts_per_batch}"
             )
-        world.first(lambda: None)  # everybody has looked
-        if world.rank == 0:
-            if cfg.overwrite and out.exists():
-                shutil.rmtree(out)
-            out.mkdir(parents=True, exist_ok=True)
         if making:  # the model was made on the spot; evaluation will want it again
             cfg.model = str(out / "base")
+        teacher = cfg.teacher or METHODS[cfg.method].teacher
+        record = {**asdict(cfg), "out": str(out), "teacher": teacher, "commit": git_commit(), "processes": world.size,
+                  "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+                  "torch": torch.__version__, "command": " ".join(["python", *sys.argv]), "prompts_dropped": dropped}  # fmt: skip
+        world.first(lambda: None)  # everybody has looked
+        world.first(lambda: open_directory(out, cfg.overwrite, record))
+        if making:
             policy.save(cfg.model)
-    except (ValueError, OSError) as error:
+        sampler = open_sampler(cfg.sampler, policy, cfg.model, found.longest, found.share)
+    except (ValueError, OSError, ImportError) as error:
         fail(error)
-    teacher = cfg.teacher or METHODS[cfg.method].teacher
-    record = {**asdict(cfg), **record, "out": str(out), "teacher": teacher, "commit": git_commit(), "processes": world.size,
-              "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-              "torch": torch.__version__, "command": " ".join(["python", *sys.argv]), "prompts_dropped": dropped}  # fmt: skip
     print(" ".join(f"{f.name}={record[f.name]!r}" for f in fields(cfg)))
     for note in task.notes:
         print(note)
@@ -879,16 +908,20 @@ def main(argv: list[str] | None = None) -> None:
     received = []
     before = signal.signal(signal.SIGTERM, lambda *_: received.append(1))
     try:
-        train(cfg, policy, task, out, record, stop_signals=lambda: len(received))
+        train(cfg, policy, sampler, task, out, record, stop_signals=lambda: len(received))
     except SystemExit as stop:
-        if stop.code == 143:
+        if stop.code == 143 and world.rank == 0:
             print(f"told to stop: the state is in {out}/checkpoints; --resume goes on from it", file=sys.stderr)
         raise
     except KeyboardInterrupt:
-        print(f"stopped; the log and the weights so far are in {out}", file=sys.stderr)
+        if world.rank == 0:
+            print(f"stopped; the log and the weights so far are in {out}", file=sys.stderr)
         sys.exit(130)
+    except checkpoint.Damaged as error:
+        fail(error)
     except (FloatingPointError, StaleEngine) as error:
-        print(f"vpd.py: {error}; the log and the last finite weights are in {out}", file=sys.stderr)
+        if world.rank == 0:
+            print(f"vpd.py: {error}; the log and the last finite weights are in {out}", file=sys.stderr)
         sys.exit(1)
     finally:
         signal.signal(signal.SIGTERM, before)

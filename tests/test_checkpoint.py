@@ -89,6 +89,20 @@ def test_the_last_two_are_kept_and_what_a_cut_save_left_is_cleared(make_model, t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000006", "step-000010"]
 
 
+def test_the_only_checkpoint_outlives_its_replacement(make_model, tmp_path, monkeypatch):
+    """The same step written again, as after a second SIGTERM, and stopped where the old one is being removed."""
+    model, _ = trained(make_model, 0)
+    checkpoint.save(tmp_path, 3, {"policy": model}, {}, {}, ALONE)
+
+    def killed(folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path, 3, {"policy": model}, {}, {}, ALONE)
+    assert checkpoint.restore(tmp_path, {"policy": model}, {}, ALONE) == {"step": 3}
+
+
 def test_an_empty_folder_has_no_checkpoint(make_model, tmp_path):
     assert checkpoint.restore(tmp_path / "none", {}, {}, ALONE) is None
 
@@ -108,6 +122,7 @@ DAMAGES = {
     "no metadata": lambda folder: (folder / ".metadata").unlink(),
     "no manifest": lambda folder: (folder / "manifest.json").unlink(),
     "manifest is no JSON": lambda folder: (folder / "manifest.json").write_text("{"),
+    "manifest is empty": lambda folder: (folder / "manifest.json").write_text("{}"),
     "state": lambda folder: (folder / "state.json").write_text("{}"),
     "empty": lambda folder: [path.unlink() for path in folder.iterdir()],
 }
@@ -273,6 +288,26 @@ def test_without_flags_resume_takes_the_runs_own_settings(unbroken, tmp_path):
     same_run(out, unbroken())
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_is_one_line(unbroken, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(unbroken(), out)
+    for folder in (out / "checkpoints").glob("step-*"):
+        damage_bytes(folder)
+    with pytest.raises(SystemExit) as stop:
+        vpd.main(["--out", str(out), "--resume"])
+    error = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and [("damaged" in line) for line in error] == [True] * 3 and "--overwrite" in error[-1]
+
+
+def test_a_run_killed_before_its_first_batch_can_be_started_over_or_resumed(tmp_path):
+    for flag in ("--resume", "--overwrite"):
+        out = tmp_path / flag
+        dying = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+        assert end(start(out, before=lambda: setattr(vpd, "open_sampler", dying))) == -signal.SIGKILL
+        assert end(start(out, flag, "--steps", "1")) == (2 if flag == "--resume" else 0)  # 5 steps is what the run says
+        assert end(start(out, flag, *([] if flag == "--resume" else ["--steps", "1"]))) == 0
+
+
 def test_resume_and_overwrite_together_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         vpd.main([*SMALL, "--out", str(tmp_path / "run"), "--resume", "--overwrite"])
@@ -300,7 +335,7 @@ def die_at(moment):
     places = (
         (checkpoint.dcp, "save"),
         (checkpoint, "_sum"),
-        (checkpoint, "_remove"),
+        (shutil, "rmtree"),
         (Path, "write_text"),
         (Path, "rename"),
     )

@@ -223,7 +223,8 @@ def test_compute_is_bfloat16_and_weights_gradients_and_optimizer_float32(runs):
     assert (torch.tensor(one["before"]) - plain).abs().max() < 0.1
     saved = load_file(runs[1] / "bfloat16" / "model.safetensors")
     assert {w.dtype for w in saved.values()} == {torch.bfloat16}
-    Policy.load(str(runs[1] / "bfloat16"))
+    assert json.loads((runs[1] / "bfloat16" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert Policy.load(str(runs[1] / "bfloat16")).model.dtype == torch.float32
 
 
 def test_one_process_writes_logs_and_says_anything(runs):

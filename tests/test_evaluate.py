@@ -286,13 +286,16 @@ def command(monkeypatch):
     monkeypatch.setattr(evaluate.tasks, "load", load)
     monkeypatch.setattr(evaluate.tasks, "read", read)
     monkeypatch.setattr(evaluate, "measure", measure)
+
     class Loaded(str):  # a policy is its path here
         tokenizer = None
 
     monkeypatch.setattr(evaluate.plan, "read", lambda path: None)
     monkeypatch.setattr(evaluate, "student_prompt", lambda *_: [])
     calls.synced = []
-    opened = lambda which, policy, path, longest, share: SimpleNamespace(sync=calls.synced.append)  # noqa: E731
+    opened = lambda which, policy, path, longest, share: SimpleNamespace(  # noqa: E731
+        sync=calls.synced.append, sleep=lambda: calls.synced.append("asleep")
+    )
     monkeypatch.setattr(evaluate, "open_sampler", opened)
     monkeypatch.setattr(evaluate.Policy, "load", lambda path, *_, **__: Loaded(path))
     calls.run = lambda *argv: evaluate.main([str(word) for word in argv])
@@ -334,7 +337,7 @@ def test_run_is_evaluated_before_and_after_with_its_own_settings(command, tmp_pa
     command.run("--run", tmp_path)
     after = str(tmp_path / "model")
     assert command.measured == [("Qwen/Qwen3-8B", 5, 0.3, 0.8, 11), (after, 5, 0.3, 0.8, 11)]
-    assert command.synced == ["Qwen/Qwen3-8B", after]  # one engine, given the one's weights and then the other's
+    assert command.synced == ["Qwen/Qwen3-8B", "asleep", after]  # one engine, given the one's weights, then the other's
     options = {"data": "", "train_tests": "private", "since": "2025-02-01", "until": "2025-05-01"}
     assert command.loaded == [("sciknoweval", "physics", options)]
     printed = capsys.readouterr().out.splitlines()

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Olmo3Config, Olmo3ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the script; under pytest conftest.py has done it
 import evaluate  # noqa: E402
@@ -31,7 +31,8 @@ from test_rollout import nucleus, same  # noqa: E402
 pytestmark = pytest.mark.vllm
 torch.set_num_threads(1)
 EOS, LIMIT = 2, 384
-FAMILIES = {"tied": torch.float32, "untied": torch.float64}  # a float64 trainer gets a float32 engine
+# A float64 trainer gets a float32 engine. vLLM runs OLMo3 by way of transformers' own classes, which it changes.
+FAMILIES = {"tied": torch.float32, "untied": torch.float64, "olmo3": torch.float32}
 # The engine on a CPU caches prefixes in blocks of 128 tokens, so the long prompt is cached and the short ones are not.
 PROMPTS = [[3 + 7 * i % 300 for i in range(300)], [12, 3], [5, 5, 13, 4, 6]]
 MIXED = dict(n=4, seed=3, max_tokens=24)
@@ -45,12 +46,19 @@ def make(family: str, folder: Path, world: World = World(), dtype: torch.dtype |
     # The CPU kernels repack a layer's weights at its first load and miss a tied head at the next; CUDA repacks nothing.
     vllm._custom_ops._supports_onednn = False
     torch.manual_seed(0)
-    config = Qwen3Config(
+    settings = dict(
         vocab_size=320, hidden_size=64, num_hidden_layers=2, intermediate_size=64, num_attention_heads=2,
         num_key_value_heads=2, head_dim=32, max_position_embeddings=512, initializer_range=0.15, pad_token_id=0,
-        eos_token_id=EOS, bos_token_id=None, tie_word_embeddings=family == "tied", architectures=["Qwen3ForCausalLM"],
+        eos_token_id=EOS, bos_token_id=None,
     )  # fmt: skip
-    model = Qwen3ForCausalLM(config).to(dtype or FAMILIES[family])
+    if family == "olmo3":
+        layers = ["sliding_attention", "full_attention"]
+        config = Olmo3Config(**settings, architectures=["Olmo3ForCausalLM"], sliding_window=128, layer_types=layers)
+        network = Olmo3ForCausalLM
+    else:
+        config = Qwen3Config(**settings, architectures=["Qwen3ForCausalLM"], tie_word_embeddings=family == "tied")
+        network = Qwen3ForCausalLM
+    model = network(config).to(dtype or FAMILIES[family])
     policy = Policy(model, SimpleNamespace(eos_token_id=EOS, chat_template=None), world=world)
     if world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -79,6 +87,11 @@ def gap(policy, rollouts, prompts=PROMPTS):
     assert all(len(r.logp) == len(r.tokens) for r in rollouts)
     gaps = torch.cat([(s[: len(r.logp)].cpu() - torch.tensor(r.logp)).abs() for r, s in zip(rollouts, scored)])
     return gaps.max().item(), gaps.mean().item()
+
+
+def view_logits(policy, prompt, response):
+    """(T, V). The model itself is not called: vLLM has changed OLMo3's __call__."""
+    return policy.view([prompt], [response]).logits()[0].detach()
 
 
 def generators():
@@ -134,24 +147,38 @@ def test_after_an_update_and_a_push_rollouts_come_from_the_new_weights(pair, asl
 
 
 @pytest.mark.parametrize("temperature, top_p", [(0.7, 1.0), (1.0, 0.8), (0.7, 0.9)])
-def test_logp_is_that_of_the_distribution_after_temperature_and_top_p(pair, plain_logits, temperature, top_p):
+def test_logp_is_that_of_the_distribution_after_temperature_and_top_p(pair, temperature, top_p):
     policy, sampler = pair
     rollouts = sampler.sample(PROMPTS, **MIXED, temperature=temperature, top_p=top_p)
     for row, r in enumerate(rollouts):
-        log_p = nucleus(plain_logits(policy.model, PROMPTS[row // 4], r.tokens).detach(), temperature, top_p)
+        log_p = nucleus(view_logits(policy, PROMPTS[row // 4], r.tokens).detach(), temperature, top_p)
         expected = log_p[range(len(r.tokens)), r.tokens]
         assert r.logp == pytest.approx(expected.tolist(), abs=1e-5)  # -inf outside the nucleus would fail
 
 
-def test_temperature_0_takes_the_likeliest_token(pair, plain_logits):
+def test_temperature_0_takes_the_likeliest_token(pair):
     policy, sampler = pair
     rollouts = sampler.sample(PROMPTS, **MIXED, temperature=0)
     for row, r in enumerate(rollouts):
-        assert r.tokens == plain_logits(policy.model, PROMPTS[row // 4], r.tokens).argmax(-1).tolist()
+        assert r.tokens == view_logits(policy, PROMPTS[row // 4], r.tokens).argmax(-1).tolist()
     assert gap(policy, rollouts)[0] < 1e-5
 
 
 # ---- Rows and seeds --------------------------------------------------------------------------------------------
+
+
+def test_a_second_network_of_the_class_is_made_and_pushed_beside_the_engine(pair):
+    """The EMA teacher, and the second network of an evaluation."""
+    policy, sampler = pair
+    torch.manual_seed(9)
+    other = Policy(
+        type(policy.model)(policy.model.config).to(policy.dtype), SimpleNamespace(eos_token_id=EOS, chat_template=None)
+    )
+    sampler.sleep()
+    sampler.sync(other)
+    assert gap(other, sampler.sample(PROMPTS, **MIXED))[0] < 1e-5
+    twin = policy.frozen_copy()
+    assert torch.equal(policy.score([[3]], [[4]], model=twin)[0], policy.score([[3]], [[4]])[0])
 
 
 def test_the_seed_alone_decides(pair):
@@ -372,9 +399,10 @@ def test_a_run_that_goes_on_draws_the_same_rollouts(run, tmp_path):
 
 def script(out: Path) -> None:
     world = World.start()
-    result = {}
+    result, alive = {}, []
     for family in FAMILIES:
         policy, sampler = make(family, out / family, world, torch.float32)
+        alive.append(sampler)  # an engine that is collected takes vLLM's groups along, the next one's too
         sampler.sync(policy)
         drawn = [sampler.sample(PROMPTS, **MIXED)]
         train(policy)

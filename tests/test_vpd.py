@@ -1,5 +1,6 @@
 """The loop: presets against the paper's tables, refused settings, the pieces of a batch by hand, and whole small runs."""
 
+import importlib.util
 import json
 import math
 import os
@@ -58,6 +59,7 @@ def test_a_flag_overrides_the_preset_and_the_preset_the_default():
     assert vpd.parse(["--no_borrow"]).borrow is False and vpd.parse([]).borrow is True
 
 
+has_vllm = importlib.util.find_spec("vllm") is not None
 IMPOSSIBLE = [
     (["--group_size", "1", "--method", "grpo"], "group_size"),
     (["--group_size", "1", "--feedback", "sibling"], "group_size"),
@@ -91,13 +93,18 @@ IMPOSSIBLE = [
     (["--data", "tests"], "--data"),
     (["--critic_url", "http://localhost:1"], "--critic_model"),
     (["--critic_url", "http://localhost:1", "--critic_model", "m"], "--feedback critique"),
+    (["--mismatch_limit", "-1"], "--mismatch_limit"),
+    (["--mismatch_limit", "two"], "--mismatch_limit"),
+    (["--engine_memory", "1.5"], "--engine_memory"),
+    (["--checkpoint_every", "-1"], "--checkpoint_every"),
+    pytest.param(["--sampler", "vllm"], "vllm is not installed", marks=pytest.mark.skipif(has_vllm, reason="it is")),
     (["--no_such_flag", "1"], "no_such_flag"),
     (["--method", "ppo"], "ppo"),
     (["--lr", "fast"], "lr"),
 ]
 
 
-@pytest.mark.parametrize("argv, words", IMPOSSIBLE, ids=[" ".join(a) for a, _ in IMPOSSIBLE])
+@pytest.mark.parametrize("argv, words", IMPOSSIBLE, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
 def test_impossible_settings_are_one_line_exit_2_and_nothing_written(argv, words, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         vpd.main([*argv, "--out", str(tmp_path / "run")])
