@@ -237,6 +237,19 @@ def test_sequence_mean_averages_each_row_and_an_empty_row_still_counts_in_n(mask
     close(L.sequence_mean(per_token, MASK.to(mask_dtype), 5), ((1 + 2) / 2 + (4 + 5 + 7) / 3 + 0) / 5)
 
 
+def test_sequence_weights_are_a_tokens_share_of_the_mean():
+    third = [1 / (3 * 4)] * 3
+    close(L.sequence_weights(MASK, 4), [[1 / (2 * 4), 1 / (2 * 4), 0], third, [0, 0, 0]])
+
+
+def test_with_tail_appends_what_the_head_leaves():
+    close(L.with_tail(tensor([0.5, 0.2], [0.1, 0.1]).log()).exp(), [[0.5, 0.2, 1 - 0.7], [0.1, 0.1, 1 - 0.2]])
+    full = live(tensor([0.5, 0.5]).log())
+    buckets = L.with_tail(full)  # nothing is left: the tail is pinned, and gives no gradient
+    close(buckets[-1].exp(), 1e-7, tol=1e-12)
+    close(gradients(buckets[-1], full)[0], [0, 0])
+
+
 @pytest.mark.parametrize("garbage", [1e30, math.nan, math.inf, -math.inf])
 def test_sequence_mean_with_a_mask_equals_the_rows_cut_to_length(garbage):
     compact = [tensor([1.0, 2.0]), tensor([4.0, 5.0, 7.0])]
