@@ -34,6 +34,16 @@ def kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     return (log_p.exp() * gap).sum(-1)
 
 
+def cross_entropy(log_t: torch.Tensor, log_s: torch.Tensor) -> torch.Tensor:
+    """H(T, S) = −Σ T log S over the last axis; the teacher T is detached. DistIL's local cost CE_t (2606.05152).
+
+    log_t, log_s: (..., V or K+1) log-probabilities. Returns (...). Symbols with T = 0 contribute 0.
+    """
+    assert log_t.shape == log_s.shape, f"log_t {tuple(log_t.shape)} and log_s {tuple(log_s.shape)} differ"
+    log_t = log_t.detach()
+    return -(log_t.exp() * torch.where(log_t == -math.inf, 0.0, log_s)).sum(-1)
+
+
 def token_logp(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """log p(y_t | ·) = logits[y_t] − logsumexp(logits).
 
@@ -227,6 +237,17 @@ def reweighted_advantages(
     A = advantages.unsqueeze(-1)  # (B, 1)
     w = (A.sign() * (teacher_logp - student_logp)).exp().clamp(1 - clip, 1 + clip)
     return (A * ((1 - lam) + lam * w)).detach()
+
+
+def cost_to_go(cost: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """cₜ = Σ_{i>t} costᵢ over the row's masked tokens, strictly later ones alone: a decision is charged with all that follows
+    it, and what it costs itself has a gradient of its own. DistIL (2606.05152).
+
+    cost, mask: (B, T). Returns (B, T), detached; 0 at a row's last token and on what follows it.
+    """
+    assert cost.shape == mask.shape, f"cost {tuple(cost.shape)} and mask {tuple(mask.shape)} differ"
+    kept = cost.detach().masked_fill(mask == 0, 0.0)
+    return F.pad(kept[:, 1:].flip(-1).cumsum(-1).flip(-1), (0, 1))
 
 
 # ---- E-step ----------------------------------------------------------------------------------------------

@@ -237,6 +237,26 @@ def test_sequence_mean_averages_each_row_and_an_empty_row_still_counts_in_n(mask
     close(L.sequence_mean(per_token, MASK.to(mask_dtype), 5), ((1 + 2) / 2 + (4 + 5 + 7) / 3 + 0) / 5)
 
 
+def test_cross_entropy_by_hand_its_arguments_in_order():
+    t, s = tensor([0.5, 0.25, 0.25]), live(tensor([0.2, 0.3, 0.5]).log())
+    loss = L.cross_entropy(live(t.log()), s)
+    value = -(0.5 * math.log(0.2) + 0.25 * math.log(0.3) + 0.25 * math.log(0.5))
+    close(loss.sum(), value)
+    close(gradients(loss.sum(), s)[0].flatten(), [-0.5, -0.25, -0.25])
+    close(L.cross_entropy(s, t.log()).sum(), -(0.2 * math.log(0.5) + 0.3 * math.log(0.25) + 0.5 * math.log(0.25)))
+    # H(T, S) = H(T) + KL(T‖S), and what T forbids costs nothing, even where S forbids it too.
+    close(L.cross_entropy(t.log(), s) - L.cross_entropy(t.log(), t.log()), L.kl(t.log(), s).detach())
+    close(L.cross_entropy(tensor([1.0, 0.0]).log(), tensor([0.5, 0.0]).log()).sum(), math.log(2))
+
+
+def test_cost_to_go_is_the_sum_of_strictly_later_costs():
+    cost = live(tensor([1.0, 2.0, 4.0, 8.0], [1.0, 2.0, 4.0, math.nan], [math.inf] * 4))
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0]])
+    found = L.cost_to_go(cost, mask)
+    close(found, [[2 + 4 + 8, 4 + 8, 8, 0], [2 + 4, 4, 0, 0], [0, 0, 0, 0]])
+    assert not found.requires_grad
+
+
 def test_sequence_weights_are_a_tokens_share_of_the_mean():
     third = [1 / (3 * 4)] * 3
     close(L.sequence_weights(MASK, 4), [[1 / (2 * 4), 1 / (2 * 4), 0], third, [0, 0, 0]])
@@ -475,6 +495,8 @@ ARGUMENTS = {  # one well-formed call of each function
     "kl": lambda: (log_probs(2, 3, 5, seed=20), log_probs(2, 3, 5, seed=21)),
     "token_logp": lambda: (normal(2, 3, 5, seed=20), TOKENS.clone()),
     "with_tail": lambda: (log_probs(2, 3, 5, seed=20)[..., :3],),
+    "cross_entropy": lambda: (log_probs(2, 3, 5, seed=20), log_probs(2, 3, 5, seed=21)),
+    "cost_to_go": lambda: (normal(3, 3, seed=22), MASK.clone()),
     "sequence_weights": lambda: (torch.tensor([[1, 1, 0], [1, 0, 0]]), 4),
     "top_k_with_tail": lambda: (normal(2, 3, 5, seed=20), normal(2, 3, 5, seed=21), 2),
     "divergence": lambda: (log_probs(2, 3, 5, seed=20), log_probs(2, 3, 5, seed=21), "js"),
@@ -522,6 +544,7 @@ def far_reward(z, t):
 DIFFERENTIABLE = {  # every differentiable function as one of the live logits z and the frozen logits t, both (2, 5, 3)
     "kl, first argument": lambda z, t: L.kl(z.log_softmax(-1), t.log_softmax(-1)),
     "kl, second argument": lambda z, t: L.kl(t.log_softmax(-1), z.log_softmax(-1)),
+    "cross_entropy": lambda z, t: L.cross_entropy(t.log_softmax(-1), z.log_softmax(-1)),
     "token_logp": lambda z, t: picked(z),
     "sequence_mean": lambda z, t: L.sequence_mean(picked(z), FAR_MASK, 3),
     "grpo_loss, up": lambda z, t: L.grpo_loss(picked(z), picked(t), UP - DOWN),
@@ -589,6 +612,8 @@ B2, B1 = torch.zeros(2), torch.zeros(1)
 WRONG = [
     (L.kl, (V3, V1), "log_p.*log_q"),
     (L.token_logp, (V3, torch.zeros(1, 3, dtype=torch.int64)), "logits.*tokens"),
+    (L.cross_entropy, (V3, V1), "log_t.*log_s"),
+    (L.cost_to_go, (X, X1), "cost.*mask"),
     (L.top_k_with_tail, (V3, V1, 2), "student_logits.*teacher_logits"),
     (L.top_k_with_tail, (V3, V3, 0), "k = 0"),
     (L.top_k_with_tail, (V3, V3, 5), "k = 5"),
