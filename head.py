@@ -27,8 +27,8 @@ def tokens_per_chunk(vocabulary: int, width: int, top_k: int | None, itemsize: i
 
 
 def _project(hidden: torch.Tensor, head: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
-    """Logits (n, V) of a chunk, in the buffer, at least float32: softmax over a large vocabulary loses too much in
-    bfloat16."""
+    """Logits (n, V) of a chunk, in the buffer, at least float32, so that what follows is: softmax over a large vocabulary
+    loses too much in bfloat16. Of a bfloat16 head the logits themselves are rounded, as in transformers and vLLM."""
     logits = buffer[: len(hidden)]
     if head.dtype == buffer.dtype:
         return torch.mm(hidden, head.T, out=logits)

@@ -157,9 +157,9 @@ def whole(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[
 
 @dataclass
 class View:
-    """One micro-batch of responses under one prompt each, to be used before the next pass over shards. hidden: (B, T, H), the state that predicts response token t;
-    tokens: (B, T) response ids, 0 on padding; mask: (B, T), 1 on response tokens incl. EOS; head: (V, H). filled, padded:
-    tokens that went through the network, without and with padding."""
+    """One micro-batch of responses under one prompt each, to be used before the next pass over shards. hidden: (B, T, H),
+    the state that predicts response token t; tokens: (B, T) response ids, 0 on padding; mask: (B, T), 1 on response
+    tokens incl. EOS; head: (V, H). filled, padded: tokens that went through the network, without and with padding."""
 
     hidden: torch.Tensor
     tokens: torch.Tensor
@@ -169,7 +169,7 @@ class View:
     padded: int = 0
 
     def logits(self) -> torch.Tensor:
-        """(B, T, V), at least float32: softmax over a large vocabulary loses too much in bfloat16. The head is a plain
+        """(B, T, V) for small vocabularies, at least float32; `score` and `loss` form no such tensor. The head is a plain
         matrix, as in Qwen3 and OLMo3; scaled or capped logits (Gemma 2, Cohere) are not covered."""
         logits = self.hidden @ self.head.T
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
