@@ -116,7 +116,8 @@ def distillation_loss(
     student_logits, teacher_logits: (B, T, V); kind: see `divergence`; top_k: None compares whole vocabularies, else the
     student's top_k tokens and the tail. Returns (B, T). Needs `divergence`, `kl`, `top_k_with_tail`, `with_tail`.
 
-    With the visited prefixes y_<t frozen, this is the sum's local term; it is not the gradient of the sequence KL(π‖q).
+    In expectation its gradient is that of the divergence with the visits to the prefixes y_<t frozen. The gradient of the
+    sequence KL(π‖q) has the score-function term E Σₜ ∇log π(yₜ) Σ_{i>t} KLᵢ besides (tests/test_theory.py).
     """
     if top_k is None:
         log_s, log_t = torch.log_softmax(student_logits, -1), torch.log_softmax(teacher_logits.detach(), -1)
@@ -151,7 +152,7 @@ def sequence_mean(per_token: torch.Tensor, mask: torch.Tensor, num_sequences: in
 
     per_token, mask: (B, T). num_sequences: N, all sequences of the optimizer step (masked ones included, all
     micro-batches, all ranks), so the sum of micro-batch results is the whole step's loss. Returns (). Needs
-    `sequence_weights`.
+    `sequence_weights`. The row's mean weighs a response by 1/length, which for a policy gradient is a bias.
     """
     assert per_token.ndim == 2, f"per_token must be (B, T), not {tuple(per_token.shape)}"
     assert per_token.shape == mask.shape, f"per_token {tuple(per_token.shape)} and mask {tuple(mask.shape)} differ"
@@ -165,8 +166,9 @@ def sequence_mean(per_token: torch.Tensor, mask: torch.Tensor, num_sequences: in
 def group_advantages(rewards: torch.Tensor, group_size: int, divide_by_std: bool = False) -> torch.Tensor:
     """Aᵢ = rᵢ − mean(r of its group); with divide_by_std also / (std + 1e-6), the (n−1) standard deviation.
 
-    rewards: (B,), the rows of a group adjacent. Returns (B,). Source: lasgroup/SDPO @0e6d510 does not divide.
-    Raises ValueError if B is no multiple of group_size, or for the std of a group of one.
+    rewards: (B,), the rows of a group adjacent. Returns (B,). Source: lasgroup/SDPO @0e6d510 does not divide. A row's own
+    reward is part of its baseline: the expected gradient is (1 − 1/G) of the policy gradient. Raises ValueError if B is
+    no multiple of group_size, or for the std of a group of one.
     """
     assert rewards.ndim == 1, f"rewards must be (B,), not {tuple(rewards.shape)}"
     if len(rewards) % group_size:
@@ -293,7 +295,8 @@ def bco_loss(
 
     implicit_rewards: (B,); rewards: (B,) of 0 and 1; shift: δ, carries no gradient; num_pos, num_neg: n₊ and n₋ of the
     whole optimizer step when these rows are one of its micro-batches (default: of these rows). Returns (). A class
-    without rows adds nothing. The gradient in r̃ is −σ(−(r̃−δ))/n₊ on a success and +σ(r̃−δ)/n₋ on a failure.
+    without rows adds nothing. This is a classifier's loss, not Eq. 5: over unrestricted q its infimum lies at
+    q(failure) = 0. The gradient in r̃ is −σ(−(r̃−δ))/n₊ on a success and +σ(r̃−δ)/n₋ on a failure.
     """
     assert implicit_rewards.shape == rewards.shape, (
         f"implicit_rewards {tuple(implicit_rewards.shape)} and rewards {tuple(rewards.shape)} differ"
