@@ -268,7 +268,7 @@ class Policy:
         """Writes a folder that `load`, transformers and vLLM read, in the compute dtype; an older one of the name is replaced
         when the new one is whole. Collective."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(self.model, options=options)
+        weights = get_model_state_dict(self.model, options=options)  # in process 0; the others get none
         if self.world.rank == 0:
             # named_parameters counts a tied head once, as the embedding; the gathered dictionary holds it twice.
             once = {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}

@@ -870,11 +870,13 @@ def main(argv: list[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as made:
             # A smoke run that goes on has its model there.
             making = cfg.smoke and not (resuming and (out / "base" / "config.json").exists())
+            made = world.first(lambda: made)  # one process makes the model, on this machine
             if making:
-                toy.smoke_model(cfg.task, cfg.smoke, Path(made))
+                world.first(lambda: toy.smoke_model(cfg.task, cfg.smoke, Path(made)))
             path = made if making else cfg.model
             found = planned(cfg, path, world.size)
             policy = Policy.load(path, dtype, micro_batch_tokens=cfg.micro_batch_tokens, world=world)
+            world.first(lambda: None)  # everybody has read it
         if cfg.top_k > policy.vocabulary:
             raise ValueError(f"--top_k {cfg.top_k} exceeds the vocabulary of {policy.vocabulary} tokens")
         fits = [

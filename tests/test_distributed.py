@@ -103,6 +103,7 @@ def run_all(folder: str) -> None:
             "3",
         ]
     )
+    vpd.main(["--task", "sciknoweval", "--smoke", "olmo3", "--eval_every", "0", "--out", str(out / "smoke")])
     (out / f"empties-{os.environ['RANK']}").write_text(str(empties[0]))
 
 
@@ -225,6 +226,11 @@ def test_compute_is_bfloat16_and_weights_gradients_and_optimizer_float32(runs):
     assert {w.dtype for w in saved.values()} == {torch.bfloat16}
     assert json.loads((runs[1] / "bfloat16" / "config.json").read_text())["dtype"] == "bfloat16"
     assert Policy.load(str(runs[1] / "bfloat16")).model.dtype == torch.float32
+
+
+def test_a_smoke_run_of_a_real_task_on_olmo3_is_shared_out_too(runs):
+    rows = train_rows(runs[1] / "smoke")
+    assert [row["step"] for row in rows] == [0, 1] and Policy.load(str(runs[1] / "smoke" / "base")).vocabulary > 0
 
 
 def test_one_process_writes_logs_and_says_anything(runs):
