@@ -68,12 +68,11 @@ def save(
         for found in sums:
             files |= found
         (part / "manifest.json").write_text(json.dumps(files))
-        gone = [final] if final.exists() else []
-        gone = [old.rename(old.with_name(f"part-gone-{old.name}")) for old in gone]
-        part.rename(final)  # nothing but a rename stands between the old one of this step and the new one
+        away = lambda old: old.rename(old.with_name(f"part-gone-{old.name}"))  # noqa: E731
+        gone = [away(final)] if final.exists() else []  # `restore` finds it there if the next line is never reached
+        part.rename(final)
         # Renamed before they are removed: half of a checkpoint must not look like one.
-        for old in sorted(folder.glob("step-*"))[:-KEPT]:
-            gone.append(old.rename(old.with_name(f"part-gone-{old.name}")))
+        gone += [away(old) for old in sorted(folder.glob("step-*"))[:-KEPT]]
         for old in gone:
             shutil.rmtree(old)
 
@@ -85,7 +84,7 @@ def restore(folder: Path, models: dict[str, nn.Module], optimizers: Optimizers, 
     """Loads the newest whole checkpoint of `folder` into models and optimizers. Returns what `save` was given as state, with
     "step"; None if there is no checkpoint. A damaged one is named on standard error and the one before it taken. Raises
     Damaged when every one is damaged. Collective."""
-    found = world.first(lambda: sorted(folder.glob("step-*"), reverse=True))
+    found = world.first(lambda: sorted(folder.glob("step-*"), reverse=True) or sorted(folder.glob("part-gone-*")))
     for checkpoint in found:
         damage = world.first(lambda: _damage(checkpoint))
         if damage:

@@ -89,14 +89,21 @@ def test_the_last_two_are_kept_and_what_a_cut_save_left_is_cleared(make_model, t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000006", "step-000010"]
 
 
-def test_the_only_checkpoint_outlives_its_replacement(make_model, tmp_path, monkeypatch):
-    """The same step written again, as after a second SIGTERM, and stopped where the old one is being removed."""
+@pytest.mark.parametrize("renames", [1, 2, 3])  # the library makes one of its own
+def test_the_only_checkpoint_outlives_its_replacement(make_model, tmp_path, monkeypatch, renames):
+    """The same step written again, as after a second SIGTERM, and stopped before, between or after the two renames."""
     model, _ = trained(make_model, 0)
     checkpoint.save(tmp_path, 3, {"policy": model}, {}, {}, ALONE)
 
-    def killed(folder):
-        raise KeyboardInterrupt
+    rename, left = Path.rename, [renames]
 
+    def killed(*args):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return rename(*args)
+
+    monkeypatch.setattr(Path, "rename", killed)
     monkeypatch.setattr(shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(tmp_path, 3, {"policy": model}, {}, {}, ALONE)
