@@ -12,7 +12,6 @@ for new training runs, whose spread only seeds show.
 
 import argparse
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -234,8 +233,6 @@ def main(argv: list[str] | None = None) -> None:
             torch.set_num_threads(1)
         for path in models.values():
             plan.read(path)
-        if os.environ.get("RANK", "0") != "0":
-            sys.stdout = open(os.devnull, "w")  # one process speaks
         world = World.start()
         task.verify = world.shared(task.verify)
     except (ValueError, OSError) as error:

@@ -102,20 +102,9 @@ def loss(
         for first in range(0, n, len(buffer)):
             at = slice(first, first + len(buffer))
             taught = (teacher[0][at], teacher[1]) if teacher else None
-            grads = _chunk(
-                objective,
-                weights[at],
-                hidden[at],
-                head,
-                tokens[at],
-                [x[at] for x in given],
-                taught,
-                kind,
-                top_k,
-                buffer,
-                other,
-            )
-            d_logits, value, logp[at], apart[at] = grads
+            d_logits, value, logp[at], apart[at] = _chunk(
+                objective, weights[at], hidden[at], head, tokens[at], [x[at] for x in given], taught, kind, top_k, buffer, other
+            )  # fmt: skip
             total += value
             if need:
                 d_logits = d_logits.to(head.dtype)
@@ -141,9 +130,8 @@ def _chunk(objective, weights, hidden, head, tokens, given, teacher, kind, top_k
         log_t = torch.einsum("ckh,ch->ck", teacher[1][top], teacher[0]).to(logits.dtype) - t_total
     if teacher and top_k is None:
         total = _logsumexp(logits)  # (c, 1)
-        apart, slope = _compare(
-            logits, total, _project(*teacher, other), kind
-        )  # slopes now stand in logits, p in other
+        # Slopes stand in logits afterwards, p in other.
+        apart, slope = _compare(logits, total, _project(*teacher, other), kind)
     else:
         z, total = _exponentiate(logits)  # z p now stands in logits
     with torch.enable_grad():

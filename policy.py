@@ -45,21 +45,19 @@ class World:
     @classmethod
     def start(cls) -> "World":
         """From the environment that torchrun sets. On CUDA even one process makes a group, so that one GPU and many run
-        the same code: sharded layers, float32 weights, bfloat16 compute. Raises ValueError for more processes than GPUs."""
+        the same code: sharded layers, float32 weights, bfloat16 compute. Only the first process's standard output is kept.
+        Raises ValueError for more processes than GPUs."""
         cuda = torch.cuda.is_available()
+        if os.environ.get("RANK", "0") != "0":
+            sys.stdout = open(os.devnull, "w")
         if "RANK" not in os.environ:
             if not cuda:
                 return cls()
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = str(free.getsockname()[1])
-            os.environ |= {
-                "RANK": "0",
-                "LOCAL_RANK": "0",
-                "WORLD_SIZE": "1",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-            }
+            os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+                           "MASTER_PORT": port}  # fmt: skip
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
         if cuda and device.index >= torch.cuda.device_count():
             raise ValueError(f"more processes on this machine than its {torch.cuda.device_count()} GPUs")
@@ -114,6 +112,10 @@ class World:
             dist.broadcast_object_list(box)
         return box[0]
 
+    def wait(self) -> None:
+        """Until every process has come this far."""
+        self.first(lambda: None)
+
     def most(self, n: float) -> float:
         """The largest of the processes' numbers."""
         if self.size == 1:
@@ -159,7 +161,8 @@ def whole(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[
 class View:
     """One micro-batch of responses under one prompt each, to be used before the next pass over shards. hidden: (B, T, H),
     the state that predicts response token t; tokens: (B, T) response ids, 0 on padding; mask: (B, T), 1 on response
-    tokens incl. EOS; head: (V, H). filled, padded: tokens that went through the network, without and with padding."""
+    tokens incl. EOS; head: (V, H), a plain matrix, as in Qwen3 and OLMo3: scaled or capped logits (Gemma 2, Cohere) are
+    not covered. filled, padded: tokens that went through the network, without and with padding."""
 
     hidden: torch.Tensor
     tokens: torch.Tensor
@@ -167,12 +170,6 @@ class View:
     head: torch.Tensor
     filled: int = 0
     padded: int = 0
-
-    def logits(self) -> torch.Tensor:
-        """(B, T, V) for small vocabularies, at least float32; `score` and `loss` form no such tensor. The head is a plain
-        matrix, as in Qwen3 and OLMo3; scaled or capped logits (Gemma 2, Cohere) are not covered."""
-        logits = self.hidden @ self.head.T
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def score(self) -> tuple[torch.Tensor, torch.Tensor]:
         """log p of each token and the entropy of the distribution it comes from, (B, T), 0 on padding, no gradient."""
@@ -286,7 +283,7 @@ class Policy:
                 folder.rename(old)
             part.rename(folder)
             shutil.rmtree(old, ignore_errors=True)
-        self.world.first(lambda: None)  # nobody reads it before it is there
+        self.world.wait()  # nobody reads it before it is there
 
     def frozen_copy(self) -> nn.Module:
         """A copy of the network that never trains: the EMA teacher, or the fixed prior. Sharded like the network."""

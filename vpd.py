@@ -105,9 +105,7 @@ class Config:
     out: str = ""  # run directory; "" is runs/TASK-METHOD-seedN
     overwrite: bool = False  # delete the run directory if it exists
     resume: bool = False  # go on from the run directory's last checkpoint; starts the run if there is none
-    checkpoint_every: int = (
-        10  # rollout batches; the last two are kept. 0: only when the run ends or is told to (SIGTERM)
-    )
+    checkpoint_every: int = 10  # rollout batches; the last two are kept. 0: when the run ends or is told to (SIGTERM)
     epochs: int = 30  # passes over the training problems, when steps is 0
     steps: int = 0  # rollout batches; 0: by epochs
     log_samples: int = 8  # rollouts written to samples.jsonl per batch
@@ -298,18 +296,11 @@ def _positive(text: str) -> bool:
 
 def check(cfg: Config) -> None:
     """Raises ValueError with one line for settings that cannot work together."""
-    shares = {
-        "engine_memory",
-        "shift_rate",
-        "ema_rate",
-        "top_p",
-        "eval_top_p",
-        "reweight_lam",
-        "adam_beta1",
-        "adam_beta2",
-    }
-    may_be_zero = {"steps", "checkpoint_every", "engine_memory", "epochs", "log_samples", "eval_every", "eval_temperature", "warmup_steps", "weight_decay",
-                   "gpus", "gpu_memory", "e_lr", "top_k", "ema_rate", "w_opd", "w_rl", "reweight_lam", "reweight_steps", "adam_beta1"}  # fmt: skip
+    shares = {"engine_memory", "shift_rate", "ema_rate", "top_p", "eval_top_p", "reweight_lam", "adam_beta1",
+              "adam_beta2"}  # fmt: skip
+    may_be_zero = {"steps", "epochs", "log_samples", "eval_every", "eval_temperature", "warmup_steps", "weight_decay",
+                   "checkpoint_every", "engine_memory", "gpus", "gpu_memory", "e_lr", "top_k", "ema_rate", "w_opd", "w_rl",
+                   "reweight_lam", "reweight_steps", "adam_beta1"}  # fmt: skip
     for field in fields(cfg):
         value = getattr(cfg, field.name)
         if field.type not in (int, float) or field.name == "seed":
@@ -844,8 +835,6 @@ def main(argv: list[str] | None = None) -> None:
             return
         except (ValueError, OSError) as error:
             fail(error)
-    if os.environ.get("RANK", "0") != "0":
-        sys.stdout = open(os.devnull, "w")  # one process speaks
     try:
         world = World.start()
         check(cfg)
@@ -876,7 +865,7 @@ def main(argv: list[str] | None = None) -> None:
             path = made if making else cfg.model
             found = planned(cfg, path, world.size)
             policy = Policy.load(path, dtype, micro_batch_tokens=cfg.micro_batch_tokens, world=world)
-            world.first(lambda: None)  # everybody has read it
+            world.wait()  # everybody has read it
         if cfg.top_k > policy.vocabulary:
             raise ValueError(f"--top_k {cfg.top_k} exceeds the vocabulary of {policy.vocabulary} tokens")
         fits = [
@@ -896,7 +885,7 @@ def main(argv: list[str] | None = None) -> None:
         record = {**asdict(cfg), "out": str(out), "teacher": teacher, "commit": git_commit(), "processes": world.size,
                   "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
                   "torch": torch.__version__, "command": " ".join(["python", *sys.argv]), "prompts_dropped": dropped}  # fmt: skip
-        world.first(lambda: None)  # everybody has looked
+        world.wait()  # everybody has looked
         world.first(lambda: open_directory(out, cfg.overwrite, record))
         if making:
             policy.save(cfg.model)

@@ -44,6 +44,11 @@ def take(rows, part):
     return [rows[i] for i in part]
 
 
+def whole_logits(view):
+    """(B, T, V), the tensor that the code under test never makes."""
+    return view.hidden @ view.head.T
+
+
 def weights(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])  # a copy
 
@@ -67,7 +72,7 @@ def test_place_t_belongs_to_response_token_t_in_any_company(make_model, plain_lo
     view, (scored, entropy) = policy.view(X, Y), policy.score(X, Y)  # eight lengths
     for i, (x, y) in enumerate(zip(X, Y)):
         log_p = plain_logits(policy.model, x, y).log_softmax(-1).detach()
-        close(view.logits()[i, : len(y)].log_softmax(-1).detach(), log_p)
+        close(whole_logits(view)[i, : len(y)].log_softmax(-1).detach(), log_p)
         close(scored[i, : len(y)], log_p[range(len(y)), y])
         close(entropy[i, : len(y)], -(log_p.exp() * log_p).sum(-1))
         assert (scored[i, len(y) :] == 0).all() and (entropy[i, len(y) :] == 0).all()
@@ -130,23 +135,24 @@ def test_processes_have_equally_many_micro_batches_that_cover_every_row_once(pol
 
 
 def m_step(policy, part, _):
-    view = policy.view(take(X, part), take(Y, part))
     with torch.no_grad():
-        q = policy.view(take(XC, part), take(Y, part)).logits()
-    return losses.sequence_mean(losses.distillation_loss(view.logits(), q, "kl_student_teacher"), view.mask, 8)
+        q = policy.view(take(XC, part), take(Y, part))
+    view = policy.view(take(X, part), take(Y, part))
+    return view.loss(lambda _, d: d, losses.sequence_weights(view.mask, 8), teacher=q, kind="kl_student_teacher")[0]
 
 
 def e_step_first_pass(policy):
-    prior, q = policy.score(X, Y)[0], policy.score(XC, Y)[0]
-    return prior, losses.reward_shift(losses.implicit_reward(q, prior, policy.mask(Y), BETA), R)
+    """Eq. 9 over the whole batch, and its slope in every log q(y_t|x,C,y_<t)."""
+    prior, q = policy.score(X, Y)[0], policy.score(XC, Y)[0].requires_grad_()
+    implicit = losses.implicit_reward(q, prior, policy.mask(Y), BETA)
+    loss = losses.bco_loss(implicit, R, losses.reward_shift(implicit, R))
+    return loss.item(), torch.autograd.grad(loss, q)[0]
 
 
 def e_step(policy, part, first_pass):
-    prior, shift = first_pass
     view = policy.view(take(XC, part), take(Y, part))
-    logp = losses.token_logp(view.logits(), view.tokens)
-    implicit = losses.implicit_reward(logp, prior[part, : logp.shape[1]], view.mask, BETA)
-    return losses.bco_loss(implicit, R[part], shift, num_pos=3, num_neg=5)
+    slope = first_pass[1][part, : view.mask.shape[1]]
+    return view.loss(lambda log_q, _, c: c * log_q, view.mask, [slope])[0]
 
 
 def pi_old(policy):
@@ -156,9 +162,11 @@ def pi_old(policy):
 
 def grpo(policy, part, old_logp):
     view = policy.view(take(X, part), take(Y, part))
-    logp = losses.token_logp(view.logits(), view.tokens)
-    A = losses.group_advantages(R, 4).to(logp)[part]
-    return losses.sequence_mean(losses.grpo_loss(logp, old_logp[part, : logp.shape[1]], A), view.mask, 8)
+    A = losses.group_advantages(R, 4)[part].unsqueeze(-1).expand_as(view.mask)
+    given = [old_logp[part, : view.mask.shape[1]], A]
+    return view.loss(
+        lambda logp, _, *given: losses.grpo_loss(logp, *given), losses.sequence_weights(view.mask, 8), given
+    )[0]
 
 
 OBJECTIVES = {"m_step": (lambda policy: None, m_step), "e_step": (e_step_first_pass, e_step), "grpo": (pi_old, grpo)}
@@ -200,7 +208,9 @@ def sequence_logps(policy, plain_logits, prompts):
 
 @pytest.mark.parametrize("budget", [ALONE, 50, TOGETHER])
 def test_the_two_pass_e_step_is_autograd_through_eq_9_over_the_whole_batch(policy, plain_logits, budget):
-    total, gradient = accumulate(policy, "e_step", budget), pop_gradient(policy.model)
+    total, _ = e_step_first_pass(policy)
+    accumulate(policy, "e_step", budget)
+    gradient = pop_gradient(policy.model)
     log_q, log_pi = (sequence_logps(policy, plain_logits, prompts) for prompts in (XC, X))
     implicit = BETA * (log_q - log_pi.detach())
     won, lost = implicit[R == 1], implicit[R == 0]
@@ -235,8 +245,8 @@ def test_a_teacher_reads_with_its_own_weights_and_no_gradient_reaches_it(make_mo
     for p in teacher.parameters():
         p.mul_(1.3)
     with torch.no_grad():
-        read = policy.view(XC, Y, teacher).logits()
-    student, scored = policy.view(X, Y).logits(), policy.score(XC, Y, model=teacher)[0]
+        read = whole_logits(policy.view(XC, Y, teacher))
+    student, scored = whole_logits(policy.view(X, Y)), policy.score(XC, Y, model=teacher)[0]
     losses.distillation_loss(student, read, "js").sum().backward()
     assert not read.requires_grad and all(p.grad is None for p in teacher.parameters())
     assert all(p.grad is not None for p in policy.model.parameters())

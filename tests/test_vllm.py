@@ -65,7 +65,7 @@ def make(family: str, folder: Path, world: World = World(), dtype: torch.dtype |
         config.save_pretrained(folder)
         settings = dict(eos_token_id=[7, 8], repetition_penalty=1.7, top_k=1, temperature=0.1, max_new_tokens=2)
         (folder / "generation_config.json").write_text(json.dumps(settings))
-    world.first(lambda: None)
+    world.wait()
     return policy, VLLMSampler(policy, str(folder), LIMIT)
 
 
@@ -75,8 +75,7 @@ def train(policy: Policy, rate: float = 0.3) -> None:
     lengths = [len(x) + len(y) for x, y in zip(PROMPTS, responses)]
     for batch in policy.micro_batches(range(3), lengths):
         view = policy.view([PROMPTS[i] for i in batch], [responses[i] for i in batch])
-        logp = view.logits().log_softmax(-1).gather(-1, view.tokens.unsqueeze(-1)).squeeze(-1)
-        policy.backward(-(logp * view.mask).sum() / 60)
+        policy.backward(view.loss(lambda logp, _: -logp, view.mask / 60)[0])
     policy.step(torch.optim.SGD(policy.model.parameters()), rate, max_grad_norm=1e9)
 
 
@@ -91,7 +90,8 @@ def gap(policy, rollouts, prompts=PROMPTS):
 
 def view_logits(policy, prompt, response):
     """(T, V). The model itself is not called: vLLM has changed OLMo3's __call__."""
-    return policy.view([prompt], [response]).logits()[0].detach()
+    view = policy.view([prompt], [response])
+    return (view.hidden @ view.head.T)[0].detach()
 
 
 def generators():
