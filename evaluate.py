@@ -66,11 +66,12 @@ def measure(
     max_tokens: int,
     temperature: float,
     top_p: float,
+    prompts: list[list[int]] | None = None,
 ) -> dict:
-    """Samples n responses to each problem and grades them: `summarise`'s figures; the share of truncated responses; how
+    """Samples n responses to each problem (`prompts`: token ids, by default the student's) and grades them: `summarise`'s figures; the share of truncated responses; how
     many the grader itself failed on (they count as failures); under "parts" a summary of each part of the benchmark
     and under "columns" of the verifier's further columns; under "rewards" the outcomes of each problem by id."""
-    prompts = [student_prompt(policy.tokenizer, p.messages) for p in problems]
+    prompts = prompts or [student_prompt(policy.tokenizer, p.messages) for p in problems]
     rollouts = sampler.sample(prompts, n, seed, max_tokens, temperature, top_p)
     outcomes = verify([p for p in problems for _ in range(n)], [policy.decode(r.tokens) for r in rollouts])
     rewards = np.array([o.reward for o in outcomes]).reshape(len(problems), n)

@@ -72,15 +72,19 @@ def contexts(
     texts: Sequence[str],
     rng: random.Random,
     borrow: bool = True,
+    passed: str = "",
 ) -> list[Context | None]:
     """One context, or None, for each rollout of one group.
 
     rewards: r of each row, 0 or 1; responses: decoded responses; texts: for a failed row the verifier's text, or its
     critique when source is "critique" ("" where there is none). rng decides between siblings and between failures to
-    borrow from. Raises ValueError for an unknown source.
+    borrow from. passed: what a success sees instead of a borrowed text; it gives the label away, which is what an ablation
+    wants to show. Raises ValueError for an unknown source.
     """
     if source not in SOURCES:
         raise ValueError(f"unknown feedback source {source!r}: choose one of {', '.join(SOURCES)}")
+    if passed:
+        texts = [passed if r else text for r, text in zip(rewards, texts)]
     solutions = [strip_thinking(text) for text in responses]
     success = [i for i, r in enumerate(rewards) if r == 1 and solutions[i]]  # nothing but a thought is no solution
     failure = [i for i, r in enumerate(rewards) if r == 0 and texts[i]]
@@ -91,7 +95,7 @@ def contexts(
 
     def told(i: int) -> int | None:
         """The row whose text row i sees: its own after a failure, a random failure's for a success that borrows."""
-        if rewards[i] == 0:
+        if rewards[i] == 0 or passed:
             return i if texts[i] else None
         return rng.choice(failure) if borrow and failure else None
 

@@ -84,7 +84,8 @@ def tokens(cfg, teacher: str) -> tuple[int, int, int]:
     student = cfg.max_prompt_tokens + cfg.max_response_tokens
     reviewed = teacher and cfg.feedback == "critique" and not cfg.critic_url
     review = cfg.max_teacher_tokens + cfg.max_critique_tokens if reviewed else 0
-    return student, (cfg.max_teacher_tokens + cfg.max_response_tokens if teacher else 0), max(student, review)
+    taught = cfg.max_teacher_tokens + cfg.max_response_tokens if teacher else 0
+    return student, taught, max(student, review, taught if cfg.teacher_probe and cfg.eval_every else 0)
 
 
 def memory(config, cfg, method, processes: int, gpu_bytes: float = 0) -> Plan:

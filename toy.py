@@ -95,10 +95,10 @@ class Trace:
     the line's prefix keeps the teacher from writing the expected value on other lines."""
 
     heads, steps, batch, max_response = 4, 2000, 32, 100
-    lines, special = 12, 0.6
+    lines, special, beliefs, reads = 12, 0.6, (0.97,) * 8 + (0.02,) * 2, True
 
     def __init__(self):
-        self.firmware = Firmware((0.97,) * 8 + (0.02,) * 2, seed=5)
+        self.firmware = Firmware(self.beliefs, seed=5)
 
     def problems(self, rng: random.Random, count: int, name: str) -> list[Problem]:
         return [self.problem(rng, self.lines, f"{name}-{i}") for i in range(count)]
@@ -130,12 +130,12 @@ class Trace:
         values there is no other way to predict them, and a model that first learns the tables may never learn to look.
         Then 40% have feedback, honest in 80% of the cases so that the E-step has something left to teach; 20% a solution;
         10% lines to look up; the rest is plain."""
-        lookup = progress < 0.1 or rng.random() < 0.1
+        lookup = self.reads and (progress < 0.1 or rng.random() < 0.1)
         lines = (
             rng.randrange(2, 6) if lookup else self.lines if rng.random() < 0.5 else rng.randrange(3, self.lines + 1)
         )
         problem = self.problem(rng, lines, "")
-        (start, program), z = problem.data, rng.random()
+        (start, program), z = problem.data, rng.random() if self.reads else 1.0
         if lookup:
             answer = self.answer(program, [rng.randrange(10) for _ in program])
             shuffled = "\n".join(rng.sample(answer.split("\n"), lines))
@@ -170,7 +170,38 @@ class Trace:
 
     def load(self) -> Task:
         train, rest = self.problems(random.Random(11), 720, "train"), self.problems(random.Random(12), 128, "held-out")
-        return Task("toy/trace", train, rest[:64], rest[64:], self.verify)
+        name = next(name for name, kind in (SUBSETS | REGIMES).items() if kind is type(self))
+        return Task(f"toy/{name}", train, rest[:64], rest[64:], self.verify)
+
+
+class TraceRare(Trace):
+    """The model of trace on programs that meet two or more entries it does not know: it almost never succeeds."""
+
+    def problems(self, rng: random.Random, count: int, name: str) -> list[Problem]:
+        found = []
+        while len(found) < count:
+            problem = self.problem(rng, self.lines, f"{name}-{len(found)}")
+            start, program = problem.data
+            before = [start, *self.firmware.run(start, program)]
+            unknown = [
+                (op, x) for (op, arg), x in zip(program, before) if arg is None and self.firmware.belief[op, x] < 0.5
+            ]
+            if len(unknown) >= 2:
+                found.append(problem)
+        return found
+
+
+class TraceOften(Trace):
+    """A machine of which nothing is known surely and nothing is unlikely: the model often succeeds, and whatever it does
+    not know yet it finds by trying."""
+
+    beliefs = (0.98,) * 5 + (0.9, 0.8, 0.7, 0.6, 0.55)
+
+
+class TraceCold(Trace):
+    """trace for a model that never saw a context in its warm-up: the paper's cold start."""
+
+    reads = False
 
 
 # ---- code --------------------------------------------------------------------------------------------------
@@ -398,6 +429,7 @@ class Choice:
 # ---- Tokenizer, model and warm start -------------------------------------------------------------------------
 
 SUBSETS = {"trace": Trace, "code": Code, "choice": Choice}
+REGIMES = {"trace-rare": TraceRare, "trace-often": TraceOften, "trace-cold": TraceCold}  # for the study
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -405,7 +437,7 @@ CHAT_TEMPLATE = (
 
 
 def load(subset: str) -> Task:
-    return SUBSETS[subset]().load()
+    return (SUBSETS | REGIMES)[subset]().load()
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -440,7 +472,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def build_policy(subset: str, seed: int = 0) -> Policy:
     """A Qwen3 of about 0.24M parameters with random weights and the toy tokenizer."""
     torch.manual_seed(seed)
-    tokenizer, heads = build_tokenizer(), SUBSETS[subset].heads
+    tokenizer, heads = build_tokenizer(), (SUBSETS | REGIMES)[subset].heads
     config = Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=4, intermediate_size=192, num_attention_heads=heads,
         num_key_value_heads=heads, head_dim=64 // heads, max_position_embeddings=1024, tie_word_embeddings=True,
@@ -494,7 +526,7 @@ def encode(tokenizer, example: dict) -> tuple[list[int], list[int]]:
 
 def warm_start(subset: str, steps: int = 0, seed: int = 0) -> Policy:
     """Supervised training on the task's warm-up examples: Muon on the matrices, AdamW on the rest, cosine to 5%."""
-    policy, task, rng = build_policy(subset, seed), SUBSETS[subset](), random.Random(seed)
+    policy, task, rng = build_policy(subset, seed), (SUBSETS | REGIMES)[subset](), random.Random(seed)
     steps, model = steps or task.steps, policy.model
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
@@ -533,7 +565,7 @@ def warm_start(subset: str, steps: int = 0, seed: int = 0) -> Policy:
 def report(policy: Policy, subset: str) -> str:
     """Pass rates on the validation problems: the student's, and the teacher's on the student's failures (choice has no
     environment text to show it)."""
-    task, sampler, limit = load(subset), HFSampler(policy), SUBSETS[subset].max_response
+    task, sampler, limit = load(subset), HFSampler(policy), (SUBSETS | REGIMES)[subset].max_response
     problems = [p for p in task.validation for _ in range(4)]
     prompts = [feedback.student_prompt(policy.tokenizer, p.messages) for p in task.validation]
     outcomes = task.verify(
@@ -558,7 +590,7 @@ def report(policy: Policy, subset: str) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Warm-start a toy model.")
-    parser.add_argument("--subset", choices=SUBSETS, default="trace")
+    parser.add_argument("--subset", choices=SUBSETS | REGIMES, default="trace")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=0, help="0: the subset's own number")
     parser.add_argument("--seed", type=int, default=0)

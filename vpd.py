@@ -27,6 +27,7 @@ Where we depart from the paper's text, or had to choose:
        SDPO's code; --mismatch_limit none turns it off.
 """
 
+import copy
 import importlib.util
 import json
 import math
@@ -118,6 +119,7 @@ class Config:
     eval_samples: int = 4  # per problem: avg@4
     eval_temperature: float = 0.6  # SDPO's
     eval_top_p: float = 0.95  # SDPO's
+    teacher_probe: int = 0  # base failures on which the teacher's pass rate is measured at every evaluation
     # ---- Model
     model: str = "Qwen/Qwen3-8B"  # folder or hub id
     dtype: Literal["float32", "float64"] = "float32"  # of the weights
@@ -143,6 +145,7 @@ class Config:
     # ---- Feedback
     feedback: Literal["environment", "sibling", "critique", "solution_first", "both"] = "solution_first"
     borrow: bool = True  # a success borrows a failing sibling's text
+    passed_text: str = ""  # a success sees this text instead, which gives its label away (ablation)
     max_teacher_tokens: int = 10240  # of the teacher's prompt; beyond it the context is cut
     max_critique_tokens: int = 512
     critic_url: str = ""  # critiques from an OpenAI-compatible server (key: OPENAI_API_KEY); "": the student itself
@@ -196,7 +199,7 @@ PRESETS = {
         divergence="kl_teacher_student", ema_rate=0.05, feedback="sibling", eval_every=20,
     ),
     "toy": dict(  # ours: a 0.24M-parameter model, one CPU core, minutes
-        epochs=0, steps=30, eval_every=10, eval_temperature=1.0, eval_top_p=1.0, prompts_per_batch=12,
+        epochs=0, steps=30, eval_every=10, eval_temperature=1.0, eval_top_p=1.0, teacher_probe=32, prompts_per_batch=12,
         max_prompt_tokens=256, max_response_tokens=100, max_teacher_tokens=512, max_critique_tokens=16,
         adam_beta2=0.95, weight_decay=0.0, minibatch_prompts=12, lr=1e-3, feedback="environment",
         e_minibatch_prompts=12, e_lr=5e-4, e_optimizer="own", shift_rate=0.5,
@@ -211,6 +214,9 @@ TOY_PRESETS = {
     "trace": {"model": "toy_models/trace"},
     "code": {"model": "toy_models/code"},
     "choice": {"model": "toy_models/choice", "feedback": "sibling"},
+    "trace-rare": {"model": "toy_models/trace"},
+    "trace-often": {"model": "toy_models/trace-often"},
+    "trace-cold": {"model": "toy_models/trace-cold"},
     ("trace", "sdpo"): {"divergence": "kl_student_teacher"},
     ("trace", "grpo"): {"lr": 2e-3, "divide_by_std": True},
     ("code", "vpd"): {"lr": 3e-4, "e_lr": 1e-3, "e_step_every": 1, "divergence": "kl_teacher_student"},
@@ -251,7 +257,8 @@ def parse(argv: list[str] | None = None) -> Config:
     preset = dict(PRESETS[chosen.task])
     if chosen.task == "toy":
         subset = chosen.subset or tasks.TASKS["toy"][0]
-        for key in (subset, (subset, chosen.method)):
+        # The regimes of trace take its settings, and then their own.
+        for key in (subset.split("-")[0], (subset.split("-")[0], chosen.method), subset, (subset, chosen.method)):
             preset |= TOY_PRESETS.get(key, {})
     elif chosen.smoke:
         preset |= SMOKE | {"data": str(toy.FIXTURES / {"math": ""}.get(chosen.task, f"{chosen.task}.jsonl")),
@@ -299,7 +306,7 @@ def check(cfg: Config) -> None:
     shares = {"engine_memory", "shift_rate", "ema_rate", "top_p", "eval_top_p", "reweight_lam", "adam_beta1",
               "adam_beta2"}  # fmt: skip
     may_be_zero = {"steps", "epochs", "log_samples", "eval_every", "eval_temperature", "warmup_steps", "weight_decay",
-                   "checkpoint_every", "engine_memory", "gpus", "gpu_memory", "e_lr", "top_k", "ema_rate", "w_opd", "w_rl",
+                   "checkpoint_every", "engine_memory", "teacher_probe", "gpus", "gpu_memory", "e_lr", "top_k", "ema_rate", "w_opd", "w_rl",
                    "reweight_lam", "reweight_steps", "adam_beta1"}  # fmt: skip
     for field in fields(cfg):
         value = getattr(cfg, field.name)
@@ -324,7 +331,9 @@ def check(cfg: Config) -> None:
         raise ValueError(f"--method {cfg.method} compares rollouts of one prompt: --group_size 1 gives no advantage")
     if cfg.group_size < 2 and method.teacher and cfg.feedback == "sibling":
         raise ValueError("--feedback sibling needs a second rollout of the prompt: --group_size must be at least 2")
-    never = cfg.group_size < 2 or (not cfg.borrow and cfg.feedback in ("environment", "critique"))
+    never = cfg.group_size < 2 or (
+        not cfg.borrow and not cfg.passed_text and cfg.feedback in ("environment", "critique")
+    )
     if cfg.method == "vpd" and cfg.e_groups == "mixed" and never:
         raise ValueError(
             "no success would ever have a context, so the E-step would never run: drop --no_borrow, raise --group_size, "
@@ -414,6 +423,48 @@ def write_critiques(
     return [said.get(i, "") for i in range(len(outcomes))]
 
 
+def give_contexts(
+    cfg: Config,
+    policy: Policy,
+    sampler,
+    critic: ServedModel | None,
+    problems: list,
+    texts: list[str],
+    outcomes: list,
+    step: int,
+) -> list[feedback.Context | None]:
+    """The context of each rollout, None for those without one; a row that the grader failed on has none."""
+    said = [o.feedback for o in outcomes]
+    if cfg.feedback == "critique":
+        said = write_critiques(cfg, policy, sampler, critic, problems, texts, outcomes, step)
+    C = []
+    for first in range(0, len(texts), cfg.group_size):
+        group = slice(first, first + cfg.group_size)
+        rng = random.Random(seed_for(cfg.seed, step, "contexts", first // cfg.group_size))
+        rewards = [o.reward for o in outcomes[group]]
+        C += feedback.contexts(cfg.feedback, rewards, texts[group], said[group], rng, cfg.borrow, cfg.passed_text)
+    return [c if o.verdict != "internal" else None for c, o in zip(C, outcomes)]
+
+
+def base_failures(cfg: Config, policy: Policy, sampler, critic: ServedModel | None, task: tasks.Task) -> list[dict]:
+    """{"id", "context"} of one failure of the first weights for each of the first `teacher_probe` problems that training
+    is watched by, where there is a failure with a context. What the teacher makes of them tells over the run whether it
+    still reads."""
+    problems, G = watch(task)[0][: cfg.teacher_probe], cfg.group_size
+    prompts = [feedback.student_prompt(policy.tokenizer, p.messages) for p in problems]
+    drawn = sampler.sample(
+        prompts, G, seed_for(cfg.seed, "base failures"), cfg.max_response_tokens, cfg.temperature, cfg.top_p
+    )
+    rows, texts = [p for p in problems for _ in range(G)], [policy.decode(roll.tokens) for roll in drawn]
+    outcomes = task.verify(rows, texts)
+    C = give_contexts(cfg, policy, sampler, critic, rows, texts, outcomes, -1)
+    found = {}
+    for problem, outcome, context in zip(rows, outcomes, C):
+        if outcome.reward == 0 and context:
+            found.setdefault(problem.id, {"id": problem.id, "context": asdict(context)})
+    return list(found.values())
+
+
 def e_step_groups(which: str, r: torch.Tensor, told: torch.Tensor, group_size: int) -> tuple[list[list[int]], int]:
     """The rows of each group that take part in the E-step, and the number of rows left out. Only rows with a context
     do. "mixed" further asks that both outcomes have one: a kind of context that goes with one label gives it away."""
@@ -486,7 +537,7 @@ def train(
 
     optimizer = adamw()
     e_optimizer = adamw() if cfg.e_optimizer == "own" and cfg.method == "vpd" else optimizer
-    shift, bad_in_a_row, best, first_step, saved = None, 0, -1.0, 0, None
+    shift, bad_in_a_row, best, first_step, saved, probe = None, 0, -1.0, 0, None, []
     models = {"policy": policy.model} | ({"teacher": teacher} if teacher is not None else {})
     optimizers = {"shared": (policy.model, optimizer)}
     if e_optimizer is not optimizer:
@@ -523,6 +574,28 @@ def train(
         file.write(json.dumps(row) + "\n")
         file.flush()
 
+    def teacher_pass_rate(step: int) -> float:
+        """Pass rate of the teacher, as it now is, on the failures in `probe`."""
+        problems = {p.id: p for p in watched}
+        problems = [problems[row["id"]] for row in probe]
+        contexts = [feedback.Context(**row["context"]) for row in probe]
+        prompts = [
+            feedback.teacher_prompt(tokenizer, p.messages, c, templates, cfg.max_teacher_tokens)[0]
+            for p, c in zip(problems, contexts)
+        ]
+        reader = policy
+        if teacher is not None:  # the sampler holds the student's weights
+            reader = copy.copy(policy)
+            reader.model = teacher
+            sampler.sync(reader)
+        result = evaluate.measure(
+            reader, sampler, task.verify, problems, n=cfg.eval_samples, seed=seed_for(cfg.seed, "probe"),
+            max_tokens=cfg.max_response_tokens, temperature=cfg.eval_temperature, top_p=cfg.eval_top_p, prompts=prompts,
+        )  # fmt: skip
+        if teacher is not None:
+            sampler.sync(policy)
+        return result["avg"]
+
     def validate(step: int) -> None:
         nonlocal best
         start = time.perf_counter()
@@ -531,9 +604,12 @@ def train(
             max_tokens=cfg.max_response_tokens, temperature=cfg.eval_temperature, top_p=cfg.eval_top_p,
         )  # fmt: skip
         figures = {key: value for key, value in result.items() if key != "rewards"}
+        if probe:
+            figures["teacher_avg"] = teacher_pass_rate(step)
         seconds = round(time.perf_counter() - start, 4)
         write(log, {"kind": "eval", "step": step, "split": split, **figures, "seconds": {"eval": seconds}})
-        tqdm.write(f"{split} after {step:4d} batches: {evaluate.line(result)}")
+        told = f"  teacher on {len(probe)} base failures {figures['teacher_avg']:.3f}" if probe else ""
+        tqdm.write(f"{split} after {step:4d} batches: {evaluate.line(result)}{told}")
         if task.validation and result["avg"] > best:  # nothing is chosen by test problems
             best = result["avg"]
             policy.save(out / "best")
@@ -551,7 +627,12 @@ def train(
         sampler.sync(policy)
         if kept:
             write(log, {"kind": "resume", "step": first_step, "commit": record["commit"], "processes": world.size})
+            if (out / "base_failures.json").exists():
+                probe += json.loads((out / "base_failures.json").read_text())
         elif cfg.eval_every:
+            if cfg.teacher_probe and method.teacher:
+                probe += base_failures(cfg, policy, sampler, critic, task)
+                world.first(lambda: (out / "base_failures.json").write_text(json.dumps(probe, indent=1) + "\n"))
             validate(0)
         bar = tqdm(
             total=steps, initial=first_step, disable=True if world.rank else None, unit="batch", dynamic_ncols=True
@@ -590,19 +671,11 @@ def train(
             skipped["grader failed"] += int((~graded).sum())
             C, xC, cut = [None] * len(y), list(x), 0
             if method.teacher:
-                said = [o.feedback for o in outcomes]
-                if cfg.feedback == "critique":
-                    said = write_critiques(cfg, policy, sampler, critic, row_problems, texts, outcomes, step)
-                    if critic and critic.failures:
-                        skipped["critique: the server failed"] += sum(critic.failures.values())
-                        print(f"critiques that failed: {dict(critic.failures)}", file=sys.stderr)
-                for first in range(0, len(y), G):
-                    group = slice(first, first + G)
-                    rng = random.Random(seed_for(cfg.seed, step, "contexts", first // G))
-                    rewards = [o.reward for o in outcomes[group]]
-                    C[group] = feedback.contexts(cfg.feedback, rewards, texts[group], said[group], rng, cfg.borrow)
+                C = give_contexts(cfg, policy, sampler, critic, row_problems, texts, outcomes, step)
+                if critic and critic.failures:
+                    skipped["critique: the server failed"] += sum(critic.failures.values())
+                    print(f"critiques that failed: {dict(critic.failures)}", file=sys.stderr)
                 for i in rows:
-                    C[i] = C[i] if graded[i] else None
                     if C[i] is not None:
                         xC[i], tokens_cut = feedback.teacher_prompt(
                             tokenizer, row_problems[i].messages, C[i], templates, cfg.max_teacher_tokens
