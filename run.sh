@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# bash run.sh [toy|lcb|sciknoweval|math|eval|figures|bench|test|test-slow|test-vllm] [flags passed on]; no word = toy
+# bash run.sh [toy|lcb|sciknoweval|math|eval|study|figures|bench|test|test-slow|test-vllm] [flags passed on]; no word = toy
 # test-vllm: tests of the vLLM sampler on a CPU, in an environment of their own: .venv-vllm, or what VPD_VLLM_VENV names
 # lcb, sciknoweval and math take --smoke: the same path on a CPU, tiny random models, the project's own fixtures
 set -euo pipefail
@@ -8,8 +8,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 word=toy
 if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then word=$1; shift; fi
 case $word in
-  toy|lcb|sciknoweval|math|eval|figures|bench|test|test-slow|test-vllm) ;;
-  *) echo "run.sh: error: unknown word '$word': toy, lcb, sciknoweval, math, eval, figures, bench, test, test-slow or test-vllm" >&2; exit 2 ;;
+  toy|lcb|sciknoweval|math|eval|study|figures|bench|test|test-slow|test-vllm) ;;
+  *) echo "run.sh: error: unknown word '$word': toy, lcb, sciknoweval, math, eval, study, figures, bench, test, test-slow or test-vllm" >&2; exit 2 ;;
 esac
 
 # A virtual environment of our own unless one is active; pins are installed once per version of requirements.txt.
@@ -53,6 +53,7 @@ case $word in
     export VLLM_LOGGING_LEVEL=${VLLM_LOGGING_LEVEL:-ERROR}
     exec python -m pytest -q -m vllm tests "$@" ;;
   figures) exec python figures.py "$@" ;;
+  study) exec python study.py "$@" ;;
   bench) exec python bench.py "$@" ;;
 esac
 

@@ -23,8 +23,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from scipy import stats
 
 HERE = Path(__file__).parent
+README = HERE / "README.md"
+MARKS = ("<!-- written by study.py: begin -->", "<!-- written by study.py: end -->")
+INTRODUCTION = """# The study on the toy tasks
+
+Written by `bash run.sh study`. Every run starts from a model in `toy_models/` and is evaluated with its last weights on 64
+(code: 70) test problems, 4 samples each, at temperature 1. avg@4 has a 95% t interval over seeds; it says nothing about other
+problems, models or tasks. margin: mean of the first and of the last five batches that have one (Fig. 1). teacher: pass rate of
+the teacher on fixed failures of the base model, before and after. Settings are those of the presets in `vpd.py`, which were
+chosen on validation problems and seed 0 (last section), and the flags of the row.
+"""
 
 
 class Row(NamedTuple):
@@ -58,7 +69,7 @@ def variants(subset: str, method: str, changes: dict[str, str]) -> dict[str, Row
 # Names are SUBSET/METHOD CHANGE. trace-long is trace for twice as many batches.
 ROWS = {
     **methods("code", "vpd sdpo grpo joint reshape reweight"),
-    **methods("trace", "vpd sdpo grpo joint reshape reweight"),
+    **methods("trace", "vpd sdpo grpo"),
     **methods("trace-cold", "vpd sdpo grpo"),
     **variants("trace", "vpd", {"F=1": "--e_step_every 1", "F=10": "--e_step_every 10", "fixed prior": "--prior fixed"}),
     **methods("trace-rare", "vpd sdpo grpo"),
@@ -73,15 +84,16 @@ ROWS = {
         "KL(student‖teacher)": "--divergence kl_student_teacher",
         "KL(teacher‖student)": "--divergence kl_teacher_student",
         "sibling": "--feedback sibling",
-        "no E-step": "--e_step_every 1000",
     }),
+    # With one update per batch SDPO's token weights are 1, so this is VPD's loop without banner 4.
+    "trace/vpd no E-step": Row("VPD, no E-step", "--subset trace --method sdpo --teacher live --divergence js"),
     **variants("trace", "sdpo", {"live teacher": "--teacher live", "sibling": "--feedback sibling"}),
+    **variants("trace", "sdpo", {"high rate": "--lr 4e-3"}),
     **methods("trace-long", "vpd sdpo grpo", "--steps 60"),
-    **{"trace-long/sdpo high rate": Row("SDPO, four times the rate", "--subset trace --method sdpo --steps 60 --lr 4e-3")},
 }  # fmt: skip
 
-# What was tried for each method, with the same number of settings for all methods of a task. The three methods that trace
-# was first made for were tuned at 40 batches with an earlier commit; those figures stand in results/tuning.json as well.
+# What was tried for each method, with the same number of settings for all methods of a subset. trace was tuned earlier, ten
+# settings a method; those figures stand in results/tuning.json as well.
 STD = "--divide_by_std"
 KST, TKS, JS = (f"--divergence {kind}" for kind in ("kl_student_teacher", "kl_teacher_student", "js"))
 GRID = {
@@ -99,16 +111,6 @@ GRID = {
     "code/reweight": [f"{STD} --lr {lr} {rest}" for lr, rest in (
         ("1e-3", ""), ("2e-3", ""), ("3e-3", ""), ("2e-3", "--reweight_lam 1"), ("2e-3", "--reweight_clip 1"),
         ("2e-3", "--reweight_lam 1 --reweight_clip 1"))],
-    "trace/joint": [f"{STD} --lr {lr} {rest}" for lr, rest in (
-        ("5e-4", KST), ("1e-3", KST), ("2e-3", KST), ("1e-3", f"{KST} --w_rl 0.1"), ("2e-3", f"{KST} --w_rl 0.1"),
-        ("2e-3", f"{KST} --w_rl 0.01"), ("1e-3", JS), ("2e-3", JS), ("2e-3", f"{JS} --w_rl 0.1"),
-        ("2e-3", f"{KST} --w_opd 0.1"))],
-    "trace/reshape": [f"{STD} --lr {lr} --w_opd {w} {rest}" for lr, w, rest in (
-        ("5e-4", 1, ""), ("1e-3", 1, ""), ("2e-3", 1, ""), ("5e-4", 0.1, ""), ("1e-3", 0.1, ""), ("2e-3", 0.1, ""),
-        ("1e-3", 0.01, ""), ("2e-3", 0.01, ""), ("1e-3", 1, "--w_rl 0.1"), ("2e-3", 1, "--w_rl 0.1"))],
-    "trace/reweight": [f"{STD} --lr {lr} --reweight_lam {lam} --reweight_clip {clip}" for lr, lam, clip in (
-        ("1e-3", 0.5, 0.2), ("2e-3", 0.5, 0.2), ("3e-3", 0.5, 0.2), ("1e-3", 1, 0.2), ("2e-3", 1, 0.2),
-        ("1e-3", 1, 1), ("2e-3", 1, 1), ("2e-3", 0.5, 1), ("3e-3", 1, 1), ("2e-3", 1, 5))],
     "choice/vpd": [f"--lr {lr} --e_lr {e} --e_step_every {F} {JS}" for lr, e, F in (
         ("3e-4", "5e-4", 5), ("1e-3", "5e-4", 5), ("1e-3", "1e-3", 5), ("3e-3", "5e-4", 5), ("3e-4", "2.5e-4", 1))],
     "choice/sdpo": [f"--lr {lr} {kind}" for lr, kind in (
@@ -123,7 +125,54 @@ GRID = {
     "trace-often/sdpo": [f"--lr {lr}" for lr in ("1e-3", "5e-4", "2e-3")],
     "trace-often/grpo": [f"--lr {lr}" for lr in ("2e-3", "1e-3", "5e-4")],
 }  # fmt: skip
-TUNING_STEPS = {"trace": 20}  # of the hybrids; the others' figures after 20 batches stand beside them
+
+
+class Claim(NamedTuple):
+    """`says`, and what would show it here: the mean of `quantity` over the seeds of row `above` exceeds that of row
+    `below` ("": zero; "base": the weights that the runs start from)."""
+
+    says: str
+    quantity: str
+    above: str
+    below: str
+
+
+CLAIMS = [
+    *(Claim("VPD beats GRPO (Tables 1, 2)", "avg", f"{s}/vpd", f"{s}/grpo") for s in ("code", "trace")),
+    *(Claim("VPD beats SDPO (Tables 1, 2)", "avg", f"{s}/vpd", f"{s}/sdpo") for s in ("code", "trace")),
+    *(Claim("SDPO beats GRPO where the environment gives text (Table 1)", "avg", f"{s}/sdpo", f"{s}/grpo")
+      for s in ("code", "trace")),
+    *(Claim("VPD beats the hybrids (Tables 1, 2)", "avg", f"{s}/vpd", f"{s}/{hybrid}")
+      for s in ["code"] for hybrid in ("joint", "reshape", "reweight")),
+    Claim("VPD's reward margin rises (Fig. 1)", "margin change", "trace/vpd", ""),
+    Claim("SDPO's reward margin falls (Fig. 1)", "margin fall", "trace/sdpo", ""),
+    Claim("SDPO gets worse late in training (Fig. 2)", "late loss", "trace-long/sdpo", ""),
+    Claim("VPD does not: it gains where SDPO gets worse (Fig. 2)", "late gain", "trace-long/vpd", "trace-long/sdpo"),
+    Claim("the E-step makes the teacher a better reader than SDPO's", "teacher change", "trace/vpd", "trace/sdpo"),
+    Claim("without the E-step the gain is smaller", "avg", "trace/vpd", "trace/vpd no E-step"),
+    Claim("with critiques VPD beats SDPO (Table 3)", "avg", "choice/vpd critique", "choice/sdpo critique"),
+    Claim("critiques do as well as siblings (Table 3)", "avg", "choice/vpd critique", "choice/vpd"),
+    Claim("where the base almost never succeeds GRPO learns nothing and VPD does (Sec. 1)", "avg", "trace-rare/vpd",
+          "trace-rare/grpo"),
+    Claim("cold start: SDPO falls below the base (Table D.3)", "avg", "base", "trace-cold/sdpo"),
+    Claim("cold start: VPD beats SDPO (Table D.3)", "avg", "trace-cold/vpd", "trace-cold/sdpo"),
+    Claim("cold start: GRPO beats VPD (Table D.3)", "avg", "trace-cold/grpo", "trace-cold/vpd"),
+    Claim("F = 5 beats F = 1 (Table 4)", "avg", "trace/vpd", "trace/vpd F=1"),
+    Claim("F = 5 beats F = 10 (Table 4)", "avg", "trace/vpd", "trace/vpd F=10"),
+    Claim("the dynamic prior beats the fixed one (Table 5)", "avg", "trace/vpd", "trace/vpd fixed prior"),
+]  # fmt: skip
+# Of SPEC's decisions: where the paper is silent, or names the other choice.
+CHOICES = [
+    Claim('a success borrows a failure\'s text; the other: "all passed"', "avg", "trace/vpd", "trace/vpd all passed"),
+    Claim("the same, the teacher's pass rate", "teacher change", "trace/vpd", "trace/vpd all passed"),
+    Claim("E-steps on groups with both outcomes; the other: all", "avg", "trace/vpd", "trace/vpd e_groups all"),
+    Claim("the M-step's teacher is live; the other: EMA", "avg", "trace/vpd", "trace/vpd EMA teacher"),
+    Claim("SDPO's teacher is an EMA; the other: live", "avg", "trace/sdpo", "trace/sdpo live teacher"),
+    Claim("JS; the other: KL(student‖teacher)", "avg", "trace/vpd", "trace/vpd KL(student‖teacher)"),
+    Claim("JS; the other: KL(teacher‖student)", "avg", "trace/vpd", "trace/vpd KL(teacher‖student)"),
+    Claim("the environment's text; the other: siblings", "avg", "trace/vpd", "trace/vpd sibling"),
+    Claim("the same for SDPO", "avg", "trace/sdpo", "trace/sdpo sibling"),
+]
 
 SERIES = ("reward", "margin", "entropy", "divergence", "with_context", "response_length", "e_loss", "shift")
 
@@ -247,6 +296,154 @@ def write(path: Path, content: dict) -> None:
     part.rename(path)
 
 
+# ---- Tables --------------------------------------------------------------------------------------------------
+
+
+def ends(values: list, width: int = 5) -> tuple[float, float]:
+    """Mean of the first and of the last `width` entries that are there; nan where there are fewer than twice as many."""
+    found = [v for v in values if v is not None]
+    if len(found) < 2 * width:
+        return np.nan, np.nan
+    return float(np.mean(found[:width])), float(np.mean(found[-width:]))
+
+
+def quantity(name: str, run: dict) -> float:
+    """A number of one run, nan where it has none. Late means the second half of the batches."""
+    if name == "margin change" or name == "margin fall":
+        first, last = ends(run["train"]["margin"])
+        return last - first if name == "margin change" else first - last
+    if name == "teacher change":
+        known = [v for v in run["eval"]["teacher"] if v is not None]
+        return known[-1] - known[0] if len(known) > 1 else np.nan
+    if name == "late gain" or name == "late loss":
+        middle = run["eval"]["avg"][run["eval"]["step"].index(run["eval"]["step"][-1] // 2)]
+        return (run["eval"]["avg"][-1] - middle) * (1 if name == "late gain" else -1)
+    return run["after"][name]
+
+
+def interval(values: list[float]) -> tuple[float, float, float]:
+    """Mean and its 95% t interval over seeds; the interval is nan for fewer than two."""
+    values = np.array([v for v in values if not np.isnan(v)])
+    if len(values) < 2:
+        return float(values.mean()) if len(values) else np.nan, np.nan, np.nan
+    found = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    return float(values.mean()), float(found.low), float(found.high)
+
+
+def difference(above: list[float], below: list[float]) -> tuple[float, float, float]:
+    """Difference of means with Welch's 95% interval: seeds of two rows are independent, of unequal spread."""
+    if np.ptp(above) == 0 and np.ptp(below) == 0:  # no spread at all, nothing to estimate an interval from
+        return (float(np.mean(above) - np.mean(below)),) * 3
+    found = stats.ttest_ind(above, below, equal_var=False).confidence_interval(0.95)
+    return float(np.mean(above) - np.mean(below)), float(found.low), float(found.high)
+
+
+def verdict(claim: Claim, rows: dict) -> tuple[str, str] | None:
+    """The figures and the verdict, or None while a row has fewer than two seeds."""
+    runs = lambda name: list(rows.get(name, {}).get("runs", {}).values())  # noqa: E731
+    other = claim.below if claim.above == "base" else claim.above
+    values = {
+        name: [quantity(claim.quantity, run) for run in runs(name)]
+        for name in {claim.above, claim.below} - {"base", ""}
+    }
+    values = {name: [v for v in found if not np.isnan(v)] for name, found in values.items()}
+    if any(len(found) < 2 for found in values.values()):
+        return None
+    show = lambda mean, low, high: f"{mean:.3f} [{low:.3f}, {high:.3f}]"  # noqa: E731
+    if claim.below == "" or claim.above == "base":
+        base = runs(other)[0]["before"]["avg"] if claim.above == "base" else 0.0
+        mean, low, high = interval(values[other])
+        text = f"{show(mean, low, high)}" + (f", base {base:.3f}" if claim.above == "base" else "")
+        low, high = (base - high, base - low) if claim.above == "base" else (low, high)
+    else:
+        mean, low, high = difference(values[claim.above], values[claim.below])
+        a, b = (float(np.mean(values[name])) for name in (claim.above, claim.below))
+        text = f"{a:.3f} against {b:.3f}: {mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+    return text, "yes" if low > 0 else "no, the reverse" if high < 0 else "not decided"
+
+
+def table(subset: str, rows: dict) -> list[str]:
+    """The text table of a subset's rows, and under it the command of each."""
+    mine = {name: row for name, row in rows.items() if name.split("/")[0] == subset}
+    if not mine:
+        return []
+    head = f"{'':34s} {'seeds':>5s} {'avg@4 [95% over seeds]':24s} {'each seed':31s} {'pass@4':6s}  {'margin':12s}  {'teacher':12s} s/batch"
+    base = next(iter(next(iter(mine.values()))["runs"].values()))["before"]
+    lines = [head, f"{'base model':34s} {'':5s} {base['avg']:.3f} {'':18s} {'':31s} {base['pass@4']:.3f}"]
+    arrow = lambda pair: "" if np.isnan(pair).any() else f"{pair[0]:.2f} to {pair[1]:.2f}"  # noqa: E731
+    for row in mine.values():
+        runs = list(row["runs"].values())
+        mean, low, high = interval([run["after"]["avg"] for run in runs])
+        each = " ".join(f"{run['after']['avg']:.3f}" for run in runs)
+        margin = np.mean([ends(run["train"]["margin"]) for run in runs], 0)
+        teacher = [(run["eval"]["teacher"][0], run["eval"]["teacher"][-1]) for run in runs]
+        teacher = (np.nan, np.nan) if any(None in pair for pair in teacher) else np.mean(teacher, 0)
+        pass_4 = np.mean([run["after"]["pass@4"] for run in runs])
+        seconds = np.median([run["seconds_per_batch"] for run in runs])
+        lines.append(
+            f"{row['label']:34s} {len(runs):5d} {f'{mean:.3f} [{low:.3f}, {high:.3f}]':24s} {each:31s} {pass_4:.3f}  "
+            f"{arrow(margin):12s}  {arrow(teacher):12s} {seconds:.2f}"
+        )
+    commands = [f"{row['label']}: {row['command']}" for row in mine.values()]
+    return ["```", *lines, "```", "", "```", *commands, "```", ""]
+
+
+def claims_table(claims: list[Claim], rows: dict, heading: str) -> list[str]:
+    lines = [f"| {heading} | where | what was measured | so here |", "|---|---|---|---|"]
+    names = {"avg": "", "margin change": "margin, last five batches minus first five", "late gain": "validation, second half",
+             "late loss": "validation, second half, loss", "margin fall": "margin, first five batches minus last five",
+             "teacher change": "teacher on base failures, gain"}  # fmt: skip
+    for claim in claims:
+        found = verdict(claim, rows)
+        if found:
+            text, so = found
+            where = (claim.below if claim.above == "base" else claim.above).split("/")[0]
+            what = f"{names[claim.quantity]}: " if names[claim.quantity] else ""
+            lines.append(f"| {claim.says} | {where} | {what}{text} | {so} |")
+    return [*lines, ""]
+
+
+def tuning_list(known: dict) -> list[str]:
+    """What was tried for each row: flags and avg@4 on validation problems after 10, 20, ... batches, the best in bold."""
+    by_name: dict[str, list[str]] = {}
+    last = lambda entry: entry["avg"][max(entry["avg"], key=int)]  # noqa: E731
+    for flags, entry in known.items():
+        best = last(entry) == max(last(e) for e in known.values() if e["name"] == entry["name"])
+        kept = [part.strip() for part in (" " + flags).split(" --")[1:]]
+        kept = [part for part in kept if part.split()[0] not in ("task", "subset", "method", "seed", "steps")]
+        figures = " / ".join(f"{value:.2f}" for step, value in entry["avg"].items() if step != "0")
+        text = f"{' '.join(kept)}: {figures}"
+        by_name.setdefault(entry["name"], []).append(f"**{text}**" if best else text)
+    lines = [
+        "| row | avg@4 on validation problems, seed 0, after 10 / 20 / 30 batches (best at the end in bold) |",
+        "|---|---|",
+    ]
+    return [*lines, *(f"| {name} | {'; '.join(tried)} |" for name, tried in by_name.items()), ""]
+
+
+def report(results: Path, readme: Path) -> None:
+    """Writes results/README.md, and the part of the README between its two marks, from study.json and tuning.json."""
+    known = json.loads((results / "study.json").read_text()) if (results / "study.json").exists() else {"rows": {}}
+    tuned = json.loads((results / "tuning.json").read_text()) if (results / "tuning.json").exists() else {}
+    rows = known["rows"]
+    runs = [run for row in rows.values() for run in row["runs"].values()]
+    if runs:
+        commits = ", ".join(sorted({run["commit"] for run in runs}))
+        origin = f"{len(runs)} runs, {sum(run['seconds'] for run in runs) / 3600:.1f} CPU hours; {known['hardware']}; commit {commits}."
+        claims = claims_table(CLAIMS, rows, "the paper's claim")
+        main_tables = [line for subset in ("code", "trace") for line in [f"`{subset}`", "", *table(subset, rows)]]
+        parts = readme.read_text().split(MARKS[0])
+        after = parts[1].split(MARKS[1])[1]
+        readme.write_text("\n".join([parts[0] + MARKS[0], origin, "", *main_tables, *claims, MARKS[1]]) + after)
+        lines = [INTRODUCTION, origin, ""]
+        for subset in dict.fromkeys(name.split("/")[0] for name in rows):
+            lines += [f"## {subset}", "", *table(subset, rows)]
+        lines += ["## The paper's claims", "", *claims, "## Choices of ours", "",
+                  *claims_table(CHOICES, rows, "the first is better than the other")]  # fmt: skip
+        lines += ["## What was tried before", "", *tuning_list(tuned)]
+        (results / "README.md").write_text("\n".join(lines).rstrip() + "\n")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="The study on the toy tasks.", allow_abbrev=False)
     parser.add_argument("--only", nargs="*", default=[""], help="rows whose name starts with one of these")
@@ -261,22 +458,22 @@ def main(argv: list[str] | None = None) -> None:
     folder, failed = args.folder.resolve(), []
     chosen = lambda name: any(name.startswith(start) for start in args.only)  # noqa: E731
     if args.tune:
-        jobs = {}
+        jobs, names = {}, {}
         for name, settings in GRID.items():
             for flags in settings if chosen(name) else ():
                 subset, method = name.split(" ")[0].split("/")
-                steps = f" --steps {TUNING_STEPS[subset]}" if subset in TUNING_STEPS else ""
-                flags = f"--task toy --subset {subset} --method {method} {flags}{steps} --seed 0"
-                jobs[folder / ("tune-" + folder_of(" ".join(flags.replace("--", "").split()[2:])))] = flags.split()
+                flags = f"--task toy --subset {subset} --method {method} {flags} --seed 0"
+                out = folder / ("tune-" + folder_of(" ".join(flags.replace("--", "").split()[2:])))
+                jobs[out], names[out] = flags.split(), name
         failed = perform_all(jobs, args.jobs, test=False)
-        tried = {}
+        path = args.results / "tuning.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
         for out, flags in jobs.items():
             if (out / "done.json").exists():
                 found = record(out)
-                tried[" ".join(flags)] = dict(zip(map(str, found["eval"]["step"]), found["eval"]["avg"]))
-        path = args.results / "tuning.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
-        write(path, known | tried)
+                avg = dict(zip(map(str, found["eval"]["step"]), found["eval"]["avg"]))
+                known[" ".join(flags)] = {"name": names[out], "commit": found["commit"], "avg": avg}
+        write(path, known)
     elif not args.tables:
         # Seed by seed, so that a study that is stopped has all rows with fewer seeds.
         jobs = {
@@ -287,6 +484,7 @@ def main(argv: list[str] | None = None) -> None:
         }
         failed = perform_all(jobs, args.jobs, test=True)
         collect(folder, args.results, range(1, args.seeds + 1))
+    report(args.results, README)
     for line in failed:
         print(f"study.py: {line}", file=sys.stderr)
     if failed:

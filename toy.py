@@ -295,7 +295,11 @@ class Code:
     def verify(self, problems: list[Problem], responses: list[str]) -> list[Outcome]:
         if self.sandbox is None:
             self.sandbox = Sandbox(time_limit=3.0)
-        return self.sandbox.run_many(lambda pair: self.grade(*pair), list(zip(problems, responses, strict=True)))
+        # Rollouts of one prompt are often the same few programs: each is run once.
+        asked = [(p.id, response) for p, response in zip(problems, responses, strict=True)]
+        once = {key: (p, key[1]) for key, p in zip(asked, problems)}
+        graded = dict(zip(once, self.sandbox.run_many(lambda pair: self.grade(*pair), list(once.values()))))
+        return [graded[key] for key in asked]
 
     def grade(self, problem: Problem, response: str) -> Outcome:
         source = "def f(xs):\n" + "\n".join(f" {line}" for line in response.split("\n"))

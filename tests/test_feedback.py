@@ -93,6 +93,13 @@ def test_borrowing_can_be_turned_off(source):
     assert [shown(context) for context in draw(source, (1, 0, 1, 1), borrow=False)] == [None, "F1", None, None]
 
 
+@pytest.mark.parametrize("source", ["environment", "critique"])
+def test_a_text_for_successes_takes_the_borrowed_ones_place_even_without_failures(source):
+    assert [shown(c) for c in draw(source, (1, 0, 1, 1), passed="well done")] == ["well done", "F1", *["well done"] * 2]
+    assert [shown(c) for c in draw(source, (1, 1), passed="well done")] == ["well done"] * 2
+    assert [shown(c) for c in draw("sibling", (1, 0, 0), passed="well done")] == [None, "S0", "S0"]
+
+
 def test_a_failure_without_a_text_has_no_context_and_lends_none():
     for seed in range(40):
         found = contexts("environment", [0, 0, 1, 1], ["a"] * 4, ["", "F1", "", ""], random.Random(seed))

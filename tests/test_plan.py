@@ -138,6 +138,9 @@ def test_sampling_keeps_weights_moments_and_copies_but_no_gradients():
         ("--feedback critique --max_critique_tokens 9", 50, 30 + 9),  # the review reads the teacher's length
         ("--feedback critique --max_critique_tokens 9 --critic_url http://a/v1 --critic_model m", 50, 30),
         ("--method grpo --feedback critique", 40, 30),
+        ("--teacher_probe 4", 50, 30 + 20),  # the teacher answers as well
+        ("--teacher_probe 4 --eval_every 0", 50, 30),
+        ("--method grpo --teacher_probe 4", 40, 30),
     ],
 )
 def test_a_micro_batch_is_full_or_one_longer_row(flags, rows, longest):

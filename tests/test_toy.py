@@ -104,6 +104,33 @@ def test_the_reference_solves_its_problem_and_a_near_miss_does_not(loaded, subse
 # ---- The machine -----------------------------------------------------------------------------------------
 
 
+def test_every_program_of_trace_rare_meets_two_unknown_entries():
+    task, trace = toy.load("trace-rare"), toy.Trace()
+    assert task.splits() == "toy/trace-rare: 720 train, 64 validation, 64 test problems"
+    assert len({p.messages[0]["content"] for p in problems(task)}) == 720 + 128
+    for problem in problems(task):
+        (x, program), unknown = problem.data, 0
+        for line in program:
+            unknown += line[1] is None and trace.firmware.belief[line[0], x] == 0.02
+            x = trace.firmware.step(line, x)
+        assert unknown >= 2
+        assert task.verify([problem], [problem.reference])[0].reward == 1
+
+
+def test_in_trace_often_nothing_is_sure_and_nothing_unlikely_and_trace_cold_has_trace_s_problems():
+    beliefs = list(toy.TraceOften().firmware.belief.values())
+    assert len(beliefs) == 60 and 0.5 < min(beliefs) and max(beliefs) < 1
+    cold, trace = toy.load("trace-cold"), toy.load("trace")
+    assert (cold.train, cold.validation, cold.test) == (trace.train, trace.validation, trace.test)
+
+
+def test_the_warm_up_of_trace_cold_has_no_context():
+    rng = random.Random(0)
+    assert all(
+        toy.TraceCold().example(rng, progress)["context"] is None for progress in (0.0, 0.5, 1.0) for _ in range(200)
+    )
+
+
 def test_a_program_run_by_hand():
     machine = toy.Firmware((1.0,) * 10, seed=0)
     machine.true.update({("zig", 7): 2, ("fog", 9): 0})
@@ -315,7 +342,7 @@ def test_warm_start_moves_every_weight_stays_finite_and_repeats_with_its_seed(qu
     assert losses[0] == losses[1] == pytest.approx(math.log(len(first.tokenizer)), abs=1)  # of an untrained model: ln V
 
 
-@every_subset
+@pytest.mark.parametrize("subset", [*toy.SUBSETS, "trace-often", "trace-cold"])
 def test_a_shipped_model_loads_and_is_small(tokenizer, subset):
     folder = Path(toy.__file__).parent / "toy_models" / subset
     if not folder.exists():

@@ -59,6 +59,16 @@ def test_a_flag_overrides_the_preset_and_the_preset_the_default():
     assert vpd.parse(["--no_borrow"]).borrow is False and vpd.parse([]).borrow is True
 
 
+def test_the_regimes_of_trace_take_its_settings_and_their_own_model():
+    for method in ("vpd", "sdpo", "grpo"):
+        trace = vpd.asdict(vpd.parse(["--method", method]))
+        for subset, model in (("rare", "trace"), ("often", "trace-often"), ("cold", "trace-cold")):
+            other = vpd.asdict(vpd.parse(["--method", method, "--subset", f"trace-{subset}"]))
+            differ = {name for name in trace if trace[name] != other[name]}
+            assert other["model"] == f"toy_models/{model}"
+            assert differ <= {"subset", "model"} | ({"lr", "e_lr"} if subset == "often" else set())  # often has its own
+
+
 has_vllm = importlib.util.find_spec("vllm") is not None
 IMPOSSIBLE = [
     (["--group_size", "1", "--method", "grpo"], "group_size"),
@@ -77,6 +87,7 @@ IMPOSSIBLE = [
     (["--feedback_template", "no hole"], "feedback"),
     (["--feedback", "both", "--no_borrow"], "no_borrow"),
     (["--no_borrow"], "no_borrow"),
+    (["--teacher_probe", "-1"], "--teacher_probe"),
     (["--max_teacher_tokens", "20"], "max_teacher_tokens"),
     (["--top_k", "100000"], "top_k"),
     (["--max_prompt_tokens", "3"], "prompts_per_batch"),
@@ -343,6 +354,66 @@ def test_critiques_come_from_the_model_itself_and_reach_the_teacher(tmp_path):
     texts = [c["critique"] for c in contexts if c]
     assert texts and all(c["kind"] == "critique" for c in contexts if c)
     assert any("is wrong" in text for text in texts)  # what the warm-up taught it to write
+
+
+def probed(tmp_path, monkeypatch, *flags):
+    """The teachers that the base failures were shown to, the prompts of each time, and the run's evaluations."""
+    shown, measure = [], vpd.evaluate.measure
+
+    def watched(policy, sampler, *args, prompts=None, **kwargs):
+        if prompts:
+            assert sampler.policy.model is policy.model  # the sampler draws from the teacher's weights
+            first = next(policy.model.parameters()).detach().double().sum().item()
+            shown.append((policy.model, first, prompts))
+        result = measure(policy, sampler, *args, prompts=prompts, **kwargs)
+        return result | ({"avg": 0.125 * len(shown)} if prompts else {})
+
+    monkeypatch.setattr(vpd.evaluate, "measure", watched)
+    rows = run(tmp_path / "run", "--eval_every", "1", "--teacher_probe", "3", *flags)
+    return shown, [row for row in rows if row["kind"] == "eval"]
+
+
+@pytest.mark.parametrize("method, teacher", [("vpd", "live"), ("sdpo", "ema")])
+def test_the_teacher_is_tested_on_the_same_base_failures_at_every_evaluation(
+    method, teacher, tmp_path, monkeypatch, small_validation
+):
+    shown, rows = probed(tmp_path, monkeypatch, "--method", method, "--lr", "0.01", "--ema_rate", "0.25")
+    assert [row["teacher_avg"] for row in rows] == [0.125, 0.25, 0.375]
+    assert shown[0][2] == shown[1][2] == shown[2][2]  # prompts: the contexts are those of the first weights
+    kept = json.loads((tmp_path / "run" / "base_failures.json").read_text())
+    assert 1 <= len(kept) <= 3 and len({row["id"] for row in kept}) == len(kept) == len(shown[0][2])
+    assert all(row["context"]["solution"] for row in kept)
+    # The weights move between evaluations, the moving average's less.
+    assert shown[0][1] != shown[1][1] != shown[2][1]
+    after = weights(tmp_path / "run" / "model")["model.embed_tokens.weight"].double().sum().item()
+    assert (shown[2][1] == pytest.approx(after, rel=1e-12)) == (teacher == "live")
+
+
+def test_only_a_method_with_a_teacher_is_probed(tmp_path, monkeypatch, small_validation):
+    shown, rows = probed(tmp_path, monkeypatch, "--method", "grpo")
+    assert not shown and all("teacher_avg" not in row for row in rows)
+
+
+def test_base_failures_are_the_first_failure_with_a_context_of_each_problem(monkeypatch):
+    cfg = vpd.parse(["--subset", "choice", "--group_size", "3", "--teacher_probe", "4", "--feedback", "environment"])
+    problems = [tasks.Problem(name, [{"role": "user", "content": name}], "") for name in "abcde"]
+    right = {"a": (1, 1, 1), "b": (1, 0, 0), "c": (0, 0, 0), "d": (0, 1, 0), "e": (0, 0, 0)}
+    text = {("b", 1): "b1", ("b", 2): "b2", ("c", 0): "c0", ("d", 0): "", ("d", 2): "d2"}
+
+    class Sampler:
+        def sample(self, prompts, n, seed, max_tokens, temperature, top_p):
+            assert (len(prompts), n, temperature, top_p) == (4, 3, cfg.temperature, cfg.top_p)  # e is the fifth problem
+            return [rollout.Rollout([i], [0.0], "stop") for i in range(len(prompts) * n)]
+
+    def verify(rows, texts):
+        places = [(p.id, i % 3) for i, p in enumerate(rows)]
+        return [Outcome(right[p][j], "passed" if right[p][j] else "wrong", text.get((p, j), "")) for p, j in places]
+
+    policy = type("Policy", (), {"tokenizer": None, "decode": lambda self, tokens: f"y{tokens[0]}"})()
+    monkeypatch.setattr(vpd.feedback, "student_prompt", lambda tokenizer, messages: [0])
+    task = tasks.Task("toy/none", [], problems, [], verify)
+    found = vpd.base_failures(cfg, policy, Sampler(), None, task)
+    assert [(row["id"], row["context"]["feedback"]) for row in found] == [("b", "b1"), ("c", "c0"), ("d", "d2")]
 
 
 def test_ema_teacher_moves_once_per_batch_towards_the_student(tmp_path, monkeypatch):

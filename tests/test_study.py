@@ -1,0 +1,242 @@
+"""The study: rows that mean what they say, quantities and intervals by hand, verdicts, tables, and a run beside its command."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import study
+import vpd
+
+ROOT = Path(__file__).parent.parent
+
+
+# ---- Rows and grids ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", study.ROWS)
+def test_a_rows_flags_are_settings_that_work_together(name):
+    cfg = vpd.parse([*study.flags_of(name), "--seed", "1"])
+    vpd.check(cfg)
+    subset, method = name.split(" ")[0].split("/")
+    if name == "trace/vpd no E-step":  # which is SDPO's loop on VPD's settings
+        method = "sdpo"
+    assert (cfg.subset, cfg.method) == (subset.replace("trace-long", "trace"), method)
+
+
+def test_a_variant_differs_from_its_method_in_what_its_name_says():
+    changed = {
+        "F=1": {"e_step_every"}, "F=10": {"e_step_every"}, "fixed prior": {"prior"}, "EMA teacher": {"teacher"},
+        "live teacher": {"teacher"}, "high rate": {"lr"}, "all passed": {"passed_text"}, "e_groups all": {"e_groups"}, "no E-step": {"method", "teacher"},
+        "KL(student‖teacher)": {"divergence"}, "KL(teacher‖student)": {"divergence"}, "sibling": {"feedback"},
+    }  # fmt: skip
+    seen = 0
+    for name in study.ROWS:
+        base, _, change = name.partition(" ")
+        if base.startswith("trace/") and change:
+            one, other = (vpd.asdict(vpd.parse(study.flags_of(n))) for n in (base, name))
+            assert {key for key in one if one[key] != other[key]} - {"out"} == changed[change], name
+            seen += 1
+    assert seen == 13
+
+
+def test_every_method_of_a_task_was_tried_with_as_many_settings():
+    tried = {name: len(set(flags)) for name, flags in study.GRID.items()}
+    assert all(len(flags) == tried[name] for name, flags in study.GRID.items())  # none twice
+    by_subset = {}
+    for name, count in tried.items():
+        by_subset.setdefault(name.split("/")[0], set()).add(count)
+    assert by_subset == {"code": {6}, "choice": {5}, "trace-often": {3}}
+    for name, settings in study.GRID.items():
+        subset, method = name.split(" ")[0].split("/")
+        for flags in settings:
+            vpd.check(vpd.parse(["--subset", subset, "--method", method, *flags.split()]))
+
+
+def test_claims_speak_of_rows_that_are_run():
+    for claim in study.CLAIMS + study.CHOICES:
+        assert {claim.above, claim.below} - {"", "base"} <= study.ROWS.keys()
+
+
+# ---- Quantities and intervals by hand ----------------------------------------------------------------------
+
+
+def made(avg, margin=(), teacher=(0.25, 0.5), evals=(0.1, 0.3, 0.2)):
+    return {
+        "commit": "abc", "seconds": 36.0, "seconds_per_batch": 2.0, "before": {"avg": 0.1, "low": 0, "high": 1, "pass@4": 0.2},
+        "after": {"avg": avg, "low": 0.0, "high": 1.0, "pass@4": 0.9},
+        "eval": {"step": list(range(0, 10 * len(evals), 10)), "avg": list(evals), "teacher": list(teacher)},
+        "train": {"margin": list(margin)},
+    }  # fmt: skip
+
+
+def test_quantities_of_a_run():
+    run = made(0.6, margin=[0.0, 0.1, None, 0.2, 0.3, 0.4, 1, 1, 1, 1, 6], teacher=[0.25, None, 0.5])
+    first, last = (0.0 + 0.1 + 0.2 + 0.3 + 0.4) / 5, (1 + 1 + 1 + 1 + 6) / 5  # batches without a margin do not count
+    assert study.quantity("margin change", run) == pytest.approx(last - first)
+    assert study.quantity("margin fall", run) == pytest.approx(first - last)
+    assert study.quantity("teacher change", run) == pytest.approx(0.5 - 0.25)
+    assert study.quantity("late gain", run) == pytest.approx(0.2 - 0.3)  # 20 batches, the half is after 10
+    assert study.quantity("late loss", run) == pytest.approx(0.3 - 0.2)
+    assert study.quantity("avg", run) == 0.6 and study.quantity("pass@4", run) == 0.9
+    assert math.isnan(study.quantity("margin change", made(0.6, margin=[1.0] * 9)))  # first and last would overlap
+    assert math.isnan(study.quantity("teacher change", made(0.6, teacher=[None, None])))
+
+
+def test_the_interval_over_seeds_is_student_s_t():
+    values = [0.1, 0.2, 0.6]
+    mean = 0.9 / 3
+    deviation = math.sqrt(((0.1 - mean) ** 2 + (0.2 - mean) ** 2 + (0.6 - mean) ** 2) / 2)
+    half = 4.302653 * deviation / math.sqrt(3)  # t of 2 degrees of freedom at 0.975
+    assert study.interval(values) == pytest.approx((mean, mean - half, mean + half), rel=1e-6)
+    assert study.interval([0.1, float("nan"), 0.2, 0.6]) == pytest.approx((mean, mean - half, mean + half), rel=1e-6)
+    assert study.interval([0.4])[0] == 0.4 and math.isnan(study.interval([0.4])[1])
+
+
+def test_the_difference_of_rows_has_welchs_interval():
+    above, below = [0.5, 0.7], [0.1, 0.2, 0.6]
+    var_a, var_b = 0.02 / 2, 0.07 / 3  # of the means: sample variances (0.2^2 / 2) and (0.04 + 0.01 + 0.09) / 2
+    freedom = (var_a + var_b) ** 2 / (var_a**2 / 1 + var_b**2 / 2)
+    from scipy import stats
+
+    half = stats.t.ppf(0.975, freedom) * math.sqrt(var_a + var_b)
+    assert study.difference(above, below) == pytest.approx((0.6 - 0.3, 0.3 - half, 0.3 + half), rel=1e-9)
+    assert study.difference([0.5, 0.5], [0.0, 0.0]) == (0.5, 0.5, 0.5)
+
+
+def rows_of(**averages):
+    return {f"trace/{name}": {"label": name, "command": f"run {name}",
+                              "runs": {str(i): made(avg) for i, avg in enumerate(values, 1)}}
+            for name, values in averages.items()}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "above, below, said",
+    [
+        ([0.8, 0.82, 0.84], [0.2, 0.22, 0.24], "yes"),
+        ([0.2, 0.22, 0.24], [0.8, 0.82, 0.84], "no, the reverse"),
+        ([0.2, 0.5, 0.8], [0.3, 0.5, 0.6], "not decided"),
+    ],
+)
+def test_a_claim_holds_when_its_interval_lies_above_zero(above, below, said):
+    rows = rows_of(vpd=above, grpo=below)
+    text, verdict = study.verdict(study.Claim("", "avg", "trace/vpd", "trace/grpo"), rows)
+    assert verdict == said
+    assert text.startswith(
+        f"{np.mean(above):.3f} against {np.mean(below):.3f}: {np.mean(above) - np.mean(below):+.3f} ["
+    )
+
+
+def test_a_claim_about_one_row_is_against_zero_or_the_base():
+    rows = rows_of(sdpo=[0.02, 0.03, 0.04])  # base 0.1
+    text, verdict = study.verdict(study.Claim("", "avg", "base", "trace/sdpo"), rows)
+    assert verdict == "yes" and text.startswith("0.030 [") and text.endswith("base 0.100")
+    assert (
+        study.verdict(study.Claim("", "avg", "base", "trace/sdpo"), rows_of(sdpo=[0.3, 0.31, 0.32]))[1]
+        == "no, the reverse"
+    )
+    assert study.verdict(study.Claim("", "teacher change", "trace/sdpo", ""), rows) is not None
+    assert study.verdict(study.Claim("", "late loss", "trace/sdpo", ""), rows)[1] == "yes"  # 0.3 to 0.2 in all seeds
+    assert study.verdict(study.Claim("", "late gain", "trace/sdpo", ""), rows)[1] == "no, the reverse"
+
+
+def test_no_verdict_before_two_seeds():
+    claim = study.Claim("", "avg", "trace/vpd", "trace/grpo")
+    assert study.verdict(claim, rows_of(vpd=[0.8], grpo=[0.1, 0.2])) is None
+    assert study.verdict(claim, rows_of(vpd=[0.8, 0.9])) is None
+
+
+# ---- Tables ------------------------------------------------------------------------------------------------
+
+
+def test_the_report_names_seeds_hours_commits_and_commands_and_leaves_the_rest_of_the_readme(tmp_path):
+    rows = rows_of(vpd=[0.8, 0.82, 0.84], grpo=[0.2, 0.22, 0.24])
+    (tmp_path / "study.json").write_text(json.dumps({"hardware": "a machine", "rows": rows}))
+    tried = {
+        f"--task toy --subset trace --method vpd --lr {lr} --steps 20 --seed 0":
+        {"name": "trace/vpd", "commit": "abc", "avg": {"0": 0.1, "20": avg}} for lr, avg in (("1e-3", 0.4), ("2e-3", 0.6))
+    }  # fmt: skip
+    (tmp_path / "tuning.json").write_text(json.dumps(tried))
+    readme = tmp_path / "MAIN.md"
+    readme.write_text(f"above\n{study.MARKS[0]}\nold figures\n{study.MARKS[1]}\nbelow\n")
+    for _ in range(2):  # again gives the same
+        study.report(tmp_path, readme)
+        text, full = readme.read_text(), (tmp_path / "README.md").read_text()
+        assert text.startswith("above\n") and text.endswith("\nbelow\n") and "old figures" not in text
+        for page in (text, full):
+            assert "6 runs, 0.1 CPU hours; a machine; commit abc." in page  # 6 x 36 s
+            assert "0.820 [" in page and "0.800 0.820 0.840" in page and "vpd: run vpd" in page
+            assert "VPD beats GRPO (Tables 1, 2) | trace | 0.820 against 0.220: +0.600" in page
+        assert "lr 1e-3: 0.40; **lr 2e-3: 0.60**" in full
+
+
+def test_the_shipped_tables_are_those_of_the_shipped_figures(tmp_path):
+    known = json.loads((ROOT / "results" / "study.json").read_text())
+    for name in ("study.json", "tuning.json"):
+        shutil.copy(ROOT / "results" / name, tmp_path)
+    readme = tmp_path / "MAIN.md"
+    shutil.copy(ROOT / "README.md", readme)
+    study.report(tmp_path, readme)
+    assert readme.read_text() == (ROOT / "README.md").read_text()
+    assert (tmp_path / "README.md").read_text() == (ROOT / "results" / "README.md").read_text()
+    assert all(row["command"].split()[2:-4] == study.flags_of(name) for name, row in known["rows"].items())
+
+
+# ---- A run -------------------------------------------------------------------------------------------------
+
+TINY = ["--task", "toy", "--subset", "choice", "--method", "vpd", "--steps", "2", "--eval_every", "1", "--prompts_per_batch", "2",
+        "--minibatch_prompts", "2", "--e_minibatch_prompts", "2", "--group_size", "4", "--eval_samples", "1", "--teacher_probe", "2",
+        "--seed", "3"]  # fmt: skip
+
+
+def test_a_run_of_the_study_is_the_run_of_its_command(tmp_path):
+    """Several runs share a process there, so the second of two is compared."""
+    for name in ("first", "second"):
+        assert study.perform(TINY, tmp_path / name, test=True) == ""
+    alone = tmp_path / "alone"
+    for command in (["vpd.py", *TINY, "--out", str(alone)], ["evaluate.py", "--run", str(alone)]):
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    (alone / "done.json").write_text('{"seconds": 0}')
+    ours, theirs = (study.record(folder) for folder in (tmp_path / "second", alone))
+    for found in (ours, theirs):
+        for timing in ("seconds", "seconds_per_batch"):
+            del found[timing]
+    assert ours == theirs and len(ours["train"]["reward"]) == 2 and "after" in ours
+    assert not (tmp_path / "second" / "model").exists()  # hundreds of runs would fill the disk
+
+
+def test_finished_runs_stay_stopped_ones_start_again_and_a_failure_is_told(tmp_path):
+    finished, stopped, wrong = (tmp_path / name for name in ("finished", "stopped", "wrong"))
+    for folder in (finished, stopped):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+    (finished / "done.json").write_text('{"seconds": 1}')
+    jobs = {finished: TINY, stopped: TINY, wrong: [*TINY, "--lr", "-1"]}
+    (failure,) = study.perform_all(jobs, processes=1, test=False)
+    assert (
+        failure.startswith("wrong: SystemExit: 2") and "--lr must be positive" in (tmp_path / "wrong.txt").read_text()
+    )
+    assert not (wrong / "done.json").exists()
+    assert json.loads((finished / "config.json").read_text()) == {}
+    assert json.loads((stopped / "config.json").read_text())["seed"] == 3 and (stopped / "done.json").exists()
+
+
+def test_collecting_keeps_the_rows_that_were_not_run_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "record", lambda out: {"from": out.name})
+    monkeypatch.setattr(study, "hardware", lambda: "here")
+    old = {"hardware": "there", "rows": {name: {"label": "x", "command": "y", "runs": {"1": "old", "2": "old"}}
+                                         for name in ("trace/grpo", "trace/vpd")}}  # fmt: skip
+    (tmp_path / "study.json").write_text(json.dumps(old))
+    (tmp_path / "trace-vpd-seed2").mkdir()
+    (tmp_path / "trace-vpd-seed2" / "done.json").write_text("{}")
+    found = study.collect(tmp_path, tmp_path, range(1, 6))
+    assert found == json.loads((tmp_path / "study.json").read_text()) and found["hardware"] == "here"
+    assert found["rows"]["trace/grpo"]["runs"] == {"1": "old", "2": "old"}
+    assert found["rows"]["trace/vpd"]["runs"] == {"1": "old", "2": {"from": "trace-vpd-seed2"}}
+    assert list(found["rows"]) == ["trace/vpd", "trace/grpo"]  # in the study's order
