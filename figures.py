@@ -1,12 +1,16 @@
-"""Learning curves and reward margin from run directories.
+"""Curves of runs, the paper's figures on the toy tasks, and the paper's tables from evaluated runs.
 
     python figures.py runs/toy-vpd-seed1 runs/toy-vpd-seed2 runs/toy-grpo-seed1 --out curves.png
+    python figures.py                            results/study.json -> results/margin.png, progress.png, cold.png, ...
+    python figures.py --tables runs/*            our figure beside the paper's, for runs that evaluate.py has measured
 
-Runs that differ only in their seed share a colour: the line is the mean over seeds, the band runs from the lowest to the
-highest seed. Steps count rollout batches that were trained on before the measurement.
+Runs that differ only in their seed share a colour: the line is the mean over seeds, the band runs from the lowest to
+the highest seed. Steps count rollout batches that were trained on before the measurement. What is in a table, and what
+is not, is said in tables.py.
 """
 
 import argparse
+import io
 import json
 import sys
 from pathlib import Path
@@ -17,36 +21,47 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-# Okabe and Ito's palette and a line style each: told apart by colour-blind readers and in print.
-STYLES = list(
-    zip(
-        ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"),
-        ("-", "--", "-.", ":", "-", "--", "-."),
-    )
-)
-PANELS = (  # title, kind of log row, key, whether to smooth over neighbouring steps
-    ("pass rate on validation problems", "eval", "avg", False),
-    ("reward of the rollouts", "train", "reward", True),
-    ("reward margin of the teacher (Fig. 1)", "train", "margin", True),
-)
+# Okabe and Ito's palette with a line style each: told apart by colour-blind readers and in print. A method looks the
+# same in every figure; a curve that has no look of its own takes a spare one.
+STYLES = {
+    "vpd": ("#0072B2", "-"), "sdpo": ("#D55E00", "--"), "grpo": ("#009E73", "-."), "joint": ("#CC79A7", ":"),
+    "reshape": ("#E69F00", "-"), "reweight": ("#56B4E9", "--"), "distil": ("#000000", "-."), "ovd": ("#999999", ":"),
+    "vpd fixed prior": ("#882255", "--"),
+}  # fmt: skip
+SPARE = [(colour, dash) for dash in ((0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
+         for colour in ("#000000", "#882255", "#E69F00", "#56B4E9", "#CC79A7")]  # fmt: skip
+MEASURES = {  # title, kind of log row, whether to smooth over neighbouring batches
+    "avg": ("pass rate on validation problems", "eval", False),
+    "teacher": ("teacher's pass rate on fixed base failures", "eval", False),
+    "reward": ("reward of the rollouts", "train", True),
+    "margin": ("reward margin of the teacher", "train", True),
+    "entropy": ("student's entropy, nats a token", "train", True),
+    "divergence": ("each method's D(student, teacher)", "train", True),  # KL of one, JS of another
+}
+EVERY = ("vpd", "sdpo", "grpo", "joint", "reshape", "reweight", "distil", "ovd")
+LATER = ("distil", "ovd")  # drawn where there are runs of them, and not missed elsewhere
+FIGURES = {  # file: panels of (subset, measure, variants); "*" is every further row of the subset
+    "margin": [("trace", "margin", ("vpd", "sdpo"))],  # Fig. 1
+    "progress": [("code", "avg", EVERY), ("trace", "avg", EVERY)],  # Fig. 2
+    "cold": [("trace-cold", "avg", ("vpd", "sdpo", "grpo"))],  # Fig. 3
+    "prior": [("trace", key, ("vpd", "vpd fixed prior")) for key in ("avg", "margin")],  # Fig. 5
+    "collapse": [("trace-long", key, ("vpd", "sdpo", "grpo", "*"))
+                 for key in ("avg", "teacher", "entropy", "divergence")],
+}  # fmt: skip
 
 
-def read(run: Path) -> tuple[dict, list[dict]]:
-    """config.json and the rows of log.jsonl. Raises ValueError when the folder is no run directory."""
+def load(path: Path) -> dict:
+    """Raises ValueError with one line for a file that cannot be read or holds no JSON object."""
     try:
-        config = json.loads((run / "config.json").read_text())
-        rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{run} is no run directory: {error}") from None
-    return config, rows
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return found
 
 
-def label(config: dict, all_configs: list[dict]) -> str:
-    """The method, and every other setting in which the runs of this figure differ (the seed aside)."""
-    aside = {"seed", "out", "command", "commit", "method", "overwrite", "prompts_dropped"}
-    same_method = [c for c in all_configs if c["method"] == config["method"]]
-    differ = [k for k in config if k not in aside and len({json.dumps(c.get(k)) for c in same_method}) > 1]
-    return " ".join([config["method"].upper(), *(f"{k}={config[k]}" for k in differ)])
+# ---- Curves ------------------------------------------------------------------------------------------------
 
 
 def series(rows: list[dict], kind: str, key: str) -> dict[int, float]:
@@ -59,50 +74,176 @@ def smooth(values: np.ndarray, width: int = 5) -> np.ndarray:
     return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
 
 
+def plot(panels: list[tuple], logs: dict[str, list[list[dict]]], labels: dict[str, str], looks: dict[str, tuple], size):
+    """panels: (what stands before the title, measure, names); logs: for each name the log rows of each seed. Returns
+    the figure, what its legend says, and the curves that have no values."""
+    down = len(panels) // 4 + 1
+    figure, axes = plt.subplots(down, -(-len(panels) // down), figsize=size, layout="constrained", squeeze=False)
+    lines, counts, empty = {}, {}, []
+    for axis, (before, measure, names) in zip(axes.flat, panels):
+        title, kind, smoothed = MEASURES[measure]
+        for name in names:
+            found = [s for s in (series(rows, kind, measure) for rows in logs[name]) if s]
+            # Only steps that every seed has: a mean over a changing set of seeds would jump.
+            steps = sorted(set.intersection(*map(set, found))) if found else []
+            if not steps:
+                empty.append(f"no {measure} of {name}")
+                continue
+            values = np.array([[s[step] for step in steps] for s in found], float)  # (seeds, steps)
+            values = np.array([smooth(v) for v in values]) if smoothed else values
+            colour, dash = looks[name]
+            mark = None if smoothed else "o"  # evaluations are few
+            (lines[labels[name]],) = axis.plot(
+                steps, values.mean(0), linestyle=dash, color=colour, marker=mark, markersize=3.5
+            )
+            axis.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.14, linewidth=0)
+            counts.setdefault(labels[name], []).append(len(found))
+        axis.set_title(before + title, fontsize=10)
+        axis.set_xlabel("rollout batches")
+        axis.set_ylabel("mean of 5 batches" if smoothed else "")
+        axis.grid(alpha=0.3)
+        if measure in ("avg", "teacher", "reward"):
+            axis.set_ylim(0, 1)
+    legend = []
+    for text, seeds in counts.items():
+        seeds = list(dict.fromkeys(seeds))  # more than one number where panels differ
+        legend.append(f"{text} ({' and '.join(map(str, seeds))} seed{'s' if seeds != [1] else ''})")
+    if legend:
+        figure.legend(lines.values(), legend, loc="outside lower center", ncols=min(3, len(legend)), handlelength=3.5)
+    return figure, legend, empty
+
+
+# ---- Runs --------------------------------------------------------------------------------------------------
+
+
+def read(run: Path) -> tuple[dict, list[dict]]:
+    """config.json and the rows of log.jsonl. Raises ValueError when the folder is no run directory."""
+    config = load(run / "config.json")
+    try:
+        rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{run} is no run directory: {error}") from None
+    if not isinstance(config.get("method"), str) or not all(
+        isinstance(row, dict) and {"kind", "step"} <= row.keys() for row in rows
+    ):
+        raise ValueError(f"{run} is no run directory: its config.json or log.jsonl is something else")
+    return config, rows
+
+
+def label(config: dict, all_configs: list[dict]) -> str:
+    """The method, and every other setting in which the runs of this figure differ (the seed aside)."""
+    aside = {"seed", "out", "command", "commit", "method", "overwrite", "prompts_dropped"}
+    same_method = [c for c in all_configs if c["method"] == config["method"]]
+    differ = [k for k in config if k not in aside and len({json.dumps(c.get(k)) for c in same_method}) > 1]
+    return " ".join([config["method"].upper(), *(f"{k}={config[k]}" for k in differ)])
+
+
 def draw(runs: list[Path], out: Path) -> list[str]:
-    """Draws the three panels to `out`; returns the labels with their number of seeds."""
+    """Draws pass rate, reward and margin to `out`; returns the labels with their number of seeds."""
     read_runs = [read(run) for run in runs]
     configs = [config for config, _ in read_runs]
-    groups: dict[str, list[list[dict]]] = {}
+    logs: dict[str, list[list[dict]]] = {}
     for config, rows in read_runs:
-        groups.setdefault(label(config, configs), []).append(rows)
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(13, 3.8))
-    names = [f"{name} ({len(seeds)} seed{'s' if len(seeds) > 1 else ''})" for name, seeds in groups.items()]
-    for axis, (title, kind, key, smoothed) in zip(axes, PANELS):
-        for (colour, dash), name, seeds in zip(STYLES * len(groups), names, groups.values()):
-            found = [s for s in (series(rows, kind, key) for rows in seeds) if s]
-            if not found:
-                continue
-            # Only steps that every seed has: a mean over a changing set of seeds would jump.
-            steps = sorted(set.intersection(*(set(s) for s in found)))
-            values = np.array([[s[step] for step in steps] for s in found])  # (seeds, steps)
-            values = np.array([smooth(v) for v in values]) if smoothed else values
-            axis.plot(steps, values.mean(0), dash, color=colour, label=name, linewidth=1.8)
-            axis.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.18, linewidth=0)
-        axis.set_title(title + (", mean of 5 batches" if smoothed else ""), fontsize=10)
-        axis.set_xlabel("rollout batches")
-        axis.grid(alpha=0.3)
-    axes[0].set_ylim(0, 1)
-    axes[1].set_ylim(0, 1)
-    if axes[0].get_legend_handles_labels()[0]:  # runs without evaluations have no curve there
-        axes[0].legend(fontsize=8, loc="upper left")
-    figure.tight_layout()
+        logs.setdefault(label(config, configs), []).append(rows)
+    spare = iter(SPARE * len(logs))
+    looks = {name: STYLES.get(name.lower()) or next(spare) for name in logs}
+    panels = [("", measure, list(logs)) for measure in ("avg", "reward", "margin")]
+    figure, legend, _ = plot(panels, logs, {name: name for name in logs}, looks, (13, 4.2))
     figure.savefig(out, dpi=110)
     plt.close(figure)
-    return names
+    return legend
+
+
+# ---- The paper's figures -----------------------------------------------------------------------------------
+
+
+def study_logs(study: Path) -> tuple[dict[str, list[list[dict]]], dict[str, str]]:
+    """For each row of a study the log rows of each seed, and its label. Raises ValueError with one line for what is no
+    study."""
+    logs, labels, rows = {}, {}, load(study).get("rows")
+    if not isinstance(rows, dict):
+        raise ValueError(f'{study} has no "rows"')
+    for name, row in rows.items():
+        try:
+            labels[name], logs[name] = str(row["label"]), []
+            for run in row["runs"].values():
+                logs[name].append([])
+                for key, (_, kind, _) in MEASURES.items():
+                    values = run[kind].get(key) or []  # null: the method has none
+                    steps = run[kind]["step"] if kind == "eval" and values else range(len(values))
+                    for step, value in zip(steps, values, strict=True):
+                        value = None if value is None else float(value)
+                        logs[name][-1].append({"kind": kind, "step": step, key: value})
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{study}: row {name!r} is not that of a study: {error!r}") from None
+    return logs, labels
+
+
+def draw_study(study: Path, out: Path) -> tuple[list[str], list[str]]:
+    """Draws FIGURES to PNGs in the folder `out`, nothing if the study is faulty. Returns a line for each file, and a
+    note for each row and figure that is left out."""
+    logs, labels = study_logs(study)
+    others = sorted({name.split("/", 1)[-1] for name in logs} - STYLES.keys())
+    looks = STYLES | dict(zip(others, SPARE * len(others)))
+    pictures, lines, notes = {}, [], []
+    for file, panels in FIGURES.items():
+        wanted, missing = [], []
+        for subset, measure, variants in panels:
+            names = [f"{subset}/{variant}" for variant in variants if variant != "*"]
+            names += [name for name in logs if "*" in variants and name.startswith(subset + "/") and name not in names]
+            wanted.append((f"{subset}: ", measure, [name for name in names if name in logs]))
+            missing += [f"no row {n}" for n in names if n not in logs and not n.endswith(LATER)]
+        by_name = {name: looks[name.split("/", 1)[-1]] for name in logs}
+        figure, legend, empty = plot(wanted, logs, labels, by_name, (9, 6.8 if len(panels) > 2 else 4.2))
+        notes += [f"{out / file}.png: {note}" for note in dict.fromkeys(missing + empty)]
+        if legend:
+            lines.append(f"{out / file}.png: {', '.join(legend)}")
+            pictures[file] = io.BytesIO()
+            figure.savefig(pictures[file], dpi=200)
+        else:
+            notes.append(f"{out / file}.png: not drawn, {study} has none of its rows")
+        plt.close(figure)
+    out.mkdir(parents=True, exist_ok=True)
+    for file, picture in pictures.items():
+        (out / f"{file}.png").write_bytes(picture.getvalue())
+    return lines, notes
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        print(f"figures.py: error: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(2)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Learning curves and reward margin of runs.", allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("curves.png"))
+    parser = Parser(description="Curves of runs, the paper's figures, or the paper's tables.", allow_abbrev=False)
+    parser.add_argument("runs", nargs="*", type=Path, help="run directories; none: the paper's figures from --study")
+    parser.add_argument("--out", type=Path, help="file of the curves (curves.png), or folder of the figures (results)")
+    parser.add_argument("--study", type=Path, help="default results/study.json")
+    parser.add_argument("--tables", action="store_true", help="print the paper's tables from evaluated runs")
     args = parser.parse_args(argv)
+    if args.study and (args.runs or args.tables):
+        parser.error("--study goes without runs and --tables")
+    if args.tables and (not args.runs or args.out):
+        parser.error("--tables needs runs, and prints: it goes without --out")
     try:
-        names = draw(args.runs, args.out)
+        if args.tables:
+            import tables  # and with it torch, which figures do without
+
+            read_runs = [(str(run), load(run / "config.json"), load(run / "evaluation.json")) for run in args.runs]
+            found, notes = tables.collect(read_runs)
+            lines = tables.lines(found)
+        elif args.runs:
+            out = args.out or Path("curves.png")
+            lines, notes = [f"{out}: {', '.join(draw(args.runs, out))}"], []
+        else:
+            lines, notes = draw_study(args.study or Path("results/study.json"), args.out or Path("results"))
     except (ValueError, OSError) as error:
-        print(f"figures.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(f"{args.out}: {', '.join(names)}")
+        parser.error(str(error))
+    for note in notes:
+        print(f"figures.py: {note}", file=sys.stderr)
+    if lines:
+        print("\n".join(lines))
 
 
 if __name__ == "__main__":

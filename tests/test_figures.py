@@ -1,11 +1,15 @@
-"""The figure from run logs: what is averaged, what is grouped, and the one-line errors."""
+"""Figures and tables: what is averaged, what is grouped, which run stands in which cell, and the one-line errors."""
 
 import json
+from dataclasses import asdict
+from math import sqrt
 
 import numpy as np
 import pytest
 
 import figures
+import tables
+import vpd
 
 
 def run(folder, method, seed, rewards, margins=None, **settings):
@@ -67,3 +71,398 @@ def test_a_folder_that_is_no_run_is_one_line_and_exit_2(tmp_path, capsys):
         figures.main([str(tmp_path), "--out", str(tmp_path / "x.png")])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and str(tmp_path) in error
+
+
+@pytest.mark.parametrize(
+    "config, log", [("[]", ""), ("{}", ""), ("{", ""), ('{"method": "vpd"}', "{"), ('{"method": "vpd"}', '{"step": 0}')]
+)
+def test_run_whose_files_are_something_else_is_one_line_and_exit_2(config, log, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(config)
+    (tmp_path / "log.jsonl").write_text(log)
+    assert_refused([tmp_path, "--out", tmp_path / "x.png"], str(tmp_path), capsys)
+    assert not (tmp_path / "x.png").exists()
+
+
+def assert_refused(argv, reason, capsys):
+    with pytest.raises(SystemExit) as stop:
+        figures.main([str(word) for word in argv])
+    out, error = capsys.readouterr()
+    assert stop.value.code == 2 and error.count("\n") == 1 and reason in error and out == ""
+
+
+@pytest.mark.parametrize(
+    "argv, reason",
+    [
+        (["--tables"], "--tables needs runs"),
+        (["--tables", "a", "--out", "b"], "goes without --out"),
+        (["a", "--study", "b"], "--study goes without"),
+        (["--tables", "--study", "b"], "--study goes without"),
+        (["--nothing"], "--nothing"),
+    ],
+)
+def test_options_that_do_not_go_together_are_one_line_and_exit_2(argv, reason, capsys):
+    assert_refused(argv, reason, capsys)
+
+
+# ---- The paper's figures ---------------------------------------------------------------------------------------
+
+
+def study_run(avg, **train):
+    """A run of study.json with two evaluations; `train`: lists by measure."""
+    nothing = {key: None for key in ("reward", "margin", "entropy", "divergence")}
+    return {"eval": {"step": [0, 10], "avg": avg, "teacher": None}, "train": nothing | train}
+
+
+def study(tmp_path, rows):
+    """study.json with rows {name: list of runs}."""
+    path = tmp_path / "study.json"
+    named = {
+        name: {"label": name.split("/")[1].upper(), "runs": {str(seed): run for seed, run in enumerate(runs, 1)}}
+        for name, runs in rows.items()
+    }
+    path.write_text(json.dumps({"hardware": "none", "rows": named}))
+    return path
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What is drawn: {"lines": [(x, y, colour, dash)], "bands": [(low, high)], "titles": [...], "ylabels": [...]};
+    no PNG is made."""
+    seen = {"lines": [], "bands": [], "titles": [], "ylabels": []}
+    plot = figures.plt.Axes.plot
+
+    def line(self, x, y, **k):
+        seen["lines"].append((list(x), list(y), k["color"], k["linestyle"]))
+        return plot(self, x, y, **k)
+
+    monkeypatch.setattr(figures.plt.Axes, "plot", line)
+    band = lambda self, x, low, high, **_: seen["bands"].append((list(low), list(high)))  # noqa: E731
+    monkeypatch.setattr(figures.plt.Axes, "fill_between", band)
+    monkeypatch.setattr(figures.plt.Axes, "set_title", lambda self, text, **_: seen["titles"].append(text))
+    monkeypatch.setattr(figures.plt.Axes, "set_ylabel", lambda self, text, **_: seen["ylabels"].append(text))
+    save = lambda self, file, **_: hasattr(file, "write") and file.write(b"picture")  # noqa: E731
+    monkeypatch.setattr(figures.plt.Figure, "savefig", save)
+    return seen
+
+
+def test_every_figure_is_drawn_where_all_rows_are_there(tmp_path, monkeypatch, capsys):
+    train = dict.fromkeys(("reward", "margin", "entropy", "divergence"), [0.1, 0.2, 0.3])
+    run = study_run([0.1, 0.4], **train)
+    run["eval"]["teacher"] = [0.3, 0.5]
+    names = {f"{subset}/{v}" for panels in figures.FIGURES.values() for subset, _, variants in panels for v in variants}
+    study(tmp_path, {name: [run, run] for name in sorted(names - {"trace-long/*"})})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "study.json").rename(tmp_path / "results" / "study.json")
+    figures.main([])  # no argument: results/study.json, into results
+    out, error = capsys.readouterr()
+    files = ["cold", "collapse", "margin", "prior", "progress"]
+    assert sorted(path.stem for path in (tmp_path / "results").glob("*.png")) == files and error == ""
+    assert all((tmp_path / "results" / f"{file}.png").read_bytes().startswith(b"\x89PNG") for file in files)
+    assert "results/margin.png: VPD (2 seeds), SDPO (2 seeds)\n" in out
+
+
+def test_study_curve_is_the_mean_over_seeds_and_its_band_their_extremes(tmp_path, drawn):
+    path = study(tmp_path, {"trace-cold/vpd": [study_run([0.1, 0.3]), study_run([0.1, 0.4]), study_run([0.4, 0.8])]})
+    lines, _ = figures.draw_study(path, tmp_path)
+    assert lines == [f"{tmp_path}/cold.png: VPD (3 seeds)"]
+    steps, mean, *_ = drawn["lines"][0]
+    assert steps == [0, 10] and mean == pytest.approx([(0.1 + 0.1 + 0.4) / 3, (0.3 + 0.4 + 0.8) / 3])
+    assert drawn["bands"] == [([0.1, 0.3], [0.4, 0.8])]
+
+
+def test_margin_is_smoothed_for_each_seed_before_the_mean_and_says_so(tmp_path, drawn):
+    """Batch 1 has no margin on the second seed, so it is left out of both."""
+    runs = [study_run([0, 0], margin=[1, 9, 2, 6]), study_run([0, 0], margin=[3, None, 4, 5])]
+    figures.draw_study(study(tmp_path, {"trace/vpd": runs}), tmp_path)
+    steps, mean, *_ = drawn["lines"][0]  # three batches each, less than the width of 5: their mean everywhere
+    assert steps == [0, 2, 3] and mean == pytest.approx([((1 + 2 + 6) / 3 + (3 + 4 + 5) / 3) / 2] * 3)
+    assert drawn["bands"][0] == (pytest.approx([(1 + 2 + 6) / 3] * 3), pytest.approx([(3 + 4 + 5) / 3] * 3))
+    labelled = dict(zip(drawn["titles"], drawn["ylabels"]))
+    assert labelled["trace: reward margin of the teacher"] == "mean of 5 batches"
+    assert labelled["trace: pass rate on validation problems"] == ""  # evaluations are not smoothed
+
+
+def test_rows_and_values_that_are_not_there_are_named_and_what_is_there_is_drawn(tmp_path, drawn, capsys):
+    run = study_run([0.1, 0.2], margin=[0.1], entropy=[0.1])
+    path = study(tmp_path, {"trace/vpd": [run], "trace-long/grpo": [run], "trace-long/vpd": []})
+    figures.main(["--study", str(path), "--out", str(tmp_path / "new" / "folder")])
+    said = [line.removeprefix(f"figures.py: {tmp_path}/new/folder/") for line in capsys.readouterr().err.splitlines()]
+    assert said[:1] == ["margin.png: no row trace/sdpo"]
+    assert "progress.png: no row code/vpd" in said and "progress.png: no row trace/reweight" in said
+    assert not any("distil" in line or "ovd" in line for line in said)  # later methods are not missed
+    assert said.count("prior.png: no row trace/vpd fixed prior") == 1  # once, for two panels
+    assert f"cold.png: not drawn, {path} has none of its rows" in said
+    assert "collapse.png: no row trace-long/sdpo" in said and "collapse.png: no avg of trace-long/vpd" in said
+    assert "collapse.png: no divergence of trace-long/grpo" in said
+    files = sorted(path.name for path in (tmp_path / "new" / "folder").iterdir())
+    assert files == ["collapse.png", "margin.png", "prior.png", "progress.png"]
+
+
+def test_legend_gives_both_numbers_of_seeds_where_panels_differ(tmp_path, drawn):
+    run = study_run([0.1, 0.2])
+    lines, _ = figures.draw_study(study(tmp_path, {"code/vpd": [run], "trace/vpd": [run] * 3}), tmp_path)
+    assert f"{tmp_path}/progress.png: VPD (1 and 3 seeds)" in lines
+
+
+def test_method_looks_the_same_in_every_figure_and_no_two_look_alike(tmp_path, drawn):
+    seed = study_run([0.1, 0.2], margin=[0.5])
+    rows = [
+        "code/grpo",
+        "trace/vpd",
+        "trace/sdpo",
+        "trace/grpo",
+        "trace-cold/grpo",
+        "trace-long/grpo",
+        "trace-long/new",
+    ]
+    figures.draw_study(study(tmp_path, {name: [seed] for name in rows}), tmp_path)
+    one, two, three = (figures.STYLES[method] for method in ("vpd", "sdpo", "grpo"))
+    margin, code, trace, cold, prior, long = [one, two], [three], [one, two, three], [three], [one] * 2, [three]
+    expected = [*margin, *code, *trace, *cold, *prior, *long, figures.SPARE[0]]
+    assert [(colour, dash) for _, _, colour, dash in drawn["lines"]] == expected
+    every = [*figures.STYLES.values(), *figures.SPARE]
+    assert len(set(every)) == len(every)
+    drawn["lines"].clear()  # curves of runs as well
+    figures.draw([run(tmp_path / "a", "sdpo", 1, [0.1]), run(tmp_path / "b", "vpd", 1, [0.1])], tmp_path / "x.png")
+    assert [(colour, dash) for _, _, colour, dash in drawn["lines"]] == [two, one] * 2  # pass rate, reward; no margins
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"label": "VPD"},
+        {"runs": {}},
+        {"label": "VPD", "runs": []},
+        {"label": "VPD", "runs": {"1": {}}},
+        {"label": "VPD", "runs": {"1": study_run([0.1])}},  # two steps
+        {"label": "VPD", "runs": {"1": study_run([0.1, "high"])}},
+        {"label": "VPD", "runs": {"1": study_run([0.1, 0.2], margin=3)}},
+    ],
+)
+def test_faulty_row_of_a_study_is_one_line_and_no_figure_is_written(broken, tmp_path, capsys):
+    good = {"label": "SDPO", "runs": {"1": study_run([0.1, 0.2], margin=[1])}}
+    (tmp_path / "study.json").write_text(json.dumps({"rows": {"trace/sdpo": good, "trace/broken": broken}}))
+    assert_refused(["--study", tmp_path / "study.json", "--out", tmp_path / "out"], "trace/broken", capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", "{}", '{"rows": []}'])
+def test_file_that_is_no_study_is_one_line_and_exit_2(text, tmp_path, capsys):
+    if text is not None:
+        (tmp_path / "study.json").write_text(text)
+    assert_refused(["--study", tmp_path / "study.json", "--out", tmp_path], "study.json", capsys)
+
+
+# ---- The paper's tables ----------------------------------------------------------------------------------------
+
+
+def evaluated(argv, after, before=0.3, parts=None, **differs):
+    """(name, config.json, evaluation.json) of a run started with these flags; `differs`: changes of its evaluation."""
+    cfg = vpd.parse(argv.split())
+    config = asdict(cfg) | {"out": "x", "teacher": cfg.teacher or vpd.METHODS[cfg.method].teacher, "commit": "c"}
+    subset = cfg.subset or {"lcb": "v6", "sciknoweval": "biology", "math": "dapo", "toy": "trace"}[cfg.task]
+    result = {"task": f"{cfg.task}/{subset}", "split": "test", "seed": 0, "temperature": cfg.eval_temperature,
+              "top_p": cfg.eval_top_p, "max_tokens": cfg.max_response_tokens, "n": cfg.eval_samples}  # fmt: skip
+    result |= differs | {"parts": {}}
+    of = {part: {"avg": avg} for part, avg in (parts or {}).items()}
+    return "run", config, {"before": result | {"avg": before}, "after": result | {"avg": after, "parts": of}}
+
+
+SMALL = "--task sciknoweval --model Qwen/Qwen3-1.7B"
+
+
+def rows(*runs):
+    """The printed tables, {title: {"model/row": its other cells, joined by one blank}}, and the notes."""
+    found, notes = tables.collect(list(runs))
+    printed = {}
+    for line in tables.lines(found):
+        if line.startswith("Table"):
+            table, model = printed.setdefault(line.split(":")[0], {}), ""
+        elif line.startswith("  ") and model:
+            label, *cells = [cell for cell in line.split("  ") if cell]
+            table[f"{model}/{label}"] = " ".join(cell.strip() for cell in cells)
+        elif not line.startswith(" "):
+            model = line
+    return printed, notes
+
+
+def test_percent_is_the_mean_with_half_the_t_interval_over_seeds():
+    assert tables.percent([]) == "" and tables.percent([0.4962]) == "49.62"
+    # t quantiles at 0.975 from a table: 12.706 for 1 degree of freedom, 4.303 for 2
+    spread = sqrt((0.02**2 + 0.02**2) / 1)  # sample standard deviation of 0.48, 0.52
+    assert tables.percent([0.48, 0.52]) == f"50.00 ± {100 * 12.706 * spread / sqrt(2):.2f} (2)" == "50.00 ± 25.41 (2)"
+    spread = sqrt((0.02**2 + 0 + 0.02**2) / 2)
+    assert (
+        tables.percent([0.48, 0.5, 0.52]) == f"50.00 ± {100 * 4.303 * spread / sqrt(3):.2f} (3)" == "50.00 ± 4.97 (3)"
+    )
+    assert tables.percent([0.5, 0.5]) == "50.00 ± 0.00 (2)"
+
+
+def test_table_1_has_our_mean_beside_the_papers_and_leaves_what_was_not_measured_empty():
+    runs = [evaluated(f"--task lcb --seed {seed}", after, 0.28) for seed, after in ((1, 0.48), (2, 0.52))]
+    printed, notes = rows(*runs)
+    assert notes == [] and printed == {
+        "Table 1": {
+            "Qwen3-8B/Base": "28.00 28.05",  # measured once: both runs start from it, evaluated with one seed
+            "Qwen3-8B/GRPO": "45.61",
+            "Qwen3-8B/SDPO": "47.33",
+            "Qwen3-8B/SDPO+RL (Adv Reshape)": "46.95",
+            "Qwen3-8B/SDPO+RL (Adv Reweight)": "44.85",
+            "Qwen3-8B/SDPO+RL (Joint Loss)": "47.52",
+            "Qwen3-8B/VPD": "50.00 ± 25.41 (2) 49.62",
+        }
+    }
+
+
+def test_columns_stand_under_each_other():
+    lines = tables.lines(tables.collect([evaluated("--task lcb", 0.5)])[0])
+    end = lines[1].index("paper") + len("paper")
+    assert all(len(line) == end for line in lines[3:10]) and [lines[9][:6], lines[9][end - 12 : end - 7]] == [
+        "  VPD ",
+        "50.00",
+    ]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--e_step_every 10", "--e_step_every 1", "--prior fixed", "--feedback environment", "--feedback sibling",
+        "--lr 2e-6",
+        "--steps 10", "--teacher ema", "--model Qwen/Qwen3-1.7B", "--shift_rate 1", "--beta 0.2", "--group_size 4",
+        "--no_borrow", "--top_k 0", "--divergence js", "--e_groups all", "--train_tests public", "--since 2025-01-01",
+    ],
+)  # fmt: skip
+def test_run_with_a_changed_setting_is_not_in_table_1_and_is_named(flags):
+    _, notes = rows(evaluated(f"--task lcb {flags}", 0.9))
+    found, _ = tables.collect([evaluated(f"--task lcb {flags}", 0.9)])
+    assert not any(key != "base" for _, _, key, _ in found)
+    assert len(notes) == 2 and notes[0].startswith("run: in no table") and notes[1] == "1 of 1 runs in no table"
+    if not flags.startswith(("--e_step", "--prior", "--model")):  # those rows exist, for another model
+        name = flags.split()[0].removeprefix("--").removeprefix("no_")
+        assert f"{name}=" in notes[0]
+
+
+def test_settings_of_the_machine_keep_no_run_out():
+    flags = "--micro_batch_tokens 99 --sampler hf --checkpoint_every 3 --eval_every 7 --seed 5 --engine_memory 0.3"
+    printed, notes = rows(evaluated(f"--task lcb {flags}", 0.5))
+    assert notes == [] and printed["Table 1"]["Qwen3-8B/VPD"] == "50.00 49.62"
+
+
+@pytest.mark.parametrize(
+    "differs", [{"n": 1}, {"temperature": 0.0}, {"top_p": 1.0}, {"split": "train"}, {"max_tokens": 9}]
+)
+def test_evaluation_with_other_settings_is_in_no_table(differs):
+    found, notes = tables.collect([evaluated("--task lcb", 0.5, **differs)])
+    (name,) = differs
+    assert found == {} and f"evaluated with {name}=" in notes[0]
+
+
+def test_note_gives_the_first_three_reasons_and_the_number_of_the_others():
+    _, notes = rows(evaluated("--task lcb --beta 0.2 --lr 2e-6", 0.5, n=1))
+    assert notes[0] == "run: in no table: beta=0.2, lr=2e-06, evaluated with n=1"
+    _, notes = rows(evaluated("--task lcb --beta 0.2 --lr 2e-6 --steps 10 --top_k 0", 0.5, n=1))
+    assert notes == ["run: in no table: beta=0.2, lr=2e-06, steps=10 and 2 more", "1 of 1 runs in no table"]
+
+
+def test_ablations_stand_in_their_own_tables_and_not_in_table_2():
+    runs = [evaluated(f"{SMALL} --subset physics {f}", after) for f, after in (("--e_step_every 1", 0.51),
+            ("--e_step_every 10", 0.52), ("--prior fixed", 0.53))]  # fmt: skip
+    printed, notes = rows(*runs)
+    assert notes == [] and printed["Table 2"]["Qwen3-1.7B/VPD"] == "64.75 81.88 77.06 73.67 74.34"
+    assert printed["Table 4"] == {
+        "Qwen3-1.7B/VPD (F5)": "64.75 81.88 77.06 73.67 74.34",
+        "Qwen3-1.7B/VPD (F1)": "61.12 78.51 72.47 51.00 68.75 70.21",
+        "Qwen3-1.7B/VPD (F10)": "59.50 79.50 71.61 52.00 66.48 69.27",
+    }
+    assert printed["Table 5"] == {
+        "Qwen3-1.7B/Dynamic": "64.75 81.88 77.06 73.67 74.34",
+        "Qwen3-1.7B/Fixed": "55.87 76.34 72.81 53.00 66.33 67.84",
+    }
+    _, notes = rows(evaluated(f"{SMALL} --e_step_every 10 --prior fixed", 0.5))  # both at once
+    assert len(notes) == 2
+
+
+def test_critique_is_table_3_and_grpo_which_reads_no_feedback_table_2():
+    printed, notes = rows(evaluated(f"{SMALL} --subset physics --feedback critique --method sdpo", 0.5))
+    assert notes == [] and printed["Table 3"]["Qwen3-1.7B/SDPO"] == "62.12 78.66 71.21 50.00 58.13 67.53"
+    assert printed["Table 2"]["Qwen3-1.7B/SDPO"] == "61.50 72.41 71.54 59.92 66.34"
+    printed, notes = rows(evaluated(f"{SMALL} --subset physics --feedback critique --method grpo", 0.5))
+    assert notes == [] and printed["Table 2"]["Qwen3-1.7B/GRPO"] == "61.25 75.65 74.93 50.00 67.42 69.81"
+    assert "Table 3" not in printed
+    _, notes = rows(evaluated(f"{SMALL} --feedback critique --method reshape", 0.5))  # the paper has none
+    assert "feedback=critique" in notes[0]
+
+
+def test_cold_start_and_olmo_with_its_own_learning_rate():
+    printed, notes = rows(evaluated("--task sciknoweval --model Qwen/Qwen3-4B-Base --subset physics", 0.5, 0.2))
+    assert notes == [] and printed == {
+        "Table D.3": {
+            "Qwen3-4B-Base/Base": "29.37 32.71 50.84 20.00 51.33 41.06",
+            "Qwen3-4B-Base/GRPO": "58.63 77.98 81.12 80.23 74.49",
+            "Qwen3-4B-Base/VPD": "48.50 70.45 64.03 50.00 72.81 63.95",
+        }
+    }
+    olmo = "--task sciknoweval --model allenai/Olmo-3-7B-Instruct --subset physics"
+    printed, notes = rows(evaluated(f"{olmo} --lr 5e-6", 0.5))
+    assert notes == [] and printed["Table 2"]["Olmo-3-7B-Instruct/VPD"] == "55.62 80.33 76.06 50.00 71.17 70.80"
+    assert "lr=1e-05" in rows(evaluated(olmo, 0.5))[1][0]
+
+
+def test_average_is_the_mean_of_the_domains_over_the_seeds_that_have_all_of_them():
+    domains = {"biology": 0.6, "chemistry": 0.7, "material": 0.5, "physics": 0.8}
+    runs = [evaluated(f"{SMALL} --subset {d} --seed 1", avg) for d, avg in domains.items()]
+    printed, _ = rows(*runs)
+    assert printed["Table 2"]["Qwen3-1.7B/VPD"].endswith(f"{100 * (0.6 + 0.7 + 0.5 + 0.8) / 4:.2f} 74.34")
+    printed, _ = rows(*runs, evaluated(f"{SMALL} --subset physics --seed 2", 0.6))
+    assert printed["Table 2"]["Qwen3-1.7B/VPD"].endswith("70.00 ± 127.06 (2) 73.67 65.00 74.34")  # 12.706 x 0.1
+    printed, _ = rows(*runs[1:])
+    assert printed["Table 2"]["Qwen3-1.7B/VPD"] == "64.75 70.00 81.88 50.00 77.06 80.00 73.67 74.34"
+
+
+def test_one_model_for_all_domains_is_a_row_of_its_own():
+    parts = {"biology": 0.6, "chemistry": 0.7, "material": 0.5, "physics": 0.8}
+    printed, notes = rows(evaluated(f"{SMALL} --subset all", 0.99, parts=parts))
+    assert notes == [] and printed["Table 2"]["Qwen3-1.7B/VPD"] == "64.75 81.88 77.06 73.67 74.34"
+    together = printed["Table 2"]["Qwen3-1.7B/VPD, one model for all domains"]
+    assert together == "60.00 64.75 70.00 81.88 50.00 77.06 80.00 73.67 65.00 74.34"
+
+
+def test_seed_that_is_there_already_is_named_and_not_averaged():
+    printed, notes = rows(evaluated("--task lcb --seed 1", 0.5), evaluated("--task lcb --seed 1", 0.7))
+    assert printed["Table 1"]["Qwen3-8B/VPD"] == "50.00 49.62"
+    assert "seed 1 of these settings is there already" in notes[0] and notes[1] == "1 of 2 runs in no table"
+
+
+def test_runs_of_other_tasks_and_models_are_named_and_no_table_is_printed(tmp_path, capsys):
+    folders = []
+    for flags in ("--task toy", "--task math", "--task sciknoweval --model Qwen/Qwen3-0.6B"):
+        _, config, evaluation = evaluated(flags, 0.5)
+        folders.append(tmp_path / str(len(folders)))
+        folders[-1].mkdir()
+        (folders[-1] / "config.json").write_text(json.dumps(config))
+        (folders[-1] / "evaluation.json").write_text(json.dumps(evaluation))
+    figures.main(["--tables", *map(str, folders)])
+    out, error = capsys.readouterr()
+    assert out == "" and error.splitlines() == [
+        f"figures.py: {folders[0]}: in no table: task=toy",
+        f"figures.py: {folders[1]}: in no table: task=math",
+        f"figures.py: {folders[2]}: in no table: no table has vpd of qwen3-0.6b",
+        "figures.py: 3 of 3 runs in no table",
+    ]
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [("evaluation.json", None), ("evaluation.json", "[]"), ("evaluation.json", "{}"), ("config.json", "{}"),
+     ("config.json", '{"model": "Qwen/Qwen3-8B", "task": "lcb", "seed": 1}')],
+)  # fmt: skip
+def test_run_that_was_not_evaluated_or_is_none_is_one_line_and_exit_2(name, text, tmp_path, capsys):
+    _, config, evaluation = evaluated("--task lcb", 0.5)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    if text is None:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_text(text)
+    assert_refused(["--tables", tmp_path], str(tmp_path), capsys)
