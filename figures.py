@@ -42,7 +42,7 @@ EVERY = ("vpd", "sdpo", "grpo", "joint", "reshape", "reweight", "distil", "ovd")
 LATER = ("distil", "ovd")  # drawn where there are runs of them, and not missed elsewhere
 FIGURES = {  # file: panels of (subset, measure, variants); "*" is every further row of the subset
     "margin": [("trace", "margin", ("vpd", "sdpo"))],  # Fig. 1
-    "progress": [("code", "avg", EVERY), ("trace", "avg", EVERY)],  # Fig. 2
+    "progress": [("code", "avg", EVERY), ("trace", "avg", ("vpd", "sdpo", "grpo", *LATER))],  # Fig. 2
     "cold": [("trace-cold", "avg", ("vpd", "sdpo", "grpo"))],  # Fig. 3
     "prior": [("trace", key, ("vpd", "vpd fixed prior")) for key in ("avg", "margin")],  # Fig. 5
     "collapse": [("trace-long", key, ("vpd", "sdpo", "grpo", "*"))

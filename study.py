@@ -15,10 +15,12 @@ import json
 import os
 import platform
 import shutil
+import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -227,13 +229,25 @@ def perform_all(jobs: dict[Path, list[str]], processes: int, test: bool) -> list
     print(f"{len(jobs)} runs, {len(jobs) - len(todo)} done before", flush=True)
     failed, start = [], time.time()
     os.environ["OMP_NUM_THREADS"] = "1"
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
+    try:
         pending = {pool.submit(perform, flags, out, test): out for out, flags in todo.items()}
         for count, future in enumerate(as_completed(pending), 1):
-            error = future.result()
+            try:
+                error = future.result()
+            except BrokenProcessPool as broken:  # out of memory, say
+                error = str(broken)
             failed += [f"{pending[future].name}: {error}"] if error else []
             minutes = (time.time() - start) / 60
             print(f"{count}/{len(todo)} after {minutes:.1f} min: {pending[future].name} {error}", flush=True)
+        pool.shutdown()
+    except KeyboardInterrupt:
+        for child in active_children():  # at once: what is unfinished starts again next time
+            child.kill()
+        pool.shutdown(wait=False, cancel_futures=True)
+        print("study.py: stopped; finished runs stay", file=sys.stderr)
+        sys.exit(130)
     return failed
 
 
