@@ -200,9 +200,9 @@ def perform(flags: list[str], out: Path, test: bool) -> str:
 
     torch.set_num_threads(1)
     os.chdir(HERE)  # model folders are named from here
-    start, argv = time.perf_counter(), sys.argv
+    start, argv, text = time.perf_counter(), sys.argv, out.with_name(f"{out.name}.txt")
     with (
-        out.with_suffix(".txt").open("w") as printed,
+        text.open("w") as printed,
         contextlib.redirect_stdout(printed),
         contextlib.redirect_stderr(printed),
     ):
@@ -214,7 +214,7 @@ def perform(flags: list[str], out: Path, test: bool) -> str:
                 evaluate.main(["--run", str(out)])
             (out / "done.json").write_text(json.dumps({"seconds": round(time.perf_counter() - start, 1)}) + "\n")
         except (Exception, SystemExit) as error:
-            return f"{type(error).__name__}: {error} (see {out.with_suffix('.txt')})"
+            return f"{type(error).__name__}: {error} (see {text})"
         finally:
             sys.argv = argv
     # The weights are not needed again, and a study has hundreds of them.

@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -225,6 +227,25 @@ def test_finished_runs_stay_stopped_ones_start_again_and_a_failure_is_told(tmp_p
     assert not (wrong / "done.json").exists()
     assert json.loads((finished / "config.json").read_text()) == {}
     assert json.loads((stopped / "config.json").read_text())["seed"] == 3 and (stopped / "done.json").exists()
+
+
+def test_stopping_the_study_stops_its_processes(tmp_path):
+    """Of a study that is told to stop while two runs go on nothing is left, neither processes nor half a table."""
+    flags = ["--only", "trace/vpd", "trace/sdpo", "--folder", str(tmp_path / "runs"), "--results", str(tmp_path)]
+    study_run = subprocess.Popen([sys.executable, "study.py", *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                 text=True, start_new_session=True)  # fmt: skip
+    logs = [tmp_path / "runs" / f"trace-{method}-seed1" / "log.jsonl" for method in ("vpd", "sdpo")]
+    deadline = time.time() + 120
+    while not all(log.exists() for log in logs) and time.time() < deadline:
+        time.sleep(0.2)
+    study_run.terminate()
+    _, errors = study_run.communicate(timeout=30)
+    assert study_run.returncode == 130 and errors.splitlines()[-1] == "study.py: stopped; finished runs stay"
+    with pytest.raises(ProcessLookupError):  # nobody is left in its session
+        for _ in range(50):
+            os.killpg(study_run.pid, 0)
+            time.sleep(0.1)
+    assert not (tmp_path / "study.json").exists()
 
 
 def test_collecting_keeps_the_rows_that_were_not_run_again(tmp_path, monkeypatch):
