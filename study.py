@@ -77,8 +77,8 @@ ROWS = {
     **methods("trace-rare", "vpd sdpo grpo"),
     **methods("trace-often", "vpd sdpo grpo"),
     **methods("choice", "vpd sdpo grpo"),
-    **variants("choice", "vpd", {"critique": "--feedback critique"}),
-    **variants("choice", "sdpo", {"critique": "--feedback critique"}),
+    **variants("choice", "vpd", {"critique": "--feedback critique --lr 3e-4 --e_lr 2.5e-4 --e_step_every 1"}),
+    **variants("choice", "sdpo", {"critique": "--feedback critique --lr 1e-3 --divergence kl_student_teacher"}),
     **variants("trace", "vpd", {
         "EMA teacher": "--teacher ema",
         "all passed": "--passed_text passed",
