@@ -277,7 +277,10 @@ def main(argv: list[str] | None = None) -> None:
             for key, value in {"data": "", "since": "2025-02-01", "until": "2025-05-01", "train_tests": "private"}.items()
         )  # fmt: skip
         name_of, subset = task.name.split("/")
-        paper = paper_figures(name_of, subset, base, method, config.get("feedback", "")) if standard else {}
+        ablated = method == "vpd" and (config.get("e_step_every", 5), config.get("prior", "dynamic")) != (5, "dynamic")
+        paper = (
+            paper_figures(name_of, subset, base, method, config.get("feedback", "")) if standard and not ablated else {}
+        )
         print("\n".join(table(name, models[name], results[name], paper)))
     task.close()
     if out and world.rank == 0:

@@ -326,6 +326,18 @@ def test_problems_come_from_a_file_where_one_is_given(command, capsys):
     assert capsys.readouterr().out.startswith("a note\n")
 
 
+@pytest.mark.parametrize("setting", [{"e_step_every": 10}, {"prior": "fixed"}, {"until": "2025-04-01"}])
+def test_the_papers_main_figure_does_not_stand_beside_an_ablation(setting, command, tmp_path, capsys):
+    config = {
+        "task": "sciknoweval", "subset": "physics", "model": "Qwen/Qwen3-8B", "method": "vpd", "feedback": "sibling",
+        "eval_samples": 5, "eval_temperature": 0.3, "eval_top_p": 0.8, "max_response_tokens": 11, **setting,
+    }  # fmt: skip
+    (tmp_path / "model").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    command.run("--run", tmp_path)
+    assert "paper 0." not in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_run_is_evaluated_before_and_after_with_its_own_settings(command, tmp_path, capsys):
     config = {
         "task": "sciknoweval", "subset": "physics", "data": "", "train_tests": "private", "since": "2025-02-01",
