@@ -252,6 +252,26 @@ def cost_to_go(cost: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return F.pad(kept[:, 1:].flip(-1).cumsum(-1).flip(-1), (0, 1))
 
 
+def future_advantages(
+    cost: torch.Tensor, mask: torch.Tensor, group_size: int, counted: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Aₜ = −(cₜ − bₜ),  cₜ = Σ_{i>t} costᵢ,  bₜ = mean of cₜ over the other rows of the group; one that has ended counts 0.
+
+    cost, mask: (B, T), the rows of a group adjacent; counted: (B,), rows that have a cost (a context), default all: the
+    others get A = 0 and stand in no baseline. Returns (B, T), detached, 0 on padding. Needs `cost_to_go`. DistIL
+    (2606.05152): as the advantage of `grpo_loss`, beside the local term `cross_entropy`. A row's own y is not in bₜ, so
+    the baseline moves no expectation. Raises ValueError if B is no multiple of group_size.
+    """
+    if len(cost) % group_size:
+        raise ValueError(f"{len(cost)} rows do not divide into groups of {group_size}")
+    counted = torch.ones_like(cost[:, 0]) if counted is None else counted.to(cost.dtype)
+    assert counted.shape == cost.shape[:1], f"counted {tuple(counted.shape)} must be (B,) of cost {tuple(cost.shape)}"
+    c = (cost_to_go(cost, mask) * counted[:, None]).view(-1, group_size, cost.shape[1])  # (B/G, G, T)
+    n = counted.view(-1, group_size, 1)
+    b = (c.sum(1, keepdim=True) - c) / (n.sum(1, keepdim=True) - n).clamp(min=1)
+    return ((b - c) * n).view_as(cost) * (mask != 0)
+
+
 # ---- E-step ----------------------------------------------------------------------------------------------
 
 
