@@ -88,9 +88,9 @@ ROWS = {
         "sibling": "--feedback sibling",
     }),
     # With one update per batch SDPO's token weights are 1, so this is VPD's loop without banner 4.
-    "trace/vpd no E-step": Row("VPD, no E-step", "--subset trace --method sdpo --teacher live --divergence js"),
+    **{f"{subset}/vpd no E-step": Row("VPD, no E-step", f"--subset {subset} --method sdpo --teacher live --divergence js --lr {lr}")
+       for subset, lr in (("code", "6e-4"), ("trace", "1e-3"), ("trace-rare", "1e-3"), ("trace-often", "1e-3"))},
     **variants("trace", "sdpo", {"live teacher": "--teacher live", "sibling": "--feedback sibling"}),
-    **variants("trace", "sdpo", {"high rate": "--lr 4e-3"}),
     **methods("trace-long", "vpd sdpo grpo", "--steps 60"),
 }  # fmt: skip
 
@@ -140,18 +140,21 @@ class Claim(NamedTuple):
 
 
 CLAIMS = [
-    *(Claim("VPD beats GRPO (Tables 1, 2)", "avg", f"{s}/vpd", f"{s}/grpo") for s in ("code", "trace")),
-    *(Claim("VPD beats SDPO (Tables 1, 2)", "avg", f"{s}/vpd", f"{s}/sdpo") for s in ("code", "trace")),
+    *(Claim("VPD beats GRPO (Tables 1, 2)", "avg", f"{s}/vpd", f"{s}/grpo")
+      for s in ("code", "trace", "trace-often", "choice")),
+    *(Claim("VPD beats SDPO (Tables 1, 2)", "avg", f"{s}/vpd", f"{s}/sdpo")
+      for s in ("code", "trace", "trace-rare", "trace-often", "choice")),
     *(Claim("SDPO beats GRPO where the environment gives text (Table 1)", "avg", f"{s}/sdpo", f"{s}/grpo")
       for s in ("code", "trace")),
-    *(Claim("VPD beats the hybrids (Tables 1, 2)", "avg", f"{s}/vpd", f"{s}/{hybrid}")
-      for s in ["code"] for hybrid in ("joint", "reshape", "reweight")),
+    *(Claim(f"VPD beats the hybrid {hybrid} (Tables 1, 2)", "avg", "code/vpd", f"code/{hybrid}")
+      for hybrid in ("joint", "reshape", "reweight")),
     Claim("VPD's reward margin rises (Fig. 1)", "margin change", "trace/vpd", ""),
     Claim("SDPO's reward margin falls (Fig. 1)", "margin fall", "trace/sdpo", ""),
     Claim("SDPO gets worse late in training (Fig. 2)", "late loss", "trace-long/sdpo", ""),
     Claim("VPD does not: it gains where SDPO gets worse (Fig. 2)", "late gain", "trace-long/vpd", "trace-long/sdpo"),
     Claim("the E-step makes the teacher a better reader than SDPO's", "teacher change", "trace/vpd", "trace/sdpo"),
-    Claim("without the E-step the gain is smaller", "avg", "trace/vpd", "trace/vpd no E-step"),
+    *(Claim("the E-step adds to the M-step with a live teacher", "avg", f"{s}/vpd", f"{s}/vpd no E-step")
+      for s in ("code", "trace", "trace-rare", "trace-often")),
     Claim("with critiques VPD beats SDPO (Table 3)", "avg", "choice/vpd critique", "choice/sdpo critique"),
     Claim("critiques do as well as siblings (Table 3)", "avg", "choice/vpd critique", "choice/vpd"),
     Claim("where the base almost never succeeds GRPO learns nothing and VPD does (Sec. 1)", "avg", "trace-rare/vpd",
