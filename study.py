@@ -232,7 +232,11 @@ def perform_all(jobs: dict[Path, list[str]], processes: int, test: bool) -> list
     print(f"{len(jobs)} runs, {len(jobs) - len(todo)} done before", flush=True)
     failed, start = [], time.time()
     os.environ["OMP_NUM_THREADS"] = "1"
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+
+    def stop(*_):  # not by way of SIGINT, which a shell's background jobs ignore
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
     pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
     try:
         pending = {pool.submit(perform, flags, out, test): out for out, flags in todo.items()}
