@@ -266,7 +266,8 @@ def future_advantages(
         raise ValueError(f"{len(cost)} rows do not divide into groups of {group_size}")
     counted = torch.ones_like(cost[:, 0]) if counted is None else counted.to(cost.dtype)
     assert counted.shape == cost.shape[:1], f"counted {tuple(counted.shape)} must be (B,) of cost {tuple(cost.shape)}"
-    c = (cost_to_go(cost, mask) * counted[:, None]).view(-1, group_size, cost.shape[1])  # (B/G, G, T)
+    kept = cost.masked_fill((counted == 0)[:, None], 0.0)  # a row without a context may hold anything, nan included
+    c = cost_to_go(kept, mask).view(-1, group_size, cost.shape[1])  # (B/G, G, T)
     n = counted.view(-1, group_size, 1)
     b = (c.sum(1, keepdim=True) - c) / (n.sum(1, keepdim=True) - n).clamp(min=1)
     return ((b - c) * n).view_as(cost) * (mask != 0)
