@@ -239,10 +239,13 @@ def test_sequence_mean_averages_each_row_and_an_empty_row_still_counts_in_n(mask
 
 def test_cross_entropy_by_hand_its_arguments_in_order():
     t, s = tensor([0.5, 0.25, 0.25]), live(tensor([0.2, 0.3, 0.5]).log())
-    loss = L.cross_entropy(live(t.log()), s)
+    teacher = live(t.log())
+    loss = L.cross_entropy(teacher, s)
     value = -(0.5 * math.log(0.2) + 0.25 * math.log(0.3) + 0.25 * math.log(0.5))
     close(loss.sum(), value)
-    close(gradients(loss.sum(), s)[0].flatten(), [-0.5, -0.25, -0.25])
+    d_s, d_teacher = gradients(loss, s, teacher)
+    close(d_s.flatten(), [-0.5, -0.25, -0.25])
+    assert untouched(d_teacher)
     close(L.cross_entropy(s, t.log()).sum(), -(0.2 * math.log(0.5) + 0.3 * math.log(0.25) + 0.5 * math.log(0.25)))
     # H(T, S) = H(T) + KL(T‖S), and what T forbids costs nothing, even where S forbids it too.
     close(L.cross_entropy(t.log(), s) - L.cross_entropy(t.log(), t.log()), L.kl(t.log(), s).detach())
@@ -255,6 +258,52 @@ def test_cost_to_go_is_the_sum_of_strictly_later_costs():
     found = L.cost_to_go(cost, mask)
     close(found, [[2 + 4 + 8, 4 + 8, 8, 0], [2 + 4, 4, 0, 0], [0, 0, 0, 0]])
     assert not found.requires_grad
+
+
+# Three rows of 4, 2 and 1 tokens. What follows a decision: 14 12 8 0, then 16 0, then 0.
+COST = tensor([1, 2, 4, 8], [5, 16, 0, 0], [32, 0, 0, 0])
+COST_MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
+FUTURE = [
+    [(16 + 0) / 2 - 14, (0 + 0) / 2 - 12, 0 - 8, 0 - 0],  # the second row is at its last token, the third has ended
+    [(14 + 0) / 2 - 16, (12 + 0) / 2 - 0, 0, 0],  # a row that has ended counts 0: 12 / 2, not 12 / 1
+    [(14 + 16) / 2 - 0, 0, 0, 0],  # what this row itself costs, 32, stands nowhere
+]
+
+
+@pytest.mark.parametrize("garbage", [1e30, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64, f64])
+def test_future_advantages_are_the_others_mean_cost_to_go_minus_ones_own(mask_dtype, garbage):
+    cost = live(COST.masked_fill(COST_MASK == 0, garbage))
+    found = L.future_advantages(cost, COST_MASK.to(mask_dtype), 3)
+    close(found, FUTURE)
+    assert not found.requires_grad
+
+
+def test_future_advantages_of_two_groups_do_not_mix_and_a_group_of_one_has_no_baseline():
+    cost, mask = torch.cat([COST, 100 * COST.flip(0)]), torch.cat([COST_MASK, COST_MASK.flip(0)])
+    close(L.future_advantages(cost, mask, 3), torch.cat([tensor(*FUTURE), 100 * tensor(*FUTURE).flip(0)]))
+    close(L.future_advantages(COST, COST_MASK, 1), [[-14, -12, -8, 0], [-16, 0, 0, 0], [0, 0, 0, 0]])
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, f64])
+@pytest.mark.parametrize("nothing", [0.0, 7.0, math.nan, math.inf])
+def test_future_advantages_leave_out_rows_that_are_not_counted_whatever_stands_there(nothing, dtype):
+    counted = {
+        (1, 1, 1): FUTURE,
+        (1, 0, 1): [[0 - 14, 0 - 12, 0 - 8, 0], [0, 0, 0, 0], [14 / 1 - 0, 0, 0, 0]],
+        (0, 1, 1): [[0, 0, 0, 0], [0 / 1 - 16, 0, 0, 0], [16 / 1 - 0, 0, 0, 0]],
+        (1, 0, 0): [[-14, -12, -8, 0], [0, 0, 0, 0], [0, 0, 0, 0]],  # the only one: no baseline
+        (0, 0, 0): [[0.0] * 4] * 3,
+    }
+    for rows, expected in counted.items():
+        rows = torch.tensor(rows)
+        cost = COST.masked_fill((rows == 0)[:, None], nothing)
+        close(L.future_advantages(cost, COST_MASK, 3, rows.to(dtype)), expected)
+
+
+def test_future_advantages_refuse_rows_that_do_not_divide_into_groups():
+    with pytest.raises(ValueError, match="3 rows do not divide into groups of 2"):
+        L.future_advantages(COST, COST_MASK, 2)
 
 
 def test_sequence_weights_are_a_tokens_share_of_the_mean():
@@ -497,6 +546,7 @@ ARGUMENTS = {  # one well-formed call of each function
     "with_tail": lambda: (log_probs(2, 3, 5, seed=20)[..., :3],),
     "cross_entropy": lambda: (log_probs(2, 3, 5, seed=20), log_probs(2, 3, 5, seed=21)),
     "cost_to_go": lambda: (normal(3, 3, seed=22), MASK.clone()),
+    "future_advantages": lambda: (normal(3, 3, seed=22), MASK.clone(), 3, tensor(1, 0, 1)),
     "sequence_weights": lambda: (torch.tensor([[1, 1, 0], [1, 0, 0]]), 4),
     "top_k_with_tail": lambda: (normal(2, 3, 5, seed=20), normal(2, 3, 5, seed=21), 2),
     "divergence": lambda: (log_probs(2, 3, 5, seed=20), log_probs(2, 3, 5, seed=21), "js"),
@@ -596,6 +646,8 @@ def test_the_functions_without_a_gradient_stay_finite_at_log_ratios_of_plus_and_
         assert weight.min() >= 0.8 - 1e-6 and weight.max() <= 1.2 + 1e-6
         assert L.reshaped_advantages(A, teacher, student, 1.0, 1.0).isfinite().all()
     assert L.reward_shift(far_reward(FAR_STUDENT, FAR_TEACHER), UP).isfinite()
+    cost = L.cross_entropy(FAR_TEACHER.log_softmax(-1), FAR_STUDENT.log_softmax(-1))
+    assert cost.max() > 99 and L.future_advantages(cost, FAR_MASK, 2).isfinite().all()
 
 
 @pytest.mark.parametrize("A, expected", [(1.0, [-1.28, 0.0]), (-1.0, [3.0, 0.8])])
@@ -614,6 +666,8 @@ WRONG = [
     (L.token_logp, (V3, torch.zeros(1, 3, dtype=torch.int64)), "logits.*tokens"),
     (L.cross_entropy, (V3, V1), "log_t.*log_s"),
     (L.cost_to_go, (X, X1), "cost.*mask"),
+    (L.future_advantages, (X, X1, 2), "cost.*mask"),
+    (L.future_advantages, (X, X, 2, B1), "counted.*cost"),
     (L.top_k_with_tail, (V3, V1, 2), "student_logits.*teacher_logits"),
     (L.top_k_with_tail, (V3, V3, 0), "k = 0"),
     (L.top_k_with_tail, (V3, V3, 5), "k = 5"),
