@@ -242,6 +242,12 @@ def average(per_token, mask, weights):
     return L.sequence_mean(weights.unsqueeze(1) * per_token, mask, 1)
 
 
+def groups(pi, group_size):
+    """Every group that can be drawn, one after the other: its rows, and what each row weighs in the expected mean."""
+    drawn = torch.cartesian_prod(*[torch.arange(len(pi))] * group_size).view(-1, group_size)  # (N^G, G)
+    return drawn.flatten(), pi[drawn].prod(1).repeat_interleave(group_size) / group_size
+
+
 @pytest.mark.parametrize("kind", L.DIVERGENCES)
 @pytest.mark.parametrize("token_mean", [False, True])
 def test_distillation_loss_follows_the_divergence_at_the_visited_prefixes_with_the_visits_frozen(kind, token_mean):
@@ -277,11 +283,9 @@ def test_the_m_step_follows_the_gradient_of_the_sequence_kl_without_its_score_fu
 
 def grpo_gradient(logp, mask, reward, group_size, z):
     """The gradient of one group's GRPO loss, averaged over every group that can be drawn. logp: (N, T), live in z."""
-    pi = (logp * mask).sum(1).exp().detach()
-    groups = torch.cartesian_prod(*[torch.arange(len(logp))] * group_size)  # (N^G, G)
-    weights, rows = pi[groups].prod(1).repeat_interleave(group_size), groups.flatten()
+    rows, weights = groups((logp * mask).sum(1).exp().detach(), group_size)
     per_token = L.grpo_loss(logp[rows], logp[rows].detach(), L.group_advantages(reward[rows], group_size))
-    return gradient(average(per_token, mask[rows], weights / group_size), z)
+    return gradient(average(per_token, mask[rows], weights), z)
 
 
 @pytest.mark.parametrize("group_size", [2, 3])
@@ -348,3 +352,322 @@ def test_the_divergence_with_a_tail_is_a_lower_bound_that_is_met_when_the_tokens
     top = student.topk(k).indices
     teacher = (student - 0.7).scatter(-1, top, teacher.gather(-1, top))
     close(L.distillation_loss(student, teacher, kind, k), L.distillation_loss(student, teacher, kind))
+
+
+# ---- DistIL (arXiv 2606.05152): a cross-entropy whose visits are not frozen ------------------------------
+#
+# L = E_{y~π} Σ_t CE_t,  CE_t = H(sg T(·|s_t, C), π(·|s_t)).  With advantages A_t = −(c_t − b_t), c_t = Σ_{i>t} CE_i,
+#     distil_norm=constant   row loss = (1/L) Σ_t (CE_t + PG_t(A_t)), L a constant (here 1)
+#     distil_norm=length     row loss = mean_t (CE_t + PG_t(A_t / |y|))
+# A group of one has no baseline. That b_t divides by G − 1 and counts a row that has ended as 0 moves no expectation
+# here, and i > t against i ≥ t moves few: tests/test_losses.py holds these by value.
+
+
+def disagreement(x, teacher):
+    """CE_t at each token of each response, (N, T), live in z. teacher: logits, (N, T, V)."""
+    return L.cross_entropy(teacher.log_softmax(-1), x.z[x.states].log_softmax(-1))
+
+
+def exact_gradient(x, cost):
+    """∇ Σ_y π(y) Σ_t CE_t(y), both factors live; the teacher and its context are constants."""
+    return gradient(mean(x.log_pi.exp(), (cost * x.mask).sum(1)), x.z)
+
+
+def followed(x, cost, advantages, rows, weights):
+    """The gradient of row losses Σ_t (CE_t + PG_t(A_t)), ratio 1, averaged over rows that occur with these weights."""
+    per_token = cost + L.grpo_loss(x.logp[rows], x.logp[rows].detach(), advantages)
+    return gradient(average(per_token, x.mask[rows], weights * x.length[rows]), x.z)
+
+
+def spread(x, advantages, rows, weights, group_size):
+    """E‖g‖² − ‖E g‖² of one group's g = (1/G) Σ_rows Σ_t (∇CE_t − A_t ∇log π(y_t|s_t)); E g = ∇L is checked."""
+    gap = (x.z.detach().softmax(-1) - x.teacher.softmax(-1))[x.states]  # ∇CE_t = π − T at s_t
+    local = torch.einsum("nts,ntv->nsv", x.here.to(f64), gap)
+    g = local[rows] - torch.einsum("nt,ntsv->nsv", advantages * x.mask[rows], x.score[rows])
+    g, p = g.view(-1, group_size, x.z.numel()).mean(1), weights.view(-1, group_size).sum(1)  # (N^G, SV), (N^G,)
+    close((p @ g).view_as(x.z), exact_gradient(x, disagreement(x, x.teacher[x.states])))
+    return (p @ g.square().sum(1) - (p @ g).square().sum()).item()
+
+
+def off(followed, exact):
+    return ((followed - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("baseline", [False, True])
+@pytest.mark.parametrize("group_size", [2, 3])
+def test_distil_with_the_constant_norm_follows_the_exact_gradient_of_the_sequence_cross_entropy(group_size, baseline):
+    """∇L = E[Σ_t ∇CE_t + Σ_t ∇log π(y_t|s_t) Σ_{i>t} CE_i]. b_t, made of the other rows, meets E[∇log π(y_t|s_t)] = 0.
+    The local term alone, visits frozen, is off by 18 percent (equal lengths) and 32 percent of the norm."""
+    for x, local_off in ((EQUAL, 0.18), (UNEQUAL, 0.32)):
+        cost, (rows, weights) = disagreement(x, x.teacher[x.states]), groups(x.pi, group_size)
+        A = L.future_advantages(cost[rows], x.mask[rows], group_size if baseline else 1)
+        exact = exact_gradient(x, cost)
+        close(followed(x, cost[rows], A, rows, weights), exact)
+        local = followed(x, cost[rows], torch.zeros_like(A), rows, weights)
+        assert off(local, exact) == pytest.approx(local_off, abs=0.01)
+
+
+def test_a_student_equal_to_its_teacher_is_still_moved_to_shorter_responses():
+    """CE_t = H(T) + KL(T‖π): the future charges every further token with the teacher's entropy. At π = T the local term
+    is 0, as all of it would be with KL(T‖π) for a cost; what remains is a quarter of the norm that ∇L has with this
+    section's teacher, and lies along ∇E|y|. At equal lengths it is a thirtieth. The baseline does not remove it."""
+    for x, share in ((EQUAL, 0.033), (UNEQUAL, 0.244)):
+        cost, kl = disagreement(x, x.z[x.states]), L.kl(x.z.detach().log_softmax(-1), x.z.log_softmax(-1))
+        rows, weights = groups(x.pi, 2)
+        pull = followed(x, cost[rows], L.future_advantages(cost[rows], x.mask[rows], 2), rows, weights)
+        close(pull, exact_gradient(x, cost))
+        close(followed(x, cost, torch.zeros_like(cost), torch.arange(len(x.pi)), x.pi), torch.zeros_like(x.z))  # sg T
+        close(exact_gradient(x, kl[x.states]), torch.zeros_like(x.z))
+        usual = exact_gradient(x, disagreement(x, x.teacher[x.states]))
+        assert (pull.norm() / usual.norm()).item() == pytest.approx(share, abs=0.002)
+    longer = gradient(mean(x.log_pi.exp(), x.length.to(f64)), x.z)
+    assert torch.cosine_similarity(pull.flatten(), longer.flatten(), dim=0) > 0.99  # and the step is against both
+
+
+def test_a_cost_to_go_that_includes_the_present_token_has_the_same_expectation_and_five_times_the_variance():
+    """E[∇log π(y_t|s_t) CE_t] = 0: CE_t is known before y_t is drawn. i ≥ t is as exact as i > t, only noisier, 5.0 and
+    5.8 times, and no such expectation proves the code strict. (One does where a sampled CE_t depends on y_t: below.)"""
+    for x in (EQUAL, UNEQUAL):
+        cost, rows = disagreement(x, x.teacher[x.states]), torch.arange(len(x.pi))
+        later = L.cost_to_go(cost, x.mask)
+        strict, inclusive = (followed(x, cost, -c, rows, x.pi) for c in (later, later + cost.detach()))
+        close(inclusive, strict)
+        close(inclusive, exact_gradient(x, cost))
+        spread_strict, spread_inclusive = (spread(x, -c, rows, x.pi, 1) for c in (later, later + cost.detach()))
+        assert spread_inclusive / spread_strict == pytest.approx(4.97 if x is EQUAL else 5.76, abs=0.01)
+
+
+def test_the_baseline_lowers_the_variance_eightfold_at_equal_lengths_and_little_or_not_at_all_at_unequal_ones():
+    """Variance with the baseline over that without, G = 2, 3, 8: 0.13, 0.12, 0.11 for nine responses of two tokens,
+    1.21, 0.98, 0.82 for fifteen of one to three. There a row's cost to go depends most on where it ends, and the other
+    rows, some of them ended, are a noisy guess of it; with one other row (G = 2) the guess costs more than it saves.
+
+    The estimate is a U-statistic of order 2 (each row paired with each other), so that G = 2 and 3 give every G:
+    Var_G = (2 (G − 2) ζ₁ + ζ₂) / (G (G − 1) / 2), ζ₂ = Var_2, 2 ζ₁ + ζ₂ = 3 Var_3. Without a baseline, Var_1 / G.
+    """
+    for x, expected in ((EQUAL, (0.133, 0.122, 0.114)), (UNEQUAL, (1.215, 0.982, 0.815))):
+        cost, variance = disagreement(x, x.teacher[x.states]), {}
+        for G, baseline in ((1, 1), (2, 1), (2, 2), (3, 3)):
+            rows, weights = groups(x.pi, G)
+            A = L.future_advantages(cost[rows], x.mask[rows], baseline)
+            variance[G, baseline] = spread(x, A, rows, weights, G)
+        one, two, three = variance[1, 1], variance[2, 2], variance[3, 3]
+        assert variance[2, 1] == pytest.approx(one / 2)
+        eight = (6 * (3 * three - two) + two) / 28
+        assert [two / (one / 2), three / (one / 3), eight / (one / 8)] == pytest.approx(expected, abs=0.001)
+
+
+def with_samples(x, coupled):
+    """Every response of x with every draw of a_t ~ T(·|s_t) beside each of its tokens: rows, the draws, probabilities.
+    coupled: y_t and a_t are read off one uniform number by their distribution functions, as a shared seed would do."""
+    N, T = x.tokens.shape
+    rows = torch.arange(N).repeat_interleave(x.vocab**T)
+    samples = torch.cartesian_prod(*[torch.arange(x.vocab)] * T).repeat(N, 1)  # (N V^T, T)
+    pi, teacher = x.z.detach().softmax(-1), x.teacher.softmax(-1)
+    joint = pi.unsqueeze(-1) * teacher.unsqueeze(-2)  # (S, V, V) of (y_t, a_t), here independent
+    if coupled:  # the length of the piece of [0, 1] that gives both
+        y_end, a_end = pi.cumsum(-1).unsqueeze(-1), teacher.cumsum(-1).unsqueeze(-2)
+        y_start, a_start = y_end - pi.unsqueeze(-1), a_end - teacher.unsqueeze(-2)
+        joint = (torch.minimum(y_end, a_end) - torch.maximum(y_start, a_start)).clamp(min=0)
+        close(joint.sum(-1), pi)
+        close(joint.sum(-2), teacher)
+    states, tokens, mask = x.states[rows], x.tokens[rows], x.mask[rows]
+    on_padding = teacher[0].gather(0, samples.flatten()).view_as(samples)  # drawn there too, and to be ignored
+    return rows, samples, torch.where(mask, joint[states, tokens, samples], on_padding).prod(1)
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+@pytest.mark.parametrize("group_size", [1, 2])
+def test_one_teacher_sample_per_position_serves_local_term_and_costs_and_the_gradient_stays_exact(group_size, coupled):
+    """Black-box expert: −log π(a_t|s_t), a_t ~ T(·|s_t), in the place of CE_t everywhere. The expectation is
+    E_y[Σ_t E_a[−∇log π(a_t|s_t)] + Σ_t ∇log π(y_t|s_t) Σ_{i>t} E_a[−log π(a_i|s_i)]]: no two draws are multiplied, so
+    the same ones may serve both terms, and all that is asked of a_i is that its law given s_i is T. A shared random
+    number for y_i and a_i does no harm to i > t. It does to i ≥ t, 76 percent: then E[∇log π(y_t) log π(a_t)] ≠ 0."""
+    x = tree(3, 2, 2, [0] * 7)  # seven responses of one or two tokens
+    exact = exact_gradient(x, disagreement(x, x.teacher[x.states]))
+    row, samples, p = with_samples(x, coupled)
+    close(p.sum(), 1.0)
+    drawn = SimpleNamespace(z=x.z, logp=x.logp[row], mask=x.mask[row], length=x.length[row])
+    cost = -L.token_logp(x.z[x.states[row]], samples)
+    rows, weights = groups(p, group_size)
+    A = L.future_advantages(cost[rows], drawn.mask[rows], group_size)
+    close(followed(drawn, cost[rows], A, rows, weights), exact)
+    inclusive = followed(drawn, cost[rows], A - cost[rows].detach(), rows, weights)
+    if coupled:
+        assert off(inclusive, exact) == pytest.approx(0.76, abs=0.01)
+    else:
+        close(inclusive, exact)
+
+
+def test_the_length_norm_weighs_the_future_by_1_over_the_length_even_at_equal_lengths_and_has_a_length_bias_else():
+    """mean_t (CE_t + PG_t(A_t/|y|)) divides the local term by |y| and the future by |y|². Where every |y| is T that
+    follows (local + future/T)/T, no multiple of ∇L. At unequal lengths 1/|y| is besides a weight that depends on y,
+    also on the baseline, whose product with ∇log π then no longer has the mean 0.
+
+    Off the exact gradient, each at its best scale:      two tokens    one to three, without and with the baseline
+        as it is, mean_t (CE_t + PG_t(A_t/|y|))              7 %           21 %    25 %
+        without the second 1/|y|, mean_t (CE_t + PG_t(A_t))  0 %            8 %    23 %
+        the local term alone, Σ_t CE_t                      13 %           30 %
+    """
+
+    def direction_off(g, exact):  # the least of off(k g, exact) over k
+        return off(g * (g * exact).sum() / g.square().sum(), exact)
+
+    found = []
+    for x in (EQUAL, UNEQUAL):
+        cost = disagreement(x, x.teacher[x.states])
+        exact, zero = exact_gradient(x, cost), torch.zeros_like(cost)
+        local = followed(x, cost, zero, torch.arange(len(x.pi)), x.pi)
+        found.append([direction_off(local, exact)])
+        for G in (1, 2, 3):
+            rows, weights = groups(x.pi, G)
+            A, length = L.future_advantages(cost[rows], x.mask[rows], G), x.length[rows].unsqueeze(1)
+            for divided in (A / length, A):
+                per_token = cost[rows] + L.grpo_loss(x.logp[rows], x.logp[rows].detach(), divided)
+                g = gradient(average(per_token, x.mask[rows], weights), x.z)
+                if x is EQUAL:
+                    close(g, (local + (exact - local) / (1 if divided is A else 2)) / 2)
+                found[-1].append(direction_off(g, exact))
+    assert found[0] == pytest.approx([0.127, 0.067, 0, 0.067, 0, 0.067, 0], abs=0.005)
+    assert found[1] == pytest.approx([0.297, 0.214, 0.082, 0.246, 0.233, 0.246, 0.233], abs=0.005)
+
+
+@pytest.mark.parametrize("told", ["failures", "both"])
+def test_feedback_on_the_response_itself_makes_past_disagreement_count_and_strict_cost_to_go_leaves_that_out(told):
+    """C = C(y): told of failures, T lowers the logits of a wrong y's own tokens by 2; told both, it also raises a right
+    y's. Then CE_i for i ≤ t depends on y_t as well, through C, and the exact gradient charges a decision with the whole
+    Σ_i CE_i. Strict cost to go lacks E Σ_t ∇log π(y_t|s_t) Σ_{i≤t} CE_i: 7 percent off (failures), 33 (both). i ≥ t has
+    one term of that and is 6 and 29 off. The baseline, of rows with contexts of their own, does not change that."""
+    x = UNEQUAL
+    sign = 2 * x.reward - 1 if told == "both" else x.reward - 1
+    cost = disagreement(x, x.teacher[x.states] + 2 * sign.view(-1, 1, 1) * one_hot(x.tokens, 3))
+    exact, rows = exact_gradient(x, cost), torch.arange(len(x.pi))
+    later = L.cost_to_go(cost, x.mask)
+    whole = (cost.detach() * x.mask).sum(1, keepdim=True).expand_as(cost)
+    strict, inclusive, full = (followed(x, cost, -c, rows, x.pi) for c in (later, later + cost.detach(), whole))
+    close(full, exact)
+    close(strict + torch.einsum("n,nt,ntsv->sv", x.pi, whole - later, x.score), exact)
+    expected = (0.33, 0.29) if told == "both" else (0.071, 0.058)
+    assert (off(strict, exact), off(inclusive, exact)) == pytest.approx(expected, abs=0.01)
+    pairs, weights = groups(x.pi, 2)
+    A = L.future_advantages(cost[pairs], x.mask[pairs], 2)
+    close(followed(x, cost[pairs], A, pairs, weights), strict)
+
+
+@pytest.mark.parametrize("group_size", [2, 3])
+@pytest.mark.parametrize("successes_alone", [False, True])
+def test_a_siblings_response_as_context_is_exact_with_its_law_frozen_until_the_baseline_meets_it(
+    successes_alone, group_size
+):
+    """Each row reads the row before it in its group, y': T raises the logits along y' by 1. Where right siblings alone
+    are read, a row without one is not counted. Without a baseline the strict estimate is exact for contexts of frozen
+    law, ∇E_{y'~sg π} E_{y~π} Σ_t CE_t(y, y'), as y' is independent of y. Two things are not in order. First, the
+    baseline of y' holds the cost of its reader, which depends on y'. Second, the whole gradient has besides
+    E[∇log π(y') Σ_t CE_t(y, y')], y' as somebody's context; for right siblings alone it mostly asks to have none.
+
+    Off, in percent:                                           any sibling, G = 2, 3    a right one, G = 2, 3
+        baseline against frozen law                               2, 1                    15, 7
+        frozen law against whole gradient                        14                       84
+        baseline against whole gradient                          17, 16                   88, 86
+    """
+    x, N = UNEQUAL, len(UNEQUAL.pi)
+    along = torch.stack(
+        [(one_hot(x.states[n], len(x.z)) * x.mask[n].unsqueeze(-1)).T @ one_hot(x.tokens[n], 3) for n in range(N)]
+    )
+    cost = torch.stack([disagreement(x, (x.teacher + path)[x.states]) for path in along])  # (N of y', N of y, T)
+    told = x.reward if successes_alone else torch.ones(N, dtype=f64)
+    total, pi = (cost * x.mask).sum(2) * told.unsqueeze(1), x.log_pi.exp()
+    frozen, exact = (gradient((law.unsqueeze(1) * pi * total).sum(), x.z) for law in (x.pi, pi))
+
+    rows, weights = groups(x.pi, group_size)
+    before = rows.view(-1, group_size).roll(1, dims=1).flatten()
+    cost, counted = cost[before, rows], told[before]
+    alone, others = (L.future_advantages(cost, x.mask[rows], n, counted) for n in (1, group_size))
+    without, with_baseline = (followed(x, cost, A, rows, weights * counted) for A in (alone, others))
+    close(without, frozen)
+    if group_size == 3:  # a baseline without the reader's row, of the row that is read, is exact again
+        c = L.cost_to_go(cost, x.mask[rows]) * counted.unsqueeze(1)
+        read = c.view(-1, 3, c.shape[1]).roll(1, dims=1).view_as(c)
+        close(followed(x, cost, (read - c) * x.mask[rows], rows, weights * counted), frozen)
+    reader = torch.einsum("c,n,cn,ctsv->sv", x.pi, x.pi, total.detach(), x.score)
+    close(frozen + reader, exact)
+    expected = {
+        (False, 2): (0.020, 0.144, 0.167),
+        (False, 3): (0.010, 0.144, 0.156),
+        (True, 2): (0.149, 0.841, 0.875),
+        (True, 3): (0.071, 0.841, 0.856),
+    }[successes_alone, group_size]
+    found = (off(with_baseline, frozen), off(frozen, exact), off(with_baseline, exact))
+    assert found == pytest.approx(expected, abs=0.005)
+
+
+def change_of_reward(loss, z, reward, natural):
+    """First-order change of E_π[r] by a descent step Δz on the loss, for each row of logits z (M, V), g = ∇_z loss.
+
+    Plain: Δz = −g. Natural: Δz = −F⁺ g, F = diag(π) − π πᵀ the Fisher matrix of softmax logits. As Σ g = 0,
+    F (−g/π) = −g + π Σ g = −g, so Δz = −g/π up to a constant. Log π moves by Δz less its mean, which is E_π[−g/π] = 0,
+    so by −g/π as well, and π by −g: ΔE[r] = −Σ_a r_a g_a.
+    """
+    pi, g = z.softmax(-1), gradient(loss.sum(), z)
+    step = -g / pi if natural else -g
+    if natural:
+        fisher = torch.diag_embed(pi) - pi.unsqueeze(-1) * pi.unsqueeze(-2)
+        close((fisher @ step.unsqueeze(-1)).squeeze(-1), -g, tol=1e-10)
+    return (gradient(mean(pi, reward).sum(), z) * step).sum(-1).detach()
+
+
+def bandit_losses(z, teacher):
+    log_pi, log_t = z.log_softmax(-1), teacher.log()
+    return {"ce": L.cross_entropy(log_t, log_pi)} | {kind: L.divergence(log_pi, log_t, kind) for kind in L.DIVERGENCES}
+
+
+def test_a_natural_step_on_cross_entropy_never_lowers_the_reward_below_a_better_teacher_and_on_other_divergences_can():
+    """DistIL's bandit: one state, r in {0, 1}, E_T[r] ≥ E_π[r]. For CE, and KL(T‖π) with the same gradient, g = π − T:
+    Δlog π = T/π − 1, ΔE[r] = E_T[r] − E_π[r] ≥ 0. For KL(π‖T) ΔE[r] = −Cov_π(r, log π/T), for JS −½ Cov_π(r, log π/M):
+    18 and 10 percent of these draws lose reward. All of them have several right actions: with one, log π/T ≤ 0 there,
+    and over the wrong ones its mean is ≥ 0 (Jensen). The claim is the natural gradient's alone: by a plain gradient
+    step on the logits CE loses reward in 18 percent of the draws, also where one action is right."""
+    pi, teacher, reward = draws(20_000, 5, seed=40), draws(20_000, 5, seed=41), (normal(20_000, 5, seed=42) > 0).to(f64)
+    better = mean(teacher, reward) >= mean(pi, reward)
+    z, teacher, reward = pi[better].log().requires_grad_(), teacher[better], reward[better]
+    pi, one = pi[better], reward.sum(-1) == 1
+    natural, plain = (
+        {kind: change_of_reward(loss, z, reward, n) for kind, loss in bandit_losses(z, teacher).items()}
+        for n in (True, False)
+    )
+    assert len(z) > 10_000 and one.sum() > 1000
+    for kind in ("ce", "kl_teacher_student"):
+        close(natural[kind], mean(teacher, reward) - mean(pi, reward), tol=1e-10)
+        assert natural[kind].min() >= -1e-10
+        assert plain[kind][one].min() < -0.005 and plain[kind][~one].min() < -0.1
+        assert (plain[kind] < -1e-10).to(f64).mean() == pytest.approx(0.18, abs=0.01)
+    for kind, other, scale, share in (
+        ("kl_student_teacher", teacher, 1, 0.18),
+        ("js", 0.5 * (pi + teacher), 0.5, 0.10),
+    ):
+        ratio = (pi / other).log()
+        close(natural[kind], -scale * (mean(pi, reward * ratio) - mean(pi, reward) * mean(pi, ratio)), tol=1e-10)
+        assert natural[kind][one].min() >= -1e-10 and natural[kind][~one].min() < -0.05
+        assert (natural[kind] < -1e-10).to(f64).mean() == pytest.approx(share, abs=0.01)
+
+
+def test_three_actions_where_a_better_teacher_lowers_the_reward():
+    """The first two actions are right, and the teacher, .82 against .80, all but forbids one of them: KL(π‖T) and JS
+    flee it, partly to the wrong one. CE's natural step gains .82 − .80. Its plain step on the logits loses even with a
+    single right action, where the teacher raises a likely wrong one: π_1 moves by π_1 (Δz_1 − E_π Δz)."""
+    z, teacher, reward = tensor([0.4, 0.4, 0.2]).log().requires_grad_(), tensor([0.8, 0.02, 0.18]), tensor([1, 1, 0])
+    change = {kind: change_of_reward(x, z, reward, True) for kind, x in bandit_losses(z, teacher).items()}
+    kl = 0.4 * log(0.4 / 0.8) + 0.4 * log(0.4 / 0.02) + 0.2 * log(0.2 / 0.18)
+    close(change["kl_student_teacher"], [-(0.4 * log(0.4 / 0.8) + 0.4 * log(0.4 / 0.02) - 0.8 * kl)])
+    kl = 0.4 * log(0.4 / 0.6) + 0.4 * log(0.4 / 0.21) + 0.2 * log(0.2 / 0.19)  # to M = ½ π + ½ T
+    close(change["js"], [-0.5 * (0.4 * log(0.4 / 0.6) + 0.4 * log(0.4 / 0.21) - 0.8 * kl)])
+    assert change["kl_student_teacher"] < -0.16 and change["js"] < -0.005
+    close(change["ce"], [0.82 - 0.8])
+
+    z, teacher, reward = tensor([0.1, 0.6, 0.3]).log().requires_grad_(), tensor([0.12, 0.86, 0.02]), tensor([1, 0, 0])
+    step = (0.12 - 0.1, 0.86 - 0.6, 0.02 - 0.3)  # Δz = T − π
+    by_hand = 0.1 * (step[0] - (0.1 * step[0] + 0.6 * step[1] + 0.3 * step[2]))
+    loss = bandit_losses(z, teacher)["ce"]
+    close(change_of_reward(loss, z, reward, natural=False), [by_hand])
+    assert by_hand == pytest.approx(-0.0054)
+    close(change_of_reward(loss, z, reward, natural=True), [0.12 - 0.1])
