@@ -211,12 +211,14 @@ def draw_study(study: Path, out: Path) -> tuple[list[str], list[str]]:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
-        print(f"figures.py: error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"{self.prog}: error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description="Curves of runs, the paper's figures, or the paper's tables.", allow_abbrev=False)
+    parser = Parser(
+        "figures.py", description="Curves of runs, the paper's figures, or the paper's tables.", allow_abbrev=False
+    )
     parser.add_argument("runs", nargs="*", type=Path, help="run directories; none: the paper's figures from --study")
     parser.add_argument("--out", type=Path, help="file of the curves (curves.png), or folder of the figures (results)")
     parser.add_argument("--study", type=Path, help="default results/study.json")

@@ -9,11 +9,11 @@ A run is `python vpd.py FLAGS --seed N --out DIR`, then `python evaluate.py --ru
 which changes nothing but the time. A run that was stopped starts again, one that is finished stays.
 """
 
-import argparse
 import contextlib
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
@@ -26,6 +26,8 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
+
+from figures import Parser
 
 HERE = Path(__file__).parent
 README = HERE / "README.md"
@@ -179,7 +181,7 @@ CHOICES = [
     Claim("the same for SDPO", "avg", "trace/sdpo", "trace/sdpo sibling"),
 ]
 
-SERIES = ("reward", "margin", "entropy", "divergence", "with_context", "response_length", "e_loss", "shift")
+SERIES = ("reward", "margin", "entropy", "divergence", "with_context", "response_length", "shift")
 
 
 # ---- One run -------------------------------------------------------------------------------------------------
@@ -226,9 +228,19 @@ def perform(flags: list[str], out: Path, test: bool) -> str:
     return ""
 
 
+def finished(out: Path, flags: list[str]) -> bool:
+    """Is the run there, with the settings that these flags mean now?"""
+    import vpd
+
+    if not (out / "done.json").exists():
+        return False
+    config, wanted = json.loads((out / "config.json").read_text()), vpd.asdict(vpd.parse(flags))
+    return all(config.get(key) == value for key, value in wanted.items() if key not in vpd.NOT_OF_THE_RUN)
+
+
 def perform_all(jobs: dict[Path, list[str]], processes: int, test: bool) -> list[str]:
-    """Runs each folder's flags unless it is done, `processes` at a time. Returns what went wrong."""
-    todo = {out: flags for out, flags in jobs.items() if not (out / "done.json").exists()}
+    """Runs each folder's flags unless it is finished, `processes` at a time. Returns what went wrong."""
+    todo = {out: flags for out, flags in jobs.items() if not finished(out, flags)}
     print(f"{len(jobs)} runs, {len(jobs) - len(todo)} done before", flush=True)
     failed, start = [], time.time()
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -262,7 +274,10 @@ def perform_all(jobs: dict[Path, list[str]], processes: int, test: bool) -> list
 
 
 def rounded(value):
-    return round(value, 4) if isinstance(value, float) else value
+    """Three significant digits, a pass rate's four."""
+    if not isinstance(value, float):
+        return value
+    return round(value, 4) if 0 <= value <= 1 else float(f"{value:.3g}")
 
 
 def record(out: Path) -> dict:
@@ -286,8 +301,9 @@ def record(out: Path) -> dict:
 def hardware() -> str:
     import torch
 
-    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, one thread per run, torch {torch.__version__}"
+    cpu = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpu.read_text()) if cpu.exists() else []
+    return f"{(names or [platform.machine()])[0]}, one thread per run, torch {torch.__version__}"
 
 
 def collect(folder: Path, results: Path, seeds: range) -> dict:
@@ -310,8 +326,9 @@ def collect(folder: Path, results: Path, seeds: range) -> dict:
 
 
 def write(path: Path, content: dict) -> None:
-    """JSON with a line for each run and series, whole or not at all."""
+    """JSON with a line for each series, whole or not at all."""
     text = json.dumps(content, indent=1, ensure_ascii=False)
+    text = re.sub(r"\[\n[^\[\]{}\"]*\]", lambda found: "".join(found[0].split()), text)
     part = path.with_name("part-" + path.name)
     part.write_text(text + "\n")
     part.rename(path)
@@ -466,7 +483,7 @@ def report(results: Path, readme: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="The study on the toy tasks.", allow_abbrev=False)
+    parser = Parser("study.py", description="The study on the toy tasks.", allow_abbrev=False)
     parser.add_argument("--only", nargs="*", default=[""], help="rows whose name starts with one of these")
     parser.add_argument("--seeds", type=int, default=5, help="seeds 1 to this")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
@@ -475,9 +492,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tune", action="store_true", help="the settings tried, seed 0, validation problems")
     parser.add_argument("--tables", action="store_true", help="no runs: the tables from results/study.json")
     args = parser.parse_args(argv)
+    chosen = lambda name: any(name.startswith(start) for start in args.only)  # noqa: E731
+    if not any(map(chosen, GRID if args.tune else ROWS)):
+        parser.error(
+            f"--only {' '.join(args.only)}: no row starts like this; there are {', '.join(GRID if args.tune else ROWS)}"
+        )
+    if args.seeds < 1 or args.jobs < 1 or not args.results.is_dir():
+        parser.error("--seeds and --jobs must be at least 1, and --results a folder that is there")
     args.folder.mkdir(parents=True, exist_ok=True)
     folder, failed = args.folder.resolve(), []
-    chosen = lambda name: any(name.startswith(start) for start in args.only)  # noqa: E731
     if args.tune:
         jobs, names = {}, {}
         for name, settings in GRID.items():

@@ -214,19 +214,43 @@ def test_a_run_of_the_study_is_the_run_of_its_command(tmp_path):
 
 
 def test_finished_runs_stay_stopped_ones_start_again_and_a_failure_is_told(tmp_path):
-    finished, stopped, wrong = (tmp_path / name for name in ("finished", "stopped", "wrong"))
-    for folder in (finished, stopped):
+    finished, stopped, changed, wrong = (tmp_path / name for name in ("finished", "stopped", "changed", "wrong"))
+    for folder, seed in ((finished, 3), (stopped, 3), (changed, 4)):
         folder.mkdir()
-        (folder / "config.json").write_text("{}")
-    (finished / "done.json").write_text('{"seconds": 1}')
-    jobs = {finished: TINY, stopped: TINY, wrong: [*TINY, "--lr", "-1"]}
+        (folder / "config.json").write_text(json.dumps(vpd.asdict(vpd.parse(TINY)) | {"seed": seed, "mark": "old"}))
+        if folder != stopped:
+            (folder / "done.json").write_text('{"seconds": 1}')
+    jobs = {finished: TINY, stopped: TINY, changed: TINY, wrong: [*TINY, "--lr", "-1"]}
     (failure,) = study.perform_all(jobs, processes=1, test=False)
     assert (
         failure.startswith("wrong: SystemExit: 2") and "--lr must be positive" in (tmp_path / "wrong.txt").read_text()
     )
     assert not (wrong / "done.json").exists()
-    assert json.loads((finished / "config.json").read_text()) == {}
-    assert json.loads((stopped / "config.json").read_text())["seed"] == 3 and (stopped / "done.json").exists()
+    config = lambda folder: json.loads((folder / "config.json").read_text())  # noqa: E731
+    assert "mark" in config(finished)
+    for folder in (stopped, changed):
+        assert "mark" not in config(folder) and config(folder)["seed"] == 3 and (folder / "done.json").exists()
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [(["--only", "chess"], "--only chess: no row starts like this"), (["--seeds", "0"], "--seeds"), (["--jobs", "0"], "--jobs"),
+     (["--results", "no/such/folder"], "--results"), (["--cores", "2"], "--cores")],
+)  # fmt: skip
+def test_wrong_flags_are_one_line_exit_2_and_nothing_written(argv, words, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        study.main([*argv, "--folder", str(tmp_path / "runs")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("study.py: error: ") and words in error and error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_numbers_are_kept_to_what_they_are_good_for_and_a_series_is_a_line(tmp_path):
+    assert [study.rounded(x) for x in (0.123456, -12.3456, 3, None, 1234.5)] == [0.1235, -12.3, 3, None, 1230.0]
+    content = {"a": {"series": [0.5, None, 2], "name": "x [y, z]"}, "empty": []}
+    study.write(tmp_path / "x.json", content)
+    assert json.loads((tmp_path / "x.json").read_text()) == content
+    assert '"series": [0.5,null,2]' in (tmp_path / "x.json").read_text() and len(list(tmp_path.iterdir())) == 1
 
 
 def test_stopping_the_study_stops_its_processes(tmp_path):
