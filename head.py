@@ -82,13 +82,15 @@ def loss(
     teacher: tuple[torch.Tensor, torch.Tensor] | None = None,
     kind: str = "kl_student_teacher",
     top_k: int | None = None,
+    expert: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """L = Σ_i weights_i · objective(log p(y_i), D_i, *given_i), differentiable in hidden and head, at O(chunk · V) memory.
 
     objective: a function of each token by itself, (1, c) tensors in, (1, c) out; weights: (n,); hidden: (n, H) of the
     student; head: (V, H); tokens: (n,) ids; given: tensors of (n,) that the objective wants beside, no gradient;
     teacher: hidden states (n, H') and head (V, H') without gradient, or None, then D is 0; kind, top_k: of D as in
-    `losses.distillation_loss`. Returns L (), log p (n,) and D (n,), the last two detached.
+    `losses.distillation_loss`; expert: (n,) ids in the teacher's place, one token that it took at each, and D is −log p of
+    that: of a black box there is no more. Returns L (), log p (n,) and D (n,), the last two detached.
 
     The gradients of a chunk are taken while its logits stand in the buffer, in the forward pass, so no product is done
     twice; backward only scales them. It can therefore run once.
@@ -97,23 +99,41 @@ def loss(
     with torch.no_grad():
         buffer = _buffer(hidden, head, top_k if teacher else None)
         other = torch.empty_like(buffer) if teacher and top_k is None else None
-        d_hidden, d_head = torch.zeros_like(hidden), torch.zeros_like(head)
+        d_hidden, d_head = (torch.zeros_like(hidden), torch.zeros_like(head)) if need else (None, None)
         total, logp, apart = buffer.new_zeros(()), buffer.new_zeros(n), buffer.new_zeros(n)
         for first in range(0, n, len(buffer)):
             at = slice(first, first + len(buffer))
             taught = (teacher[0][at], teacher[1]) if teacher else None
             d_logits, value, logp[at], apart[at] = _chunk(
-                objective, weights[at], hidden[at], head, tokens[at], [x[at] for x in given], taught, kind, top_k, buffer, other
+                objective, weights[at], hidden[at], head, tokens[at], [x[at] for x in given], taught, kind, top_k,
+                None if expert is None else expert[at], need, buffer, other,
             )  # fmt: skip
             total += value
             if need:
                 d_logits = d_logits.to(head.dtype)
                 torch.mm(d_logits, head, out=d_hidden[at])
                 d_head.addmm_(d_logits.T, hidden[at])
-    return _Known.apply(total, hidden, head, [d_hidden, d_head]), logp, apart
+    return _Known.apply(total, hidden, head, [d_hidden, d_head]) if need else total, logp, apart
 
 
-def _chunk(objective, weights, hidden, head, tokens, given, teacher, kind, top_k, buffer, other):
+@torch.no_grad()
+def draw(hidden: torch.Tensor, head: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """One token of the distribution at each place, by inverting its cumulative sum at `uniform`.
+
+    hidden: (n, H); head: (V, H); uniform: (n,) in [0, 1), float64. Returns (n,) ids.
+    """
+    buffer = _buffer(hidden, head)
+    tokens = torch.zeros(len(hidden), dtype=torch.long, device=head.device)
+    for first in range(0, len(hidden), len(buffer)):
+        at = slice(first, first + len(buffer))
+        logits = _project(hidden[at], head, buffer)
+        # In float64 the sum over 150,000 tokens is good to 1e-11; right=True never lands on a token of probability 0.
+        cdf = logits.double().softmax(-1).cumsum(-1)
+        tokens[at] = torch.searchsorted(cdf, uniform[at, None] * cdf[:, -1:], right=True).squeeze(-1)
+    return tokens.clamp(max=len(head) - 1)
+
+
+def _chunk(objective, weights, hidden, head, tokens, given, teacher, kind, top_k, expert, need, buffer, other):
     """(dL/dlogits (c, V) in the buffer, L, log p (c,), D (c,)) of one chunk."""
     given = [x.unsqueeze(0) for x in given]
     tokens = tokens.unsqueeze(-1)
@@ -124,7 +144,10 @@ def _chunk(objective, weights, hidden, head, tokens, given, teacher, kind, top_k
     logits = _project(hidden, head, buffer)
     chosen = logits.gather(-1, tokens)  # (c, 1)
     at_top = apart = log_t = None
-    if teacher and top_k is not None:
+    if expert is not None:  # the one bucket that is known of the teacher's distribution
+        top = expert.unsqueeze(-1)
+        at_top = logits.gather(-1, top)
+    elif teacher and top_k is not None:
         top = logits.topk(top_k, dim=-1).indices  # (c, k)
         at_top = logits.gather(-1, top)
         log_t = torch.einsum("ckh,ch->ck", teacher[1][top], teacher[0]).to(logits.dtype) - t_total
@@ -140,11 +163,18 @@ def _chunk(objective, weights, hidden, head, tokens, given, teacher, kind, top_k
         if at_top is not None:
             log_s = (at_top - total).requires_grad_()  # (c, k)
             leaves.append(log_s)
-            apart = losses.divergence(losses.with_tail(log_s), losses.with_tail(log_t), kind).unsqueeze(0)
+            apart = (
+                -log_s.squeeze(-1)
+                if expert is not None
+                else losses.divergence(losses.with_tail(log_s), losses.with_tail(log_t), kind)
+            ).unsqueeze(0)
         else:
             apart = torch.zeros_like(logp) if apart is None else apart.unsqueeze(0)
             leaves.append(apart.requires_grad_())
         value = (weights * objective(logp, apart, *given).squeeze(0)).sum()
+        known = value.detach().to(logits.dtype), logp.detach().squeeze(0), apart.detach().squeeze(0)
+        if not need:
+            return None, *known
         by_logp, by_other = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
     by_logp = by_logp.to(logits.dtype).T  # (c, 1)
     by_other = by_other.to(logits.dtype)
@@ -157,7 +187,7 @@ def _chunk(objective, weights, hidden, head, tokens, given, teacher, kind, top_k
     else:
         logits.mul_(-by_logp / z)
     logits.scatter_add_(-1, tokens, by_logp)
-    return logits, value.detach().to(logits.dtype), logp.detach().squeeze(0), apart.detach().squeeze(0)
+    return logits, *known
 
 
 def _compare(

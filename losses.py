@@ -90,6 +90,7 @@ def divergence(log_s: torch.Tensor, log_t: torch.Tensor, kind: str) -> torch.Ten
     kl_student_teacher   KL(S‖T)                                (the paper's "reverse")
     kl_teacher_student   KL(T‖S)                                (the paper's "forward")
     js                   ½ KL(S‖M) + ½ KL(T‖M),  M = ½ S + ½ T
+    cross_entropy        H(T, S) = KL(T‖S) + H(T), DistIL's cost of a token: no divergence, it is H(T) where S = T
 
     log_s, log_t: (B, T, V or K+1) log-probabilities. Returns (B, T). log_t carries no gradient.
     """
@@ -99,6 +100,8 @@ def divergence(log_s: torch.Tensor, log_t: torch.Tensor, kind: str) -> torch.Ten
         return kl(log_s, log_t)
     if kind == "kl_teacher_student":
         return kl(log_t, log_s)
+    if kind == "cross_entropy":
+        return cross_entropy(log_t, log_s)
     if kind == "js":
         # log M − log S = log ½(1 + T/S), from u = log T − log S. −inf, a forbidden token, is cut where exp is 0 and softplus
         # linear or 0 anyway, so that neither inf · 0 nor −inf + inf turns up.

@@ -184,16 +184,23 @@ class View:
         teacher: "View | None" = None,
         kind: str = "kl_student_teacher",
         top_k: int | None = None,
+        expert: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """L = Σ weights · objective(log p, D, *given) over response tokens, as `head.loss`, with tensors of (B, T): weights
-        and each of `given`. teacher: the same responses in the teacher's view. Returns L (), log p and D (B, T)."""
+        and each of `given`. teacher: the same responses in the teacher's view; expert: (B, T) tokens that it took, in its
+        place. Returns L (), log p and D (B, T)."""
         kept = self.mask.bool()
         taught = (teacher.hidden[kept].detach(), teacher.head.detach()) if teacher else None
         total, logp, apart = head.loss(
             objective, weights[kept], self.hidden[kept], self.head, self.tokens[kept], [x[kept] for x in given],
-            taught, kind, top_k,
+            taught, kind, top_k, None if expert is None else expert[kept],
         )  # fmt: skip
         return total, self._spread(logp), self._spread(apart)
+
+    def draw(self, uniform: torch.Tensor) -> torch.Tensor:
+        """One token of the distribution at each place, from uniform numbers of (B, T); (B, T) ids, 0 on padding."""
+        kept = self.mask.bool()
+        return self._spread(head.draw(self.hidden[kept], self.head, uniform[kept]))
 
     def _spread(self, values: torch.Tensor) -> torch.Tensor:
         out = values.new_zeros(self.mask.shape)
@@ -372,6 +379,36 @@ class Policy:
         if self.world.sharded:
             (self.model if model is None else model).reshard()  # no backward pass follows that would do it
         return self.world.sum(logp), self.world.sum(entropy)
+
+    @torch.no_grad()
+    def compare(
+        self, prompts: Sequence[Ids], told: Sequence[Ids], responses: Sequence[Ids], rows: Iterable[int], model=None,
+        kind: str = "cross_entropy", top_k: int | None = None, seeds: Sequence[int] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """D of each token between student and teacher at these weights, (N, T), 0 on padding and on rows not asked for.
+        prompts, told: the student's and the teacher's; model: the teacher's weights, None for our own; kind, top_k: as in
+        `head.loss`. With seeds, one a row, the teacher is a black box that is known by one token it takes at each place: D is
+        −log p of those, which are returned as well, (N, T) ids."""
+        N, T = len(responses), max(map(len, responses), default=0)
+        apart = torch.zeros(N, T, dtype=torch.promote_types(self.dtype, torch.float32), device=self.device)
+        taken = torch.zeros(N, T, dtype=torch.long, device=self.device)
+        for batch in self.micro_batches(rows, [len(p) + len(r) for p, r in zip(told, responses)]):
+            q, expert = self.view([told[i] for i in batch], [responses[i] for i in batch], model), None
+            t = q.mask.shape[1]
+            if seeds is not None and batch:
+                draws = [torch.Generator().manual_seed(seeds[i]) for i in batch]
+                uniform = torch.stack([torch.rand(t, generator=g, dtype=torch.float64) for g in draws])
+                taken[batch, :t] = expert = q.draw(uniform.to(self.device))
+                q = None
+            view = self.view([prompts[i] for i in batch], [responses[i] for i in batch])
+            if batch:
+                apart[batch, :t] = view.loss(lambda logp, d: d, view.mask, (), q, kind, top_k, expert)[2].to(
+                    apart.dtype
+                )
+        if self.world.sharded:
+            for each in {self.model, self.model if model is None else model}:
+                each.reshard()  # no backward pass follows that would do it
+        return self.world.sum(apart), self.world.sum(taken)
 
     def mask(self, responses: Sequence[Ids]) -> torch.Tensor:
         """(N, T): 1 on response tokens, as `score` returns them."""

@@ -78,6 +78,7 @@ METHODS = {
     "joint": Method("ema", distils=True, reinforces=True),  # B.23
     "reshape": Method("ema", distils=False, reinforces=True),  # B.24
     "reweight": Method("ema", distils=False, reinforces=True),  # B.28
+    "distil": Method("ema", distils=True, reinforces=False),  # DistIL (2606.05152)
 }
 
 
@@ -101,7 +102,7 @@ class Config:
     smoke: Literal["", "qwen3", "olmo3"] = (
         ""  # 2 batches of a tiny random model of this family on the project's fixtures
     )
-    method: Literal["vpd", "sdpo", "grpo", "joint", "reshape", "reweight"] = "vpd"
+    method: Literal["vpd", "sdpo", "grpo", "joint", "reshape", "reweight", "distil"] = "vpd"
     seed: int = 0
     out: str = ""  # run directory; "" is runs/TASK-METHOD-seedN
     overwrite: bool = False  # delete the run directory if it exists
@@ -172,6 +173,10 @@ class Config:
     ema_rate: float = 0.01  # teacher <- (1 - rate) teacher + rate student, per rollout batch
     ratio_limit: float = 2.0  # SDPO's truncated token weight
     mismatch_limit: str = "2"  # SDPO's weight min(pi_old / pi_sampler, limit) when vLLM samples; none: no weight
+    # ---- DistIL: cross-entropy to the teacher, and each token charged with the cross-entropy of those after it
+    distil_norm: Literal["length", "constant"] = "length"  # constant: exact where C does not depend on y
+    future: bool = True  # --no_future: the local term alone (ablation)
+    expert: Literal["probabilities", "samples"] = "probabilities"  # samples: of the teacher, which is a black box then
     # ---- Policy gradient and hybrids
     divide_by_std: bool = False
     clip_low: float = 0.2
@@ -230,6 +235,12 @@ TOY_PRESETS = {
     ("choice", "sdpo"): {"lr": 3e-3},
     ("choice", "grpo"): {"lr": 2e-3, "divide_by_std": True},
 }
+# DistIL's own settings: its learning rate where SDPO's is 1e-5, and its top K.
+METHOD_PRESETS = {
+    ("lcb", "distil"): {"top_k": 100},
+    ("sciknoweval", "distil"): {"lr": 5e-5},
+    ("math", "distil"): {"top_k": 100},
+}
 # What --smoke changes of a real task's preset: sizes, never the method.
 SMOKE = dict(
     epochs=0, steps=2, warmup_steps=0, eval_every=2, eval_samples=2, prompts_per_batch=4, e_minibatch_prompts=4, lr=1e-3,
@@ -262,7 +273,7 @@ def parse(argv: list[str] | None = None) -> Config:
     """Flags over the preset of (task, subset, method) over the defaults of Config."""
     parser = Parser(Config, description="Variational Policy Distillation and its baselines.", allow_abbrev=False)
     chosen, _ = parser.parse_known_args(argv)
-    preset = dict(PRESETS[chosen.task])
+    preset = PRESETS[chosen.task] | METHOD_PRESETS.get((chosen.task, chosen.method), {})
     if chosen.task == "toy":
         subset = chosen.subset or tasks.TASKS["toy"][0]
         # The regimes of trace take its settings, and then their own.
@@ -361,6 +372,10 @@ def check(cfg: Config) -> None:
     if parts.username or parts.password or parts.query:
         raise ValueError(
             "--critic_url holds a secret, which would be saved with the run: put the key into OPENAI_API_KEY"
+        )
+    if cfg.expert == "samples" and cfg.method != "distil":
+        raise ValueError(
+            f"--expert samples is for --method distil: {cfg.method} needs the teacher's probabilities or none"
         )
     if cfg.resume and cfg.overwrite:
         raise ValueError("--resume goes on with a run directory and --overwrite deletes it: give one of them")
@@ -537,6 +552,7 @@ def train(
     watched, split = watch(task)
     steps = cfg.steps or cfg.epochs * (len(task.train) // cfg.prompts_per_batch)
     teacher = policy.frozen_copy() if record["teacher"] == "ema" else None  # None: the live weights
+    distil = dict(kind="cross_entropy" if cfg.method == "distil" else cfg.divergence, top_k=cfg.top_k or None)
     reference = policy.frozen_copy() if cfg.method == "vpd" and cfg.prior == "fixed" else None
 
     def adamw():
@@ -761,9 +777,15 @@ def train(
             if cfg.method == "reweight":
                 lam = cfg.reweight_lam * max(0.0, 1 - step / cfg.reweight_steps) if cfg.reweight_steps else 0.0
                 A = losses.reweighted_advantages(A, teacher_logp, old_logp, lam, cfg.reweight_clip)  # (B, T), B.28
+            if cfg.method == "distil":
+                seeds = [seed_for(cfg.seed, step, "expert", i) for i in rows] if cfg.expert == "samples" else None
+                cost, expert = policy.compare(
+                    x, xC, y, told.nonzero().flatten().tolist(), teacher, **distil, seeds=seeds
+                )
+                A = cfg.future * losses.future_advantages(cost, mask, G, told)  # (B, T)
+                A = A / mask.sum(1, keepdim=True) if cfg.distil_norm == "length" else A
             skipped["m_step: no context" if not method.reinforces else "m_step: no signal"] += int((~active).sum())
             size = cfg.minibatch_prompts * G
-            distil = dict(kind=cfg.divergence, top_k=cfg.top_k or None)
 
             def per_token(logp, d, before, A, told, mismatch):
                 """The M-step's loss of a chunk of tokens: (1, n) all of them."""
@@ -773,7 +795,7 @@ def train(
                 if method.distils:  # Eq. 10, Eq. 2
                     ratio = 1.0 if cfg.method == "vpd" else losses.truncated_ratio(logp, before, cfg.ratio_limit)
                     loss = loss + (cfg.w_opd if cfg.method == "joint" else 1.0) * ratio * d * told
-                if method.reinforces:
+                if method.reinforces or cfg.method == "distil":
                     pg = losses.grpo_loss(logp, before, A, cfg.clip_low, cfg.clip_high, cfg.dual_clip)
                     loss = loss + (cfg.w_rl if cfg.method == "joint" else 1.0) * pg
                 return loss * mismatch
@@ -786,15 +808,19 @@ def train(
                     continue
                 total = torch.zeros(2, dtype=torch.float64, device=policy.device)
                 for part in policy.micro_batches(minibatch, lengths):
-                    q = None
-                    if method.distils:
+                    q = taken = None
+                    if cfg.expert == "samples":
+                        taken = expert[part]
+                    elif method.distils:
                         with torch.no_grad():  # sg q_phi
                             q = policy.view([xC[i] for i in part], [y[i] for i in part], teacher)
                     view = policy.view([x[i] for i in part], [y[i] for i in part])
                     t = view.mask.shape[1]
-                    loss, _, d = view.loss(
-                        per_token, losses.sequence_weights(view.mask, size), [g[part, :t] for g in given], q, **distil
-                    )
+                    weights = losses.sequence_weights(view.mask, size)
+                    if cfg.method == "distil" and cfg.distil_norm == "constant":
+                        weights = view.mask.double() / (size * cfg.max_response_tokens)
+                    taken = None if taken is None else taken[:, :t]
+                    loss, _, d = view.loss(per_token, weights, [g[part, :t] for g in given], q, **distil, expert=taken)
                     policy.backward(loss)
                     apart_here = losses.sequence_mean(d * told[part, None], view.mask, max(1, int(told.sum())))
                     total += torch.stack([loss.detach(), apart_here]).double()

@@ -9,7 +9,7 @@ import losses
 
 torch.set_num_threads(1)
 N, V, H, WIDE = 11, 37, 6, 5  # tokens, vocabulary, hidden sizes of student and teacher
-KINDS = [(kind, top_k) for kind in losses.DIVERGENCES for top_k in (1, 4, None)]
+KINDS = [(kind, top_k) for kind in (*losses.DIVERGENCES, "cross_entropy") for top_k in (1, 4, None)]
 
 
 def inputs(dtype=torch.float64, scale=2.0, seed=0):
@@ -65,6 +65,49 @@ def test_loss_and_gradients_are_those_of_the_plain_losses(small, kind, top_k, dt
     assert not found[1].requires_grad and not found[2].requires_grad
     close(hidden.grad, wanted[0], tol)
     close(weight.grad, wanted[1], tol)
+
+
+def test_of_a_black_box_d_is_minus_log_p_of_the_token_it_took(small):
+    hidden, weight, tokens, weights, A, _ = inputs()
+    expert = torch.randint(V, (N,), generator=torch.Generator().manual_seed(3))
+    expert[4] = tokens[4]  # both may be the same token
+    log_p = (hidden @ weight.T).log_softmax(-1)
+    logp, d = log_p[range(N), tokens], -log_p[range(N), expert]
+    expected = (weights * objective(logp[None], d[None], A[None])[0]).sum()
+    wanted = torch.autograd.grad(expected, (hidden, weight))
+    found = head.loss(objective, weights, hidden, weight, tokens, [A], expert=expert)
+    found[0].backward()
+    for one, other in zip((*found, hidden.grad, weight.grad), (expected, logp, d, *wanted)):
+        close(one.detach(), other.detach())
+
+
+@pytest.mark.parametrize("kind, top_k", [("cross_entropy", 4), ("js", None), ("", None)], ids=str)
+def test_without_gradients_the_figures_are_the_same_and_no_buffer_for_them_is_made(kind, top_k, monkeypatch):
+    hidden, weight, tokens, weights, A, teacher = inputs()
+    teacher = teacher if kind else None
+    expected = head.loss(objective, weights, hidden, weight, tokens, [A], teacher, kind, top_k)
+    zeros_like = torch.zeros_like
+    monkeypatch.setattr(
+        torch, "zeros_like", lambda x, **kwargs: zeros_like(x, **kwargs) if x.shape != weight.shape else 1 / 0
+    )
+    with torch.no_grad():
+        found = head.loss(objective, weights, hidden, weight, tokens, [A], teacher, kind, top_k)
+    assert not found[0].requires_grad
+    with pytest.raises(ZeroDivisionError):
+        head.loss(objective, weights, hidden, weight, tokens, [A], teacher, kind, top_k)
+    for one, other in zip(found, expected):
+        close(one, other.detach())
+
+
+def test_a_drawn_token_is_where_the_cumulative_distribution_passes_the_number(small):
+    hidden, weight = (
+        torch.eye(3),
+        torch.tensor([[0.2, 0.0, 0.7], [0.5, 0.0, 0.1], [0.3, 1.0, 0.2]]).clamp(min=1e-30).log(),
+    )
+    # Rows of `hidden` pick columns: (.2, .5, .3), (0, 0, 1), (.7, .1, .2).
+    hidden = hidden[[0, 0, 0, 0, 0, 1, 1, 2, 2, 2]]
+    uniform = torch.tensor([0.0, 0.199, 0.201, 0.699, 0.701, 1e-9, 0.999, 0.699, 0.701, 0.801], dtype=torch.float64)
+    assert head.draw(hidden, weight, uniform).tolist() == [0, 0, 1, 1, 2, 2, 2, 0, 1, 2]
 
 
 @pytest.mark.parametrize("kind, top_k", [("js", 4), ("js", None), ("kl_teacher_student", 4)], ids=str)

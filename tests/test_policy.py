@@ -90,6 +90,27 @@ def test_rows_not_asked_for_score_0_and_the_others_keep_their_place(policy):
     assert some.shape == everyone.shape and (some[[0, 2, 3, 4, 5, 7]] == 0).all()
 
 
+@pytest.mark.parametrize("budget", [ALONE, 40, TOGETHER])
+def test_compare_is_the_cross_entropy_between_both_prompts_before_any_update(make_model, plain_logits, budget):
+    tokenizer = SimpleNamespace(eos_token_id=EOS, chat_template=None)
+    policy, rows = Policy(make_model("qwen3-tied"), tokenizer, micro_batch_tokens=budget), [6, 1, 3]
+    told, teacher = [x + [5, 7, 9][: i % 4] for i, x in enumerate(X)], Policy(make_model("olmo3"), tokenizer).model
+    cost, taken = policy.compare(X, told, Y, rows, teacher)
+    assert (cost[[i for i in range(len(Y)) if i not in rows]] == 0).all() and (taken == 0).all()
+    drawn, expert = policy.compare(X, told, Y, rows, teacher, seeds=list(range(10, 10 + len(Y))))
+    other, _ = policy.compare(X, told, Y, rows, teacher, seeds=list(range(50, 50 + len(Y))))
+    assert not torch.equal(drawn, other)
+    for i in rows:
+        log_s = plain_logits(policy.model, X[i], Y[i]).log_softmax(-1).detach()
+        log_t = plain_logits(teacher, told[i], Y[i]).log_softmax(-1).detach()
+        close(cost[i, : len(Y[i])], -(log_t.exp() * log_s).sum(-1))
+        numbers = torch.rand(len(Y[i]), generator=torch.Generator().manual_seed(10 + i), dtype=torch.float64)
+        tokens = torch.searchsorted(log_t.exp().cumsum(-1), numbers[:, None], right=True)[:, 0]
+        assert expert[i, : len(Y[i])].tolist() == tokens.tolist()
+        close(drawn[i, : len(Y[i])], -log_s[range(len(Y[i])), tokens])
+        assert (cost[i, len(Y[i]) :] == 0).all() and (drawn[i, len(Y[i]) :] == 0).all()
+
+
 @pytest.mark.parametrize("budget, count", [(1, 9), (16, 7), (40, 5), (10**9, 1)])
 def test_micro_batches_cover_each_row_once_within_the_budget_by_length(policy, budget, count):
     lengths, rows = [50, 7, 30, 12, 12, 1, 29, 5, 16, 3], [9, 0, 1, 2, 4, 5, 6, 7, 8]  # row 3 is not asked for

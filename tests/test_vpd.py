@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -43,6 +44,8 @@ def test_presets_are_the_papers_tables():
         assert (cfg.schedule, cfg.max_teacher_tokens) == ("constant", 10240)
     lengths = [(vpd.parse(["--task", t]).epochs, vpd.parse(["--task", t]).steps) for t in table]
     assert lengths == [(30, 0), (0, 500), (0, 200)]
+    distil = [vpd.parse(["--task", t, "--method", "distil"]) for t in table]
+    assert [(cfg.lr, cfg.top_k) for cfg in distil] == [(1e-6, 100), (5e-5, 100), (5e-6, 100)]
     feedbacks = [vpd.parse(["--task", t]).feedback for t in table]
     assert feedbacks == ["solution_first", "sibling", "sibling"]
 
@@ -88,6 +91,7 @@ IMPOSSIBLE = [
     (["--feedback", "both", "--no_borrow"], "no_borrow"),
     (["--no_borrow"], "no_borrow"),
     (["--teacher_probe", "-1"], "--teacher_probe"),
+    (["--expert", "samples"], "--method distil"),
     (["--max_teacher_tokens", "20"], "max_teacher_tokens"),
     (["--top_k", "100000"], "top_k"),
     (["--max_prompt_tokens", "3"], "prompts_per_batch"),
@@ -213,7 +217,7 @@ def test_every_method_trains_and_writes_a_complete_run_directory(method, tmp_pat
         assert row["sampler_gap"] < 1e-5
         assert method != "grpo" or row["margin"] is None
         assert method == "vpd" or row["e_loss"] is None
-        assert (row["divergence"] is not None) == (method in ("vpd", "sdpo", "joint"))
+        assert (row["divergence"] is not None) == (method in ("vpd", "sdpo", "joint", "distil"))
         assert row["divergence"] is None or row["divergence"] > 1e-6  # the teacher does see something else
     before, after = weights(ROOT / "toy_models" / "choice"), weights(tmp_path / "run" / "model")
     assert any((before[k].double() - after[k].double()).abs().max() > 1e-6 for k in before)
@@ -233,6 +237,8 @@ def test_the_e_step_runs_on_every_f_th_batch_starting_with_the_first(tmp_path):
         (["joint", "--w_opd", "0"], ["grpo"]),
         (["reshape", "--w_opd", "0"], ["grpo"]),
         (["reweight", "--reweight_lam", "0"], ["grpo"]),
+        # The cross-entropy and KL(teacher‖student) differ by the teacher's entropy, which has no gradient.
+        (["distil", "--no_future"], ["sdpo", "--divergence", "kl_teacher_student"]),
     ],
     ids=lambda method: " ".join(method),
 )
@@ -242,13 +248,36 @@ def test_a_hybrid_without_one_of_its_parts_is_the_other_method(hybrid, plain, tm
             tmp_path / name,
             "--method",
             *method,
-            "--eval_every",
-            "0",
+            *"--eval_every 0 --lr 0.001 --divide_by_std False".split(),
             "--teacher",
             *(["ema"] if method != ["grpo"] else [""]),
         )
     one, other = weights(tmp_path / "hybrid" / "model"), weights(tmp_path / "plain" / "model")
     assert max((one[k] - other[k]).abs().max().item() for k in one) < 1e-12
+
+
+@pytest.mark.parametrize("norm", ["length", "constant"])
+@pytest.mark.parametrize("expert", ["probabilities", "samples"])
+def test_distil_s_loss_is_the_cross_entropy_and_the_charge_for_later_tokens(norm, expert, tmp_path, monkeypatch):
+    """One batch, ratio 1: row loss = mean(CE_t - A_t / |y|), or (1/L) sum(CE_t - A_t), A_t = -(c_t - b_t)."""
+    seen, advantages = [], losses.future_advantages
+    monkeypatch.setattr(
+        losses, "future_advantages", lambda *args: seen.append((args, advantages(*args))) or seen[-1][1]
+    )
+    flags = ("--method", "distil", "--distil_norm", norm, "--expert", expert, "--eval_every", "0", "--temperature", "2")
+    (row,) = run(tmp_path / "run", *flags, steps=1)
+    (((cost, mask, group_size, told), A),) = seen
+    assert group_size == 4 and cost.shape == mask.shape == A.shape and len(told) == 16 and A.abs().max() > 0
+    expected = 0.0
+    for i in range(16):
+        n = int(mask[i].sum())
+        if told[i]:
+            terms = [(cost[i, t] - A[i, t] / (n if norm == "length" else 1)).item() for t in range(n)]
+            expected += sum(terms) / (n if norm == "length" else 30) / 16  # --max_response_tokens 30, 16 sequences
+    assert row["m_loss"] == pytest.approx(expected, rel=1e-9)
+    assert row["divergence"] == pytest.approx(
+        np.mean([cost[i][mask[i] == 1].mean().item() for i in range(16) if told[i]])
+    )
 
 
 def test_delta_is_a_moving_average_that_starts_at_the_first_value(tmp_path, monkeypatch):
