@@ -189,7 +189,8 @@ def test_rows_and_values_that_are_not_there_are_named_and_what_is_there_is_drawn
     figures.main(["--study", str(path), "--out", str(tmp_path / "new" / "folder")])
     said = [line.removeprefix(f"figures.py: {tmp_path}/new/folder/") for line in capsys.readouterr().err.splitlines()]
     assert said[:1] == ["margin.png: no row trace/sdpo"]
-    assert "progress.png: no row code/vpd" in said and "progress.png: no row trace/reweight" in said
+    assert "progress.png: no row code/vpd" in said and "progress.png: no row trace/grpo" in said
+    assert "progress.png: no row trace/reweight" not in said  # the study has the hybrids on code alone
     assert not any("distil" in line or "ovd" in line for line in said)  # later methods are not missed
     assert said.count("prior.png: no row trace/vpd fixed prior") == 1  # once, for two panels
     assert f"cold.png: not drawn, {path} has none of its rows" in said
