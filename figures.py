@@ -45,7 +45,7 @@ FIGURES = {  # file: panels of (subset, measure, variants); "*" is every further
     "progress": [("code", "avg", EVERY), ("trace", "avg", ("vpd", "sdpo", "grpo", *LATER))],  # Fig. 2
     "cold": [("trace-cold", "avg", ("vpd", "sdpo", "grpo"))],  # Fig. 3
     "prior": [("trace", key, ("vpd", "vpd fixed prior")) for key in ("avg", "margin")],  # Fig. 5
-    "collapse": [("trace-long", key, ("vpd", "sdpo", "grpo", "*"))
+    "long": [("trace-long", key, ("vpd", "sdpo", "grpo", "*"))
                  for key in ("avg", "teacher", "entropy", "divergence")],
 }  # fmt: skip
 

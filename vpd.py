@@ -203,7 +203,7 @@ PRESETS = {
         model="Qwen/Qwen3-8B", lr=5e-6, epochs=0, steps=200, warmup_steps=10, minibatch_prompts=32, top_k=0,
         divergence="kl_teacher_student", ema_rate=0.05, feedback="sibling", eval_every=20,
     ),
-    "toy": dict(  # ours: a 0.24M-parameter model, one CPU core, minutes
+    "toy": dict(  # ours: a 0.23M-parameter model, one CPU core, minutes
         epochs=0, steps=30, eval_every=10, eval_temperature=1.0, eval_top_p=1.0, teacher_probe=32, prompts_per_batch=12,
         max_prompt_tokens=256, max_response_tokens=100, max_teacher_tokens=512, max_critique_tokens=16,
         adam_beta2=0.95, weight_decay=0.0, minibatch_prompts=12, lr=1e-3, feedback="environment",
@@ -213,8 +213,8 @@ PRESETS = {
         critique_template=toy.TEMPLATES.critique, closing_line=toy.TEMPLATES.closing, critique_request=toy.TEMPLATES.request,
     ),
 }  # fmt: skip
-# Chosen on validation problems, seed 0, with as many settings for each method of a subset (results/README.md). Hybrids on
-# other subsets than code are untuned, and so is trace-cold, as in the paper.
+# Chosen on validation problems, seed 0, with as many settings for each method of a subset (results/README.md). trace-rare and
+# trace-cold keep trace's settings, and hybrids are tuned on code alone.
 TOY_PRESETS = {
     "trace": {"model": "toy_models/trace"},
     "code": {"model": "toy_models/code"},
@@ -372,6 +372,10 @@ def check(cfg: Config) -> None:
     if parts.username or parts.password or parts.query:
         raise ValueError(
             "--critic_url holds a secret, which would be saved with the run: put the key into OPENAI_API_KEY"
+        )
+    if cfg.passed_text and (cfg.feedback not in ("environment", "critique") or not method.teacher):
+        raise ValueError(
+            "--passed_text takes the place of a borrowed text: with --feedback environment or critique, and a teacher"
         )
     if cfg.expert == "samples" and cfg.method != "distil":
         raise ValueError(
@@ -598,7 +602,7 @@ def train(
         file.write(json.dumps(row) + "\n")
         file.flush()
 
-    def teacher_pass_rate(step: int) -> float:
+    def teacher_pass_rate() -> float:
         """Pass rate of the teacher, as it now is, on the failures in `probe`."""
         problems = {p.id: p for p in watched}
         problems = [problems[row["id"]] for row in probe]
@@ -611,12 +615,14 @@ def train(
         if teacher is not None:  # the sampler holds the student's weights
             reader = copy.copy(policy)
             reader.model = teacher
+            sampler.sleep()
             sampler.sync(reader)
         result = evaluate.measure(
             reader, sampler, task.verify, problems, n=cfg.eval_samples, seed=seed_for(cfg.seed, "probe"),
             max_tokens=cfg.max_response_tokens, temperature=cfg.eval_temperature, top_p=cfg.eval_top_p, prompts=prompts,
         )  # fmt: skip
         if teacher is not None:
+            sampler.sleep()
             sampler.sync(policy)
         return result["avg"]
 
@@ -629,7 +635,7 @@ def train(
         )  # fmt: skip
         figures = {key: value for key, value in result.items() if key != "rewards"}
         if probe:
-            figures["teacher_avg"] = teacher_pass_rate(step)
+            figures["teacher_avg"] = teacher_pass_rate()
         seconds = round(time.perf_counter() - start, 4)
         write(log, {"kind": "eval", "step": step, "split": split, **figures, "seconds": {"eval": seconds}})
         told = f"  teacher on {len(probe)} base failures {figures['teacher_avg']:.3f}" if probe else ""

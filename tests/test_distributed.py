@@ -26,7 +26,8 @@ ROOT = Path(__file__).parent.parent
 
 FLAGS = ["--subset", "choice", "--prompts_per_batch", "5", "--minibatch_prompts", "5", "--e_minibatch_prompts", "5",
          "--group_size", "3", "--max_response_tokens", "20", "--steps", "5", "--eval_every", "0", "--e_step_every", "1",
-         "--micro_batch_tokens", "150", "--checkpoint_every", "0", "--log_samples", "15"]  # fmt: skip
+         "--micro_batch_tokens", "150", "--checkpoint_every", "0", "--log_samples", "15", "--lr", "0.001",
+         "--divide_by_std", "False"]  # fmt: skip
 CASES = {  # name: (model, flags, are the rollouts those of one process?)
     "vpd tied float64": ("tied", ["--dtype", "float64"], True),
     "vpd untied float64": ("untied", ["--dtype", "float64"], True),
@@ -34,6 +35,8 @@ CASES = {  # name: (model, flags, are the rollouts those of one process?)
     "sdpo top 5 float32": ("tied", ["--method", "sdpo", "--top_k", "5"], True),  # a tail near 1e-7 is no place for 1e-9
     "fixed prior float64": ("untied", ["--dtype", "float64", "--prior", "fixed"], True),
     "joint untied float64": ("untied", ["--dtype", "float64", "--method", "joint", "--minibatch_prompts", "1"], True),
+    "distil untied float64": ("untied", ["--dtype", "float64", "--method", "distil"], True),
+    "distil samples float64": ("tied", ["--dtype", "float64", "--method", "distil", "--expert", "samples"], True),
     "vpd tied float32": ("tied", [], True),
     "vpd untied float32": ("untied", [], True),
     "grpo tied float32": ("tied", ["--method", "grpo"], True),

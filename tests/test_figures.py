@@ -156,7 +156,7 @@ def test_every_figure_is_drawn_where_all_rows_are_there(tmp_path, monkeypatch, c
     (tmp_path / "study.json").rename(tmp_path / "results" / "study.json")
     figures.main([])  # no argument: results/study.json, into results
     out, error = capsys.readouterr()
-    files = ["cold", "collapse", "margin", "prior", "progress"]
+    files = ["cold", "long", "margin", "prior", "progress"]
     assert sorted(path.stem for path in (tmp_path / "results").glob("*.png")) == files and error == ""
     assert all((tmp_path / "results" / f"{file}.png").read_bytes().startswith(b"\x89PNG") for file in files)
     assert "results/margin.png: VPD (2 seeds), SDPO (2 seeds)\n" in out
@@ -194,10 +194,10 @@ def test_rows_and_values_that_are_not_there_are_named_and_what_is_there_is_drawn
     assert not any("distil" in line or "ovd" in line for line in said)  # later methods are not missed
     assert said.count("prior.png: no row trace/vpd fixed prior") == 1  # once, for two panels
     assert f"cold.png: not drawn, {path} has none of its rows" in said
-    assert "collapse.png: no row trace-long/sdpo" in said and "collapse.png: no avg of trace-long/vpd" in said
-    assert "collapse.png: no divergence of trace-long/grpo" in said
+    assert "long.png: no row trace-long/sdpo" in said and "long.png: no avg of trace-long/vpd" in said
+    assert "long.png: no divergence of trace-long/grpo" in said
     files = sorted(path.name for path in (tmp_path / "new" / "folder").iterdir())
-    assert files == ["collapse.png", "margin.png", "prior.png", "progress.png"]
+    assert files == ["long.png", "margin.png", "prior.png", "progress.png"]
 
 
 def test_legend_gives_both_numbers_of_seeds_where_panels_differ(tmp_path, drawn):

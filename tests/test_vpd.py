@@ -92,6 +92,8 @@ IMPOSSIBLE = [
     (["--no_borrow"], "no_borrow"),
     (["--teacher_probe", "-1"], "--teacher_probe"),
     (["--expert", "samples"], "--method distil"),
+    (["--passed_text", "well done", "--feedback", "sibling"], "--passed_text"),
+    (["--passed_text", "well done", "--method", "grpo"], "--passed_text"),
     (["--max_teacher_tokens", "20"], "max_teacher_tokens"),
     (["--top_k", "100000"], "top_k"),
     (["--max_prompt_tokens", "3"], "prompts_per_batch"),
@@ -204,7 +206,7 @@ def weights(folder):
 
 @pytest.mark.parametrize("method", vpd.METHODS)
 def test_every_method_trains_and_writes_a_complete_run_directory(method, tmp_path, small_validation):
-    rows = run(tmp_path / "run", "--method", method, "--eval_every", "2")
+    rows = run(tmp_path / "run", "--method", method, "--eval_every", "2", "--lr", "0.001")
     assert [(row["kind"], row["step"]) for row in rows] == [("eval", 0), ("train", 0), ("train", 1), ("eval", 2)]
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["method"] == method and config["seed"] == 0 and "commit" in config and "command" in config
