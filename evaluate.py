@@ -68,9 +68,10 @@ def measure(
     top_p: float,
     prompts: list[list[int]] | None = None,
 ) -> dict:
-    """Samples n responses to each problem (`prompts`: token ids, by default the student's) and grades them: `summarise`'s figures; the share of truncated responses; how
-    many the grader itself failed on (they count as failures); under "parts" a summary of each part of the benchmark
-    and under "columns" of the verifier's further columns; under "rewards" the outcomes of each problem by id."""
+    """Samples n responses to each problem (`prompts`: token ids, by default the student's) and grades them: `summarise`'s
+    figures; the share of truncated responses; how many the grader itself failed on (they count as failures); under
+    "parts" a summary of each part of the benchmark and under "columns" of the verifier's further columns; under
+    "rewards" the outcomes of each problem by id."""
     prompts = prompts or [student_prompt(policy.tokenizer, p.messages) for p in problems]
     rollouts = sampler.sample(prompts, n, seed, max_tokens, temperature, top_p)
     outcomes = verify([p for p in problems for _ in range(n)], [policy.decode(r.tokens) for r in rollouts])

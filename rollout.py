@@ -18,6 +18,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
+import head
 from policy import Ids, Policy, whole
 
 
@@ -54,10 +55,7 @@ class _Draw(LogitsProcessor):
         if self.greedy:
             token = log_p.argmax(-1, keepdim=True)
         else:
-            # In float64 the sum over 150,000 tokens is good to 1e-11; right=True never lands on a token of probability 0.
-            cdf = log_p.double().exp().cumsum(-1)
-            u = self.uniform[:, len(self.logp)].to(cdf.device).unsqueeze(-1) * cdf[:, -1:]
-            token = torch.searchsorted(cdf, u, right=True).clamp(max=scores.shape[-1] - 1)
+            token = head.invert(log_p.double().exp(), self.uniform[:, len(self.logp)].to(scores.device))
         self.logp.append(log_p.gather(-1, token).squeeze(-1).cpu())
         return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
 

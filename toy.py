@@ -170,7 +170,7 @@ class Trace:
 
     def load(self) -> Task:
         train, rest = self.problems(random.Random(11), 720, "train"), self.problems(random.Random(12), 128, "held-out")
-        name = next(name for name, kind in (SUBSETS | REGIMES).items() if kind is type(self))
+        name = next(name for name, kind in EVERY.items() if kind is type(self))
         return Task(f"toy/{name}", train, rest[:64], rest[64:], self.verify)
 
 
@@ -434,6 +434,7 @@ class Choice:
 
 SUBSETS = {"trace": Trace, "code": Code, "choice": Choice}
 REGIMES = {"trace-rare": TraceRare, "trace-often": TraceOften, "trace-cold": TraceCold}  # for the study
+EVERY = SUBSETS | REGIMES
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -441,7 +442,7 @@ CHAT_TEMPLATE = (
 
 
 def load(subset: str) -> Task:
-    return (SUBSETS | REGIMES)[subset]().load()
+    return EVERY[subset]().load()
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -476,7 +477,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def build_policy(subset: str, seed: int = 0) -> Policy:
     """A Qwen3 of about 0.24M parameters with random weights and the toy tokenizer."""
     torch.manual_seed(seed)
-    tokenizer, heads = build_tokenizer(), (SUBSETS | REGIMES)[subset].heads
+    tokenizer, heads = build_tokenizer(), EVERY[subset].heads
     config = Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=4, intermediate_size=192, num_attention_heads=heads,
         num_key_value_heads=heads, head_dim=64 // heads, max_position_embeddings=1024, tie_word_embeddings=True,
@@ -530,7 +531,7 @@ def encode(tokenizer, example: dict) -> tuple[list[int], list[int]]:
 
 def warm_start(subset: str, steps: int = 0, seed: int = 0) -> Policy:
     """Supervised training on the task's warm-up examples: Muon on the matrices, AdamW on the rest, cosine to 5%."""
-    policy, task, rng = build_policy(subset, seed), (SUBSETS | REGIMES)[subset](), random.Random(seed)
+    policy, task, rng = build_policy(subset, seed), EVERY[subset](), random.Random(seed)
     steps, model = steps or task.steps, policy.model
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
@@ -569,7 +570,7 @@ def warm_start(subset: str, steps: int = 0, seed: int = 0) -> Policy:
 def report(policy: Policy, subset: str) -> str:
     """Pass rates on the validation problems: the student's, and the teacher's on the student's failures (choice has no
     environment text to show it)."""
-    task, sampler, limit = load(subset), HFSampler(policy), (SUBSETS | REGIMES)[subset].max_response
+    task, sampler, limit = load(subset), HFSampler(policy), EVERY[subset].max_response
     problems = [p for p in task.validation for _ in range(4)]
     prompts = [feedback.student_prompt(policy.tokenizer, p.messages) for p in task.validation]
     outcomes = task.verify(
@@ -594,7 +595,7 @@ def report(policy: Policy, subset: str) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Warm-start a toy model.")
-    parser.add_argument("--subset", choices=SUBSETS | REGIMES, default="trace")
+    parser.add_argument("--subset", choices=EVERY, default="trace")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=0, help="0: the subset's own number")
     parser.add_argument("--seed", type=int, default=0)

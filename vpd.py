@@ -814,10 +814,8 @@ def train(
                     continue
                 total = torch.zeros(2, dtype=torch.float64, device=policy.device)
                 for part in policy.micro_batches(minibatch, lengths):
-                    q = taken = None
-                    if cfg.expert == "samples":
-                        taken = expert[part]
-                    elif method.distils:
+                    q = None
+                    if method.distils and cfg.expert != "samples":
                         with torch.no_grad():  # sg q_phi
                             q = policy.view([xC[i] for i in part], [y[i] for i in part], teacher)
                     view = policy.view([x[i] for i in part], [y[i] for i in part])
@@ -825,7 +823,7 @@ def train(
                     weights = losses.sequence_weights(view.mask, size)
                     if cfg.method == "distil" and cfg.distil_norm == "constant":
                         weights = view.mask.double() / (size * cfg.max_response_tokens)
-                    taken = None if taken is None else taken[:, :t]
+                    taken = expert[part, :t] if cfg.expert == "samples" else None
                     loss, _, d = view.loss(per_token, weights, [g[part, :t] for g in given], q, **distil, expert=taken)
                     policy.backward(loss)
                     apart_here = losses.sequence_mean(d * told[part, None], view.mask, max(1, int(told.sum())))
