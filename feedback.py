@@ -1,7 +1,8 @@
 """The teacher's context C: where it comes from, and how it stands in the teacher's prompt.
 
 `contexts` is a pure function from one group of rollouts to one context (or none) per rollout; `teacher_prompt` is a pure
-function from a problem and a context to token ids. Section numbers refer to the paper, arXiv 2605.15113v1.
+function from a problem and a context to token ids. Section numbers refer to the paper, arXiv 2605.15113v1. The other thing
+that a model can say of a rollout is a judge's score, one digit (OVD, 2601.21968): its request and its reading stand last.
 
 sources   environment     the verifier's text on a failed rollout
           sibling         another, successful rollout of the same group
@@ -32,6 +33,10 @@ CRITIQUE_REQUEST = (
     "{reference}\n\nIn two or three sentences, say where the attempt went wrong and what to look at again. "
     "Do not reveal the reference answer."
 )
+JUDGE_REQUEST = (
+    "{question}\n\nA proposed answer:\n\n{attempt}\n\nHow good is this answer? Reply with a single digit and nothing else, "
+    "from 0 (certainly wrong) to 9 (certainly right)."
+)
 
 
 @dataclass(frozen=True)
@@ -41,10 +46,11 @@ class Templates:
     critique: str = CRITIQUE_TEMPLATE
     closing: str = CLOSING
     request: str = CRITIQUE_REQUEST
+    judge: str = JUDGE_REQUEST
 
     def __post_init__(self):
         holes = {"solution": ("solution",), "feedback": ("feedback",), "critique": ("critique",)}
-        holes["request"] = ("question", "attempt", "reference")
+        holes |= {"request": ("question", "attempt", "reference"), "judge": ("question", "attempt")}
         for name, hole in ((name, hole) for name in holes for hole in holes[name]):
             if getattr(self, name).count("{" + hole + "}") != 1:
                 raise ValueError(f"the {name} template must contain {{{hole}}} exactly once")
@@ -200,8 +206,12 @@ def teacher_prompt(
 def critique_parts(messages: list[dict[str, str]], attempt: str, reference: str, templates: Templates) -> list[str]:
     """The request for a critique, problem, attempt and reference answer at the odd places (Sec. 4.2); joined, it is the
     message for a served model."""
+    return _filled(templates.request, messages, attempt, reference)
+
+
+def _filled(request: str, messages: list[dict[str, str]], attempt: str, reference: str = "") -> list[str]:
     texts = {"question": messages[-1]["content"], "attempt": strip_thinking(attempt), "reference": reference}
-    parts = re.split(r"\{(question|attempt|reference)\}", templates.request)
+    parts = re.split(r"\{(question|attempt|reference)\}", request)
     parts[1::2] = [texts[hole] for hole in parts[1::2]]
     return parts
 
@@ -211,3 +221,43 @@ def critique_prompt(
 ) -> tuple[list[int], int]:
     """Token ids of the request as one user message, and how many tokens of its texts were cut."""
     return encode(tokenizer, messages[-1:], critique_parts(messages, attempt, reference, templates), max_tokens)
+
+
+# ---- A judge's score -------------------------------------------------------------------------------------
+
+
+def judge_parts(messages: list[dict[str, str]], attempt: str, templates: Templates) -> list[str]:
+    """The request for a score, problem and attempt at the odd places; joined, it is the message for a served model."""
+    return _filled(templates.judge, messages, attempt)
+
+
+def judge_prompt(
+    tokenizer, messages: list[dict[str, str]], attempt: str, templates: Templates, max_tokens: int
+) -> tuple[list[int], int]:
+    """Token ids of the request as one user message, and how many tokens of its texts were cut."""
+    return encode(tokenizer, messages[-1:], judge_parts(messages, attempt, templates), max_tokens)
+
+
+def digit_tokens(tokenizer) -> list[int]:
+    """The ids of 0 to 9. Raises ValueError for a tokenizer that has no token of its own for each."""
+    ids = [tokenizer(str(digit), add_special_tokens=False).input_ids for digit in range(10)]
+    if any(len(found) != 1 for found in ids) or len({found[0] for found in ids}) < 10:
+        raise ValueError(
+            "the tokenizer has no token of its own for each digit, so this network cannot judge: --judge_url"
+        )
+    return [found[0] for found in ids]
+
+
+def expected_digit(p: Sequence[float], least: float = 0.0) -> float | None:
+    """S = E[digit], from the probabilities of 0 to 9 as the reply's digit, rescaled to sum to 1; None where they sum to
+    `least` or less: this judge would rather have said something else."""
+    return sum(digit * share for digit, share in enumerate(p)) / sum(p) if sum(p) > least else None
+
+
+def find_digit(reply: str) -> int | None:
+    """The place of the first digit that stands alone, outside of <think>…</think>: not in 10, in 7.5 nor in 0-9, which
+    repeats the scale. None where there is none."""
+    thought = r"\A(?:(?!<think>).)*?</think>|<think>.*?(?:</think>|\Z)|\b0\s*(?:-|–|to)\s*9\b"
+    rest = re.sub(thought, lambda found: " " * len(found[0]), reply, flags=re.DOTALL)
+    found = re.search(r"(?<![0-9.])[0-9](?!\.?[0-9])", rest)
+    return found.start() if found else None

@@ -72,6 +72,18 @@ def score(hidden: torch.Tensor, head: torch.Tensor, tokens: torch.Tensor) -> tup
     return logp, entropy
 
 
+@torch.no_grad()
+def choices(hidden: torch.Tensor, head: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """log p of each of a few tokens at each place. hidden: (n, H); head: (V, H); ids: (k,). Returns (n, k)."""
+    buffer = _buffer(hidden, head)
+    logp = buffer.new_zeros(len(hidden), len(ids))
+    for first in range(0, len(hidden), len(buffer)):
+        at = slice(first, first + len(buffer))
+        logits = _project(hidden[at], head, buffer)
+        logp[at] = logits[:, ids] - _logsumexp(logits)
+    return logp
+
+
 def loss(
     objective: Callable[..., torch.Tensor],
     weights: torch.Tensor,

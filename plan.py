@@ -79,13 +79,14 @@ def shapes(config) -> tuple[list[list[torch.Size]], list[torch.Size]]:
     return [[p.shape for p in layer] for layer in layers], root
 
 
-def tokens(cfg, teacher: str) -> tuple[int, int, int]:
+def tokens(cfg, method) -> tuple[int, int, int]:
     """At most: of a student's row, of a teacher's (0 without one), of a sequence that is sampled."""
     student = cfg.max_prompt_tokens + cfg.max_response_tokens
-    reviewed = teacher and cfg.feedback == "critique" and not cfg.critic_url
+    reviewed = method.teacher and cfg.feedback == "critique" and not cfg.critic_url
     review = cfg.max_teacher_tokens + cfg.max_critique_tokens if reviewed else 0
-    taught = cfg.max_teacher_tokens + cfg.max_response_tokens if teacher else 0
-    return student, taught, max(student, review, taught if cfg.teacher_probe and cfg.eval_every else 0)
+    taught = cfg.max_teacher_tokens + cfg.max_response_tokens if cfg.reader() else 0
+    writes = method.replaces or cfg.teacher_probe and cfg.eval_every
+    return student, taught, max(student, review, taught if writes else 0)
 
 
 def memory(config, cfg, method, processes: int, gpu_bytes: float = 0) -> Plan:
@@ -103,7 +104,7 @@ def memory(config, cfg, method, processes: int, gpu_bytes: float = 0) -> Plan:
         max(map(count, layers)),
     )
     master, compute = getattr(torch, cfg.dtype).itemsize, BF16 if gpu_bytes else getattr(torch, cfg.dtype).itemsize
-    teacher, vpd = cfg.teacher or method.teacher, cfg.method == "vpd"
+    teacher, vpd = cfg.reader(), cfg.method == "vpd"
     optimizers = 2 if vpd and cfg.e_optimizer == "own" else 1
     copies = ["EMA teacher"] * (teacher == "ema") + ["initial weights"] * (vpd and cfg.prior == "fixed")
     kept = {"weights": shard * master, "AdamW's moments": 2 * optimizers * shard * master}
@@ -115,7 +116,7 @@ def memory(config, cfg, method, processes: int, gpu_bytes: float = 0) -> Plan:
     inner = getattr(text, "intermediate_size", None) or 4 * H
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     d = getattr(text, "head_dim", None) or H // heads
-    student, taught, longest = tokens(cfg, teacher)
+    student, taught, longest = tokens(cfg, method)
     moments, sampling = {}, {}
     if gpu_bytes:
         # A micro batch fills micro_batch_tokens or is one longer row. Only VPD's E-step goes backward through the
@@ -139,7 +140,7 @@ def memory(config, cfg, method, processes: int, gpu_bytes: float = 0) -> Plan:
         # their gradient; of the teacher, two of these.
         standing = {
             "layer inputs": n * BF16 * H * len(layers),
-            "last states": n * (F32 + BF16 * (4 + 2 * bool(teacher))) * H,
+            "last states": n * (F32 + BF16 * (4 + 2 * bool(teacher and method.distils))) * H,
             "root gathered": root_size * compute,
             "gradient of the head": V * H * compute,
         }
@@ -206,7 +207,7 @@ def size(count: float) -> str:
 def lines(plan: Plan, cfg, method) -> list[str]:
     """The plan as text, three lines on a CPU."""
     G, B = cfg.group_size, cfg.prompts_per_batch
-    student, taught, _ = tokens(cfg, cfg.teacher or method.teacher)
+    student, taught, _ = tokens(cfg, method)
     m_rows, e_rows = cfg.minibatch_prompts * G, cfg.e_minibatch_prompts * G
     rows = (
         f"{B * G} rollouts per batch; M-step: {B // cfg.minibatch_prompts} updates per batch, {m_rows} sequences each"

@@ -376,39 +376,67 @@ class Policy:
             t = view.mask.shape[1]
             if batch:
                 logp[batch, :t], entropy[batch, :t] = (x.to(logp.dtype) for x in view.score())
-        if self.world.sharded:
-            (self.model if model is None else model).reshard()  # no backward pass follows that would do it
+        self._reshard(model)
         return self.world.sum(logp), self.world.sum(entropy)
 
     @torch.no_grad()
     def compare(
         self, prompts: Sequence[Ids], told: Sequence[Ids], responses: Sequence[Ids], rows: Iterable[int], model=None,
-        kind: str = "cross_entropy", top_k: int | None = None, seeds: Sequence[int] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        kind: str = "cross_entropy", top_k: int | None = None, expert: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """D of each token between student and teacher at these weights, (N, T), 0 on padding and on rows not asked for.
         prompts, told: the student's and the teacher's; model: the teacher's weights, None for our own; kind, top_k: as in
-        `head.loss`. With seeds, one a row, the teacher is a black box that is known by one token it takes at each place: D is
-        −log p of those, which are returned as well, (N, T) ids."""
+        `head.loss`; expert: (N, T) ids in the teacher's place, D is −log p of those."""
         N, T = len(responses), max(map(len, responses), default=0)
         apart = torch.zeros(N, T, dtype=torch.promote_types(self.dtype, torch.float32), device=self.device)
-        taken = torch.zeros(N, T, dtype=torch.long, device=self.device)
         for batch in self.micro_batches(rows, [len(p) + len(r) for p, r in zip(told, responses)]):
-            q, expert = self.view([told[i] for i in batch], [responses[i] for i in batch], model), None
-            t = q.mask.shape[1]
-            if seeds is not None and batch:
+            q, here = None, [responses[i] for i in batch]
+            if expert is None:
+                q = self.view([told[i] for i in batch], here, model)
+            view = self.view([prompts[i] for i in batch], here)
+            t = view.mask.shape[1]
+            if batch:
+                taken = None if expert is None else expert[batch, :t]
+                found = view.loss(lambda logp, d: d, view.mask, (), q, kind, top_k, taken)[2]
+                apart[batch, :t] = found.to(apart.dtype)
+        self._reshard(model)
+        return self.world.sum(apart)
+
+    @torch.no_grad()
+    def draw(
+        self, prompts: Sequence[Ids], responses: Sequence[Ids], rows: Iterable[int], model, seeds: Sequence[int]
+    ) -> torch.Tensor:
+        """A token that `model` takes after (prompt, y_<t) at each place, (N, T) ids, 0 on padding and on rows not asked for.
+        seeds: one for each of the N rows."""
+        taken = torch.zeros(len(responses), max(map(len, responses), default=0), dtype=torch.long, device=self.device)
+        for batch in self.micro_batches(rows, [len(p) + len(r) for p, r in zip(prompts, responses)]):
+            view = self.view([prompts[i] for i in batch], [responses[i] for i in batch], model)
+            t = view.mask.shape[1]
+            if batch:
                 draws = [torch.Generator().manual_seed(seeds[i]) for i in batch]
                 uniform = torch.stack([torch.rand(t, generator=g, dtype=torch.float64) for g in draws])
-                taken[batch, :t] = expert = q.draw(uniform.to(self.device))
-                q = None
-            view = self.view([prompts[i] for i in batch], [responses[i] for i in batch])
+                taken[batch, :t] = view.draw(uniform.to(self.device))
+        self._reshard(model)
+        return self.world.sum(taken)
+
+    @torch.no_grad()
+    def choose(self, prompts: Sequence[Ids], ids: Ids) -> torch.Tensor:
+        """log p of each of `ids` as the token after each prompt, (N, len(ids))."""
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        logp = torch.zeros(len(prompts), len(ids), dtype=dtype, device=self.device)
+        for batch in self.micro_batches(range(len(prompts)), [len(p) + 1 for p in prompts]):
+            view = self.view([prompts[i] for i in batch], [ids[:1]] * len(batch))
             if batch:
-                apart[batch, :t] = view.loss(lambda logp, d: d, view.mask, (), q, kind, top_k, expert)[2].to(
-                    apart.dtype
+                logp[batch] = head.choices(view.hidden[:, 0], view.head, torch.tensor(ids, device=self.device)).to(
+                    dtype
                 )
-        if self.world.sharded:
-            for each in {self.model, self.model if model is None else model}:
-                each.reshard()  # no backward pass follows that would do it
-        return self.world.sum(apart), self.world.sum(taken)
+        self._reshard()
+        return self.world.sum(logp)
+
+    def _reshard(self, model: nn.Module | None = None) -> None:
+        """After passes without gradients, which no backward pass follows that would do it."""
+        for each in {self.model, self.model if model is None else model} if self.world.sharded else ():
+            each.reshard()
 
     def mask(self, responses: Sequence[Ids]) -> torch.Tensor:
         """(N, T): 1 on response tokens, as `score` returns them."""

@@ -1,5 +1,5 @@
-"""Samplers behind one interface of two calls: `sample` draws rollouts from the student, `sync` hands over its weights.
-Beside them stands `ServedModel`, a model that somebody else serves.
+"""Samplers behind one small interface: `sample` draws rollouts from the student, `choose` scores a few tokens as the next
+one, `sync` hands over the student's weights.
 
 Every random number is a function of (seed, row, t), where a row is one rollout of one call: a rerun gives the same
 rollouts, however the rows were grouped into batches.
@@ -8,9 +8,6 @@ rollouts, however the rows were grouped into batches.
 import hashlib
 import os
 import random
-import threading
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,6 +99,10 @@ class HFSampler:
             )
             rollouts.update(zip(rows, drawn))
         return world.collect([rollouts[row] for row in world.share(count)], count)
+
+    def choose(self, prompts: list[Ids], ids: Ids) -> torch.Tensor:
+        """log p of each of `ids` as the token after each prompt, (N, len(ids)), at temperature 1."""
+        return self.policy.choose(prompts, ids)
 
     def _generate(
         self, prompts: list[Ids], seeds: list[int], max_tokens: int, temperature: float, top_p: float
@@ -221,15 +222,18 @@ class VLLMSampler:
         # Everybody has all the numbers, so everybody comes to the same conclusion.
         return torch.stack([torch.cat(gaps[rank :: world.size]).mean() for rank in range(world.size)]).max().item()
 
+    def _ready(self, prompts: list[Ids]) -> None:
+        if not self.awake:
+            raise RuntimeError("vLLM has no weights before the first sync(policy), nor between sleep() and the next")
+        if (longest := max(map(len, prompts), default=0)) >= self.max_model_len:
+            raise ValueError(f"a prompt of {longest} tokens leaves no room within max_model_len {self.max_model_len}")
+
     def sample(
         self, prompts: list[Ids], n: int, seed: int, max_tokens: int, temperature: float = 1.0, top_p: float = 1.0
     ) -> list[Rollout]:
         """As HFSampler's. All rows of a prompt are drawn in one process, which then reads the prompt once. Raises
         ValueError if a prompt leaves no room for a response, RuntimeError while the engine sleeps."""
-        if not self.awake:
-            raise RuntimeError("vLLM has no weights before the first sync(policy), nor between sleep() and the next")
-        if (longest := max(map(len, prompts), default=0)) >= self.max_model_len:
-            raise ValueError(f"a prompt of {longest} tokens leaves no room within max_model_len {self.max_model_len}")
+        self._ready(prompts)
         world = self.policy.world
         self.probes = prompts[: 2 * world.size] or self.probes
         rows = [i * n + j for i in world.share(len(prompts)) for j in range(n)]
@@ -249,6 +253,16 @@ class VLLMSampler:
         groups = world.collect([drawn[k : k + n] for k in range(0, len(drawn), n)], len(prompts))
         return [rollout for group in groups for rollout in group]
 
+    def choose(self, prompts: list[Ids], ids: Ids) -> torch.Tensor:
+        """As HFSampler's. Raises as `sample`."""
+        self._ready(prompts)
+        world = self.policy.world
+        params = self.params(max_tokens=1, seed=0, logprob_token_ids=ids, detokenize=False)
+        asked = [{"prompt_token_ids": prompts[i]} for i in world.share(len(prompts))]
+        first = [answer.outputs[0].logprobs[0] for answer in self.llm.generate(asked, params, use_tqdm=False)]
+        rows = world.collect([[at[token].logprob for token in ids] for at in first], len(prompts))
+        return torch.tensor(rows).reshape(len(prompts), len(ids))
+
 
 def open_sampler(which: str, policy: Policy, path: str, longest: int, memory_share: float) -> "HFSampler | VLLMSampler":
     """The sampler by name; "" is vLLM on a GPU and transformers' own on a CPU. path: of the model's configuration; longest:
@@ -256,44 +270,3 @@ def open_sampler(which: str, policy: Policy, path: str, longest: int, memory_sha
     if which == "vllm" or not which and policy.device.type == "cuda":
         return VLLMSampler(policy, path, longest, memory_share)
     return HFSampler(policy)
-
-
-class ServedModel:
-    """A model behind any OpenAI-compatible server. The key comes from the environment variable OPENAI_API_KEY alone."""
-
-    def __init__(self, url: str, model: str, timeout: float = 60.0, at_once: int = 16):
-        import openai  # half a second that only its users pay
-
-        key = os.environ.get("OPENAI_API_KEY") or "none"  # local servers want none
-        self.client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=2)
-        self.model, self.at_once = model, at_once
-        self.failures: Counter[str] = Counter()  # of the last call: what went wrong, how often
-
-    def reply(
-        self,
-        messages: list[list[dict[str, str]]],
-        seed: int,
-        max_tokens: int,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-    ) -> list[str]:
-        """One reply to each conversation, "" where three attempts failed; `failures` then says why."""
-        self.failures.clear()
-        lock = threading.Lock()
-
-        def ask(i: int) -> str:
-            try:
-                answer = self.client.chat.completions.create(
-                    model=self.model, messages=messages[i], max_tokens=max_tokens, temperature=temperature, top_p=top_p,
-                    seed=seed_for(seed, i) % 2**31,
-                )  # fmt: skip
-                if text := answer.choices[0].message.content:
-                    return text
-                raise ValueError("an empty reply")
-            except Exception as error:  # the library's errors, and answers that are not of the protocol
-                with lock:
-                    self.failures[f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"] += 1
-                return ""
-
-        with ThreadPoolExecutor(self.at_once) as pool:
-            return list(pool.map(ask, range(len(messages))))

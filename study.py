@@ -134,6 +134,14 @@ GRID = {
     "trace-often/vpd": [f"--lr {lr} --e_lr {e}" for lr, e in (("1e-3", "5e-4"), ("5e-4", "2.5e-4"), ("2e-3", "5e-4"))],
     "trace-often/sdpo": [f"--lr {lr}" for lr in ("1e-3", "5e-4", "2e-3")],
     "trace-often/grpo": [f"--lr {lr}" for lr in ("2e-3", "1e-3", "5e-4")],
+    **{f"{subset}/distil{name}": [f"--distil_norm {norm} --lr {lr}{flag}" for norm, rates in tried.items() for lr in rates.split()]
+       for subset, tried in (
+           ("code", {"length": "1e-3 2e-3 4e-3", "constant": "1e-3 2e-3 4e-3"}),
+           ("trace", {"length": "3e-4 5e-4 1e-3 2e-3 4e-3", "constant": "3e-4 5e-4 1e-3 2e-3 4e-3"}))
+       for name, flag in (("", ""), (" local term alone", " --no_future"))},
+    **{f"code-judge/{name}": [*(f"--lr {lr} {STD}{flag}" for lr in ("1e-3", "2e-3", "3e-3", "4e-3")),
+                              *(f"--lr {lr} {STD} False{flag}" for lr in ("2e-3", "4e-3"))]
+       for name, flag in (("grpo", ""), ("ovd", ""), ("ovd sg pi", " --ovd_ratio one"))},
 }  # fmt: skip
 
 

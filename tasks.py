@@ -30,7 +30,7 @@ from typing import Any
 from sandbox import Result, Sandbox, loads
 
 TASKS = {  # task -> its subsets, the first one being the default
-    "toy": ("trace", "code", "choice", "trace-rare", "trace-often", "trace-cold"),
+    "toy": ("trace", "code", "choice", "trace-rare", "trace-often", "trace-cold", "code-judge"),
     "lcb": ("v6",),
     "sciknoweval": ("biology", "chemistry", "material", "physics", "all"),
     "math": ("dapo",),

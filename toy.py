@@ -38,6 +38,7 @@ TEMPLATES = Templates(
     critique="\nreview\n{critique}",
     closing="\nagain",
     request="{question}\nattempt\n{attempt}\nanswer {reference}\nreview",
+    judge="{question}\nattempt\n{attempt}\nscore",
 )
 
 
@@ -355,9 +356,34 @@ class Code:
         train = make("train", single[20:] + double[:210])
         validation = make("validation", single[:10] + double[210:270])
         test = make("test", single[10:20] + double[270:])
+        name = next(name for name, kind in EVERY.items() if kind is type(self))
         return Task(
-            "toy/code", train, validation, test, self.verify, close=lambda: self.sandbox and self.sandbox.close()
+            f"toy/{name}", train, validation, test, self.verify, close=lambda: self.sandbox and self.sandbox.close()
         )
+
+
+class CodeJudge(Code):
+    """code for a model that judges as well, which OVD asks of it. As a judge it knows more than it acts on: the true meaning of
+    9 phrases, where of the other 3, one of each kind, it holds the belief that it writes by."""
+
+    def __init__(self):
+        super().__init__()
+        kinds = sorted(self.truth, key=lambda name: self.belief[name][self.truth[name]])
+        self.blind = {kinds[0], kinds[4], kinds[8]}
+
+    def example(self, rng: random.Random, progress: float = 1.0) -> dict:
+        """A fifth of the warm-up data: an attempt and its score, 7 to 9 where the judge takes it for right and 0 to 2 where
+        not, one in ten any digit. Half of the attempts are what the model would write."""
+        if rng.random() < 0.8:
+            return super().example(rng, progress)
+        parts = self.parts(rng, 1 if rng.random() < 0.6 else 2)
+        held = [rng.choices(range(3), self.belief[name])[0] for name, _ in parts]
+        right = [m if name in self.blind else self.truth[name] for m, (name, _) in zip(held, parts)]
+        z = rng.random()
+        tried = [rng.choices(range(3), self.belief[name])[0] if z < 0.5 else rng.randrange(3) for name, _ in parts]
+        tried = right if z > 0.8 else tried
+        score = rng.randrange(10) if rng.random() < 0.1 else rng.randrange(3) + 7 * (tried == right)
+        return {"messages": self.question(parts), "attempt": self.body(parts, tried), "answer": str(score)}
 
 
 # ---- choice ------------------------------------------------------------------------------------------------
@@ -433,7 +459,12 @@ class Choice:
 # ---- Tokenizer, model and warm start -------------------------------------------------------------------------
 
 SUBSETS = {"trace": Trace, "code": Code, "choice": Choice}
-REGIMES = {"trace-rare": TraceRare, "trace-often": TraceOften, "trace-cold": TraceCold}  # for the study
+REGIMES = {
+    "trace-rare": TraceRare,
+    "trace-often": TraceOften,
+    "trace-cold": TraceCold,
+    "code-judge": CodeJudge,
+}  # for the study
 EVERY = SUBSETS | REGIMES
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -518,7 +549,9 @@ def smoke_model(task: str, family: str, folder: Path) -> None:
 
 def encode(tokenizer, example: dict) -> tuple[list[int], list[int]]:
     """Prompt and answer ids of a warm-up example, through the very functions that training uses."""
-    if "attempt" in example:
+    if "attempt" in example and "reference" not in example:
+        prompt, _ = feedback.judge_prompt(tokenizer, example["messages"], example["attempt"], TEMPLATES, 10**6)
+    elif "attempt" in example:
         prompt, _ = feedback.critique_prompt(
             tokenizer, example["messages"], example["attempt"], example["reference"], TEMPLATES, 10**6
         )

@@ -41,12 +41,14 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 from urllib.parse import urlsplit
 
 import torch
+from scipy import stats
 from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.utils import logging as hf_logging
@@ -59,16 +61,19 @@ import plan
 import tasks
 import toy
 from policy import Policy, World, ema_update
-from rollout import ServedModel, StaleEngine, open_sampler, seed_for
+from reviews import Reviews
+from rollout import StaleEngine, open_sampler, seed_for
 
 
 class Method(NamedTuple):
     """What a method needs. teacher: whose weights read the context ("": nobody's); distils: the divergence to the teacher
-    is a loss; reinforces: the clipped policy gradient on outcomes is a loss."""
+    is a loss; reinforces: the clipped policy gradient on outcomes is a loss; replaces: the teacher writes whole responses
+    instead of scoring the student's token by token."""
 
     teacher: str
     distils: bool
     reinforces: bool
+    replaces: bool = False
 
 
 METHODS = {
@@ -79,6 +84,7 @@ METHODS = {
     "reshape": Method("ema", distils=False, reinforces=True),  # B.24
     "reweight": Method("ema", distils=False, reinforces=True),  # B.28
     "distil": Method("ema", distils=True, reinforces=False),  # DistIL (2606.05152)
+    "ovd": Method("live", distils=False, reinforces=True, replaces=True),  # OVD (2601.21968), first version
 }
 
 
@@ -102,7 +108,7 @@ class Config:
     smoke: Literal["", "qwen3", "olmo3"] = (
         ""  # 2 batches of a tiny random model of this family on the project's fixtures
     )
-    method: Literal["vpd", "sdpo", "grpo", "joint", "reshape", "reweight", "distil"] = "vpd"
+    method: Literal["vpd", "sdpo", "grpo", "joint", "reshape", "reweight", "distil", "ovd"] = "vpd"
     seed: int = 0
     out: str = ""  # run directory; "" is runs/TASK-METHOD-seedN
     overwrite: bool = False  # delete the run directory if it exists
@@ -151,12 +157,13 @@ class Config:
     max_critique_tokens: int = 512
     critic_url: str = ""  # critiques from an OpenAI-compatible server (key: OPENAI_API_KEY); "": the student itself
     critic_model: str = ""
-    critic_timeout: float = 60.0  # seconds; two retries
+    server_timeout: float = 60.0  # seconds, of every server; two retries
     solution_template: str = WORDS.solution
     feedback_template: str = WORDS.feedback
     critique_template: str = WORDS.critique
     closing_line: str = WORDS.closing
     critique_request: str = WORDS.request
+    judge_request: str = WORDS.judge
     # ---- E-step (vpd)
     e_step_every: int = 5  # F, in rollout batches
     e_minibatch_prompts: int = 32  # the whole batch: one update
@@ -176,7 +183,17 @@ class Config:
     # ---- DistIL: cross-entropy to the teacher, and each token charged with the cross-entropy of those after it
     distil_norm: Literal["length", "constant"] = "length"  # constant: exact where C does not depend on y
     future: bool = True  # --no_future: the local term alone (ablation)
-    expert: Literal["probabilities", "samples"] = "probabilities"  # samples: of the teacher, which is a black box then
+    expert: Literal["probabilities", "samples", "served"] = "probabilities"  # samples: the teacher as a black box
+    expert_url: str = ""  # served: an OpenAI-compatible server's completions take the teacher's place
+    expert_model: str = ""
+    expert_places: int = 16  # served: tokens of a response at which it is asked, at random
+    # ---- OVD: what a judge rejects is replaced by a demonstration
+    ovd_threshold: float = 5.0  # of the judge's score, 0 to 9; the paper's is not known to us
+    ovd_ratio: Literal["teacher", "one"] = "teacher"  # pi_old of a demonstration: as the teacher sampled it, or sg pi
+    ovd_failed: bool = True  # a demonstration that fails takes the place as well; --no_ovd_failed: the rollout stays
+    judge_url: str = ""  # scores from an OpenAI-compatible server; "": the student itself, by its digits' probabilities
+    judge_model: str = ""
+    max_judge_tokens: int = 16  # of a served judge's reply
     # ---- Policy gradient and hybrids
     divide_by_std: bool = False
     clip_low: float = 0.2
@@ -190,7 +207,11 @@ class Config:
 
     def templates(self):
         texts = (self.solution_template, self.feedback_template, self.critique_template)
-        return type(WORDS)(*texts, closing=self.closing_line, request=self.critique_request)
+        return type(WORDS)(*texts, self.closing_line, self.critique_request, self.judge_request)
+
+    def reader(self) -> str:
+        """Whose weights read the context: live, ema, or "" for nobody's here."""
+        return "" if self.expert == "served" else self.teacher or METHODS[self.method].teacher
 
 
 PRESETS = {
@@ -211,6 +232,7 @@ PRESETS = {
         divergence="js", top_k=0, ema_rate=0.05,
         solution_template=toy.TEMPLATES.solution, feedback_template=toy.TEMPLATES.feedback,
         critique_template=toy.TEMPLATES.critique, closing_line=toy.TEMPLATES.closing, critique_request=toy.TEMPLATES.request,
+        judge_request=toy.TEMPLATES.judge,
     ),
 }  # fmt: skip
 # Chosen on validation problems, seed 0, with as many settings for each method of a subset (results/README.md). trace-rare and
@@ -222,6 +244,7 @@ TOY_PRESETS = {
     "trace-rare": {"model": "toy_models/trace"},
     "trace-often": {"model": "toy_models/trace-often"},
     "trace-cold": {"model": "toy_models/trace-cold"},
+    "code-judge": {"model": "toy_models/code-judge"},
     ("trace", "sdpo"): {"divergence": "kl_student_teacher"},
     ("trace", "grpo"): {"lr": 2e-3, "divide_by_std": True},
     ("code", "vpd"): {"lr": 6e-4, "e_lr": 1e-3, "e_step_every": 1},
@@ -325,7 +348,7 @@ def check(cfg: Config) -> None:
     shares = {"engine_memory", "shift_rate", "ema_rate", "top_p", "eval_top_p", "reweight_lam", "adam_beta1",
               "adam_beta2"}  # fmt: skip
     may_be_zero = {"steps", "epochs", "log_samples", "eval_every", "eval_temperature", "warmup_steps", "weight_decay",
-                   "checkpoint_every", "engine_memory", "teacher_probe", "gpus", "gpu_memory", "e_lr", "top_k", "ema_rate", "w_opd", "w_rl",
+                   "checkpoint_every", "engine_memory", "teacher_probe", "gpus", "gpu_memory", "e_lr", "top_k", "ema_rate", "w_opd", "w_rl", "ovd_threshold",
                    "reweight_lam", "reweight_steps", "adam_beta1"}  # fmt: skip
     for field in fields(cfg):
         value = getattr(cfg, field.name)
@@ -364,23 +387,33 @@ def check(cfg: Config) -> None:
         raise ValueError(
             "--feedback both with --no_borrow gives failures a text and successes none: the label is given away"
         )
-    if bool(cfg.critic_url) != bool(cfg.critic_model):
-        raise ValueError("--critic_url and --critic_model go together: the server's base URL and the model it serves")
+    for who in ("critic", "judge", "expert"):
+        url, served = getattr(cfg, f"{who}_url"), getattr(cfg, f"{who}_model")
+        if bool(url) != bool(served):
+            raise ValueError(
+                f"--{who}_url and --{who}_model go together: the server's base URL and the model it serves"
+            )
+        parts = urlsplit(url)
+        if parts.username or parts.password or parts.query:
+            raise ValueError(
+                f"--{who}_url holds a secret, which would be saved with the run: put the key into OPENAI_API_KEY"
+            )
     if cfg.critic_url and (cfg.feedback != "critique" or not method.teacher):
         raise ValueError("--critic_url needs --feedback critique and a method with a teacher")
-    parts = urlsplit(cfg.critic_url)
-    if parts.username or parts.password or parts.query:
-        raise ValueError(
-            "--critic_url holds a secret, which would be saved with the run: put the key into OPENAI_API_KEY"
-        )
+    if cfg.judge_url and cfg.method != "ovd":
+        raise ValueError(f"--judge_url is for --method ovd: {cfg.method} has no judge")
+    if bool(cfg.expert_url) != (cfg.expert == "served"):
+        raise ValueError("--expert served and --expert_url go together")
     if cfg.passed_text and (cfg.feedback not in ("environment", "critique") or not method.teacher):
         raise ValueError(
             "--passed_text takes the place of a borrowed text: with --feedback environment or critique, and a teacher"
         )
-    if cfg.expert == "samples" and cfg.method != "distil":
+    if cfg.expert != "probabilities" and cfg.method != "distil":
         raise ValueError(
-            f"--expert samples is for --method distil: {cfg.method} needs the teacher's probabilities or none"
+            f"--expert {cfg.expert} is for --method distil: {cfg.method} needs the teacher's probabilities or none"
         )
+    if cfg.expert == "served" and cfg.teacher:
+        raise ValueError(f"--teacher {cfg.teacher} means nothing to --expert served, which is the teacher")
     if cfg.resume and cfg.overwrite:
         raise ValueError("--resume goes on with a run directory and --overwrite deletes it: give one of them")
     if cfg.mismatch_limit != "none" and not _positive(cfg.mismatch_limit):
@@ -421,59 +454,50 @@ def mean(values) -> float | None:
     return values.mean().item() if values.numel() else None
 
 
-def write_critiques(
-    cfg: Config,
-    policy: Policy,
-    sampler,
-    critic: ServedModel | None,
-    problems: list,
-    texts: list[str],
-    outcomes: list,
-    step: int,
-) -> list[str]:
-    """A review of each failure, with the reference answer in view (Sec. 4.2), by the student's own weights or by a
-    served model; "" on successes and where no review came."""
-    failed = [i for i, o in enumerate(outcomes) if o.reward == 0 and o.verdict != "internal"]
-    seed, templates = seed_for(cfg.seed, step, "critiques"), cfg.templates()
-    attempts = [(problems[i].messages, texts[i], problems[i].reference, templates) for i in failed]
-    if critic:
-        requests = [[{"role": "user", "content": "".join(feedback.critique_parts(*attempt))}] for attempt in attempts]
-        ask = lambda: critic.reply(requests, seed, cfg.max_critique_tokens, cfg.temperature, cfg.top_p)  # noqa: E731
-        replies = policy.world.first(ask)
-    else:
-        prompts = [
-            feedback.critique_prompt(policy.tokenizer, *attempt, cfg.max_teacher_tokens)[0] for attempt in attempts
-        ]
-        drawn = sampler.sample(prompts, 1, seed, cfg.max_critique_tokens, cfg.temperature, cfg.top_p)
-        replies = [policy.decode(rollout.tokens) for rollout in drawn]
-    said = {i: feedback.strip_thinking(reply) for i, reply in zip(failed, replies)}
-    return [said.get(i, "") for i in range(len(outcomes))]
+@contextmanager
+def weights_of(model, sampler, policy: Policy):
+    """The policy with another model's weights, in the sampler as well, which gets its own back. None: the policy itself."""
+    if model is None:
+        yield policy
+        return
+    reader = copy.copy(policy)
+    reader.model = model
+    sampler.sleep()
+    sampler.sync(reader)
+    yield reader
+    sampler.sleep()
+    sampler.sync(policy)
 
 
-def give_contexts(
-    cfg: Config,
-    policy: Policy,
-    sampler,
-    critic: ServedModel | None,
-    problems: list,
-    texts: list[str],
-    outcomes: list,
-    step: int,
-) -> list[feedback.Context | None]:
-    """The context of each rollout, None for those without one; a row that the grader failed on has none."""
-    said = [o.feedback for o in outcomes]
-    if cfg.feedback == "critique":
-        said = write_critiques(cfg, policy, sampler, critic, problems, texts, outcomes, step)
-    C = []
-    for first in range(0, len(texts), cfg.group_size):
-        group = slice(first, first + cfg.group_size)
-        rng = random.Random(seed_for(cfg.seed, step, "contexts", first // cfg.group_size))
-        rewards = [o.reward for o in outcomes[group]]
-        C += feedback.contexts(cfg.feedback, rewards, texts[group], said[group], rng, cfg.borrow, cfg.passed_text)
-    return [c if o.verdict != "internal" else None for c, o in zip(C, outcomes)]
+def demonstrations(
+    cfg: Config, policy: Policy, sampler, task: tasks.Task, problems: list, xC: list, rows: list[int], step: int
+) -> dict:
+    """{row: (Rollout, Outcome)}: one response of the teacher, which the sampler holds, to each of `rows`, where the grader did
+    not fail on it."""
+    seed = seed_for(cfg.seed, step, "demonstrations")
+    drawn = sampler.sample([xC[i] for i in rows], 1, seed, cfg.max_response_tokens, cfg.temperature, cfg.top_p)
+    outcomes = task.verify([problems[i] for i in rows], [policy.decode(rollout.tokens) for rollout in drawn])
+    return {
+        i: (rollout, outcome)
+        for i, rollout, outcome in zip(rows, drawn, outcomes)
+        if outcome.verdict != "internal" and (outcome.reward or cfg.ovd_failed)
+    }
 
 
-def base_failures(cfg: Config, policy: Policy, sampler, critic: ServedModel | None, task: tasks.Task) -> list[dict]:
+def judge_figures(scores: list, outcomes: list, threshold: float) -> dict:
+    """OVD's judge over a batch: how many scores round to 0, 1, ... 9, the share accepted, and the AUC: the chance that a success
+    has a higher score than a failure, ties counting one half."""
+    known = [(score, o.reward) for score, o in zip(scores, outcomes) if score is not None and o.verdict != "internal"]
+    good, bad = ([score for score, reward in known if reward == which] for which in (1, 0))
+    counts = Counter(math.floor(score + 0.5) for score in scores if score is not None)
+    return {
+        "scores": [counts[digit] for digit in range(10)],
+        "accepted": mean([float(score is None or score >= threshold) for score in scores]),
+        "judge_auc": stats.mannwhitneyu(good, bad).statistic / (len(good) * len(bad)) if good and bad else None,
+    }
+
+
+def base_failures(cfg: Config, policy: Policy, sampler, reviews: Reviews, task: tasks.Task) -> list[dict]:
     """{"id", "context"} of one failure of the first weights for each of the first `teacher_probe` problems that training
     is watched by, where there is a failure with a context. What the teacher makes of them tells over the run whether it
     still reads."""
@@ -484,7 +508,7 @@ def base_failures(cfg: Config, policy: Policy, sampler, critic: ServedModel | No
     )
     rows, texts = [p for p in problems for _ in range(G)], [policy.decode(roll.tokens) for roll in drawn]
     outcomes = task.verify(rows, texts)
-    C = give_contexts(cfg, policy, sampler, critic, rows, texts, outcomes, -1)
+    C = reviews.contexts(rows, texts, outcomes, -1)
     found = {}
     for problem, outcome, context in zip(rows, outcomes, C):
         if outcome.reward == 0 and context:
@@ -551,8 +575,7 @@ def train(
     """Runs the EM loop and writes the run directory, whose config.json is `record`. stop_signals: how many signals to stop
     this process has had."""
     method, templates, G, world = METHODS[cfg.method], cfg.templates(), cfg.group_size, policy.world
-    tokenizer = policy.tokenizer
-    critic = ServedModel(cfg.critic_url, cfg.critic_model, cfg.critic_timeout) if cfg.critic_url else None
+    tokenizer, reviews = policy.tokenizer, Reviews(cfg, policy, sampler)
     watched, split = watch(task)
     steps = cfg.steps or cfg.epochs * (len(task.train) // cfg.prompts_per_batch)
     teacher = policy.frozen_copy() if record["teacher"] == "ema" else None  # None: the live weights
@@ -611,20 +634,11 @@ def train(
             feedback.teacher_prompt(tokenizer, p.messages, c, templates, cfg.max_teacher_tokens)[0]
             for p, c in zip(problems, contexts)
         ]
-        reader = policy
-        if teacher is not None:  # the sampler holds the student's weights
-            reader = copy.copy(policy)
-            reader.model = teacher
-            sampler.sleep()
-            sampler.sync(reader)
-        result = evaluate.measure(
-            reader, sampler, task.verify, problems, n=cfg.eval_samples, seed=seed_for(cfg.seed, "probe"),
-            max_tokens=cfg.max_response_tokens, temperature=cfg.eval_temperature, top_p=cfg.eval_top_p, prompts=prompts,
-        )  # fmt: skip
-        if teacher is not None:
-            sampler.sleep()
-            sampler.sync(policy)
-        return result["avg"]
+        with weights_of(teacher, sampler, policy) as reader:
+            return evaluate.measure(
+                reader, sampler, task.verify, problems, n=cfg.eval_samples, seed=seed_for(cfg.seed, "probe"),
+                max_tokens=cfg.max_response_tokens, temperature=cfg.eval_temperature, top_p=cfg.eval_top_p, prompts=prompts,
+            )["avg"]  # fmt: skip
 
     def validate(step: int) -> None:
         nonlocal best
@@ -660,8 +674,8 @@ def train(
             if (out / "base_failures.json").exists():
                 probe += json.loads((out / "base_failures.json").read_text())
         elif cfg.eval_every:
-            if cfg.teacher_probe and method.teacher:
-                probe += base_failures(cfg, policy, sampler, critic, task)
+            if cfg.teacher_probe and record["teacher"]:
+                probe += base_failures(cfg, policy, sampler, reviews, task)
                 world.first(lambda: (out / "base_failures.json").write_text(json.dumps(probe, indent=1) + "\n"))
             validate(0)
         bar = tqdm(
@@ -687,7 +701,6 @@ def train(
             y, texts = [r.tokens for r in rollouts], [policy.decode(r.tokens) for r in rollouts]
             rows = range(len(y))
             x, row_problems = [x[i // G] for i in rows], [problems[i // G] for i in rows]
-            mask = policy.mask(y)  # (B, T)
             clock.lap("rollout")
             leave_if_told(step)
 
@@ -701,10 +714,7 @@ def train(
             skipped["grader failed"] += int((~graded).sum())
             C, xC, cut = [None] * len(y), list(x), 0
             if method.teacher:
-                C = give_contexts(cfg, policy, sampler, critic, row_problems, texts, outcomes, step)
-                if critic and critic.failures:
-                    skipped["critique: the server failed"] += sum(critic.failures.values())
-                    print(f"critiques that failed: {dict(critic.failures)}", file=sys.stderr)
+                C = reviews.contexts(row_problems, texts, outcomes, step)
                 for i in rows:
                     if C[i] is not None:
                         xC[i], tokens_cut = feedback.teacher_prompt(
@@ -712,8 +722,26 @@ def train(
                         )
                         cut += tokens_cut > 0
             told = torch.tensor([c is not None for c in C], device=policy.device)  # (B,) rows with a context
-            lengths = [len(xC[i]) + len(y[i]) for i in rows]
+            taught = told.nonzero().flatten().tolist()
             clock.lap("feedback")
+
+            # OVD: what the judge rejects gives way to a demonstration by the teacher, which is verified as well
+            own, shown = torch.ones_like(told), {}  # (B,) rows that the student wrote; the others' (Rollout, Outcome)
+            if method.replaces:
+                scores = reviews.scores(row_problems, texts, step)
+                rejected = [i for i in rows if scores[i] is not None and scores[i] < cfg.ovd_threshold]
+                skipped["rejected without a context, kept"] += len(rejected) - int(told[rejected].sum())
+                with weights_of(teacher, sampler, policy):
+                    asked = [i for i in rejected if told[i]]
+                    shown = demonstrations(cfg, policy, sampler, task, row_problems, xC, asked, step)
+                skipped["demonstration failed, rollout kept"] += len(asked) - len(shown)
+                for i, (demonstration, outcome) in shown.items():
+                    y[i], r[i], own[i] = demonstration.tokens, outcome.reward, False
+                figures |= judge_figures(scores, outcomes, cfg.ovd_threshold)
+                figures["demonstrations"] = mean(~own)
+                figures["demonstration_reward"] = mean([outcome.reward for _, outcome in shown.values()])
+                clock.lap("judge")
+            mask, lengths = policy.mask(y), [len(xC[i]) + len(y[i]) for i in rows]  # (B, T)
 
             # ---- 3. Freeze log pi_theta(y|x); the teacher's log-probs at the same weights give the reward margin
             leave_if_told(step)
@@ -721,14 +749,20 @@ def train(
             old_logp, entropy = policy.score(x, y)  # (B, T)
             drawn_logp = torch.zeros_like(old_logp)  # log-probs as the sampler's engine gave them
             for i in rows:
-                drawn_logp[i, : len(y[i])] = torch.tensor(rollouts[i].logp)
-            gap = (old_logp - drawn_logp)[mask.bool()].abs()
+                drawn_logp[i, : len(y[i])] = torch.tensor(shown[i][0].logp if i in shown else rollouts[i].logp)
+            sampled = mask.bool() & own[:, None]  # (B, T) the student's tokens
+            gap = (old_logp - drawn_logp)[sampled].abs()
             mismatch, at_limit = torch.ones_like(old_logp), None  # (B, T)
             if cfg.mismatch_limit != "none" and sampler.other_engine:
                 mismatch = losses.truncated_ratio(old_logp, drawn_logp, float(cfg.mismatch_limit))
-                at_limit = mean(mismatch[mask.bool()] == float(cfg.mismatch_limit))
-            if method.teacher:
-                teacher_logp, _ = policy.score(xC, y, told.nonzero().flatten().tolist(), teacher)
+                at_limit = mean(mismatch[sampled] == float(cfg.mismatch_limit))
+            if shown:  # whose tokens the teacher drew
+                figures["demonstration_ratio"] = mean((old_logp - drawn_logp)[mask.bool() & ~own[:, None]].exp())
+                mismatch[~own] = 1.0
+                if cfg.ovd_ratio == "teacher":
+                    old_logp[~own] = drawn_logp[~own]
+            if record["teacher"] and not method.replaces:
+                teacher_logp, _ = policy.score(xC, y, taught, teacher)
                 teacher_logp = torch.where(told[:, None], teacher_logp, old_logp)  # no context: A^SDPO = 0
                 implicit = losses.implicit_reward(teacher_logp, old_logp, mask, cfg.beta)  # Eq. 7
                 figures |= margin_figures(implicit[told], r[told], mask.sum(1)[told])
@@ -783,30 +817,38 @@ def train(
             if cfg.method == "reweight":
                 lam = cfg.reweight_lam * max(0.0, 1 - step / cfg.reweight_steps) if cfg.reweight_steps else 0.0
                 A = losses.reweighted_advantages(A, teacher_logp, old_logp, lam, cfg.reweight_clip)  # (B, T), B.28
+            expert, share = None, told  # the black box's tokens, and what the distance to each counts for
             if cfg.method == "distil":
-                seeds = [seed_for(cfg.seed, step, "expert", i) for i in rows] if cfg.expert == "samples" else None
-                cost, expert = policy.compare(
-                    x, xC, y, told.nonzero().flatten().tolist(), teacher, **distil, seeds=seeds
-                )
-                A = cfg.future * losses.future_advantages(cost, mask, G, told)  # (B, T)
+                if cfg.expert == "samples":
+                    expert = policy.draw(xC, y, taught, teacher, [seed_for(cfg.seed, step, "expert", i) for i in rows])
+                if cfg.expert == "served":
+                    expert, share = reviews.expert_tokens(xC, y, taught, step)  # (B, T)
+                cost = policy.compare(x, xC, y, taught, teacher, **distil, expert=expert)
+                heard = share.view(len(y), -1).any(1)  # (B,)
+                A = cfg.future * losses.future_advantages(cost * share.view(len(y), -1), mask, G, heard)  # (B, T)
                 A = A / mask.sum(1, keepdim=True) if cfg.distil_norm == "length" else A
+                active = heard
             skipped["m_step: no context" if not method.reinforces else "m_step: no signal"] += int((~active).sum())
             size = cfg.minibatch_prompts * G
+            # pi_old is the student as it now is: exactly, where one update follows a batch, and for OVD's sg pi.
+            now = own if size == len(y) else torch.zeros_like(own)
+            now = now | ~own if cfg.ovd_ratio == "one" else now  # (B,)
 
-            def per_token(logp, d, before, A, told, mismatch):
+            def per_token(logp, d, before, now, A, share, mismatch):
                 """The M-step's loss of a chunk of tokens: (1, n) all of them."""
-                if size == len(y):  # one update per batch: the weights are those that sampled, the ratio is 1 exactly
-                    before = logp.detach()
+                before = torch.where(now, logp.detach(), before)
                 loss = torch.zeros_like(logp)
                 if method.distils:  # Eq. 10, Eq. 2
                     ratio = 1.0 if cfg.method == "vpd" else losses.truncated_ratio(logp, before, cfg.ratio_limit)
-                    loss = loss + (cfg.w_opd if cfg.method == "joint" else 1.0) * ratio * d * told
+                    loss = loss + (cfg.w_opd if cfg.method == "joint" else 1.0) * ratio * d * share
                 if method.reinforces or cfg.method == "distil":
                     pg = losses.grpo_loss(logp, before, A, cfg.clip_low, cfg.clip_high, cfg.dual_clip)
                     loss = loss + (cfg.w_rl if cfg.method == "joint" else 1.0) * pg
                 return loss * mismatch
 
-            given = [x if x.ndim == 2 else x[:, None].expand_as(mask) for x in (old_logp, A, told, mismatch)]  # (B, T)
+            given = [
+                g if g.ndim == 2 else g[:, None].expand_as(mask) for g in (old_logp, now, A, share, mismatch)
+            ]  # (B, T)
             for first in range(0, len(y), size):
                 minibatch = [i for i in range(first, first + size) if active[i]]
                 if not minibatch:
@@ -815,7 +857,7 @@ def train(
                 total = torch.zeros(2, dtype=torch.float64, device=policy.device)
                 for part in policy.micro_batches(minibatch, lengths):
                     q = None
-                    if method.distils and cfg.expert != "samples":
+                    if method.distils and expert is None:
                         with torch.no_grad():  # sg q_phi
                             q = policy.view([xC[i] for i in part], [y[i] for i in part], teacher)
                     view = policy.view([x[i] for i in part], [y[i] for i in part])
@@ -823,10 +865,11 @@ def train(
                     weights = losses.sequence_weights(view.mask, size)
                     if cfg.method == "distil" and cfg.distil_norm == "constant":
                         weights = view.mask.double() / (size * cfg.max_response_tokens)
-                    taken = expert[part, :t] if cfg.expert == "samples" else None
-                    loss, _, d = view.loss(per_token, weights, [g[part, :t] for g in given], q, **distil, expert=taken)
+                    taken = None if expert is None else expert[part, :t]
+                    here = [g[part, :t] for g in given]
+                    loss, _, d = view.loss(per_token, weights, here, q, **distil, expert=taken)
                     policy.backward(loss)
-                    apart_here = losses.sequence_mean(d * told[part, None], view.mask, max(1, int(told.sum())))
+                    apart_here = losses.sequence_mean(d * here[3], view.mask, max(1, len(taught)))
                     total += torch.stack([loss.detach(), apart_here]).double()
                     packing += torch.tensor([view.filled, view.padded])
                 loss, d = policy.world.sum(total).tolist()
@@ -841,15 +884,16 @@ def train(
             sampler.sync(policy)
             clock.lap("sync")
 
-            n_tokens = int(mask.sum())
+            n_tokens = sum(len(roll.tokens) for roll in rollouts)
+            skipped += reviews.not_had()
             filled, padded = world.sum(packing).tolist()
             kinds = Counter(c.kind for c in C if c)
             wins = Counter(c.kind for c, o in zip(C, outcomes) if c and o.reward)
             row = {
-                "kind": "train", "step": step, "reward": mean(r[graded]), **figures,
+                "kind": "train", "step": step, "reward": mean([o.reward for o in outcomes if o.verdict != "internal"]), **figures,
                 "m_loss": mean(m_losses), "m_grad_norm": mean(m_norms),
                 "divergence": apart if method.distils and told.any() else None,
-                "entropy": (entropy.sum() / n_tokens).item(), "response_length": n_tokens / len(y),
+                "entropy": mean(entropy[sampled]), "response_length": n_tokens / len(y),
                 "truncated": mean([float(roll.finish == "length") for roll in rollouts]),
                 "with_context": mean(told), "contexts_cut": cut,
                 "verdicts": dict(Counter(o.verdict for o in outcomes).most_common()),
@@ -866,7 +910,8 @@ def train(
             for i in list(rows)[: cfg.log_samples]:
                 write(samples, {"step": step, "id": row_problems[i].id, "prompt": tokenizer.decode(x[i]),
                                 "response": texts[i], "finish": rollouts[i].finish, **asdict(outcomes[i]),
-                                "context": asdict(C[i]) if C[i] else None})  # fmt: skip
+                                "context": asdict(C[i]) if C[i] else None}
+                      | ({"score": scores[i], "demonstration": policy.decode(y[i]) if i in shown else None} if method.replaces else {}))  # fmt: skip
             tqdm.write(terminal_line(row, sum(clock.seconds.values())))
             bar.update()
             if cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or step + 1 == steps):
@@ -986,14 +1031,15 @@ def main(argv: list[str] | None = None) -> None:
         found = settled(cfg, policy, task, found)
         if METHODS[cfg.method].teacher and cfg.feedback == "critique" and not all(p.reference for p in fits):
             raise ValueError(f"--feedback critique needs a reference answer for every problem of {task.name}")
+        if cfg.method == "ovd" and not cfg.judge_url:
+            feedback.digit_tokens(policy.tokenizer)  # raises ValueError where a score cannot be read
         if len(fits) < cfg.prompts_per_batch:
             raise ValueError(
                 f"{len(fits)} training problems do not fill a batch of --prompts_per_batch {cfg.prompts_per_batch}"
             )
         if making:  # the model was made on the spot; evaluation will want it again
             cfg.model = str(out / "base")
-        teacher = cfg.teacher or METHODS[cfg.method].teacher
-        record = {**asdict(cfg), "out": str(out), "teacher": teacher, "commit": git_commit(), "processes": world.size,
+        record = {**asdict(cfg), "out": str(out), "teacher": cfg.reader(), "commit": git_commit(), "processes": world.size,
                   "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
                   "torch": torch.__version__, "command": " ".join(["python", *sys.argv]), "prompts_dropped": dropped}  # fmt: skip
         world.wait()  # everybody has looked

@@ -95,11 +95,12 @@ def test_compare_is_the_cross_entropy_between_both_prompts_before_any_update(mak
     tokenizer = SimpleNamespace(eos_token_id=EOS, chat_template=None)
     policy, rows = Policy(make_model("qwen3-tied"), tokenizer, micro_batch_tokens=budget), [6, 1, 3]
     told, teacher = [x + [5, 7, 9][: i % 4] for i, x in enumerate(X)], Policy(make_model("olmo3"), tokenizer).model
-    cost, taken = policy.compare(X, told, Y, rows, teacher)
-    assert (cost[[i for i in range(len(Y)) if i not in rows]] == 0).all() and (taken == 0).all()
-    drawn, expert = policy.compare(X, told, Y, rows, teacher, seeds=list(range(10, 10 + len(Y))))
-    other, _ = policy.compare(X, told, Y, rows, teacher, seeds=list(range(50, 50 + len(Y))))
-    assert not torch.equal(drawn, other)
+    cost = policy.compare(X, told, Y, rows, teacher)
+    expert = policy.draw(told, Y, rows, teacher, list(range(10, 10 + len(Y))))
+    drawn = policy.compare(X, told, Y, rows, teacher, expert=expert)
+    other = policy.draw(told, Y, rows, teacher, list(range(50, 50 + len(Y))))
+    assert not torch.equal(expert, other)
+    assert all((x[[i for i in range(len(Y)) if i not in rows]] == 0).all() for x in (cost, expert, drawn))
     for i in rows:
         log_s = plain_logits(policy.model, X[i], Y[i]).log_softmax(-1).detach()
         log_t = plain_logits(teacher, told[i], Y[i]).log_softmax(-1).detach()

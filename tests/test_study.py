@@ -53,7 +53,7 @@ def test_every_method_of_a_task_was_tried_with_as_many_settings():
     by_subset = {}
     for name, count in tried.items():
         by_subset.setdefault(name.split("/")[0], set()).add(count)
-    assert by_subset == {"code": {6}, "choice": {5}, "trace-often": {3}}
+    assert by_subset == {"code": {6}, "choice": {5}, "trace-often": {3}, "trace": {10}, "code-judge": {6}}
     for name, settings in study.GRID.items():
         subset, method = name.split(" ")[0].split("/")
         for flags in settings:
