@@ -16,6 +16,7 @@ import losses
 import rollout
 import tasks
 import vpd
+from reviews import Reviews
 from tasks import Outcome
 
 torch.set_num_threads(1)
@@ -210,7 +211,7 @@ def test_every_method_trains_and_writes_a_complete_run_directory(method, tmp_pat
     assert [(row["kind"], row["step"]) for row in rows] == [("eval", 0), ("train", 0), ("train", 1), ("eval", 2)]
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["method"] == method and config["seed"] == 0 and "commit" in config and "command" in config
-    assert config["teacher"] == {"vpd": "live", "grpo": ""}.get(method, "ema")
+    assert config["teacher"] == {"vpd": "live", "ovd": "live", "grpo": ""}.get(method, "ema")
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 2 * 8 and {"prompt", "response", "reward", "context"} <= samples[0].keys()
     for row in (row for row in rows if row["kind"] == "train"):
@@ -441,9 +442,10 @@ def test_base_failures_are_the_first_failure_with_a_context_of_each_problem(monk
         return [Outcome(right[p][j], "passed" if right[p][j] else "wrong", text.get((p, j), "")) for p, j in places]
 
     policy = type("Policy", (), {"tokenizer": None, "decode": lambda self, tokens: f"y{tokens[0]}"})()
+    sampler = Sampler()
     monkeypatch.setattr(vpd.feedback, "student_prompt", lambda tokenizer, messages: [0])
     task = tasks.Task("toy/none", [], problems, [], verify)
-    found = vpd.base_failures(cfg, policy, Sampler(), None, task)
+    found = vpd.base_failures(cfg, policy, sampler, Reviews(cfg, policy, sampler), task)
     assert [(row["id"], row["context"]["feedback"]) for row in found] == [("b", "b1"), ("c", "c0"), ("d", "d2")]
 
 
@@ -574,7 +576,7 @@ def test_rows_whose_critique_failed_are_counted_and_left_without_context(server,
     failures = round((1 - row["reward"]) * 96)
     assert row["left_out"]["critique: the server failed"] == failures == len(server.seen) > 0
     assert row["with_context"] == 0 and row["m_loss"] is None
-    assert "critiques that failed" in capfd.readouterr().err
+    assert "critique: BadRequestError" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["vpd", "grpo"])
