@@ -43,8 +43,9 @@ problems, models or tasks, and knows nothing of a pass rate's ends at 0 and 1. m
 batches that have one (Fig. 1). teacher: pass rate of the teacher on fixed failures of the base model, before and after.
 s/batch: seconds, two runs at a time on two busy cores. Settings are those of the presets in `vpd.py`, which were chosen on
 validation problems and seed 0 (last section: ten settings a method on trace, at 40 batches of an earlier commit; six on code,
-five on choice, three on trace-often; none on trace-rare, trace-cold and the longer runs), and the flags of the row. Variants keep
-the settings that were chosen for the method itself, which is to its advantage.
+five on choice, three on trace-often; none on trace-rare, trace-cold and the longer runs; DistIL's two normalisers share its
+settings; on code-judge GRPO and both kinds of OVD were tuned, six settings each, and VPD and SDPO have code's), and the flags of
+the row. Other variants keep the settings that were chosen for the method itself, which is to its advantage.
 """
 
 
@@ -56,7 +57,7 @@ class Row(NamedTuple):
 
 
 LABELS = {"vpd": "VPD", "sdpo": "SDPO", "grpo": "GRPO", "joint": "SDPO+RL joint", "reshape": "SDPO+RL reshape",
-          "reweight": "SDPO+RL reweight"}  # fmt: skip
+          "reweight": "SDPO+RL reweight", "distil": "DistIL", "ovd": "OVD"}  # fmt: skip
 
 
 def methods(subset: str, names: str, flags: str = "") -> dict[str, Row]:
@@ -78,8 +79,8 @@ def variants(subset: str, method: str, changes: dict[str, str]) -> dict[str, Row
 
 # Names are SUBSET/METHOD CHANGE. trace-long is trace for twice as many batches.
 ROWS = {
-    **methods("code", "vpd sdpo grpo joint reshape reweight"),
-    **methods("trace", "vpd sdpo grpo"),
+    **methods("code", "vpd sdpo grpo joint reshape reweight distil"),
+    **methods("trace", "vpd sdpo grpo distil"),
     **methods("trace-cold", "vpd sdpo grpo"),
     **variants("trace", "vpd", {"F=1": "--e_step_every 1", "F=10": "--e_step_every 10", "fixed prior": "--prior fixed"}),
     **methods("trace-rare", "vpd sdpo grpo"),
@@ -100,6 +101,22 @@ ROWS = {
        for subset, lr in (("code", "6e-4"), ("trace", "1e-3"), ("trace-rare", "1e-3"), ("trace-often", "1e-3"))},
     **variants("trace", "sdpo", {"live teacher": "--teacher live", "sibling": "--feedback sibling"}),
     **methods("trace-long", "vpd sdpo grpo", "--steps 60"),
+    **variants("code", "distil", {
+        "local term alone": "--no_future",
+        "constant norm": "--distil_norm constant",
+    }),
+    **variants("trace", "distil", {
+        "local term alone": "--no_future",
+        "constant norm": "--distil_norm constant",
+        "black box": "--expert samples",
+    }),
+    **methods("code-judge", "vpd sdpo grpo ovd"),
+    **variants("code-judge", "ovd", {
+        "sg pi": "--ovd_ratio one",
+        "failures left out": "--no_ovd_failed",
+        "sg pi, failures left out": "--ovd_ratio one --no_ovd_failed",
+        "sg pi, all rejected": "--ovd_ratio one --ovd_threshold 10",
+    }),
 }  # fmt: skip
 
 # What was tried for each method, with the same number of settings for all methods of a subset. trace was tuned earlier, ten
@@ -188,7 +205,19 @@ CLAIMS = [
     Claim("F = 5 beats F = 10 (Table 4)", "avg", "trace/vpd", "trace/vpd F=10"),
     Claim("the dynamic prior beats the fixed one (Table 5)", "avg", "trace/vpd", "trace/vpd fixed prior"),
 ]  # fmt: skip
-# Of SPEC's decisions: where the paper is silent, or names the other choice.
+# Of DistIL's and OVD's papers.
+NEIGHBOURS = [
+    *(Claim(f"DistIL beats {LABELS[other]}", quantity, f"{s}/distil", f"{s}/{other}")
+      for other in ("sdpo", "grpo") for quantity in ("avg", "pass@4") for s in ("code", "trace")),
+    *(Claim("DistIL's charge for later tokens helps", quantity, f"{s}/distil", f"{s}/distil local term alone")
+      for quantity in ("avg", "pass@4") for s in ("code", "trace")),
+    *(Claim("OVD beats GRPO", quantity, "code-judge/ovd", "code-judge/grpo") for quantity in ("avg", "pass@4")),
+    *(Claim("... with pi_old = sg pi on demonstrations", quantity, "code-judge/ovd sg pi", "code-judge/grpo")
+      for quantity in ("avg", "pass@4")),
+    Claim("OVD's judge helps: against rejecting all, both with sg pi", "avg", "code-judge/ovd sg pi",
+          "code-judge/ovd sg pi, all rejected"),
+]  # fmt: skip
+# Where a paper is silent, or names the other choice.
 CHOICES = [
     Claim('a success borrows a failure\'s text; the other: "all passed"', "avg", "trace/vpd", "trace/vpd all passed"),
     Claim("the same, the teacher's pass rate", "teacher change", "trace/vpd", "trace/vpd all passed"),
@@ -199,6 +228,26 @@ CHOICES = [
     Claim("JS; the other: KL(teacher‖student)", "avg", "trace/vpd", "trace/vpd KL(teacher‖student)"),
     Claim("the environment's text; the other: siblings", "avg", "trace/vpd", "trace/vpd sibling"),
     Claim("the same for SDPO", "avg", "trace/sdpo", "trace/sdpo sibling"),
+    *(
+        Claim("DistIL's length normaliser; the other: constant", "avg", f"{s}/distil", f"{s}/distil constant norm")
+        for s in ("code", "trace")
+    ),
+    Claim("the expert's probabilities; the other: a token of its", "avg", "trace/distil", "trace/distil black box"),
+    Claim(
+        "OVD's pi_old of a demonstration is the teacher's; the other: sg pi",
+        "avg",
+        "code-judge/ovd",
+        "code-judge/ovd sg pi",
+    ),
+    *(
+        Claim(
+            f"a demonstration that fails counts{more}; the other: the rollout stays",
+            "avg",
+            f"code-judge/ovd{row}",
+            f"code-judge/ovd{row}{',' if row else ''} failures left out",
+        )
+        for more, row in (("", ""), (", with sg pi", " sg pi"))
+    ),
 ]
 
 SERIES = ("reward", "margin", "entropy", "divergence", "with_context", "response_length", "shift")
@@ -472,7 +521,7 @@ def claims_table(claims: list[Claim], rows: dict, heading: str) -> list[str]:
     lines = [f"| {heading} | where | what was measured | so here |", "|---|---|---|---|"]
     names = {"avg": "", "margin change": "margin, last five batches minus first five", "late gain": "validation, second half",
              "late loss": "validation, second half, loss", "margin fall": "margin, first five batches minus last five",
-             "teacher change": "teacher on base failures, gain"}  # fmt: skip
+             "teacher change": "teacher on base failures, gain", "pass@4": "pass@4"}  # fmt: skip
     for claim in claims:
         found = verdict(claim, rows)
         if found:
@@ -510,8 +559,12 @@ def report(results: Path, readme: Path) -> None:
     if runs:
         commits = ", ".join(sorted({run["commit"] for run in runs}))
         origin = f"{len(runs)} runs, {sum(run['seconds'] for run in runs) / 3600:.1f} CPU hours; {known['hardware']}; commit {commits}."
-        claims = claims_table(CLAIMS, rows, "the paper's claim")
-        main_tables = [line for subset in ("code", "trace") for line in [f"`{subset}`", "", *table(subset, rows)]]
+        claims = claims_table(CLAIMS, rows, "the paper's claim") + claims_table(
+            NEIGHBOURS, rows, "DistIL's or OVD's claim"
+        )
+        main_tables = [
+            line for subset in ("code", "trace", "code-judge") for line in [f"`{subset}`", "", *table(subset, rows)]
+        ]
         parts = readme.read_text().split(MARKS[0])
         after = parts[1].split(MARKS[1])[1]
         readme.write_text("\n".join([parts[0] + MARKS[0], origin, "", *main_tables, *claims, BEYOND, MARKS[1]]) + after)

@@ -36,15 +36,18 @@ def test_a_variant_differs_from_its_method_in_what_its_name_says():
         "F=1": {"e_step_every"}, "F=10": {"e_step_every"}, "fixed prior": {"prior"}, "EMA teacher": {"teacher"},
         "live teacher": {"teacher"}, "all passed": {"passed_text"}, "e_groups all": {"e_groups"}, "no E-step": {"method", "teacher"},
         "KL(student‖teacher)": {"divergence"}, "KL(teacher‖student)": {"divergence"}, "sibling": {"feedback"},
+        "local term alone": {"future"}, "constant norm": {"distil_norm"}, "black box": {"expert"}, "sg pi": {"ovd_ratio"},
+        "failures left out": {"ovd_failed"}, "sg pi, failures left out": {"ovd_ratio", "ovd_failed"},
+        "sg pi, all rejected": {"ovd_ratio", "ovd_threshold"},
     }  # fmt: skip
     seen = 0
     for name in study.ROWS:
         base, _, change = name.partition(" ")
-        if base.startswith("trace/") and change:
+        if change and (base.startswith("trace/") or base in ("code/distil", "code-judge/ovd")):
             one, other = (vpd.asdict(vpd.parse(study.flags_of(n))) for n in (base, name))
             assert {key for key in one if one[key] != other[key]} - {"out"} == changed[change], name
             seen += 1
-    assert seen == 12
+    assert seen == 21
 
 
 def test_every_method_of_a_task_was_tried_with_as_many_settings():
