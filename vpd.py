@@ -833,6 +833,7 @@ def train(
                     expert = policy.draw(xC, y, taught, teacher, [seed_for(cfg.seed, step, "expert", i) for i in rows])
                 if cfg.expert == "served":
                     expert, share = reviews.expert_tokens(xC, y, taught, step)
+                    clock.lap("expert")
                 active = share.any(1)
                 cost = share * policy.compare(x, xC, y, taught, teacher, **distil, expert=expert)  # (B, T)
                 A = cfg.future * losses.future_advantages(cost, mask, G, active)  # (B, T)
