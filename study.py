@@ -303,7 +303,8 @@ def finished(out: Path, flags: list[str]) -> bool:
 
     if not (out / "done.json").exists():
         return False
-    config, wanted = json.loads((out / "config.json").read_text()), vpd.asdict(vpd.parse(flags))
+    config, cfg = json.loads((out / "config.json").read_text()), vpd.parse(flags)
+    wanted = vpd.asdict(cfg) | {"teacher": cfg.reader()}  # what the run directory records
     return all(config.get(key) == value for key, value in wanted.items() if key not in vpd.NOT_OF_THE_RUN)
 
 

@@ -221,7 +221,8 @@ def test_finished_runs_stay_stopped_ones_start_again_and_a_failure_is_told(tmp_p
     finished, stopped, changed, wrong = (tmp_path / name for name in ("finished", "stopped", "changed", "wrong"))
     for folder, seed in ((finished, 3), (stopped, 3), (changed, 4)):
         folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(vpd.asdict(vpd.parse(TINY)) | {"seed": seed, "mark": "old"}))
+        settings = vpd.asdict(vpd.parse(TINY)) | {"teacher": vpd.parse(TINY).reader()}  # as a run records them
+        (folder / "config.json").write_text(json.dumps(settings | {"seed": seed, "mark": "old"}))
         if folder != stopped:
             (folder / "done.json").write_text('{"seconds": 1}')
     jobs = {finished: TINY, stopped: TINY, changed: TINY, wrong: [*TINY, "--lr", "-1"]}
