@@ -5,9 +5,11 @@ Every random number is a function of (seed, row, t), where a row is one rollout 
 rollouts, however the rows were grouped into batches.
 """
 
+import copy
 import hashlib
 import os
 import random
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -262,6 +264,21 @@ class VLLMSampler:
         first = [answer.outputs[0].logprobs[0] for answer in self.llm.generate(asked, params, use_tqdm=False)]
         rows = world.collect([[at[token].logprob for token in ids] for at in first], len(prompts))
         return torch.tensor(rows).reshape(len(prompts), len(ids))
+
+
+@contextmanager
+def weights_of(model, sampler: "HFSampler | VLLMSampler", policy: Policy):
+    """The policy with another model's weights, in the sampler as well, which gets its own back. None: the policy itself."""
+    if model is None:
+        yield policy
+        return
+    reader = copy.copy(policy)
+    reader.model = model
+    sampler.sleep()
+    sampler.sync(reader)
+    yield reader
+    sampler.sleep()
+    sampler.sync(policy)
 
 
 def open_sampler(which: str, policy: Policy, path: str, longest: int, memory_share: float) -> "HFSampler | VLLMSampler":

@@ -1,0 +1,260 @@
+"""What surrounds the loop of vpd.py: the run directory with its logs, the state on disk, evaluation by the way, the end."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import evaluate
+import feedback
+import tasks
+from policy import Policy
+from reviews import Reviews
+from rollout import StaleEngine, seed_for, weights_of
+
+
+def watch(task: tasks.Task) -> tuple[list, str]:
+    """The problems that training is watched by, and the name of their split."""
+    return (task.validation, "validation") if task.validation else (task.test, "test")
+
+
+def open_directory(out: Path, overwrite: bool, record: dict) -> None:
+    """Makes the run directory with its config.json; one that is there is deleted if `overwrite`, else left as it is."""
+    if overwrite and out.exists():
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "config.json").exists():
+        (out / "part-config.json").write_text(json.dumps(record, indent=1) + "\n")
+        (out / "part-config.json").rename(out / "config.json")  # whole, whenever the run is killed
+
+
+def git_commit() -> str:
+    """The commit of this code, marked when the tree differs from it; "unknown" outside a repository."""
+    here = Path(__file__).parent
+    run = lambda *args: subprocess.run(["git", *args], cwd=here, capture_output=True, text=True)  # noqa: E731
+    try:
+        head = run("rev-parse", "HEAD")
+    except OSError:  # no git on this machine
+        return "unknown"
+    if head.returncode:
+        return "unknown"
+    return head.stdout.strip() + ("+changes" if run("status", "--porcelain", "-uno").stdout else "")
+
+
+# ---- Figures -------------------------------------------------------------------------------------------------
+
+
+def mean(values) -> float | None:
+    """The mean of a tensor's or list's finite values, or None if there are none."""
+    values = torch.as_tensor(values, dtype=torch.float64)
+    values = values[values.isfinite()]
+    return values.mean().item() if values.numel() else None
+
+
+def rollout_figures(rollouts: list, outcomes: list, C: list) -> dict:
+    """What the log says of the student's rollouts."""
+    kinds = Counter(c.kind for c in C if c)
+    wins = Counter(c.kind for c, o in zip(C, outcomes) if c and o.reward)
+    return {
+        "reward": mean([o.reward for o in outcomes if o.verdict != "internal"]),
+        "response_length": sum(len(rollout.tokens) for rollout in rollouts) / len(rollouts),
+        "truncated": mean([float(rollout.finish == "length") for rollout in rollouts]),
+        "with_context": mean([c is not None for c in C]),
+        "verdicts": dict(Counter(o.verdict for o in outcomes).most_common()),
+        "success_given_context": {kind: wins[kind] / count for kind, count in sorted(kinds.items())},
+    }
+
+
+def terminal_line(row: dict) -> str:
+    """At most 12 figures of a step; every one is explained in the README."""
+    show = {"reward": "reward", "margin": "margin", "divergence": "div", "e_loss": "E-loss", "shift": "delta",
+            "m_loss": "M-loss", "m_grad_norm": "|g|", "entropy": "entropy", "response_length": "length",
+            "with_context": "told"}  # fmt: skip
+    cells = [f"{name} {row[key]:.3f}" for key, name in show.items() if row.get(key) is not None]
+    return f"{row['step']:4d}  " + "  ".join(cells) + f"  {sum(row['seconds'].values()):.1f} s"
+
+
+class Clock:
+    """Seconds per phase of one step."""
+
+    def __init__(self):
+        self.seconds, self.last = {}, time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
+        self.last = now
+
+
+# ---- The run -------------------------------------------------------------------------------------------------
+
+
+class Session:
+    """A run while the loop goes. cfg: settings.Config; record: what config.json holds; teacher: the copy that reads contexts,
+    or None; optimizers: by name; stop_signals: how many signals to stop this process has had. `shift` is delta and `first_step`
+    the batch to begin with: both come from the last checkpoint of a run that goes on.
+
+    Used as a context: it closes the files, and saves the weights at the end and after an error.
+    """
+
+    def __init__(
+        self, cfg, policy: Policy, sampler, reviews: Reviews, task: tasks.Task, out: Path, record: dict, teacher,
+        optimizers: dict[str, torch.optim.Optimizer], stop_signals: Callable,
+    ):  # fmt: skip
+        self.cfg, self.policy, self.sampler, self.reviews, self.task = cfg, policy, sampler, reviews, task
+        self.out, self.record, self.teacher, self.stop_signals = out, record, teacher, stop_signals
+        self.steps = cfg.steps or cfg.epochs * (len(task.train) // cfg.prompts_per_batch)
+        self.watched, self.split = watch(task)
+        self.shift, self.bad_in_a_row, self.best = None, 0, -1.0
+        self.first_step, self.saved, self.probe = 0, None, []
+        self.models = {"policy": policy.model} | ({"teacher": teacher} if teacher is not None else {})
+        self.optimizers = {name: (policy.model, optimizer) for name, optimizer in optimizers.items()}
+        folder, first = out / "checkpoints", policy.world.rank == 0
+        self.kept = checkpoint.restore(folder, self.models, self.optimizers, policy.world) if cfg.resume else None
+        if self.kept:
+            self.first_step, self.shift = self.kept["step"], self.kept["shift"]
+            self.bad_in_a_row, self.best = self.kept["bad_in_a_row"], self.kept["best"]
+        if cfg.resume and first:
+            last = self.first_step if self.kept else -1
+            dropped = sum(checkpoint.cut_log(out / name, last) for name in ("log.jsonl", "samples.jsonl"))
+            print(f"going on after {self.first_step} batches; {dropped} later lines dropped from the logs")
+        self.log, self.samples = (
+            (out / name if first else Path(os.devnull)).open("a") for name in ("log.jsonl", "samples.jsonl")
+        )
+        self.bar = tqdm(
+            total=self.steps, initial=self.first_step, disable=None if first else True, unit="batch", dynamic_ncols=True
+        )
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        # After an error the weights as they were, where nobody else is needed to gather them or everybody is here for the
+        # same reason. Who was told to stop has saved them.
+        together = isinstance(error, (FloatingPointError, StaleEngine))
+        alone = self.policy.world.size == 1 and isinstance(error, (Exception, KeyboardInterrupt))
+        try:
+            if error is None or together or alone:
+                self.policy.save(self.out / "model")
+        finally:
+            self.log.close()
+            self.samples.close()
+            self.task.close()
+
+    def write(self, file, row: dict) -> None:
+        finite = lambda v: None if isinstance(v, float) and not math.isfinite(v) else v  # noqa: E731
+        file.write(json.dumps({k: finite(v) for k, v in row.items()}) + "\n")  # JSON has no nan
+        file.flush()
+
+    # ---- Beginning and end of a batch ------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Hands the weights to the sampler, and measures them before the first batch."""
+        cfg, probe = self.cfg, self.out / "base_failures.json"
+        self.sampler.sync(self.policy)
+        if self.kept:
+            now = {"commit": self.record["commit"], "processes": self.policy.world.size}
+            self.write(self.log, {"kind": "resume", "step": self.first_step, **now})
+            self.probe = json.loads(probe.read_text()) if probe.exists() else []
+        elif cfg.eval_every:
+            if cfg.teacher_probe and self.record["teacher"]:
+                self.probe = self.base_failures()
+                self.policy.world.first(lambda: probe.write_text(json.dumps(self.probe, indent=1) + "\n"))
+            self.validate(0)
+
+    def end_of_batch(self, row: dict, samples: list[dict]) -> None:
+        """Writes the batch's row and samples; evaluates, saves the state and leaves where it is time for it."""
+        cfg, done = self.cfg, row["step"] + 1
+        self.write(self.log, row)
+        for sample in samples:
+            self.write(self.samples, sample)
+        tqdm.write(terminal_line(row))
+        self.bar.update()
+        if cfg.eval_every and (done % cfg.eval_every == 0 or done == self.steps):
+            self.validate(done)
+        if done == self.steps or cfg.checkpoint_every and done % cfg.checkpoint_every == 0:
+            self.save_state(done)
+        self.leave_if_told(done)
+
+    def save_state(self, step: int) -> None:
+        self.saved, state = step, {"shift": self.shift, "bad_in_a_row": self.bad_in_a_row, "best": self.best}
+        checkpoint.save(self.out / "checkpoints", step, self.models, self.optimizers, state, self.policy.world)
+
+    def leave_if_told(self, step: int) -> None:
+        """After a SIGTERM: saves the state after `step` batches, which are whole at every place this is called from."""
+        if self.policy.world.most(self.stop_signals()):
+            if self.saved != step:
+                self.save_state(step)
+            self.policy.save(self.out / "model")
+            raise SystemExit(143)
+
+    def update(self, optimizer: torch.optim.Optimizer, lr: float, loss: float) -> float:
+        """One optimizer step; a loss or gradient that is not finite skips it, five in a row end the run. Returns the norm."""
+        norm = self.policy.step(optimizer, lr, self.cfg.max_grad_norm, skip=not math.isfinite(loss))
+        self.bad_in_a_row = 0 if math.isfinite(norm) else self.bad_in_a_row + 1
+        if self.bad_in_a_row == 5:
+            raise FloatingPointError("five updates in a row had a loss or gradient that is not finite")
+        return norm
+
+    # ---- Evaluation by the way ---------------------------------------------------------------------------------
+
+    def measure(self, policy: Policy, problems: list, purpose: str, prompts: list | None = None) -> dict:
+        cfg = self.cfg
+        return evaluate.measure(
+            policy, self.sampler, self.task.verify, problems, n=cfg.eval_samples, seed=seed_for(cfg.seed, purpose),
+            max_tokens=cfg.max_response_tokens, temperature=cfg.eval_temperature, top_p=cfg.eval_top_p, prompts=prompts,
+        )  # fmt: skip
+
+    def validate(self, step: int) -> None:
+        """Pass rate on the problems that training is watched by; the best weights on validation problems are kept."""
+        start = time.perf_counter()
+        result = self.measure(self.policy, self.watched, "validation")
+        figures = {key: value for key, value in result.items() if key != "rewards"}
+        if self.probe:
+            figures["teacher_avg"] = self.teacher_pass_rate()
+        seconds = {"eval": round(time.perf_counter() - start, 4)}
+        self.write(self.log, {"kind": "eval", "step": step, "split": self.split, **figures, "seconds": seconds})
+        told = f"  teacher on {len(self.probe)} base failures {figures['teacher_avg']:.3f}" if self.probe else ""
+        tqdm.write(f"{self.split} after {step:4d} batches: {evaluate.line(result)}{told}")
+        if self.task.validation and result["avg"] > self.best:  # nothing is chosen by test problems
+            self.best = result["avg"]
+            self.policy.save(self.out / "best")
+
+    def base_failures(self) -> list[dict]:
+        """{"id", "context"} of one failure of the first weights for each of the first `teacher_probe` problems that training
+        is watched by, where there is a failure with a context. What the teacher makes of them tells over the run whether it
+        still reads."""
+        cfg, policy, problems = self.cfg, self.policy, self.watched[: self.cfg.teacher_probe]
+        prompts = [feedback.student_prompt(policy.tokenizer, p.messages) for p in problems]
+        seed = seed_for(cfg.seed, "base failures")
+        drawn = self.sampler.sample(prompts, cfg.group_size, seed, cfg.max_response_tokens, cfg.temperature, cfg.top_p)
+        rows, texts = [p for p in problems for _ in range(cfg.group_size)], [policy.decode(r.tokens) for r in drawn]
+        outcomes = self.task.verify(rows, texts)
+        found = {}
+        for problem, outcome, context in zip(rows, outcomes, self.reviews.contexts(rows, texts, outcomes, -1)):
+            if outcome.reward == 0 and context:
+                found.setdefault(problem.id, {"id": problem.id, "context": asdict(context)})
+        return list(found.values())
+
+    def teacher_pass_rate(self) -> float:
+        """Pass rate of the teacher, as it now is, on the failures in `probe`."""
+        cfg, problems = self.cfg, {p.id: p for p in self.watched}
+        problems = [problems[row["id"]] for row in self.probe]
+        prompts = [
+            feedback.teacher_prompt(
+                self.policy.tokenizer, problem.messages, feedback.Context(**row["context"]), cfg.templates(), cfg.max_teacher_tokens
+            )[0]
+            for problem, row in zip(problems, self.probe)
+        ]  # fmt: skip
+        with weights_of(self.teacher, self.sampler, self.policy) as reader:
+            return self.measure(reader, problems, "probe", prompts)["avg"]
