@@ -27,6 +27,7 @@ import tasks
 import vpd
 from policy import Policy, World
 from sandbox import Sandbox
+from settings import METHODS, Config
 
 HERE = Path(__file__).resolve().parent
 STEPS = dict(flags=["--steps", "3", "--e_step_every", "1"])
@@ -204,7 +205,7 @@ def training_step(device: str, shape: dict, rows: int, prompt: int, context: int
     """One update of a network with random weights: the teacher's pass, the student's, loss, backward, AdamW."""
     config, make = Qwen3Config(**shape), torch.manual_seed(0)
     most = ceiling(device, square)
-    cfg = vpd.Config(
+    cfg = Config(
         method="sdpo", teacher="live", max_prompt_tokens=prompt, max_response_tokens=response, top_k=top_k,
         max_teacher_tokens=prompt + context, micro_batch_tokens=rows * (prompt + response),
     )  # fmt: skip
@@ -235,7 +236,7 @@ def training_step(device: str, shape: dict, rows: int, prompt: int, context: int
            "tflops_ceiling": most / 1e12, "share_of_ceiling": own / took / most,
            "share_with_recomputation": sum(parts.values()) / took / most}  # fmt: skip
     if device == "cuda":
-        planned = plan.memory(config, cfg, vpd.METHODS["sdpo"], 1, torch.cuda.mem_get_info()[1])
+        planned = plan.memory(config, cfg, METHODS["sdpo"], 1, torch.cuda.mem_get_info()[1])
         row |= {"peak_gb": torch.cuda.max_memory_allocated() / 1e9,
                 "planned_gb": (planned.training - plan.FRAMEWORK - plan.ASLEEP) / 1e9}  # fmt: skip
     return [row]

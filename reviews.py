@@ -124,7 +124,7 @@ def read_score(choice) -> float | None:
 
 
 class Reviews:
-    """The critic, the judge and the expert of a run. cfg: vpd.Config. Every process of a group calls each method; a server
+    """The critic, the judge and the expert of a run. cfg: settings.Config. Every process of a group calls each method; a server
     is asked by one."""
 
     def __init__(self, cfg, policy: Policy, sampler):

@@ -99,6 +99,23 @@ class Clock:
 # ---- The run -------------------------------------------------------------------------------------------------
 
 
+def base_failures(cfg, policy: Policy, sampler, reviews: Reviews, task: tasks.Task) -> list[dict]:
+    """{"id", "context"} of one failure of the first weights for each of the first `teacher_probe` problems that training
+    is watched by, where there is a failure with a context. What the teacher makes of them tells over the run whether it
+    still reads."""
+    problems, G = watch(task)[0][: cfg.teacher_probe], cfg.group_size
+    prompts = [feedback.student_prompt(policy.tokenizer, p.messages) for p in problems]
+    seed = seed_for(cfg.seed, "base failures")
+    drawn = sampler.sample(prompts, G, seed, cfg.max_response_tokens, cfg.temperature, cfg.top_p)
+    rows, texts = [p for p in problems for _ in range(G)], [policy.decode(roll.tokens) for roll in drawn]
+    outcomes = task.verify(rows, texts)
+    found = {}
+    for problem, outcome, context in zip(rows, outcomes, reviews.contexts(rows, texts, outcomes, -1)):
+        if outcome.reward == 0 and context:
+            found.setdefault(problem.id, {"id": problem.id, "context": asdict(context)})
+    return list(found.values())
+
+
 class Session:
     """A run while the loop goes. cfg: settings.Config; record: what config.json holds; teacher: the copy that reads contexts,
     or None; optimizers: by name; stop_signals: how many signals to stop this process has had. `shift` is delta and `first_step`
@@ -168,7 +185,7 @@ class Session:
             self.probe = json.loads(probe.read_text()) if probe.exists() else []
         elif cfg.eval_every:
             if cfg.teacher_probe and self.record["teacher"]:
-                self.probe = self.base_failures()
+                self.probe = base_failures(cfg, self.policy, self.sampler, self.reviews, self.task)
                 self.policy.world.first(lambda: probe.write_text(json.dumps(self.probe, indent=1) + "\n"))
             self.validate(0)
 
@@ -229,22 +246,6 @@ class Session:
         if self.task.validation and result["avg"] > self.best:  # nothing is chosen by test problems
             self.best = result["avg"]
             self.policy.save(self.out / "best")
-
-    def base_failures(self) -> list[dict]:
-        """{"id", "context"} of one failure of the first weights for each of the first `teacher_probe` problems that training
-        is watched by, where there is a failure with a context. What the teacher makes of them tells over the run whether it
-        still reads."""
-        cfg, policy, problems = self.cfg, self.policy, self.watched[: self.cfg.teacher_probe]
-        prompts = [feedback.student_prompt(policy.tokenizer, p.messages) for p in problems]
-        seed = seed_for(cfg.seed, "base failures")
-        drawn = self.sampler.sample(prompts, cfg.group_size, seed, cfg.max_response_tokens, cfg.temperature, cfg.top_p)
-        rows, texts = [p for p in problems for _ in range(cfg.group_size)], [policy.decode(r.tokens) for r in drawn]
-        outcomes = self.task.verify(rows, texts)
-        found = {}
-        for problem, outcome, context in zip(rows, outcomes, self.reviews.contexts(rows, texts, outcomes, -1)):
-            if outcome.reward == 0 and context:
-                found.setdefault(problem.id, {"id": problem.id, "context": asdict(context)})
-        return list(found.values())
 
     def teacher_pass_rate(self) -> float:
         """Pass rate of the teacher, as it now is, on the failures in `probe`."""

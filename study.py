@@ -299,13 +299,13 @@ def perform(flags: list[str], out: Path, test: bool) -> str:
 
 def finished(out: Path, flags: list[str]) -> bool:
     """Is the run there, with the settings that these flags mean now?"""
-    import vpd
+    import settings
 
     if not (out / "done.json").exists():
         return False
-    config, cfg = json.loads((out / "config.json").read_text()), vpd.parse(flags)
-    wanted = vpd.asdict(cfg) | {"teacher": cfg.reader()}  # what the run directory records
-    return all(config.get(key) == value for key, value in wanted.items() if key not in vpd.NOT_OF_THE_RUN)
+    config, cfg = json.loads((out / "config.json").read_text()), settings.parse(flags)
+    wanted = vars(cfg) | {"teacher": cfg.reader()}  # what the run directory records
+    return all(config.get(key) == value for key, value in wanted.items() if key not in settings.NOT_OF_THE_RUN)
 
 
 def perform_all(jobs: dict[Path, list[str]], processes: int, test: bool) -> list[str]:

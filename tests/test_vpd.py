@@ -12,8 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+import evaluate
+import feedback
 import losses
 import rollout
+import session
+import settings
 import tasks
 import vpd
 from reviews import Reviews
@@ -51,7 +55,7 @@ def test_presets_are_the_papers_tables():
     assert feedbacks == ["solution_first", "sibling", "sibling"]
 
 
-@pytest.mark.parametrize("task", vpd.PRESETS)
+@pytest.mark.parametrize("task", settings.PRESETS)
 def test_every_preset_passes_its_own_checks(task):
     for method in vpd.METHODS:
         vpd.check(vpd.parse(["--task", task, "--method", method]))
@@ -390,7 +394,7 @@ def test_critiques_come_from_the_model_itself_and_reach_the_teacher(tmp_path):
 
 def probed(tmp_path, monkeypatch, *flags):
     """The teachers that the base failures were shown to, the prompts of each time, and the run's evaluations."""
-    shown, measure = [], vpd.evaluate.measure
+    shown, measure = [], evaluate.measure
 
     def watched(policy, sampler, *args, prompts=None, **kwargs):
         if prompts:
@@ -400,7 +404,7 @@ def probed(tmp_path, monkeypatch, *flags):
         result = measure(policy, sampler, *args, prompts=prompts, **kwargs)
         return result | ({"avg": 0.125 * len(shown)} if prompts else {})
 
-    monkeypatch.setattr(vpd.evaluate, "measure", watched)
+    monkeypatch.setattr(evaluate, "measure", watched)
     rows = run(tmp_path / "run", "--eval_every", "1", "--teacher_probe", "3", *flags)
     return shown, [row for row in rows if row["kind"] == "eval"]
 
@@ -443,9 +447,9 @@ def test_base_failures_are_the_first_failure_with_a_context_of_each_problem(monk
 
     policy = type("Policy", (), {"tokenizer": None, "decode": lambda self, tokens: f"y{tokens[0]}"})()
     sampler = Sampler()
-    monkeypatch.setattr(vpd.feedback, "student_prompt", lambda tokenizer, messages: [0])
+    monkeypatch.setattr(feedback, "student_prompt", lambda tokenizer, messages: [0])
     task = tasks.Task("toy/none", [], problems, [], verify)
-    found = vpd.base_failures(cfg, policy, sampler, Reviews(cfg, policy, sampler), task)
+    found = session.base_failures(cfg, policy, sampler, Reviews(cfg, policy, sampler), task)
     assert [(row["id"], row["context"]["feedback"]) for row in found] == [("b", "b1"), ("c", "c0"), ("d", "d2")]
 
 
