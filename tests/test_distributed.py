@@ -110,6 +110,9 @@ def run_all(folder: str) -> None:
     (out / f"empties-{os.environ['RANK']}").write_text(str(empties[0]))
 
 
+CHOSEN = [[5, 6, 7, 9], [8], [10, 11]]  # a pass for each, so that one process fills up with an empty one
+
+
 def write_facts(folder: str) -> None:
     """bfloat16 compute and recomputation, as on GPUs: what the weights, a step and the saved model are in."""
     from policy import World
@@ -119,6 +122,8 @@ def write_facts(folder: str) -> None:
     twin = policy.frozen_copy()
     before = policy.score([[5, 6, 7]], [[10, 11, 2]])[0]
     twin_says = policy.score([[5, 6, 7]], [[10, 11, 2]], model=twin)[0]
+    shares = Policy.load(str(out / "untied"), torch.float64, world=world, micro_batch_tokens=1)
+    chosen = shares.choose(CHOSEN, [19, 20, 2])
     view = policy.view([[5, 6, 7]] if world.rank == 0 else [[8, 9]], [[10, 11, 2]])
     hidden, weight = str(view.hidden.dtype), str(view.head.dtype)
     loss = view.loss(lambda logp, _: -logp, view.mask / 3)[0]
@@ -130,7 +135,8 @@ def write_facts(folder: str) -> None:
     local = next(policy.model.parameters())
     facts = {"hidden": hidden, "head": weight, "master": str(local.dtype), "rows": local.to_local().shape[0],
              "of": local.shape[0], "norm": norm, "rise": (after - before).sum().item(),
-             "twin": (twin_says - before).abs().max().item(), "before": before.tolist()}  # fmt: skip
+             "twin": (twin_says - before).abs().max().item(), "before": before.tolist(),
+             "chosen": chosen.tolist()}  # fmt: skip
     (out / f"facts-{world.rank}.json").write_text(json.dumps(facts))
 
 
@@ -229,6 +235,13 @@ def test_compute_is_bfloat16_and_weights_gradients_and_optimizer_float32(runs):
     assert {w.dtype for w in saved.values()} == {torch.bfloat16}
     assert json.loads((runs[1] / "bfloat16" / "config.json").read_text())["dtype"] == "bfloat16"
     assert Policy.load(str(runs[1] / "bfloat16")).model.dtype == torch.float32
+
+
+def test_two_processes_choose_between_tokens_as_one_does(runs):
+    expected = Policy.load(str(runs[0] / "untied"), torch.float64).choose(CHOSEN, [19, 20, 2])
+    for rank in (0, 1):
+        chosen = json.loads((runs[1] / f"facts-{rank}.json").read_text())["chosen"]
+        torch.testing.assert_close(torch.tensor(chosen, dtype=torch.float64), expected, rtol=0, atol=1e-12)
 
 
 def test_a_smoke_run_of_a_real_task_on_olmo3_is_shared_out_too(runs):

@@ -164,6 +164,23 @@ def test_temperature_0_takes_the_likeliest_token(pair):
     assert gap(policy, rollouts)[0] < 1e-5
 
 
+def test_choose_is_the_trainers_log_p_of_a_few_next_tokens_before_and_after_an_update(pair):
+    policy, sampler = pair
+    few = [19, EOS, 0, 319, 4, 28, 101, 7, 8, 12]  # as many as there are digits, in no order
+    prompts = [PROMPTS[0], PROMPTS[2], *PROMPTS]  # one twice
+    before = sampler.choose(prompts, few)
+    assert before.shape == (5, 10)
+    torch.testing.assert_close(before, policy.choose(prompts, few).float(), rtol=0, atol=1e-4)
+    sampler.sample(PROMPTS, **MIXED, temperature=0.5, top_p=0.5)  # how rollouts are drawn does not matter
+    torch.testing.assert_close(sampler.choose(prompts, few), before, rtol=0, atol=1e-5)
+    train(policy)
+    sampler.sync(policy)
+    after = sampler.choose(prompts, few)
+    torch.testing.assert_close(after, policy.choose(prompts, few).float(), rtol=0, atol=1e-4)
+    assert (after - before).abs().max() > 0.1
+    assert sampler.choose([], few).shape == (0, 10)
+
+
 # ---- Rows and seeds --------------------------------------------------------------------------------------------
 
 
@@ -227,6 +244,9 @@ def test_a_prompt_without_room_is_one_line_and_the_engine_goes_on(pair):
         with pytest.raises(ValueError, match=f"prompt of {length} tokens .* max_model_len {LIMIT}") as error:
             sampler.sample([[4], [4] * length], **MIXED)
         assert "\n" not in str(error.value)
+        with pytest.raises(ValueError, match=f"prompt of {length} tokens"):
+            sampler.choose([[4], [4] * length], [5, 6])
+    assert sampler.choose([[4] * (LIMIT - 1)], [5, 6]).isfinite().all()
     prompts = [[4] * (LIMIT - 1), [4] * (LIMIT - 3)]
     rollouts = sampler.sample(prompts, **MIXED)
     assert {len(r.tokens) for r in rollouts[:4]} == {1} and max(len(r.tokens) for r in rollouts[4:]) == 3
@@ -309,6 +329,8 @@ def test_an_engine_asleep_does_not_sample(pair):
     sampler.sleep()
     with pytest.raises(RuntimeError, match=r"nor between sleep\(\)"):
         sampler.sample(PROMPTS, **MIXED)
+    with pytest.raises(RuntimeError, match=r"nor between sleep\(\)"):
+        sampler.choose(PROMPTS, [5, 6])
     sampler.sync(policy)
     assert gap(policy, sampler.sample(PROMPTS, **MIXED))[0] < 1e-5
 
