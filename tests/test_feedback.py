@@ -319,7 +319,7 @@ def test_of_a_judges_prompt_the_longer_text_is_cut_first_and_the_number_told(tok
 
 def test_digits_are_tokens_of_their_own_or_the_network_cannot_judge(tokenizer):
     assert [tokenizer.decode(token) for token in digit_tokens(tokenizer)] == list("0123456789")
-    two = lambda text, **_: SimpleNamespace(input_ids=[1, 2] if text == "7" else [int(text)])  # noqa: E731
+    two = lambda text, **_: SimpleNamespace(input_ids=[17, 7] if text == "7" else [int(text)])  # noqa: E731
     unknown = lambda text, **_: SimpleNamespace(input_ids=[min(int(text), 8)])  # noqa: E731
     for broken in (two, unknown):  # a space before a digit; 8 and 9 are both unknown
         with pytest.raises(ValueError, match="no token of its own for each digit.*--judge_url"):
@@ -358,6 +358,7 @@ REPLIES = {  # reply: its digit and what stands after it
     "0 to 9": None,
     "0 to 90": "0 to 90",
     "<think>4</think> 2": "2",
+    "<think>4\nor 5</think>\n2": "2",
     "<think>4</think> <think>5</think> 2, 3": "2, 3",
     "opened by the prompt: 4</think> 2": "2",
     "1 <think>4": "1 <think>4",

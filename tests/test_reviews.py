@@ -73,7 +73,7 @@ TOLD = {
         [("Score", 0.9, {"1": 0.1}), (":", 1.0, {"2": 0.1}), (" ", 1.0, {}), ("8", 0.6, {"8": 0.6, "9": 0.4}), (".", 1.0, {})],
         0.6 * 8 + 0.4 * 9,
     ),
-    "with and without a space": ("3", [("3", 0.25, {" 3": 0.25, "3": 0.25, "5": 0.125, " 5": 0.125})], (0.5 * 3 + 0.25 * 5) / 0.75),
+    "with and without a space": ("3", [("3", 0.25, {" 3": 0.25, "3": 0.25, "5": 0.25})], (0.5 * 3 + 0.25 * 5) / 0.75),
     "a space in the token": ("S 6", [("S", 1.0, {}), (" 6", 0.5, {" 6": 0.5, "4": 0.5})], 0.5 * 6 + 0.5 * 4),
     "sampled but not likely": ("1", [("1", 0.2, {"9": 0.6})], (0.2 * 1 + 0.6 * 9) / 0.8),
     "after a thought": (
@@ -163,22 +163,23 @@ def make_reviews(byte_tokenizer):
     return lambda sampler=None, **settings: Reviews(vpd.Config(**settings), policy, sampler)
 
 
-PROBLEMS = [Problem(str(i), [{"role": "user", "content": f"question {i}"}], reference="secret") for i in range(4)]
-ATTEMPTS = ["one", "<think>hm</think>two", "three", "four"]
+PROBLEMS = [Problem(str(i), [{"role": "user", "content": f"question {i}"}], reference="secret") for i in range(5)]
+ATTEMPTS = ["one", "<think>hm</think>two", "three", "four", "five"]
 
 
 def test_the_students_own_score_comes_from_its_digits_where_it_would_rather_say_one(make_reviews):
-    p = torch.zeros(4, 10, dtype=torch.float64)
+    p = torch.zeros(5, 10, dtype=torch.float64)
     p[0, 7], p[0, 2] = 0.5, 0.25  # 2/3 and 1/3
     p[1, 9] = 0.4
     p[2, 0] = 0.9
     p[3] = 0.051  # 0.51 together
+    p[4, 8] = 0.5 - 1e-9
     asked = []
     sampler = SimpleNamespace(choose=lambda prompts, ids: asked.extend([prompts, ids]) or p.log())
     reviews = make_reviews(sampler, method="ovd", max_teacher_tokens=330)
     scores = reviews.scores(PROBLEMS, ATTEMPTS, step=5)
-    assert scores == [pytest.approx(2 / 3 * 7 + 1 / 3 * 2), None, 0.0, pytest.approx(4.5)]
-    assert reviews.not_had() == {"judge: no digit, kept": 1}
+    assert scores == [pytest.approx(2 / 3 * 7 + 1 / 3 * 2), None, 0.0, pytest.approx(4.5), None]
+    assert reviews.not_had() == {"judge: no digit, kept": 2}
     tokenizer = reviews.policy.tokenizer
     assert [tokenizer.decode(token) for token in asked[1]] == list("0123456789")
     assert asked[0] == [
@@ -191,7 +192,7 @@ def test_the_students_own_score_comes_from_its_digits_where_it_would_rather_say_
 def test_a_served_judges_score_is_none_where_it_failed_or_named_no_digit_and_both_are_counted(
     make_reviews, server, capsys
 ):
-    replies = {"one": (200, "8"), "two": (400, "no"), "three": (200, "good"), "four": (200, "0")}
+    replies = {"one": (200, "8"), "two": (400, "no"), "three": (200, "good"), "four": (200, "0"), "five": (200, "7.5")}
 
     def answer(body, _):
         status, text = next(v for k, v in replies.items() if f"\n{k}\n" in body["messages"][0]["content"])
@@ -199,18 +200,19 @@ def test_a_served_judges_score_is_none_where_it_failed_or_named_no_digit_and_bot
 
     server.answer = answer
     reviews = make_reviews(method="ovd", judge_url=server.url, judge_model="m", max_judge_tokens=5)
-    assert reviews.scores(PROBLEMS, ATTEMPTS, step=5) == [8.0, None, None, 0.0]
+    assert reviews.scores(PROBLEMS, ATTEMPTS, step=5) == [8.0, None, None, 0.0, None]
     bodies = {body["messages"][0]["content"]: body for _, _, body in server.seen}
     assert set(bodies) == {
         feedback.JUDGE_REQUEST.replace("{question}", f"question {i}").replace("{attempt}", text)
-        for i, text in enumerate(("one", "two", "three", "four"))
+        for i, text in enumerate(("one", "two", "three", "four", "five"))
     }
     assert {(body["model"], body["max_tokens"]) for body in bodies.values()} == {("m", 5)}
-    assert reviews.not_had() == {"judge: no digit, kept": 1, "judge: the server failed": 1}
+    assert reviews.not_had() == {"judge: no digit, kept": 2, "judge: the server failed": 1}
     assert capsys.readouterr().err.startswith("judge: BadRequestError: ")
     seeds = {text: body["seed"] for text, body in bodies.items()}
+    server.seen.clear()
     reviews.scores(PROBLEMS, ATTEMPTS, step=6)  # another step, other draws
-    assert not set(seeds.values()) & {body["seed"] for _, _, body in server.seen[5:]}
+    assert not set(seeds.values()) & {body["seed"] for _, _, body in server.seen}
 
 
 def test_what_could_not_be_had_is_told_once_with_reasons_added_up(make_reviews, capsys):
