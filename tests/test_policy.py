@@ -125,20 +125,6 @@ def test_choose_is_log_p_of_each_token_after_each_prompt(make_model, plain_logit
     assert policy.choose([], few).shape == (0, 4)
 
 
-@pytest.mark.parametrize("budget", [ALONE, 40, TOGETHER])
-def test_a_rows_drawn_tokens_depend_on_its_own_seed_alone(make_model, budget):
-    policy = Policy(make_model(), SimpleNamespace(eos_token_id=EOS, chat_template=None), micro_batch_tokens=budget)
-    rows, seeds = [6, 1, 3], list(range(8))
-    taken = policy.draw(X, Y, rows, None, seeds)
-    assert taken.shape == (8, 10) and taken.dtype == torch.long
-    for i in rows:
-        alone = policy.draw(X[i : i + 1], Y[i : i + 1], [0], None, seeds[i : i + 1])[0]
-        assert torch.equal(taken[i, : len(Y[i])], alone) and not taken[i, len(Y[i]) :].any()
-    again = policy.draw(X, Y, rows, None, [99 if i == 3 else seed for i, seed in enumerate(seeds)])
-    assert torch.equal(taken[[1, 6]], again[[1, 6]]) and not torch.equal(taken[3], again[3])
-    assert not taken[[0, 2, 4, 5, 7]].any()
-
-
 @pytest.mark.parametrize("budget, count", [(1, 9), (16, 7), (40, 5), (10**9, 1)])
 def test_micro_batches_cover_each_row_once_within_the_budget_by_length(policy, budget, count):
     lengths, rows = [50, 7, 30, 12, 12, 1, 29, 5, 16, 3], [9, 0, 1, 2, 4, 5, 6, 7, 8]  # row 3 is not asked for
