@@ -99,7 +99,7 @@ class ServedModel:
             ).choices[0]
             if not answer.text and answer.finish_reason != "stop":
                 raise ValueError("a token without a text")
-            return answer.text
+            return answer.text or ""
 
         return self._each(ask, prompts)
 
