@@ -747,7 +747,9 @@ def train(
                 figures["demonstrations"] = mean(~own)
                 figures["demonstration_reward"] = mean([outcome.reward for _, outcome in shown.values()])
                 clock.lap("judge")
-            mask, lengths = policy.mask(y), [len(xC[i]) + len(y[i]) for i in rows]  # (B, T)
+            # What goes through the network: teacher's prompts as well, but for a teacher that scores nothing.
+            mask, longer = policy.mask(y), x if method.replaces else xC  # (B, T)
+            lengths = [len(longer[i]) + len(y[i]) for i in rows]
 
             # ---- 3. Freeze log pi_theta(y|x); the teacher's log-probs at the same weights give the reward margin
             leave_if_told(step)
