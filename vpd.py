@@ -826,10 +826,8 @@ def train(
             if cfg.method == "reweight":
                 lam = cfg.reweight_lam * max(0.0, 1 - step / cfg.reweight_steps) if cfg.reweight_steps else 0.0
                 A = losses.reweighted_advantages(A, teacher_logp, old_logp, lam, cfg.reweight_clip)  # (B, T), B.28
-            expert, share = (
-                None,
-                told[:, None].expand_as(mask),
-            )  # a black box's tokens; what D counts for at each, (B, T)
+            # Tokens of a black box, and what D counts for at each place, (B, T).
+            expert, share = None, told[:, None].expand_as(mask)
             if cfg.method == "distil":
                 if cfg.expert == "samples":
                     expert = policy.draw(xC, y, taught, teacher, [seed_for(cfg.seed, step, "expert", i) for i in rows])
@@ -840,6 +838,7 @@ def train(
                 cost = share * policy.compare(x, xC, y, taught, teacher, **distil, expert=expert)  # (B, T)
                 A = cfg.future * losses.future_advantages(cost, mask, G, active)  # (B, T)
                 A = A / mask.sum(1, keepdim=True) if cfg.distil_norm == "length" else A
+            heard = int(share.any(1).sum())  # rows with a distance
             skipped["m_step: no context" if not method.reinforces else "m_step: no signal"] += int((~active).sum())
             size = cfg.minibatch_prompts * G
             # pi_old is the student as it now is: exactly, where one update follows a batch, and for OVD's sg pi.
@@ -879,7 +878,7 @@ def train(
                     given = [v[part, :t] for v in (old_logp, now, A, share, mismatch)]
                     loss, _, d = view.loss(per_token, weights, given, q, **distil, expert=taken)
                     policy.backward(loss)
-                    apart_here = losses.sequence_mean(d * share[part, :t], view.mask, max(1, len(taught)))
+                    apart_here = losses.sequence_mean(d * share[part, :t], view.mask, max(1, heard))
                     total += torch.stack([loss.detach(), apart_here]).double()
                     packing += torch.tensor([view.filled, view.padded])
                 loss, d = policy.world.sum(total).tolist()
@@ -902,7 +901,7 @@ def train(
             row = {
                 "kind": "train", "step": step, "reward": mean([o.reward for o in outcomes if o.verdict != "internal"]), **figures,
                 "m_loss": mean(m_losses), "m_grad_norm": mean(m_norms),
-                "divergence": apart if method.distils and told.any() else None,
+                "divergence": apart if method.distils and heard else None,
                 "entropy": mean(entropy[sampled]), "response_length": n_tokens / len(y),
                 "truncated": mean([float(roll.finish == "length") for roll in rollouts]),
                 "with_context": mean(told), "contexts_cut": cut,
