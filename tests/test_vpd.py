@@ -625,8 +625,8 @@ def grad_of(loss, model):
 
 
 def recorded(monkeypatch, verdicts=lambda outcomes, call: outcomes):
-    """What a run does, to be filled by one. drawn: (prompts, seed, model, its first weights, rollouts) of each call of the
-    sampler; outcomes: of each call of the verifier, of which verdicts(outcomes, call) makes others; updates: (a copy of the
+    """What a run does, to be filled by one. drawn: (prompts, seed, limits, model, its first weights, rollouts) of each call
+    of the sampler; outcomes: of each call of the verifier, of which verdicts(outcomes, call) makes others; updates: (a copy of the
     network, its gradients) before each one; viewed: every prompt that goes through the network but to sample."""
     seen = SimpleNamespace(drawn=[], outcomes=[], updates=[], viewed=set())
     sample, view, step, load = rollout.HFSampler.sample, vpd.Policy.view, vpd.Policy.step, tasks.load
@@ -634,7 +634,9 @@ def recorded(monkeypatch, verdicts=lambda outcomes, call: outcomes):
     def sampling(self, prompts, n, seed, *rest):
         model, rollouts = self.policy.model, sample(self, prompts, n, seed, *rest)
         first = next(model.parameters()).detach().clone()
-        seen.drawn.append(SimpleNamespace(prompts=prompts, seed=seed, model=model, weights=first, rollouts=rollouts))
+        seen.drawn.append(
+            SimpleNamespace(prompts=prompts, seed=seed, limits=rest, model=model, weights=first, rollouts=rollouts)
+        )
         return rollouts
 
     def viewing(self, prompts, *args):
@@ -775,11 +777,8 @@ def test_a_demonstration_that_may_not_take_the_place_leaves_the_rollout(why, tmp
     spoilt = {"failed": Outcome(0, "wrong"), "grader": Outcome(0, "internal")}[why]
 
     def verdicts(outcomes, call):  # of the first batch's demonstrations, the second and third
-        return (
-            outcomes
-            if call != 1
-            else [Outcome(1, "right"), spoilt, spoilt] + [Outcome(1, "right")] * (len(outcomes) - 3)
-        )
+        right = Outcome(1, "right")
+        return [right, spoilt, spoilt] + [right] * (len(outcomes) - 3) if call == 1 else outcomes
 
     flags = ["--no_ovd_failed"] if why == "failed" else []
     seen = judged(tmp_path / "run", monkeypatch, *flags, verdicts=verdicts)
@@ -827,7 +826,18 @@ def test_ovd_without_rejections_is_grpo_bit_for_bit(flags, tmp_path, monkeypatch
 def test_demonstrations_are_drawn_by_the_teacher_which_scores_no_token(teacher, tmp_path, monkeypatch):
     """Its prompt holds the context and its weights are its own; then the sampler has the student's back. No teacher's prompt
     goes through the network but to sample."""
-    flags = ("--teacher", teacher, "--ema_rate", "0.25", "--feedback", "environment")
+    flags = (
+        "--teacher",
+        teacher,
+        "--ema_rate",
+        "0.25",
+        "--feedback",
+        "environment",
+        "--temperature",
+        "1.5",
+        "--top_p",
+        "0.9",
+    )
     seen = judged(tmp_path / "run", monkeypatch, *flags, steps=2)
     cfg = vpd.parse([*SMALL, *OVD, *flags])
     policy, task = vpd.Policy.load(str(ROOT / "toy_models" / "choice")), tasks.load("toy", "choice")
@@ -843,6 +853,7 @@ def test_demonstrations_are_drawn_by_the_teacher_which_scores_no_token(teacher, 
             for s in asked
         ]
         assert shown.prompts == expected and len(own.prompts) == 4
+        assert shown.limits == own.limits == (30, 1.5, 0.9)
         told += expected
         assert (shown.model is own.model) == (teacher == "live") and own.model is seen.drawn[0].model
     assert len({call.seed for call in seen.drawn}) == 4
