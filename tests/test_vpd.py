@@ -626,10 +626,12 @@ def grad_of(loss, model):
 
 def recorded(monkeypatch, verdicts=lambda outcomes, call: outcomes):
     """What a run does, to be filled by one. drawn: (prompts, seed, limits, model, its first weights, rollouts) of each call
-    of the sampler; outcomes: of each call of the verifier, of which verdicts(outcomes, call) makes others; updates: (a copy of the
-    network, its gradients) before each one; viewed: every prompt that goes through the network but to sample."""
-    seen = SimpleNamespace(drawn=[], outcomes=[], updates=[], viewed=set())
-    sample, view, step, load = rollout.HFSampler.sample, vpd.Policy.view, vpd.Policy.step, tasks.load
+    of the sampler; synced: the models it was given; outcomes: of each call of the verifier, of which verdicts(outcomes,
+    call) makes others; updates: (a copy of the network, its gradients) before each one; viewed: every prompt that goes
+    through the network but to sample."""
+    seen = SimpleNamespace(drawn=[], synced=[], outcomes=[], updates=[], viewed=set())
+    sample, sync = rollout.HFSampler.sample, rollout.HFSampler.sync
+    view, step, load = vpd.Policy.view, vpd.Policy.step, tasks.load
 
     def sampling(self, prompts, n, seed, *rest):
         model, rollouts = self.policy.model, sample(self, prompts, n, seed, *rest)
@@ -658,7 +660,12 @@ def recorded(monkeypatch, verdicts=lambda outcomes, call: outcomes):
         task.verify = verify
         return task
 
+    def syncing(self, policy):
+        seen.synced.append(policy.model)
+        sync(self, policy)
+
     monkeypatch.setattr(rollout.HFSampler, "sample", sampling)
+    monkeypatch.setattr(rollout.HFSampler, "sync", syncing)
     monkeypatch.setattr(vpd.Policy, "view", viewing)
     monkeypatch.setattr(vpd.Policy, "step", stepping)
     monkeypatch.setattr(tasks, "load", loading)
@@ -705,6 +712,9 @@ def test_ovd_s_loss_and_gradient_are_the_clipped_policy_gradient_over_the_mixed_
     assert any(A[i] != own[i] - sum(own[i // 4 * 4 : i // 4 * 4 + 4]) / 4 for i in range(16) if i not in shown)
     with torch.no_grad():
         old = [said(plain_logits, seen.updates[0][0], x[i], y[i]) for i in range(16)]
+
+    lengths = [sum(len(row.tokens) for row in rows) / 16 for rows in (seen.drawn[0].rollouts, y)]
+    assert seen.rows[0]["response_length"] == lengths[0] != lengths[1]
 
     updates = [range(first, first + 4 * minibatch) for first in range(0, 16, 4 * minibatch)]
     updates = [rows for rows in updates if any(A[i] for i in rows)]
@@ -857,6 +867,10 @@ def test_demonstrations_are_drawn_by_the_teacher_which_scores_no_token(teacher, 
         told += expected
         assert (shown.model is own.model) == (teacher == "live") and own.model is seen.drawn[0].model
     assert len({call.seed for call in seen.drawn}) == 4
+    # At the start, before and after the demonstrations, and when a batch is done.
+    student, other = seen.drawn[0].model, seen.drawn[1].model
+    pushed = [student, *[other, student, student] * 2] if teacher == "ema" else [student] * 3
+    assert [id(model) for model in seen.synced] == [id(model) for model in pushed]
     assert told and not seen.viewed & {tuple(prompt) for prompt in told}
     first, second = seen.drawn[0].weights, seen.drawn[2].weights
     assert (second - first).abs().max() > 1e-5
