@@ -206,12 +206,12 @@ def teacher_prompt(
 def critique_parts(messages: list[dict[str, str]], attempt: str, reference: str, templates: Templates) -> list[str]:
     """The request for a critique, problem, attempt and reference answer at the odd places (Sec. 4.2); joined, it is the
     message for a served model."""
-    return _filled(templates.request, messages, attempt, reference)
-
-
-def _filled(request: str, messages: list[dict[str, str]], attempt: str, reference: str = "") -> list[str]:
     texts = {"question": messages[-1]["content"], "attempt": strip_thinking(attempt), "reference": reference}
-    parts = re.split(r"\{(question|attempt|reference)\}", request)
+    return _filled(templates.request, texts)
+
+
+def _filled(request: str, texts: dict[str, str]) -> list[str]:
+    parts = re.split(r"\{(" + "|".join(texts) + r")\}", request)
     parts[1::2] = [texts[hole] for hole in parts[1::2]]
     return parts
 
@@ -228,7 +228,7 @@ def critique_prompt(
 
 def judge_parts(messages: list[dict[str, str]], attempt: str, templates: Templates) -> list[str]:
     """The request for a score, problem and attempt at the odd places; joined, it is the message for a served model."""
-    return _filled(templates.judge, messages, attempt)
+    return _filled(templates.judge, {"question": messages[-1]["content"], "attempt": strip_thinking(attempt)})
 
 
 def judge_prompt(

@@ -99,7 +99,7 @@ class ServedModel:
             ).choices[0]
             if not answer.text and answer.finish_reason != "stop":
                 raise ValueError("a token without a text")
-            return answer.text
+            return answer.text or ""
 
         return self._each(ask, prompts)
 
@@ -137,9 +137,10 @@ class Reviews:
         self.reasons: Counter[str] = Counter()
 
     def not_had(self) -> Counter[str]:
-        """What could not be had since the last call, counted; why a server failed goes to standard error."""
+        """What could not be had since the last call, counted; why a server failed goes to standard error, once."""
         for why, count in self.reasons.items():
-            print(f"{why} ({count} times)", file=sys.stderr)
+            if self.policy.world.rank == 0:
+                print(f"{why} ({count} times)", file=sys.stderr)
         missing = Counter(self.missing)
         self.missing.clear()
         self.reasons.clear()

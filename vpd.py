@@ -208,7 +208,9 @@ def train(
                 figures["demonstrations"] = mean(~own)
                 figures["demonstration_reward"] = mean([outcome.reward for _, outcome in shown.values()])
                 clock.lap("judge")
-            mask, lengths = policy.mask(y), [len(xC[i]) + len(y[i]) for i in rows]  # (B, T)
+            # What goes through the network: teacher's prompts as well, but for a teacher that scores nothing.
+            mask, longer = policy.mask(y), x if method.replaces else xC  # (B, T)
+            lengths = [len(longer[i]) + len(y[i]) for i in rows]
 
             # ---- 3. Freeze log pi_theta(y|x); the teacher's log-probs at the same weights give the reward margin
             session.leave_if_told(step)
@@ -286,10 +288,8 @@ def train(
             if cfg.method == "reweight":
                 lam = cfg.reweight_lam * max(0.0, 1 - step / cfg.reweight_steps) if cfg.reweight_steps else 0.0
                 A = losses.reweighted_advantages(A, teacher_logp, old_logp, lam, cfg.reweight_clip)  # (B, T), B.28
-            expert, share = (
-                None,
-                told[:, None].expand_as(mask),
-            )  # a black box's tokens; what D counts for at each, (B, T)
+            # Tokens of a black box, and what D counts for at each place, (B, T).
+            expert, share = None, told[:, None].expand_as(mask)
             if cfg.method == "distil":
                 if cfg.expert == "samples":
                     expert = policy.draw(xC, y, taught, teacher, [seed_for(cfg.seed, step, "expert", i) for i in rows])
@@ -300,6 +300,7 @@ def train(
                 cost = share * policy.compare(x, xC, y, taught, teacher, **distil, expert=expert)  # (B, T)
                 A = cfg.future * losses.future_advantages(cost, mask, G, active)  # (B, T)
                 A = A / mask.sum(1, keepdim=True) if cfg.distil_norm == "length" else A
+            heard = int(share.any(1).sum())  # rows with a distance
             skipped["m_step: no context" if not method.reinforces else "m_step: no signal"] += int((~active).sum())
             size = cfg.minibatch_prompts * G
             # pi_old is the student as it now is: exactly, where one update follows a batch, and for OVD's sg pi.
@@ -339,7 +340,7 @@ def train(
                     given = [v[part, :t] for v in (old_logp, now, A, share, mismatch)]
                     loss, _, d = view.loss(per_token, weights, given, q, **distil, expert=taken)
                     policy.backward(loss)
-                    apart_here = losses.sequence_mean(d * share[part, :t], view.mask, max(1, len(taught)))
+                    apart_here = losses.sequence_mean(d * share[part, :t], view.mask, max(1, heard))
                     total += torch.stack([loss.detach(), apart_here]).double()
                     packing += torch.tensor([view.filled, view.padded])
                 loss, d = policy.world.sum(total).tolist()
@@ -360,7 +361,7 @@ def train(
             row = {
                 "kind": "train", "step": step, **rollout_figures(rollouts, outcomes, C), **figures,
                 "m_loss": mean(m_losses), "m_grad_norm": mean(m_norms),
-                "divergence": apart if method.distils and taught else None,
+                "divergence": apart if method.distils and heard else None,
                 "entropy": mean(entropy[sampled]), "contexts_cut": cut,
                 "left_out": {why: count for why, count in skipped.items() if count},
                 "updates_not_finite": sum(not math.isfinite(norm) for norm in e_norms + m_norms),

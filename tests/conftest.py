@@ -2,6 +2,7 @@
 one computation they are checked against, a plain forward pass over one unpadded sequence."""
 
 import json
+import math
 import sys
 import threading
 from collections import Counter
@@ -12,7 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import Olmo3Config, Olmo3ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import Olmo3Config, Olmo3ForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the sources are one folder up; pytest may start anywhere
 import toy  # noqa: E402
@@ -40,6 +42,24 @@ FAMILIES = {
 @pytest.fixture(scope="session")
 def tokenizer():
     return toy.build_tokenizer()
+
+
+CHAT = (  # a template that takes system messages and, like Qwen3's, closes the thought when thinking is off
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer():
+    """A token per byte, so that every text can be written, and the special tokens of the chat template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|pad|>"])
+    tokens = {"eos_token": "<|im_end|>", "pad_token": "<|pad|>"}
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=CHAT, **tokens)
 
 
 @pytest.fixture(scope="session")
@@ -71,22 +91,40 @@ def plain_logits():
     return forward
 
 
-def reply_with(text):
+def answer_with(**choice):
+    return 200, {
+        "id": "1",
+        "object": "",
+        "created": 0,
+        "model": "m",
+        "choices": [{"index": 0, "logprobs": None} | choice],
+    }
+
+
+def reply_with(text, told=()):
+    """An answer to a conversation. told: (token, its probability, {other token: its probability}) of each token, where the
+    server tells them."""
+    one = lambda token, p, **more: {"token": token, "logprob": math.log(p), "bytes": None, **more}  # noqa: E731
+    content = [one(token, p, top_logprobs=[one(*other) for other in top.items()]) for token, p, top in told]
     message = {"role": "assistant", "content": text}
-    return 200, {"id": "1", "object": "chat.completion", "created": 0, "model": "m",
-                 "choices": [{"index": 0, "finish_reason": "stop", "message": message}]}  # fmt: skip
+    return answer_with(message=message, finish_reason="stop", logprobs={"content": content} if told else None)
+
+
+def complete_with(text, finish="length"):
+    """An answer to a text that is to be continued."""
+    return answer_with(text=text, finish_reason=finish)
 
 
 @pytest.fixture
 def server():
     """An OpenAI-compatible server. A test sets `answer(body, attempt)`, which gives (status, JSON or text); `seen` holds
-    (path, authorization, body) of the requests; reply_with(text) is an answer of the protocol."""
+    (path, authorization, body) of the requests; reply_with(text) and complete_with(text) are answers of the protocol."""
     seen, attempts = [], Counter()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            said = body["messages"][-1]["content"]
+            said = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
             attempts[said] += 1
             seen.append((self.path, self.headers["Authorization"], body))
             status, answer = handle.answer(body, attempts[said])
@@ -103,8 +141,9 @@ def server():
 
     listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     handle = SimpleNamespace(
-        url=f"http://127.0.0.1:{listening.server_port}/v1", seen=seen, attempts=attempts, reply_with=reply_with
-    )
+        url=f"http://127.0.0.1:{listening.server_port}/v1", seen=seen, attempts=attempts, reply_with=reply_with,
+        complete_with=complete_with,
+    )  # fmt: skip
     threading.Thread(target=listening.serve_forever, daemon=True).start()
     yield handle
     listening.shutdown()

@@ -20,6 +20,7 @@ import rollout
 import toy
 import vpd
 from policy import Policy
+from reviews import Reviews
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
@@ -37,6 +38,7 @@ CASES = {  # name: (model, flags, are the rollouts those of one process?)
     "joint untied float64": ("untied", ["--dtype", "float64", "--method", "joint", "--minibatch_prompts", "1"], True),
     "distil untied float64": ("untied", ["--dtype", "float64", "--method", "distil"], True),
     "distil samples float64": ("tied", ["--dtype", "float64", "--method", "distil", "--expert", "samples"], True),
+    "ovd untied float64": ("untied", ["--dtype", "float64", "--method", "ovd", "--teacher", "ema"], False),
     "vpd tied float32": ("tied", [], True),
     "vpd untied float32": ("untied", [], True),
     "grpo tied float32": ("tied", ["--method", "grpo"], True),
@@ -47,7 +49,17 @@ CASES = {  # name: (model, flags, are the rollouts those of one process?)
         False,
     ),
 }
-LOSSES = ("reward", "margin", "e_loss", "shift", "m_loss", "m_grad_norm", "divergence", "entropy")
+LOSSES = (
+    "reward",
+    "margin",
+    "e_loss",
+    "shift",
+    "m_loss",
+    "m_grad_norm",
+    "divergence",
+    "entropy",
+    "demonstration_ratio",
+)
 
 SCRIPT = """
 import sys, json, torch
@@ -72,11 +84,16 @@ def play(out: Path, name: str, drawn: dict, replay: bool) -> None:
         drawn[seed] = sample(self, prompts, n, seed, *rest)
         return drawn[seed]
 
+    def stern(self, problems, texts, step):  # this network has not learnt to judge: every third row is rejected
+        assert asked(self, problems, texts, step) == [None] * len(texts)
+        return [float(i % 3) * 4 for i in range(len(texts))]
+
     rollout.HFSampler.sample = known
+    asked, Reviews.scores = Reviews.scores, stern
     try:
         vpd.main(["--model", str(out / model), *FLAGS, *flags, "--out", str(out / name)])
     finally:
-        rollout.HFSampler.sample = sample
+        rollout.HFSampler.sample, Reviews.scores = sample, asked
 
 
 def run_all(folder: str) -> None:
@@ -110,6 +127,9 @@ def run_all(folder: str) -> None:
     (out / f"empties-{os.environ['RANK']}").write_text(str(empties[0]))
 
 
+CHOSEN = [[5, 6, 7, 9], [8], [10, 11]]  # a pass for each, so that one process fills up with an empty one
+
+
 def write_facts(folder: str) -> None:
     """bfloat16 compute and recomputation, as on GPUs: what the weights, a step and the saved model are in."""
     from policy import World
@@ -119,6 +139,8 @@ def write_facts(folder: str) -> None:
     twin = policy.frozen_copy()
     before = policy.score([[5, 6, 7]], [[10, 11, 2]])[0]
     twin_says = policy.score([[5, 6, 7]], [[10, 11, 2]], model=twin)[0]
+    shares = Policy.load(str(out / "untied"), torch.float64, world=world, micro_batch_tokens=1)
+    chosen = shares.choose(CHOSEN, [19, 20, 2])
     view = policy.view([[5, 6, 7]] if world.rank == 0 else [[8, 9]], [[10, 11, 2]])
     hidden, weight = str(view.hidden.dtype), str(view.head.dtype)
     loss = view.loss(lambda logp, _: -logp, view.mask / 3)[0]
@@ -130,7 +152,8 @@ def write_facts(folder: str) -> None:
     local = next(policy.model.parameters())
     facts = {"hidden": hidden, "head": weight, "master": str(local.dtype), "rows": local.to_local().shape[0],
              "of": local.shape[0], "norm": norm, "rise": (after - before).sum().item(),
-             "twin": (twin_says - before).abs().max().item(), "before": before.tolist()}  # fmt: skip
+             "twin": (twin_says - before).abs().max().item(), "before": before.tolist(),
+             "chosen": chosen.tolist()}  # fmt: skip
     (out / f"facts-{world.rank}.json").write_text(json.dumps(facts))
 
 
@@ -177,13 +200,16 @@ def test_weights_and_losses_of_five_steps_are_those_of_one_process(runs, name):
     one, two = (out / name for out in runs)
     rows = train_rows(one)
     assert len(rows) == 5 and sum(row["m_grad_norm"] is not None for row in rows) >= 4
+    if name.startswith("ovd"):
+        assert sum(row["demonstrations"] for row in rows) > 0
     if name.startswith(("vpd", "fixed", "critiques")):
         assert sum(row["e_loss"] is not None for row in rows) >= 2
     tolerance = 1e-5 if "float32" in name else 1e-9
     for mine, theirs in zip(train_rows(two), rows, strict=True):
         for key in LOSSES:
-            assert mine[key] == (
-                None if theirs[key] is None else pytest.approx(theirs[key], rel=tolerance, abs=tolerance)
+            expected = theirs.get(key)
+            assert mine.get(key) == (
+                None if expected is None else pytest.approx(expected, rel=tolerance, abs=tolerance)
             ), key
         assert mine["left_out"] == theirs["left_out"] and mine["verdicts"] == theirs["verdicts"]
     if "float64" in name:
@@ -229,6 +255,13 @@ def test_compute_is_bfloat16_and_weights_gradients_and_optimizer_float32(runs):
     assert {w.dtype for w in saved.values()} == {torch.bfloat16}
     assert json.loads((runs[1] / "bfloat16" / "config.json").read_text())["dtype"] == "bfloat16"
     assert Policy.load(str(runs[1] / "bfloat16")).model.dtype == torch.float32
+
+
+def test_two_processes_choose_between_tokens_as_one_does(runs):
+    expected = Policy.load(str(runs[0] / "untied"), torch.float64).choose(CHOSEN, [19, 20, 2])
+    for rank in (0, 1):
+        chosen = json.loads((runs[1] / f"facts-{rank}.json").read_text())["chosen"]
+        torch.testing.assert_close(torch.tensor(chosen, dtype=torch.float64), expected, rtol=0, atol=1e-12)
 
 
 def test_a_smoke_run_of_a_real_task_on_olmo3_is_shared_out_too(runs):

@@ -9,14 +9,14 @@ import itertools
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # feedback.py is one folder up; pytest may start anywhere
-from feedback import SOURCES, Context, Templates, contexts, critique_prompt  # noqa: E402
-from feedback import strip_thinking, student_prompt, teacher_prompt  # noqa: E402
+from feedback import SOURCES, Context, Templates, contexts, critique_prompt, digit_tokens  # noqa: E402
+from feedback import expected_digit, find_digit, judge_parts, judge_prompt, strip_thinking  # noqa: E402
+from feedback import student_prompt, teacher_prompt  # noqa: E402
 
 GROUPS = list(itertools.product((0, 1), repeat=4))  # every pattern of rewards in a group of four
 
@@ -159,12 +159,14 @@ def test_a_siblings_thoughts_are_removed_and_a_mere_thought_is_no_solution():
 
 # ---- From messages to token ids --------------------------------------------------------------------------
 
-CHAT = (  # a template that takes system messages and, like Qwen3's, closes the thought when thinking is off
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+T = Templates(
+    "|S {solution} s",
+    "|F {feedback} f",
+    "|C {critique} c",
+    "|END",
+    "{question}|{attempt}|{reference}|WHY",
+    "{question}|{attempt}|0 TO 9",
 )
-T = Templates("|S {solution} s", "|F {feedback} f", "|C {critique} c", "|END", "{question}|{attempt}|{reference}|WHY")
 SYSTEM, QUESTION = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2+3?"}
 FIELDS = {"solution": "|S {} s", "feedback": "|F {} f", "critique": "|C {} c"}  # the sections of T
 START = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat is 2+3?"
@@ -172,14 +174,8 @@ HEADER = "<|im_end|>\n<|im_start|>assistant\n<think></think>"
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    """A token per byte, so that every text can be written, and the special tokens of the chat template."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    bpe.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|pad|>"])
-    tokens = {"eos_token": "<|im_end|>", "pad_token": "<|pad|>"}
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=CHAT, **tokens)
+def tokenizer(byte_tokenizer):
+    return byte_tokenizer
 
 
 def prompt(tokenizer, limit=10_000, templates=T, messages=(SYSTEM, QUESTION), **texts):
@@ -288,6 +284,9 @@ HOLES = [
     ("feedback", "{solution}"),
     ("critique", "{critique} {critique}"),
     ("request", "{question} {attempt}"),
+    ("judge", "{question}"),
+    ("judge", "{attempt}"),
+    ("judge", "{question} {attempt} {attempt}"),
 ]
 
 
@@ -295,3 +294,82 @@ HOLES = [
 def test_a_template_without_its_hole_is_refused(name, template):
     with pytest.raises(ValueError, match=rf"the {name} template must contain \{{\w+\}} exactly once"):
         Templates(**{name: template})
+
+
+# ---- A judge's score -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
+def test_a_judge_reads_question_and_attempt_without_its_thoughts_as_plain_text(tokenizer, text):
+    attempt = "<think>hm</think>" + text
+    ids, cut = judge_prompt(tokenizer, [SYSTEM, QUESTION], attempt, T, 10_000)
+    assert (tokenizer.decode(ids), cut) == (f"<|im_start|>user\nWhat is 2+3?|{text}|0 TO 9{HEADER}", 0)
+    assert special(tokenizer, ids) == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
+    assert judge_parts([SYSTEM, QUESTION], attempt, T) == ["", "What is 2+3?", "|", text, "|0 TO 9"]
+
+
+def test_of_a_judges_prompt_the_longer_text_is_cut_first_and_the_number_told(tokenizer):
+    attempt = "1234567890123456"  # four characters longer than the question
+    whole, _ = judge_prompt(tokenizer, [QUESTION], attempt, T, 10_000)
+    ids, cut = judge_prompt(tokenizer, [QUESTION], attempt, T, len(whole) - 5)
+    assert (tokenizer.decode(ids), cut) == (f"<|im_start|>user\nWhat is 2+3?|{attempt[:-5]}|0 TO 9{HEADER}", 5)
+    with pytest.raises(ValueError, match="even without its context"):
+        judge_prompt(tokenizer, [QUESTION], attempt, T, len(whole) - len("What is 2+3?" + attempt) - 1)
+
+
+def test_digits_are_tokens_of_their_own_or_the_network_cannot_judge(tokenizer):
+    assert [tokenizer.decode(token) for token in digit_tokens(tokenizer)] == list("0123456789")
+    two = lambda text, **_: SimpleNamespace(input_ids=[17, 7] if text == "7" else [int(text)])  # noqa: E731
+    unknown = lambda text, **_: SimpleNamespace(input_ids=[min(int(text), 8)])  # noqa: E731
+    for broken in (two, unknown):  # a space before a digit; 8 and 9 are both unknown
+        with pytest.raises(ValueError, match="no token of its own for each digit.*--judge_url"):
+            digit_tokens(broken)
+
+
+def test_the_score_is_the_expected_digit_of_what_is_rescaled_to_sum_to_1():
+    p = [0.0] * 10
+    p[2], p[9] = 0.125, 0.375  # 1/4 and 3/4 of their sum
+    assert expected_digit(p) == 0.25 * 2 + 0.75 * 9
+    assert expected_digit([1.0, *[0.0] * 9]) == 0.0
+    assert expected_digit([0.1] * 10) == pytest.approx(4.5)
+    assert expected_digit([0.0] * 10) is None
+
+
+def test_digits_of_no_more_than_the_least_probability_are_no_score():
+    p = [0.0] * 8 + [0.25, 0.25]
+    assert expected_digit(p, least=0.5) is None  # as likely something else
+    assert expected_digit(p, least=0.49) == 8.5
+
+
+REPLIES = {  # reply: its digit and what stands after it
+    "7": "7",
+    "Score: 8.": "8.",
+    "7\n": "7\n",
+    "**6**": "6**",
+    "8/9": "8/9",
+    "10 then 3": "3",
+    "42, 007, 5": "5",
+    "7.5": None,
+    "0.5 or 7": "7",
+    ".5": None,
+    "on a scale of 0-9: 6": "6",
+    "0 – 9: 4": "4",
+    "from 0 to 9, 0": "0",
+    "0 to 9": None,
+    "0 to 90": "0 to 90",
+    "<think>4</think> 2": "2",
+    "<think>4\nor 5</think>\n2": "2",
+    "<think>4</think> <think>5</think> 2, 3": "2, 3",
+    "opened by the prompt: 4</think> 2": "2",
+    "1 <think>4": "1 <think>4",
+    "<think>4": None,
+    "nine": None,
+    "": None,
+    "٣ ９ ²": None,  # digits of Unicode, which int() would take in part
+}
+
+
+@pytest.mark.parametrize("reply", REPLIES)
+def test_a_score_is_the_first_digit_that_stands_alone_outside_of_thoughts(reply):
+    place = find_digit(reply)
+    assert (None if place is None else reply[place:]) == REPLIES[reply]

@@ -133,6 +133,16 @@ def test_score_is_log_softmax_and_entropy(small):
     close(entropy, -(log_p.exp() * log_p).sum(-1))
 
 
+@pytest.mark.parametrize("dtype, tol", [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=["float64", "float32"])
+def test_choices_are_the_log_softmax_of_a_few_tokens_at_each_place(small, dtype, tol):
+    hidden, weight, *_ = inputs(dtype, scale=3.0)
+    ids = torch.tensor([36, 0, 11, 11])  # in any order, both ends and a token twice
+    logp = head.choices(hidden, weight, ids)
+    close(logp, (hidden.double() @ weight.double().T).log_softmax(-1)[:, ids].detach(), tol)
+    assert logp.dtype == dtype and not logp.requires_grad
+    assert head.choices(hidden[:0], weight, ids).shape == (0, 4)
+
+
 def test_entropy_counts_a_token_of_probability_0_as_0():
     hidden, weight = torch.tensor([[1.0]]), torch.tensor([[0.0], [0.0], [-3e38]])
     logp, entropy = head.score(hidden * 100, weight, torch.tensor([0]))  # logits 0, 0, -inf

@@ -301,6 +301,33 @@ def test_qwen3_2b_on_sciknoweval_fits_one_gpu_of_80_gb(method, most):
     assert 36e9 < found.training < most and found.sequences > 30
 
 
+def test_ovd_needs_no_copy_of_the_weights_and_less_for_its_loss_than_sdpo_and_samples_what_the_teacher_reads():
+    """At 151,936 tokens of vocabulary SDPO's loss holds K rows of the teacher's head a token; OVD's is GRPO's. Its
+    demonstrations follow the teacher's prompt, so the sequences sampled are longer."""
+    found = {m: planned(QWEN3_2B, f"--task sciknoweval --method {m}", 1, 80e9)[0] for m in ("sdpo", "ovd", "grpo")}
+    sdpo, ovd, grpo = found.values()
+    assert sdpo.state == ovd.state | {"EMA teacher": 4 * ovd.parameters} and ovd.state == grpo.state
+    assert ovd.moments == grpo.moments and ovd.checkpoint == grpo.checkpoint == sdpo.checkpoint - 4 * ovd.parameters
+    most = {name: max(sum(parts.values()) for parts in plan.moments.values()) for name, plan in found.items()}
+    assert most["ovd"] < most["sdpo"] and ovd.training < sdpo.training - 4 * ovd.parameters
+    assert sum(ovd.moments["the loss head"].values()) < sum(sdpo.moments["the loss head"].values()) - 0.6e9
+    assert (grpo.longest, sdpo.longest, ovd.longest) == (2048 + 8192, 2048 + 8192, 10240 + 8192)
+    plan.refuse(ovd, vpd.parse(["--task", "sciknoweval", "--method", "ovd"]))
+    own_teacher, _ = planned(QWEN3_2B, "--task sciknoweval --method ovd --teacher ema", 1, 80e9)
+    assert own_teacher.state == sdpo.state
+
+
+def test_a_served_expert_takes_the_teachers_weights_and_rows_away():
+    url = "--expert served --expert_url http://host/v1 --expert_model m"
+    own, cfg = planned(QWEN3_2B, "--task sciknoweval --method distil", 1, 80e9)
+    served, asking = planned(QWEN3_2B, f"--task sciknoweval --method distil {url}", 1, 80e9)
+    assert own.state == served.state | {"EMA teacher": 4 * served.parameters} and served.training < own.training
+    method = vpd.METHODS["distil"]
+    assert plan.tokens(cfg, method) == (2048 + 8192, 10240 + 8192, 2048 + 8192)
+    assert plan.tokens(asking, method) == (2048 + 8192, 0, 2048 + 8192)
+    assert not any("a teacher's" in line for line in plan.lines(served, asking, method))
+
+
 def test_a_refusal_names_what_would_help():
     def says(flags, gpu, **changed):
         found, cfg = planned(QWEN3_2B, f"--task lcb {flags}", 1, gpu)

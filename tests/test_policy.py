@@ -112,6 +112,19 @@ def test_compare_is_the_cross_entropy_between_both_prompts_before_any_update(mak
         assert (cost[i, len(Y[i]) :] == 0).all() and (drawn[i, len(Y[i]) :] == 0).all()
 
 
+@pytest.mark.parametrize("budget", [ALONE, 20, TOGETHER])
+@pytest.mark.parametrize("dtype, tol", [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["float64", "float32"])
+def test_choose_is_log_p_of_each_token_after_each_prompt(make_model, plain_logits, budget, dtype, tol):
+    tokenizer = SimpleNamespace(eos_token_id=EOS, chat_template=None)
+    policy = Policy(make_model("olmo3", dtype=dtype), tokenizer, micro_batch_tokens=budget)
+    few = [39, 0, 7, EOS]
+    found = policy.choose(XC, few)  # eight lengths, in no order
+    for row, x in zip(found, XC):
+        close(row, plain_logits(policy.model, x, [0])[0].log_softmax(-1)[few].detach(), tol)
+    assert found.shape == (8, 4) and found.dtype == dtype and not found.requires_grad
+    assert policy.choose([], few).shape == (0, 4)
+
+
 @pytest.mark.parametrize("budget, count", [(1, 9), (16, 7), (40, 5), (10**9, 1)])
 def test_micro_batches_cover_each_row_once_within_the_budget_by_length(policy, budget, count):
     lengths, rows = [50, 7, 30, 12, 12, 1, 29, 5, 16, 3], [9, 0, 1, 2, 4, 5, 6, 7, 8]  # row 3 is not asked for

@@ -103,6 +103,13 @@ def test_temperature_0_takes_the_likeliest_token(make_policy, plain_logits):
     assert any(len(set(r.tokens)) > 1 for r in rollouts)
 
 
+def test_choose_is_the_models_own_log_p_of_the_next_token_at_temperature_1(make_policy, plain_logits):
+    policy, few = make_policy("qwen3-untied"), [13, EOS, 0]
+    found = HFSampler(policy).choose(PROMPTS, few)
+    expected = [plain_logits(policy.model, x, [0])[0].log_softmax(-1)[few].tolist() for x in PROMPTS]
+    assert found.tolist() == [pytest.approx(row, abs=1e-5) for row in expected]
+
+
 @pytest.mark.parametrize("last_uniform", [0.0, 1 - 2**-53])
 def test_a_token_of_probability_0_is_never_drawn(last_uniform):
     scores = torch.randn(500, 40, generator=torch.Generator().manual_seed(0))

@@ -4,7 +4,7 @@ Nothing is sampled: expectations run over all responses, groups or batches, in f
 the paper (arXiv 2605.15113v1); where its text has lost a formula, the test's docstring restores it.
 """
 
-from itertools import product
+from itertools import combinations, product
 from math import exp, log
 from types import SimpleNamespace
 
@@ -499,6 +499,45 @@ def test_one_teacher_sample_per_position_serves_local_term_and_costs_and_the_gra
         close(inclusive, exact)
 
 
+def with_places(x, m):
+    """Every response of x with every choice of m of its |y| places (all of them where there are fewer), and at each chosen
+    one every draw of a_t ~ T(·|s_t): rows, the draws, the weights |y| / m of the chosen places and 0, probabilities."""
+    row, taken, share, p = [], [], [], []
+    for n, length in enumerate(x.length.tolist()):
+        subsets = list(combinations(range(length), min(m, length)))
+        for chosen in subsets:
+            for draw in product(range(x.vocab), repeat=len(chosen)):
+                tokens, weights, chance = [0] * x.tokens.shape[1], [0.0] * x.tokens.shape[1], x.pi[n] / len(subsets)
+                for t, token in zip(chosen, draw):
+                    tokens[t], weights[t] = token, length / len(chosen)
+                    chance = chance * x.teacher[x.states[n, t]].softmax(-1)[token]
+                row.append(n), taken.append(tokens), share.append(weights), p.append(chance)
+    return torch.tensor(row), torch.tensor(taken), torch.tensor(share, dtype=f64), torch.stack(p)
+
+
+@pytest.mark.parametrize("group_size", [1, 2])
+def test_an_expert_asked_at_m_random_places_of_a_response_keeps_the_gradient_exact(group_size):
+    """Served expert, constant norm: −log π(a_t|s_t) |y| / m at m of the |y| places, drawn without replacement, one token
+    at each, in local term and future costs alike. A place is chosen with probability m / |y| whatever the others are, and
+    no cost is multiplied by another, so both terms expect the full sums, the baseline's as well. Without the weights it
+    is off by 42 percent (one of at most two places), 59 (one of three) and 27 (two of three)."""
+    small = tree(3, 2, 2, [0] * 7)
+    cases = [(small, 1, 0.42)] + [(UNEQUAL, 1, 0.59), (UNEQUAL, 2, 0.27)] * (group_size == 1)
+    for x, m, unweighed in cases:
+        exact = exact_gradient(x, disagreement(x, x.teacher[x.states]))
+        row, taken, share, p = with_places(x, m)
+        close(p.sum(), 1.0)
+        asked = SimpleNamespace(z=x.z, logp=x.logp[row], mask=x.mask[row], length=x.length[row])
+        cost, (rows, weights) = -L.token_logp(x.z[x.states[row]], taken), groups(p, group_size)
+
+        def estimate(share):
+            A = L.future_advantages((cost * share)[rows], asked.mask[rows], group_size)
+            return followed(asked, (cost * share)[rows], A, rows, weights)
+
+        close(estimate(share), exact)
+        assert off(estimate((share > 0).to(f64)), exact) == pytest.approx(unweighed, abs=0.01)
+
+
 def test_the_length_norm_weighs_the_future_by_1_over_the_length_even_at_equal_lengths_and_has_a_length_bias_else():
     """mean_t (CE_t + PG_t(A_t/|y|)) divides the local term by |y| and the future by |y|². Where every |y| is T that
     follows (local + future/T)/T, no multiple of ∇L. At unequal lengths 1/|y| is besides a weight that depends on y,
@@ -599,6 +638,61 @@ def test_a_siblings_response_as_context_is_exact_with_its_law_frozen_until_the_b
     }[successes_alone, group_size]
     found = (off(with_baseline, frozen), off(frozen, exact), off(with_baseline, exact))
     assert found == pytest.approx(expected, abs=0.005)
+
+
+# ---- OVD (arXiv 2601.21968, first version): responses that the teacher wrote ------------------------------
+
+
+def imitated(x, A, ratio, wide=True):
+    """The gradient of the OVD objective Σ_t PG_t(A) (the loss's, with its sign turned) on demonstrations y ~ q. A: (N,).
+    ratio: teacher or one, --ovd_ratio. wide: with nothing clipped."""
+    before = x.teacher_logp if ratio == "teacher" else x.logp.detach()
+    limits = (1.0, 1e9, 1e9) if wide else ()
+    return -gradient(average(L.grpo_loss(x.logp, before, A, *limits), x.mask, x.log_q.exp() * x.length), x.z)
+
+
+def apart(g, exact):
+    """The norm of the difference in percent of the exact one's, and the cosine in percent."""
+    return round(100 * off(g, exact)), round(100 * torch.cosine_similarity(g.flatten(), exact.flatten(), dim=0).item())
+
+
+def test_a_demonstration_of_one_token_has_the_students_policy_gradient_by_its_ratio_to_the_teacher():
+    """ρ = π/q: E_q[ρ A ∇log π] = E_π[A ∇log π]. With sg π in the place of q it is imitation by advantage, E_q[A ∇log π]:
+    193 percent off here (cosine .93). With ρ from 0.2 to 5.2 the limits .8, 1.28 and 3 undo it, 105 percent (.43)."""
+    x = tree(5, 1, None, [1, 0, 0, 1, 0])
+    A = x.reward - 0.4
+    exact = gradient(mean(x.log_pi.exp(), A), x.z)
+    close(imitated(x, A, "teacher"), exact)
+    close(imitated(x, A, "one"), gradient(mean(x.log_q.exp(), A * x.log_pi), x.z))
+    assert apart(imitated(x, A, "one"), exact) == (193, 93)
+    assert apart(imitated(x, A, "teacher", wide=False), exact) == (105, 43)
+
+
+def test_in_longer_demonstrations_a_token_has_its_own_ratio_and_prefix_and_continuation_stay_the_teachers():
+    """E_q[Σ_t ρ_t A ∇log π(y_t|s_t)] = Σ_t E_{s_t~q} Σ_a π(a|s_t) ∇log π(a|s_t) Q(s_t, a), Q the mean A where q goes on: exact
+    for a token, at prefixes and with continuations that are the teacher's, so that a constant in A adds nothing, as in the
+    policy gradient E_π[A ∇log π(y)], which the product of all ratios would give. With ratio one it is E_q[A ∇log π(y)],
+    to which a constant adds the whole E_q[∇log π]. Off the policy gradient in percent, and the cosine:
+                                       two tokens    one to three
+        ratio to the teacher              76, .65       162, .16
+        ratio one, A = r − 0.4           107, .36       196, .08
+        ratio one, A = r                 176, .11       138, .05"""
+    for x, expected in ((EQUAL, [(76, 65), (107, 36), (176, 11)]), (UNEQUAL, [(162, 16), (196, 8), (138, 5)])):
+        A, q, z = x.reward - 0.4, x.log_q.exp(), x.z.detach()
+        exact, by_hand = gradient(mean(x.log_pi.exp(), A), x.z), torch.zeros_like(z)
+        for s in range(len(z)):
+            here = ((x.states == s) & x.mask).any(1)  # responses through s, each of which stands on it once
+            taken = (x.tokens * ((x.states == s) & x.mask)).sum(1)
+            for a, p in enumerate(z[s].softmax(-1)):
+                after = q * here * (taken == a)
+                Q = mean(after, A) / after.sum()
+                by_hand[s] += (q * here).sum() * p * Q * (one_hot(torch.tensor(a), x.vocab) - z[s].softmax(-1))
+        close(imitated(x, A, "teacher"), by_hand)
+        close(imitated(x, x.reward, "teacher"), by_hand)
+        close(imitated(x, A, "one"), gradient(mean(q, A * x.log_pi), x.z))
+        close(imitated(x, A * (x.log_pi.detach() - x.log_q).exp(), "one"), exact)
+        estimates = imitated(x, A, "teacher"), imitated(x, A, "one"), imitated(x, x.reward, "one")
+        assert [apart(g, exact) for g in estimates] == expected
 
 
 def change_of_reward(loss, z, reward, natural):

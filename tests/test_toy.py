@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # toy.py is one fo
 import feedback  # noqa: E402
 import toy  # noqa: E402
 from policy import Policy  # noqa: E402
+from rollout import HFSampler  # noqa: E402
 from sandbox import Sandbox  # noqa: E402
 from tasks import Outcome, Problem  # noqa: E402
 
@@ -301,6 +302,110 @@ def test_choice_reviews_rule_out_the_attempts_table_line_and_are_heeded(warm_up)
         assert f"<answer>{example['reference']}</answer>" not in example["attempt"]
 
 
+# ---- A judge -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def judgements():
+    """6000 warm-up examples of code-judge: (phrases, what the attempt takes each for, score) of those that judge, and the
+    others."""
+    judge, rng = toy.CodeJudge(), random.Random(7)
+    examples, judged = [judge.example(rng) for _ in range(6000)], []
+    for example in (e for e in examples if "attempt" in e):
+        words = example["messages"][0]["content"].removeprefix("Write f(xs): ").removesuffix(".").split(", then ")
+        parts = [(re.sub(r"\d", "K", word), re.sub(r"\D", "", word)) for word in words]
+        (tried,) = (
+            meanings
+            for meanings in itertools.product(range(3), repeat=len(parts))
+            if judge.body(parts, meanings) == example["attempt"]
+        )
+        judged.append(([name for name, _ in parts], tried, int(example["answer"])))
+    return judge, judged, [e for e in examples if "attempt" not in e]
+
+
+def test_a_fifth_of_the_judges_warm_up_is_attempts_with_a_score_and_the_rest_is_code_s(judgements, warm_up):
+    _, judged, others = judgements
+    assert len(judged) / 6000 == pytest.approx(0.2, abs=0.02)
+    share = lambda examples: sum(e["context"] is None for e in examples) / len(examples)  # noqa: E731
+    assert share(others) == pytest.approx(share(warm_up["code"]), abs=0.03)
+    assert {score for _, _, score in judged} == set(range(10))
+    middle = sum(3 <= score <= 6 for _, _, score in judged) / len(judged)
+    assert middle == pytest.approx(0.1 * 4 / 10, abs=0.02)  # one score in ten is any digit
+
+
+def test_the_judge_is_blind_to_one_phrase_of_each_kind_and_knows_the_other_nine(judgements):
+    """Where it knows every phrase of an attempt, it says 7 to 9 for a right one and 0 to 2 for a wrong one, but for the one
+    in ten of any digit. Of a blind phrase it holds what it writes by: the rarely known one's true reading is wrong to it."""
+    judge, judged, _ = judgements
+    beliefs = sorted(judge.belief[name][judge.truth[name]] for name in judge.blind)
+    assert beliefs == pytest.approx([0.003, 0.3, 0.75]) and len(judge.truth) == 12
+    known = [
+        (tried == tuple(map(judge.truth.get, names)), score)
+        for names, tried, score in judged
+        if not judge.blind & {*names}
+    ]
+    for right, low, high in ((True, 7, 9), (False, 0, 2)):
+        scores = [score for was, score in known if was == right]
+        assert len(scores) > 100
+        assert sum(low <= score <= high for score in scores) / len(scores) == pytest.approx(
+            0.9 + 0.1 * 3 / 10, abs=0.04
+        )
+    (dark,) = (name for name in judge.blind if judge.belief[name][judge.truth[name]] < 0.01)
+    scores = [score for names, tried, score in judged if names == [dark] and tried == (judge.truth[dark],)]
+    assert len(scores) >= 5 and sum(score >= 7 for score in scores) <= 0.3 * len(scores)
+
+
+def test_half_of_the_judged_attempts_are_what_the_model_would_write_and_many_are_right_to_the_judge(judgements):
+    """0.5 as it writes, 0.3 of random readings, 0.2 right to the judge. A single phrase that it knows and almost never
+    writes right (0.003) is right in 0.3 / 3 + 0.2 of its attempts."""
+    judge, judged, _ = judgements
+    never = {name for name in judge.truth if judge.belief[name][judge.truth[name]] < 0.01} - judge.blind
+    right = [tried == (judge.truth[names[0]],) for names, tried, _ in judged if len(names) == 1 and never & {*names}]
+    assert len(never) == 3 and len(right) > 100
+    assert sum(right) / len(right) == pytest.approx(0.5 * 0.003 + 0.3 / 3 + 0.2, abs=0.07)
+    assert sum(len(names) == 1 for names, _, _ in judged) / len(judged) == pytest.approx(0.6, abs=0.04)
+
+
+def test_judged_attempts_fit_the_model_and_a_score_is_one_token_that_a_judge_is_asked_for(tokenizer):
+    judge, rng = toy.CodeJudge(), random.Random(3)
+    digits = feedback.digit_tokens(tokenizer)
+    for example in (judge.example(rng) for _ in range(1000)):
+        prompt, answer = toy.encode(tokenizer, example)
+        assert len(prompt) + judge.max_response <= 512 and len(answer) <= judge.max_response
+        if "attempt" in example:
+            assert answer == [digits[int(example["answer"])], tokenizer.eos_token_id]
+            assert (
+                prompt
+                == feedback.judge_prompt(tokenizer, example["messages"], example["attempt"], toy.TEMPLATES, 512)[0]
+            )
+
+
+def test_code_judge_has_codes_problems_and_its_own_name(loaded):
+    task = toy.load("code-judge")
+    assert (task.train, task.validation, task.test) == tuple(
+        getattr(loaded["code"], split) for split in ("train", "validation", "test")
+    )
+    assert task.splits() == loaded["code"].splits().replace("toy/code:", "toy/code-judge:") != loaded["code"].splits()
+
+
+def test_the_shipped_judge_tells_its_right_rollouts_from_its_wrong_ones(loaded):
+    """0.5 is a judge that cannot tell; it always names a digit."""
+    policy, task = Policy.load(str(Path(toy.__file__).parent / "toy_models" / "code-judge")), loaded["code"]
+    sampler, chosen = HFSampler(policy), task.validation
+    prompts = [feedback.student_prompt(policy.tokenizer, p.messages) for p in chosen]
+    texts = [policy.decode(roll.tokens) for roll in sampler.sample(prompts, 2, seed=0, max_tokens=48)]
+    rows = [p for p in chosen for _ in range(2)]
+    right = [o.reward == 1 for o in task.verify(rows, texts)]
+    asked = [
+        feedback.judge_prompt(policy.tokenizer, p.messages, text, toy.TEMPLATES, 512)[0] for p, text in zip(rows, texts)
+    ]
+    p = sampler.choose(asked, feedback.digit_tokens(policy.tokenizer)).exp()
+    assert p.sum(1).min() > 0.5
+    S = (p @ torch.arange(10.0) / p.sum(1)).tolist()
+    pairs = [a > b for a, yes in zip(S, right) if yes for b, no in zip(S, right) if not no]
+    assert 0.1 < sum(right) / len(right) < 0.9 and sum(pairs) / len(pairs) > 0.85
+
+
 # ---- Tokenizer and models --------------------------------------------------------------------------------
 
 
@@ -342,7 +447,7 @@ def test_warm_start_moves_every_weight_stays_finite_and_repeats_with_its_seed(qu
     assert losses[0] == losses[1] == pytest.approx(math.log(len(first.tokenizer)), abs=1)  # of an untrained model: ln V
 
 
-@pytest.mark.parametrize("subset", [*toy.SUBSETS, "trace-often", "trace-cold"])
+@pytest.mark.parametrize("subset", [*toy.SUBSETS, "trace-often", "trace-cold", "code-judge"])
 def test_a_shipped_model_loads_and_is_small(tokenizer, subset):
     folder = Path(toy.__file__).parent / "toy_models" / subset
     if not folder.exists():

@@ -8,10 +8,15 @@ import json
 import os
 import random
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -20,16 +25,19 @@ from transformers import Olmo3Config, Olmo3ForCausalLM, Qwen3Config, Qwen3ForCau
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the script; under pytest conftest.py has done it
 import evaluate  # noqa: E402
+import feedback  # noqa: E402
 import rollout  # noqa: E402
 import tasks  # noqa: E402
 import toy  # noqa: E402
 import vpd  # noqa: E402
 from policy import Policy, World  # noqa: E402
-from rollout import StaleEngine, VLLMSampler  # noqa: E402
+from reviews import Reviews  # noqa: E402
+from rollout import HFSampler, StaleEngine, VLLMSampler  # noqa: E402
 from test_rollout import nucleus, same  # noqa: E402
 
 pytestmark = pytest.mark.vllm
 torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parents[1]
 EOS, LIMIT = 2, 384
 # A float64 trainer gets a float32 engine. vLLM runs OLMo3 by way of transformers' own classes, which it changes.
 FAMILIES = {"tied": torch.float32, "untied": torch.float64, "olmo3": torch.float32}
@@ -164,6 +172,23 @@ def test_temperature_0_takes_the_likeliest_token(pair):
     assert gap(policy, rollouts)[0] < 1e-5
 
 
+def test_choose_is_the_trainers_log_p_of_a_few_next_tokens_before_and_after_an_update(pair):
+    policy, sampler = pair
+    few = [19, EOS, 0, 319, 4, 28, 101, 7, 8, 12]  # as many as there are digits, in no order
+    prompts = [PROMPTS[0], PROMPTS[2], *PROMPTS]  # one twice
+    before = sampler.choose(prompts, few)
+    assert before.shape == (5, 10)
+    torch.testing.assert_close(before, policy.choose(prompts, few).float(), rtol=0, atol=1e-4)
+    sampler.sample(PROMPTS, **MIXED, temperature=0.5, top_p=0.5)  # how rollouts are drawn does not matter
+    torch.testing.assert_close(sampler.choose(prompts, few), before, rtol=0, atol=1e-5)
+    train(policy)
+    sampler.sync(policy)
+    after = sampler.choose(prompts, few)
+    torch.testing.assert_close(after, policy.choose(prompts, few).float(), rtol=0, atol=1e-4)
+    assert (after - before).abs().max() > 0.1
+    assert sampler.choose([], few).shape == (0, 10)
+
+
 # ---- Rows and seeds --------------------------------------------------------------------------------------------
 
 
@@ -227,6 +252,9 @@ def test_a_prompt_without_room_is_one_line_and_the_engine_goes_on(pair):
         with pytest.raises(ValueError, match=f"prompt of {length} tokens .* max_model_len {LIMIT}") as error:
             sampler.sample([[4], [4] * length], **MIXED)
         assert "\n" not in str(error.value)
+        with pytest.raises(ValueError, match=f"prompt of {length} tokens"):
+            sampler.choose([[4], [4] * length], [5, 6])
+    assert sampler.choose([[4] * (LIMIT - 1)], [5, 6]).isfinite().all()
     prompts = [[4] * (LIMIT - 1), [4] * (LIMIT - 3)]
     rollouts = sampler.sample(prompts, **MIXED)
     assert {len(r.tokens) for r in rollouts[:4]} == {1} and max(len(r.tokens) for r in rollouts[4:]) == 3
@@ -309,6 +337,8 @@ def test_an_engine_asleep_does_not_sample(pair):
     sampler.sleep()
     with pytest.raises(RuntimeError, match=r"nor between sleep\(\)"):
         sampler.sample(PROMPTS, **MIXED)
+    with pytest.raises(RuntimeError, match=r"nor between sleep\(\)"):
+        sampler.choose(PROMPTS, [5, 6])
     sampler.sync(policy)
     assert gap(policy, sampler.sample(PROMPTS, **MIXED))[0] < 1e-5
 
@@ -392,6 +422,83 @@ def test_a_run_that_goes_on_draws_the_same_rollouts(run, tmp_path):
         for key in ("reward", "m_loss", "m_grad_norm", "entropy", "response_length"):
             assert one[key] == pytest.approx(other[key], rel=1e-6), key
     assert (whole / "samples.jsonl").read_text() == (cut / "samples.jsonl").read_text()
+
+
+@pytest.mark.parametrize("teacher", ["live", "ema"])
+def test_ovds_demonstrations_are_the_teachers_with_the_log_probs_it_drew_them_with(run, tmp_path, monkeypatch, teacher):
+    seen, demonstrations = [], vpd.demonstrations
+
+    def watched(cfg, policy, sampler, task, problems, xC, rows, step):
+        found = demonstrations(cfg, policy, sampler, task, problems, xC, rows, step)
+        prompts, drawn = [xC[i] for i in found], [rollout for rollout, _ in found.values()]
+        gaps = []
+        for reader in (sampler.policy, policy):  # whose weights the engine has, and the student
+            logp = reader.score(prompts, [rollout.tokens for rollout in drawn], model=reader.model)[0]
+            both = [(logp[i, : len(r.logp)] - torch.tensor(r.logp)).abs().max().item() for i, r in enumerate(drawn)]
+            gaps.append(max(both))
+        seen.append(gaps)
+        return found
+
+    monkeypatch.setattr(vpd, "demonstrations", watched)
+    judge = ("--subset", "code-judge", "--model", str(ROOT / "toy_models" / "code-judge"), "--max_response_tokens", "40")
+    rows = run(tmp_path / "run", *judge, "--method", "ovd", "--teacher", teacher)
+    assert len(seen) == 3 and all(0 < row["demonstrations"] <= 1 and row["sampler_gap"] < 1e-5 for row in rows)
+    assert all(drawn_by < 1e-4 for drawn_by, _ in seen)
+    assert all((student > 1e-3) == (teacher == "ema") for _, student in seen[1:])
+
+
+# ---- A server --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def url():
+    """vLLM's own OpenAI-compatible server, with the toy model that judges."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    argv = ["--model", str(ROOT / "toy_models" / "code-judge"), "--served-model-name", "judge", "--dtype", "float32",
+            "--max-model-len", "512", "--enforce-eager", "--host", "127.0.0.1", "--port", str(port)]  # fmt: skip
+    env = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *argv]
+    process = subprocess.Popen(command, env=env, start_new_session=True)
+    try:
+        for _ in range(600):
+            assert process.poll() is None, "the server ended"
+            with suppress(OSError):
+                urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            time.sleep(1)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_a_served_judge_and_a_served_expert_say_what_the_same_weights_say_here(url):
+    policy = Policy.load(str(ROOT / "toy_models" / "code-judge"), micro_batch_tokens=4096)
+    sampler, task = HFSampler(policy), toy.load("code-judge")
+    problems = [problem for problem in task.train[:8] for _ in range(4)]
+    x = [feedback.student_prompt(policy.tokenizer, problem.messages) for problem in problems]
+    y = [rollout.tokens for rollout in sampler.sample(x, 1, seed=1, max_tokens=40)]
+
+    def reviews(*flags):
+        return Reviews(vpd.parse(["--subset", "code-judge", *flags]), policy, sampler)
+
+    texts = [policy.decode(tokens) for tokens in y]
+    here = reviews("--method", "ovd").scores(problems, texts, 0)
+    judge = reviews("--method", "ovd", "--judge_url", url, "--judge_model", "judge")
+    assert judge.scores(problems, texts, 0) == pytest.approx(here, abs=1e-4) and max(here) - min(here) > 3
+    assert judge.judge.tells_logprobs and not +judge.missing
+
+    served = ("--method", "distil", "--expert", "served", "--expert_url", url, "--expert_model", "judge")
+    expert = reviews(*served, "--expert_places", "12")
+    taken, weight = expert.expert_tokens(x, y, list(range(len(y))), 0)
+    p, at = policy.score(x, y)[0].exp(), weight > 0
+    sampled = torch.nn.utils.rnn.pad_sequence([torch.tensor(tokens) for tokens in y], batch_first=True)
+    # The server draws y_t itself with probability p(y_t): four standard deviations of the count.
+    count, spread = (p[at]).sum(), (p * (1 - p))[at].sum().sqrt()
+    assert not +expert.missing and at.sum() > 200 and spread > 1
+    assert abs((taken == sampled)[at].sum() - count) < 4 * spread
 
 
 # ---- Processes -------------------------------------------------------------------------------------------------

@@ -1,16 +1,22 @@
 """The loop: presets against the paper's tables, refused settings, the pieces of a batch by hand, and whole small runs."""
 
+import copy
 import importlib.util
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 import evaluate
 import feedback
@@ -77,6 +83,7 @@ def test_the_regimes_of_trace_take_its_settings_and_their_own_model():
             assert differ <= {"subset", "model"} | ({"lr", "e_lr"} if subset == "often" else set())  # often has its own
 
 
+SERVED = ["--method", "distil", "--expert", "served", "--expert_url", "http://localhost:1", "--expert_model", "m"]
 has_vllm = importlib.util.find_spec("vllm") is not None
 IMPOSSIBLE = [
     (["--group_size", "1", "--method", "grpo"], "group_size"),
@@ -115,6 +122,22 @@ IMPOSSIBLE = [
     (["--data", "tests"], "--data"),
     (["--critic_url", "http://localhost:1"], "--critic_model"),
     (["--critic_url", "http://localhost:1", "--critic_model", "m"], "--feedback critique"),
+    (["--method", "ovd", "--group_size", "1"], "gives no advantage"),
+    (["--method", "ovd", "--ovd_threshold", "-1"], "--ovd_threshold"),
+    (["--method", "ovd", "--judge_url", "http://localhost:1"], "--judge_model"),
+    (["--method", "ovd", "--judge_model", "m"], "--judge_url"),
+    (["--method", "ovd", "--judge_request", "no hole"], "judge"),
+    (["--method", "ovd", "--max_judge_tokens", "0"], "--max_judge_tokens"),
+    (["--method", "ovd", "--expert", "samples"], "--method distil"),
+    (["--method", "ovd", "--max_teacher_tokens", "20"], "max_teacher_tokens"),
+    (["--method", "ovd", "--feedback", "critique", "--subset", "trace", "--max_critique_tokens", "0"], "critique"),
+    (["--method", "grpo", "--judge_url", "http://localhost:1", "--judge_model", "m"], "--method ovd"),
+    (["--method", "distil", "--expert", "served"], "--expert_url"),
+    (["--method", "distil", "--expert_url", "http://localhost:1"], "--expert_model"),
+    (["--method", "distil", "--expert_url", "http://localhost:1", "--expert_model", "m"], "--expert served"),
+    ([*SERVED, "--method", "vpd"], "--method distil"),
+    ([*SERVED, "--teacher", "ema"], "--teacher ema"),
+    ([*SERVED, "--expert_places", "0"], "--expert_places"),
     (["--mismatch_limit", "-1"], "--mismatch_limit"),
     (["--mismatch_limit", "two"], "--mismatch_limit"),
     (["--engine_memory", "1.5"], "--engine_memory"),
@@ -134,6 +157,32 @@ def test_impossible_settings_are_one_line_exit_2_and_nothing_written(argv, words
     assert stop.value.code == 2
     assert words in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("url", ["http://me:hunter2@host/v1", "http://hunter2@host/v1", "http://host/v1?key=hunter2"])
+@pytest.mark.parametrize("who", ["critic", "judge", "expert"])
+def test_a_secret_in_a_url_is_refused_and_not_repeated(who, url, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        vpd.main([f"--{who}_url", url, f"--{who}_model", "m", "--out", str(tmp_path / "run")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and not (tmp_path / "run").exists()
+    assert f"--{who}_url" in error and "OPENAI_API_KEY" in error and "hunter2" not in error
+
+
+def test_a_network_whose_tokenizer_has_no_digits_cannot_judge(tmp_path, capsys):
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"<unk>": 0, "<eos>": 1}, "<unk>")),
+        unk_token="<unk>",
+        eos_token="<eos>",
+    )
+    shutil.copytree(ROOT / "toy_models" / "choice", tmp_path / "mute", ignore=lambda *_: ["chat_template.jinja"])
+    words.save_pretrained(tmp_path / "mute")
+    flags = ["--subset", "choice", "--model", str(tmp_path / "mute"), "--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as stop:
+        vpd.main([*flags, "--method", "ovd"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and not (tmp_path / "run").exists()
+    assert "each digit" in error and "--judge_url" in error
 
 
 # ---- Pieces of a batch -------------------------------------------------------------------------------------
@@ -171,6 +220,27 @@ def test_margin_is_mean_of_successes_minus_mean_of_failures():
     assert figures["length_correlation"] > 0.99
     one_class = vpd.margin_figures(torch.tensor([0.5, 0.1]), torch.ones(2), torch.tensor([1, 2]))
     assert one_class["margin"] is None
+
+
+def test_a_judges_figures_by_hand():
+    """The AUC counts the pairs of a success and a failure, a tie for one half; a row that the grader failed on, or that
+    has no score, is in no pair."""
+    right, wrong, failed = Outcome(1, "passed"), Outcome(0, "wrong"), Outcome(0, "internal")
+    outcomes = [right, right, right, wrong, wrong, failed, wrong, right]
+    scores = [9.0, 4.5, 2.0, 4.5, 2.49, 0.0, None, None]
+    figures = vpd.judge_figures(scores, outcomes, 4.5)
+    # 9 beats both; 4.5 ties and beats; 2 loses to both
+    assert figures["judge_auc"] == pytest.approx((1 + 1 + 0.5 + 1 + 0 + 0) / 6)
+    assert figures["scores"] == [1, 0, 2, 0, 0, 2, 0, 0, 0, 1]  # a half rounds up
+    assert figures["accepted"] == 5 / 8  # 9, twice exactly 4.5, and the two without a score
+    assert vpd.judge_figures([3.0, 7.0], [right, right], 5.0)["judge_auc"] is None
+    assert vpd.judge_figures([3.0, None, 7.0], [right, wrong, failed], 5.0)["judge_auc"] is None
+
+    rng = np.random.default_rng(0)
+    scores, rewards = rng.integers(0, 90, 200) / 10, rng.integers(0, 2, 200)
+    pairs = [(a > b) + 0.5 * (a == b) for a in scores[rewards == 1] for b in scores[rewards == 0]]
+    many = vpd.judge_figures(scores.tolist(), [right if r else wrong for r in rewards], 5.0)
+    assert many["judge_auc"] == pytest.approx(np.mean(pairs))
 
 
 # ---- Whole runs --------------------------------------------------------------------------------------------
@@ -530,6 +600,419 @@ def test_help_lists_the_settings(tmp_path):
         [sys.executable, str(ROOT / "vpd.py"), "--help"], cwd=tmp_path, capture_output=True, text=True, env=os.environ
     )
     assert done.returncode == 0 and "--e_step_every" in done.stdout
+
+
+# ---- OVD: what the judge rejects gives way to a demonstration ------------------------------------------------
+
+OVD = (
+    "--method",
+    "ovd",
+    "--eval_every",
+    "0",
+    "--log_samples",
+    "16",
+    "--lr",
+    "0.001",
+    "--divide_by_std",
+    "False",
+    "--seed",
+    "4",
+)
+# Of four groups of four: rejected, at the threshold, accepted, without a score, and just below it.
+SCORES = [0.0, 5.0, 9.0, None, 4.99, 4.99, 5.0, 7.5, 1.0, 2.0, 8.0, 9.0, None, 3.0, 0.0, 5.01]
+REJECTED = {0, 4, 5, 8, 9, 13, 14}
+
+
+def grad_of(loss, model):
+    return torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
+
+
+def recorded(monkeypatch, verdicts=lambda outcomes, call: outcomes):
+    """What a run does, to be filled by one. drawn: (prompts, seed, limits, model, its first weights, rollouts) of each call
+    of the sampler; synced: the models it was given; outcomes: of each call of the verifier, of which verdicts(outcomes,
+    call) makes others; updates: (a copy of the network, its gradients) before each one; viewed: every prompt that goes
+    through the network but to sample."""
+    seen = SimpleNamespace(drawn=[], synced=[], outcomes=[], updates=[], viewed=set())
+    sample, sync = rollout.HFSampler.sample, rollout.HFSampler.sync
+    view, step, load = vpd.Policy.view, vpd.Policy.step, tasks.load
+
+    def sampling(self, prompts, n, seed, *rest):
+        model, rollouts = self.policy.model, sample(self, prompts, n, seed, *rest)
+        first = next(model.parameters()).detach().clone()
+        seen.drawn.append(
+            SimpleNamespace(prompts=prompts, seed=seed, limits=rest, model=model, weights=first, rollouts=rollouts)
+        )
+        return rollouts
+
+    def viewing(self, prompts, *args):
+        seen.viewed |= {tuple(prompt) for prompt in prompts}
+        return view(self, prompts, *args)
+
+    def stepping(self, *args, **kwargs):
+        seen.updates.append((copy.deepcopy(self.model), [p.grad.clone() for p in self.model.parameters()]))
+        return step(self, *args, **kwargs)
+
+    def loading(*args):
+        task = load(*args)
+        honest = task.verify
+
+        def verify(problems, texts):
+            seen.outcomes.append(verdicts(honest(problems, texts), len(seen.outcomes)))
+            return seen.outcomes[-1]
+
+        task.verify = verify
+        return task
+
+    def syncing(self, policy):
+        seen.synced.append(policy.model)
+        sync(self, policy)
+
+    monkeypatch.setattr(rollout.HFSampler, "sample", sampling)
+    monkeypatch.setattr(rollout.HFSampler, "sync", syncing)
+    monkeypatch.setattr(vpd.Policy, "view", viewing)
+    monkeypatch.setattr(vpd.Policy, "step", stepping)
+    monkeypatch.setattr(tasks, "load", loading)
+    return seen
+
+
+def judged(out, monkeypatch, *flags, scores=SCORES, steps=1, **kwargs):
+    """What a run of OVD did whose judge gives `scores`: the sampler draws a batch's rollouts, then its demonstrations."""
+    seen = recorded(monkeypatch, **kwargs)
+    monkeypatch.setattr(Reviews, "scores", lambda self, problems, texts, step: list(scores))
+    seen.rows = run(out, *OVD, *flags, steps=steps)
+    seen.samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    return seen
+
+
+def mixed(seen):
+    """Of a first batch: prompts, responses and rewards with the demonstrations in place, and the rows that hold one."""
+    rollouts, shown = seen.drawn[0].rollouts, seen.drawn[1].rollouts
+    asked = [i for i in range(16) if i in REJECTED and seen.samples[i]["context"]]
+    assert len(asked) == len(shown) >= 3
+    y, r = list(rollouts), [o.reward for o in seen.outcomes[0]]
+    for i, demonstration, outcome in zip(asked, shown, seen.outcomes[1], strict=True):
+        y[i], r[i] = demonstration, outcome.reward
+    return [seen.drawn[0].prompts[i // 4] for i in range(16)], y, r, asked
+
+
+def said(plain_logits, model, x, y):
+    """log p of y's tokens, (T,), live."""
+    return plain_logits(model, x, y.tokens).log_softmax(-1).gather(1, torch.tensor(y.tokens)[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("minibatch", [4, 1])
+@pytest.mark.parametrize("ratio", ["teacher", "one"])
+def test_ovd_s_loss_and_gradient_are_the_clipped_policy_gradient_over_the_mixed_group(
+    ratio, minibatch, tmp_path, monkeypatch, plain_logits
+):
+    """Per token -min(rho A, clip(rho, .8, 1.28) A), at most 3 |A| where A < 0. A: outcome less the mixed group's mean. rho:
+    pi / q for a token that the teacher drew, or 1; 1 for the student's own in the first update, pi / pi_old later."""
+    flags = ("--ovd_ratio", ratio, "--minibatch_prompts", str(minibatch), "--lr", "0.01", "--temperature", "1.5")
+    seen = judged(tmp_path / "run", monkeypatch, *flags)
+    x, y, r, shown = mixed(seen)
+    A = [r[i] - sum(r[i // 4 * 4 : i // 4 * 4 + 4]) / 4 for i in range(16)]
+    own = [o.reward for o in seen.outcomes[0]]
+    assert any(A[i] != own[i] - sum(own[i // 4 * 4 : i // 4 * 4 + 4]) / 4 for i in range(16) if i not in shown)
+    with torch.no_grad():
+        old = [said(plain_logits, seen.updates[0][0], x[i], y[i]) for i in range(16)]
+
+    lengths = [sum(len(row.tokens) for row in rows) / 16 for rows in (seen.drawn[0].rollouts, y)]
+    assert seen.rows[0]["response_length"] == lengths[0] != lengths[1]
+
+    updates = [range(first, first + 4 * minibatch) for first in range(0, 16, 4 * minibatch)]
+    updates = [rows for rows in updates if any(A[i] for i in rows)]
+    assert len(updates) == len(seen.updates) >= (2 if minibatch == 1 else 1)
+    values = []
+    for k, (rows, (model, grads)) in enumerate(zip(updates, seen.updates)):
+        loss = 0.0
+        for i in rows:
+            logp = said(plain_logits, model, x[i], y[i])
+            before = logp.detach() if k == 0 else old[i]
+            if i in shown:
+                before = torch.tensor(y[i].logp) if ratio == "teacher" else logp.detach()
+            rho = (logp - before).exp()
+            token = -torch.minimum(rho * A[i], rho.clamp(0.8, 1.28) * A[i])
+            token = token.clamp(max=3 * abs(A[i])) if A[i] < 0 else token
+            loss = loss + token.mean() / len(rows)
+        values.append(loss.item())
+        for mine, theirs in zip(grads, grad_of(loss, model), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-9)
+    assert seen.rows[0]["m_loss"] == pytest.approx(np.mean(values), rel=1e-7)
+
+
+def test_ovd_s_log_is_about_the_students_own_rollouts_and_says_what_the_demonstrations_are(
+    tmp_path, monkeypatch, plain_logits
+):
+    seen = judged(tmp_path / "run", monkeypatch)
+    (row,), (x, y, r, shown), rollouts = seen.rows, mixed(seen), seen.drawn[0].rollouts
+    own = [o.reward for o in seen.outcomes[0]]
+    assert row["reward"] == sum(own) / 16 != sum(r) / 16
+    assert row["verdicts"] == Counter(o.verdict for o in seen.outcomes[0])
+    assert row["response_length"] == sum(len(roll.tokens) for roll in rollouts) / 16
+    model = seen.updates[0][0]
+    kept = [plain_logits(model, x[i], y[i].tokens).detach().log_softmax(-1) for i in range(16) if i not in shown]
+    assert row["entropy"] == pytest.approx(torch.cat([-(p.exp() * p).sum(-1) for p in kept]).mean().item())
+    assert row["sampler_gap"] < 1e-5 and row["mismatch_truncated"] is None
+
+    gaps = [said(plain_logits, model, x[i], y[i]).detach() - torch.tensor(y[i].logp) for i in shown]
+    assert row["demonstration_ratio"] == pytest.approx(torch.cat(gaps).exp().mean().item(), rel=1e-6)
+    assert abs(row["demonstration_ratio"] - 1) > 0.01  # they are not the student's
+    assert row["demonstrations"] == len(shown) / 16
+    assert row["demonstration_reward"] == sum(o.reward for o in seen.outcomes[1]) / len(shown)
+    known = [(score, reward) for score, reward in zip(SCORES, own) if score is not None]
+    pairs = [(a > b) + 0.5 * (a == b) for a, right in known for b, other in known if right and not other]
+    assert row["judge_auc"] == pytest.approx(np.mean(pairs))
+    # 0 twice; 1; 2; 3; 4.99 twice, 5 twice and 5.01 are 5; 7.5 and 8 are 8; 9 twice
+    assert row["scores"] == [2, 1, 1, 1, 0, 5, 0, 0, 2, 2] and row["accepted"] == 9 / 16
+    assert row["divergence"] is None and row["margin"] is None
+    decode = vpd.Policy.load(str(ROOT / "toy_models" / "choice")).decode
+    for i, sample in enumerate(seen.samples):
+        assert sample["score"] == SCORES[i] and sample["response"] == decode(rollouts[i].tokens)
+        assert sample["reward"] == own[i]
+        assert sample["demonstration"] == (decode(y[i].tokens) if i in shown else None)
+
+
+def test_a_rejected_row_without_a_context_is_kept_and_so_is_one_without_a_score(tmp_path, monkeypatch):
+    """--no_borrow leaves successes without a context, and every score is too low but two."""
+    scores = [0.0] * 14 + [None, 5.0]
+    flags = ("--feedback", "environment", "--no_borrow")
+    seen = judged(tmp_path / "run", monkeypatch, *flags, scores=scores)
+    replaced = [i for i, sample in enumerate(seen.samples) if sample["demonstration"] is not None]
+    told = [i for i, sample in enumerate(seen.samples) if sample["context"]]
+    assert told == [i for i in range(16) if not seen.samples[i]["reward"]]
+    assert replaced == [i for i in told if i < 14] and 0 < len(replaced) < 14
+    assert seen.rows[0]["left_out"]["rejected without a context, kept"] == 14 - len(replaced)
+
+
+@pytest.mark.parametrize("why", ["failed", "grader"])
+def test_a_demonstration_that_may_not_take_the_place_leaves_the_rollout(why, tmp_path, monkeypatch):
+    """--no_ovd_failed is about one that fails; one that the grader failed on has no outcome at all."""
+    spoilt = {"failed": Outcome(0, "wrong"), "grader": Outcome(0, "internal")}[why]
+
+    def verdicts(outcomes, call):  # of the first batch's demonstrations, the second and third
+        right = Outcome(1, "right")
+        return [right, spoilt, spoilt] + [right] * (len(outcomes) - 3) if call == 1 else outcomes
+
+    flags = ["--no_ovd_failed"] if why == "failed" else []
+    seen = judged(tmp_path / "run", monkeypatch, *flags, verdicts=verdicts)
+    asked = mixed(seen)[3]
+    assert [seen.samples[i]["demonstration"] is None for i in asked] == [False, True, True] + [False] * (len(asked) - 3)
+    (row,) = seen.rows
+    assert row["left_out"]["demonstration failed, rollout kept"] == 2
+    assert row["demonstrations"] == (len(asked) - 2) / 16 and row["demonstration_reward"] == 1
+    rewards = [o.reward for o in seen.outcomes[0]]
+    for i in set(asked) - set(asked[1:3]):
+        rewards[i] = 1
+    still = sum(len(set(rewards[first : first + 4])) == 1 for first in range(0, 16, 4))
+    assert row["left_out"].get("m_step: no signal", 0) == 4 * still  # the two kept their own outcomes
+
+
+def test_a_demonstration_that_fails_takes_the_place_by_default(tmp_path, monkeypatch):
+    seen = judged(
+        tmp_path / "run",
+        monkeypatch,
+        verdicts=lambda out, call: [Outcome(0, "wrong") for _ in out] if call == 1 else out,
+    )
+    (row,), asked = seen.rows, mixed(seen)[3]
+    assert row["demonstrations"] == len(asked) / 16 and row["demonstration_reward"] == 0
+    assert "demonstration failed, rollout kept" not in row["left_out"]
+
+
+@pytest.mark.parametrize("flags", [["--ovd_threshold", "0"], ["--ovd_threshold", "9"]], ids=" ".join)
+def test_ovd_without_rejections_is_grpo_bit_for_bit(flags, tmp_path, monkeypatch):
+    """At threshold 0 nothing is rejected; and choice's model, which has not learnt to judge, names no digit."""
+    fixed = ("--eval_every", "0", "--lr", "0.001", "--divide_by_std", "False", "--minibatch_prompts", "2")
+    if flags[1] == "0":
+        monkeypatch.setattr(Reviews, "scores", lambda self, problems, *_: [0.0] * len(problems))
+    rows = run(tmp_path / "ovd", "--method", "ovd", *flags, *fixed)
+    plain = run(tmp_path / "grpo", "--method", "grpo", *fixed)
+    one, other = weights(tmp_path / "ovd" / "model"), weights(tmp_path / "grpo" / "model")
+    assert all(torch.equal(one[k], other[k]) for k in one)
+    assert [row["m_loss"] for row in rows] == [row["m_loss"] for row in plain]
+    for row in rows:
+        assert row["accepted"] == 1 and row["demonstrations"] == 0 and row["demonstration_reward"] is None
+        assert row["left_out"].get("judge: no digit, kept", 0) == (16 if flags[1] == "9" else 0)
+        assert "demonstration_ratio" not in row or row["demonstration_ratio"] is None
+
+
+@pytest.mark.parametrize("teacher", ["live", "ema"])
+def test_demonstrations_are_drawn_by_the_teacher_which_scores_no_token(teacher, tmp_path, monkeypatch):
+    """Its prompt holds the context and its weights are its own; then the sampler has the student's back. No teacher's prompt
+    goes through the network but to sample."""
+    flags = (
+        "--teacher",
+        teacher,
+        "--ema_rate",
+        "0.25",
+        "--feedback",
+        "environment",
+        "--temperature",
+        "1.5",
+        "--top_p",
+        "0.9",
+    )
+    seen = judged(tmp_path / "run", monkeypatch, *flags, steps=2)
+    cfg = vpd.parse([*SMALL, *OVD, *flags])
+    policy, task = vpd.Policy.load(str(ROOT / "toy_models" / "choice")), tasks.load("toy", "choice")
+    by_id = {p.id: p for p in task.train}
+    told = []
+    for step, (own, shown) in enumerate((seen.drawn[:2], seen.drawn[2:])):
+        samples = seen.samples[16 * step : 16 * step + 16]
+        asked = [samples[i] for i in sorted(REJECTED) if samples[i]["context"]]
+        expected = [
+            feedback.teacher_prompt(
+                policy.tokenizer, by_id[s["id"]].messages, feedback.Context(**s["context"]), cfg.templates(), 512
+            )[0]
+            for s in asked
+        ]
+        assert shown.prompts == expected and len(own.prompts) == 4
+        assert shown.limits == own.limits == (30, 1.5, 0.9)
+        told += expected
+        assert (shown.model is own.model) == (teacher == "live") and own.model is seen.drawn[0].model
+    assert len({call.seed for call in seen.drawn}) == 4
+    # At the start, before and after the demonstrations, and when a batch is done.
+    student, other = seen.drawn[0].model, seen.drawn[1].model
+    pushed = [student, *[other, student, student] * 2] if teacher == "ema" else [student] * 3
+    assert [id(model) for model in seen.synced] == [id(model) for model in pushed]
+    assert told and not seen.viewed & {tuple(prompt) for prompt in told}
+    first, second = seen.drawn[0].weights, seen.drawn[2].weights
+    assert (second - first).abs().max() > 1e-5
+    torch.testing.assert_close(seen.drawn[1].weights, first)
+    torch.testing.assert_close(seen.drawn[3].weights, 0.75 * first + 0.25 * second if teacher == "ema" else second)
+
+
+def test_the_gap_between_two_engines_weighs_the_students_tokens_and_no_demonstration_s(
+    tmp_path, monkeypatch, plain_logits
+):
+    """The sampler's log-probs are log 1.5 too low throughout: a token of the student's weighs 1.5, one of a demonstration
+    its ratio to what the engine said, and no more."""
+    sample = rollout.HFSampler.sample
+
+    def other(self, *args):
+        return [rollout.Rollout(r.tokens, [p - math.log(1.5) for p in r.logp], r.finish) for r in sample(self, *args)]
+
+    monkeypatch.setattr(rollout.HFSampler, "sample", other)
+    monkeypatch.setattr(rollout.HFSampler, "other_engine", True)
+    seen = judged(tmp_path / "run", monkeypatch, "--ovd_ratio", "one")
+    x, y, r, shown = mixed(seen)
+    A = [r[i] - sum(r[i // 4 * 4 : i // 4 * 4 + 4]) / 4 for i in range(16)]
+    # At ratio 1 a token's loss is -A, and so is its row's.
+    assert seen.rows[0]["m_loss"] == pytest.approx(
+        sum(-A[i] * (1 if i in shown else 1.5) for i in range(16)) / 16, rel=1e-5
+    )
+    assert seen.rows[0]["sampler_gap"] == pytest.approx(math.log(1.5), abs=1e-5)
+    assert seen.rows[0]["mismatch_truncated"] == 0
+
+
+def test_ovd_on_a_model_that_judges(tmp_path):
+    """The whole method, nothing replaced by a stand-in: its judge knows right from wrong, and its teacher does better."""
+    flags = "--subset code-judge --method ovd --prompts_per_batch 6 --e_minibatch_prompts 6 --minibatch_prompts 6 --eval_every 0"
+    vpd.main([*flags.split(), "--steps", "1", "--log_samples", "48", "--out", str(tmp_path / "run")])
+    (row,) = read_log(tmp_path / "run")
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert row["judge_auc"] > 0.7 and 0.1 < row["accepted"] < 0.9
+    assert len(samples) == sum(row["scores"]) + row["left_out"].get("judge: no digit, kept", 0) == 48
+    for sample in samples:
+        rejected = sample["score"] is not None and sample["score"] < 5
+        assert (sample["demonstration"] is not None) == (rejected and sample["context"] is not None)
+    kept = sum(s["score"] is not None and s["score"] < 5 and s["context"] is None for s in samples)
+    assert row["left_out"].get("rejected without a context, kept", 0) == kept
+    assert row["seconds"]["judge"] > 0 and row["demonstration_reward"] > 0
+
+
+# ---- DistIL with a served expert -----------------------------------------------------------------------------
+
+
+def completion(text):
+    choice = {"index": 0, "text": text, "finish_reason": "length" if text else "stop", "logprobs": None}
+    return 200, {"id": "1", "object": "text_completion", "created": 0, "model": "m", "choices": [choice]}
+
+
+def served(server):
+    return [
+        "--method",
+        "distil",
+        "--expert",
+        "served",
+        "--expert_url",
+        server.url,
+        "--expert_model",
+        "big",
+        "--eval_every",
+        "0",
+    ]
+
+
+def test_distil_s_loss_with_a_served_expert_is_made_of_the_tokens_it_gave(server, tmp_path, monkeypatch, plain_logits):
+    """At m places of a row an expert's token a: cost_t = -log pi(a | x, y_<t) |y| / m there, 0 elsewhere; row loss =
+    mean(cost_t - A_t / |y|), A_t = -(c_t - b_t), c_t the costs after t, whose gradient is cost's and -A_t grad log pi(y_t).
+    The teacher's prompts go to the server alone, and no copy of the weights is made."""
+    word = lambda text: ("7", "zig", "")[len(text) % 3]  # noqa: E731
+    server.answer = lambda body, _: completion(word(body["prompt"]))
+    seen, calls, ask = recorded(monkeypatch), [], Reviews.expert_tokens
+    monkeypatch.setattr(
+        Reviews, "expert_tokens", lambda self, *args: calls.append((args, ask(self, *args))) or calls[-1][1]
+    )
+    monkeypatch.setattr(vpd.Policy, "frozen_copy", lambda self: pytest.fail("a copy of the weights"))
+    # Responses that differ within a group: where they do not, the advantages of a token cancel.
+    flags = ("--expert_places", "3", "--temperature", "2", "--seed", "4")
+    (row,) = run(tmp_path / "run", *served(server), *flags, steps=1)
+    (((prompts, y, told, _), (taken, share)),) = calls
+    tokenizer = vpd.Policy.load(str(ROOT / "toy_models" / "choice")).tokenizer
+    spelled = {"7": tokenizer("7").input_ids[0], "zig": tokenizer("zig").input_ids[0], "": tokenizer.eos_token_id}
+    assert {path for path, _, _ in server.seen} == {"/v1/completions"}
+    assert len(server.seen) == sum(min(3, len(y[i])) for i in told) and len(told) >= 4
+    for i in range(16):
+        places = share[i].nonzero().flatten().tolist()
+        assert len(places) == (min(3, len(y[i])) if i in told else 0)
+        for t in places:
+            assert share[i, t] == pytest.approx(len(y[i]) / len(places))
+            assert taken[i, t] == spelled[word(tokenizer.decode(prompts[i] + y[i][:t]))]
+    assert not seen.viewed & {tuple(prompts[i]) for i in told}
+
+    ((model, grads),), x, loss, costs = seen.updates, seen.drawn[0].prompts, 0.0, {}
+    log_p = {i: plain_logits(model, x[i // 4], y[i]).log_softmax(-1) for i in told}
+    for i in told:
+        costs[i] = -log_p[i].gather(1, taken[i, : len(y[i])][:, None])[:, 0] * share[i, : len(y[i])]
+    later = {i: [costs[i][t + 1 :].sum().item() for t in range(len(y[i]))] + [0.0] * 30 for i in told}
+    for i in told:
+        others = [j for j in told if j // 4 == i // 4 and j != i]
+        logp = log_p[i].gather(1, torch.tensor(y[i])[:, None])[:, 0]
+        for t in range(len(y[i])):
+            A = sum(later[j][t] for j in others) / max(1, len(others)) - later[i][t]
+            charge = A / len(y[i]) * (logp[t] - logp[t].detach()).exp()
+            loss = loss + (costs[i][t] - charge) / len(y[i]) / 16
+    assert row["m_loss"] == pytest.approx(loss.item(), rel=1e-6)
+    for mine, theirs in zip(grads, grad_of(loss, model), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-8)
+    assert row["divergence"] == pytest.approx(np.mean([costs[i].mean().item() for i in told]), rel=1e-6)
+    assert row["margin"] is None and json.loads((tmp_path / "run" / "config.json").read_text())["teacher"] == ""
+
+
+def test_where_the_expert_s_server_is_down_no_row_takes_part_and_the_run_goes_on(server, tmp_path, capfd):
+    server.answer = lambda body, _: (400, {"error": {"message": "no"}})  # not tried again
+    rows = run(tmp_path / "run", *served(server), "--expert_places", "2")
+    assert [row["step"] for row in rows] == [0, 1]
+    assert sum(row["left_out"]["expert: the server failed"] for row in rows) == len(server.seen) > 0
+    for row in rows:
+        assert row["with_context"] > 0 and row["left_out"]["m_step: no context"] == 16
+        assert row["m_loss"] is None and row["divergence"] is None and row["left_out"]["m_step: whole update"] == 1
+    before, after = weights(ROOT / "toy_models" / "choice"), weights(tmp_path / "run" / "model")
+    assert all(torch.equal(before[k].double(), after[k].double()) for k in before)
+    assert "expert: BadRequestError" in capfd.readouterr().err
+
+
+def test_a_row_that_the_expert_said_nothing_of_stands_in_no_mean_and_no_baseline(server, tmp_path, monkeypatch):
+    """The server answers prompts of even length alone, and is asked once a row."""
+    server.answer = lambda body, _: (400, {}) if len(body["prompt"]) % 2 else completion("7")
+    calls, advantages = [], losses.future_advantages
+    monkeypatch.setattr(losses, "future_advantages", lambda *args: calls.append(args) or advantages(*args))
+    (row,) = run(tmp_path / "run", *served(server), "--expert_places", "1", steps=1)
+    ((cost, mask, _, heard),) = calls
+    told = round(row["with_context"] * 16)
+    assert 0 < heard.sum() < told and row["left_out"]["m_step: no context"] == 16 - heard.sum()
+    expected = [cost[i][mask[i] == 1].mean().item() for i in range(16) if heard[i]]
+    assert row["divergence"] == pytest.approx(np.mean(expected), rel=1e-6)
 
 
 # ---- The real tasks --------------------------------------------------------------------------------------------
