@@ -41,7 +41,7 @@ Written by `bash run.sh study`. Every run starts from a model in `toy_models/` a
 (code: 70) test problems, 4 samples each, at temperature 1. avg@4 has a 95% t interval over seeds; it says nothing about other
 problems, models or tasks, and knows nothing of a pass rate's ends at 0 and 1. margin: mean of the first and of the last five
 batches that have one (Fig. 1). teacher: pass rate of the teacher on fixed failures of the base model, before and after.
-s/batch: seconds, two runs at a time on two busy cores. Settings are those of the presets in `vpd.py`, which were chosen on
+s/batch: seconds, two runs at a time on two busy cores. Settings are those of the presets in `settings.py`, which were chosen on
 validation problems and seed 0 (last section: ten settings a method on trace, at 40 batches of an earlier commit; six on code,
 five on choice, three on trace-often; none on trace-rare, trace-cold and the longer runs; DistIL's two normalisers share its
 settings, and its local term alone was tuned as it was; on code-judge GRPO and both kinds of OVD were tuned, six settings each, and VPD and SDPO have code's), and the flags of

@@ -10,7 +10,7 @@ import numpy as np
 from scipy import stats
 
 from evaluate import paper_figures
-from vpd import METHODS, NOT_OF_THE_RUN, PRESETS, Config
+from settings import METHODS, NOT_OF_THE_RUN, PRESETS, Config
 
 ALL = {
     "Base": "base", "GRPO": "grpo", "SDPO": "sdpo", "SDPO+RL (Adv Reshape)": "reshape",

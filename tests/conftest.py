@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import Olmo3Config, Olmo3ForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the sources are one folder up; pytest may start anywhere
+import tasks  # noqa: E402
 import toy  # noqa: E402
 
 torch.set_num_threads(1)
@@ -148,3 +149,15 @@ def server():
     yield handle
     listening.shutdown()
     listening.server_close()
+
+
+@pytest.fixture
+def small_validation(monkeypatch):
+    load = tasks.load
+
+    def fewer(*args):
+        task = load(*args)
+        task.validation = task.validation[:4]
+        return task
+
+    monkeypatch.setattr(tasks, "load", fewer)

@@ -9,7 +9,7 @@ import pytest
 
 import figures
 import tables
-import vpd
+import settings
 
 
 def run(folder, method, seed, rewards, margins=None, **settings):
@@ -260,8 +260,8 @@ def test_file_that_is_no_study_is_one_line_and_exit_2(text, tmp_path, capsys):
 
 def evaluated(argv, after, before=0.3, parts=None, **differs):
     """(name, config.json, evaluation.json) of a run started with these flags; `differs`: changes of its evaluation."""
-    cfg = vpd.parse(argv.split())
-    config = asdict(cfg) | {"out": "x", "teacher": cfg.teacher or vpd.METHODS[cfg.method].teacher, "commit": "c"}
+    cfg = settings.parse(argv.split())
+    config = asdict(cfg) | {"out": "x", "teacher": cfg.teacher or settings.METHODS[cfg.method].teacher, "commit": "c"}
     subset = cfg.subset or {"lcb": "v6", "sciknoweval": "biology", "math": "dapo", "toy": "trace"}[cfg.task]
     result = {"task": f"{cfg.task}/{subset}", "split": "test", "seed": 0, "temperature": cfg.eval_temperature,
               "top_p": cfg.eval_top_p, "max_tokens": cfg.max_response_tokens, "n": cfg.eval_samples}  # fmt: skip

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import head  # noqa: E402
 import plan  # noqa: E402
+import settings
 import vpd  # noqa: E402
 
 GB = 10**9
@@ -37,8 +38,8 @@ SIZES = "--max_prompt_tokens 10 --max_response_tokens 20 --max_teacher_tokens 30
 
 
 def planned(shape, flags="", processes=1, gpu=0.0):
-    cfg = vpd.parse(flags.split())
-    return plan.memory(Qwen3Config(**shape), cfg, vpd.METHODS[cfg.method], processes, gpu), cfg
+    cfg = settings.parse(flags.split())
+    return plan.memory(Qwen3Config(**shape), cfg, settings.METHODS[cfg.method], processes, gpu), cfg
 
 
 # ---- By hand -------------------------------------------------------------------------------------------------
@@ -312,7 +313,7 @@ def test_ovd_needs_no_copy_of_the_weights_and_less_for_its_loss_than_sdpo_and_sa
     assert most["ovd"] < most["sdpo"] and ovd.training < sdpo.training - 4 * ovd.parameters
     assert sum(ovd.moments["the loss head"].values()) < sum(sdpo.moments["the loss head"].values()) - 0.6e9
     assert (grpo.longest, sdpo.longest, ovd.longest) == (2048 + 8192, 2048 + 8192, 10240 + 8192)
-    plan.refuse(ovd, vpd.parse(["--task", "sciknoweval", "--method", "ovd"]))
+    plan.refuse(ovd, settings.parse(["--task", "sciknoweval", "--method", "ovd"]))
     own_teacher, _ = planned(QWEN3_2B, "--task sciknoweval --method ovd --teacher ema", 1, 80e9)
     assert own_teacher.state == sdpo.state
 
@@ -322,7 +323,7 @@ def test_a_served_expert_takes_the_teachers_weights_and_rows_away():
     own, cfg = planned(QWEN3_2B, "--task sciknoweval --method distil", 1, 80e9)
     served, asking = planned(QWEN3_2B, f"--task sciknoweval --method distil {url}", 1, 80e9)
     assert own.state == served.state | {"EMA teacher": 4 * served.parameters} and served.training < own.training
-    method = vpd.METHODS["distil"]
+    method = settings.METHODS["distil"]
     assert plan.tokens(cfg, method) == (2048 + 8192, 10240 + 8192, 2048 + 8192)
     assert plan.tokens(asking, method) == (2048 + 8192, 0, 2048 + 8192)
     assert not any("a teacher's" in line for line in plan.lines(served, asking, method))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import feedback
-import vpd
+from settings import Config
 from policy import World
 from reviews import Reviews, ServedModel
 from tasks import Problem
@@ -144,8 +144,8 @@ def test_the_next_piece_of_each_text_is_drawn_at_temperature_1_and_empty_where_t
     assert served.next_piece(list(said), seed=3) == ["", None, " then", "."]
     assert list(served.failures.items()) == [("ValueError: a token without a text", 1)]
     assert {path for path, _, _ in server.seen} == {"/v1/completions"}
-    settings = dict(model="expert", max_tokens=1, temperature=1.0, top_p=1.0)
-    assert all({name: body[name] for name in settings} == settings for _, _, body in server.seen)
+    asked = dict(model="expert", max_tokens=1, temperature=1.0, top_p=1.0)
+    assert all({name: body[name] for name in asked} == asked for _, _, body in server.seen)
     assert len({body["seed"] for _, _, body in server.seen}) == 4
     assert max(body["seed"] for _, _, body in server.seen) < 2**31  # what servers take
     seeds = {body["prompt"]: body["seed"] for _, _, body in server.seen}
@@ -160,7 +160,7 @@ def test_the_next_piece_of_each_text_is_drawn_at_temperature_1_and_empty_where_t
 def make_reviews(byte_tokenizer):
     """make_reviews(sampler, settings): of a policy of bytes, that never computes."""
     policy = SimpleNamespace(tokenizer=byte_tokenizer, world=World(), device=torch.device("cpu"), eos_ids=[3, 9])
-    return lambda sampler=None, **settings: Reviews(vpd.Config(**settings), policy, sampler)
+    return lambda sampler=None, **settings: Reviews(Config(**settings), policy, sampler)
 
 
 PROBLEMS = [Problem(str(i), [{"role": "user", "content": f"question {i}"}], reference="secret") for i in range(5)]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import study
-import vpd
+import settings
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,8 +23,8 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.parametrize("name", study.ROWS)
 def test_a_rows_flags_are_settings_that_work_together(name):
-    cfg = vpd.parse([*study.flags_of(name), "--seed", "1"])
-    vpd.check(cfg)
+    cfg = settings.parse([*study.flags_of(name), "--seed", "1"])
+    settings.check(cfg)
     subset, method = name.split(" ")[0].split("/")
     if name.endswith("vpd no E-step"):  # which is SDPO's loop on VPD's settings
         method = "sdpo"
@@ -44,7 +44,7 @@ def test_a_variant_differs_from_its_method_in_what_its_name_says():
     for name in study.ROWS:
         base, _, change = name.partition(" ")
         if change and (base.startswith("trace/") or base in ("code/distil", "code-judge/ovd")):
-            one, other = (vpd.asdict(vpd.parse(study.flags_of(n))) for n in (base, name))
+            one, other = (vars(settings.parse(study.flags_of(n))) for n in (base, name))
             tuned = {"lr"} if name == "trace/distil local term alone" else set()
             assert {key for key in one if one[key] != other[key]} - {"out"} == changed[change] | tuned, name
             seen += 1
@@ -58,10 +58,10 @@ def test_every_method_of_a_task_was_tried_with_as_many_settings():
     for name, count in tried.items():
         by_subset.setdefault(name.split("/")[0], set()).add(count)
     assert by_subset == {"code": {6}, "choice": {5}, "trace-often": {3}, "trace": {10}, "code-judge": {6}}
-    for name, settings in study.GRID.items():
+    for name, tried in study.GRID.items():
         subset, method = name.split(" ")[0].split("/")
-        for flags in settings:
-            vpd.check(vpd.parse(["--subset", subset, "--method", method, *flags.split()]))
+        for flags in tried:
+            settings.check(settings.parse(["--subset", subset, "--method", method, *flags.split()]))
 
 
 def test_claims_speak_of_rows_that_are_run():
@@ -221,8 +221,8 @@ def test_finished_runs_stay_stopped_ones_start_again_and_a_failure_is_told(tmp_p
     finished, stopped, changed, wrong = (tmp_path / name for name in ("finished", "stopped", "changed", "wrong"))
     for folder, seed in ((finished, 3), (stopped, 3), (changed, 4)):
         folder.mkdir()
-        settings = vpd.asdict(vpd.parse(TINY)) | {"teacher": vpd.parse(TINY).reader()}  # as a run records them
-        (folder / "config.json").write_text(json.dumps(settings | {"seed": seed, "mark": "old"}))
+        as_run = vars(settings.parse(TINY)) | {"teacher": settings.parse(TINY).reader()}  # as a run records them
+        (folder / "config.json").write_text(json.dumps(as_run | {"seed": seed, "mark": "old"}))
         if folder != stopped:
             (folder / "done.json").write_text('{"seconds": 1}')
     jobs = {finished: TINY, stopped: TINY, changed: TINY, wrong: [*TINY, "--lr", "-1"]}
@@ -269,7 +269,7 @@ def test_stopping_the_study_stops_its_processes(tmp_path):
         time.sleep(0.2)
     study_run.terminate()
     _, errors = study_run.communicate(timeout=30)
-    assert study_run.returncode == 130 and errors.splitlines()[-1] == "study.py: stopped; finished runs stay"
+    assert study_run.returncode == 130 and "study.py: stopped; finished runs stay" in errors.splitlines()
     with pytest.raises(ProcessLookupError):  # nobody is left in its session
         for _ in range(50):
             os.killpg(study_run.pid, 0)

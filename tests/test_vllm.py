@@ -29,6 +29,7 @@ import feedback  # noqa: E402
 import rollout  # noqa: E402
 import tasks  # noqa: E402
 import toy  # noqa: E402
+import settings
 import vpd  # noqa: E402
 from policy import Policy, World  # noqa: E402
 from reviews import Reviews  # noqa: E402
@@ -440,7 +441,14 @@ def test_ovds_demonstrations_are_the_teachers_with_the_log_probs_it_drew_them_wi
         return found
 
     monkeypatch.setattr(vpd, "demonstrations", watched)
-    judge = ("--subset", "code-judge", "--model", str(ROOT / "toy_models" / "code-judge"), "--max_response_tokens", "40")
+    judge = (
+        "--subset",
+        "code-judge",
+        "--model",
+        str(ROOT / "toy_models" / "code-judge"),
+        "--max_response_tokens",
+        "40",
+    )
     rows = run(tmp_path / "run", *judge, "--method", "ovd", "--teacher", teacher)
     assert len(seen) == 3 and all(0 < row["demonstrations"] <= 1 and row["sampler_gap"] < 1e-5 for row in rows)
     assert all(drawn_by < 1e-4 for drawn_by, _ in seen)
@@ -482,7 +490,7 @@ def test_a_served_judge_and_a_served_expert_say_what_the_same_weights_say_here(u
     y = [rollout.tokens for rollout in sampler.sample(x, 1, seed=1, max_tokens=40)]
 
     def reviews(*flags):
-        return Reviews(vpd.parse(["--subset", "code-judge", *flags]), policy, sampler)
+        return Reviews(settings.parse(["--subset", "code-judge", *flags]), policy, sampler)
 
     texts = [policy.decode(tokens) for tokens in y]
     here = reviews("--method", "ovd").scores(problems, texts, 0)
