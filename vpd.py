@@ -53,15 +53,7 @@ import toy
 from policy import Policy, World, ema_update
 from reviews import Reviews
 from rollout import StaleEngine, open_sampler, seed_for, weights_of
-from session import (
-    Clock,
-    Session,
-    git_commit,
-    mean,
-    open_directory,
-    rollout_figures,
-    watch,
-)
+from session import Clock, Session, git_commit, mean, open_directory, rollout_figures, watch
 from settings import METHODS, Config, check, fail, parse
 
 # ---- Pieces of a batch ---------------------------------------------------------------------------------------
