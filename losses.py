@@ -85,7 +85,8 @@ def top_k_with_tail(
 
 
 def divergence(log_s: torch.Tensor, log_t: torch.Tensor, kind: str) -> torch.Tensor:
-    """D(S, T) between student S and teacher T, per token. Eq. 10 of the paper is kl_student_teacher. Needs `kl`.
+    """D(S, T) between student S and teacher T, per token. Eq. 10 of the paper is kl_student_teacher. Needs `kl`
+    and `cross_entropy`.
 
     kl_student_teacher   KL(S‖T)                                (the paper's "reverse")
     kl_teacher_student   KL(T‖S)                                (the paper's "forward")
@@ -108,7 +109,7 @@ def divergence(log_s: torch.Tensor, log_t: torch.Tensor, kind: str) -> torch.Ten
         u = log_t.clamp(min=-1e4) - log_s.clamp(min=-1e4)
         m_over_s = F.softplus(u, threshold=50) - math.log(2.0)
         return 0.5 * (log_t.exp() * (u - m_over_s) - log_s.exp() * m_over_s).sum(-1)
-    raise ValueError(f"unknown divergence {kind!r}: choose one of {', '.join(DIVERGENCES)}")
+    raise ValueError(f"unknown divergence {kind!r}: choose one of kl_student_teacher, kl_teacher_student, js")
 
 
 def distillation_loss(
@@ -117,7 +118,8 @@ def distillation_loss(
     """The token-level loss of the M-step (Eq. 10) and of SDPO (Eq. 2): D(π(·|x,y_<t), sg q(·|x,C,y_<t)).
 
     student_logits, teacher_logits: (B, T, V); kind: see `divergence`; top_k: None compares whole vocabularies, else the
-    student's top_k tokens and the tail. Returns (B, T). Needs `divergence`, `kl`, `top_k_with_tail`, `with_tail`.
+    student's top_k tokens and the tail. Returns (B, T). Needs `divergence`, `kl`, `cross_entropy`, `top_k_with_tail`,
+    `with_tail`.
 
     In expectation its gradient is that of the divergence with the visits to the prefixes y_<t frozen. The gradient of the
     sequence KL(π‖q) has the score-function term E Σₜ ∇log π(yₜ) Σ_{i>t} KLᵢ besides (tests/test_theory.py).

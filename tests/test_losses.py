@@ -7,6 +7,7 @@ float64 unless a test is about float32 itself. Logits are log-probabilities plus
 import ast
 import inspect
 import math
+import re
 import sys
 from math import exp, expm1, log
 from pathlib import Path
@@ -571,6 +572,19 @@ def test_no_input_is_changed(name):
     getattr(L, name)(*arguments)
     for argument, copy in zip(arguments, before):
         assert torch.equal(argument, copy) if isinstance(argument, torch.Tensor) else argument == copy
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_works_in_another_project_with_the_helpers_that_its_docstring_names(name):
+    named = re.findall("`(.*?)`", (re.findall(r"Needs\s(.*?)\.", getattr(L, name).__doc__, re.DOTALL) or [""])[0])
+    copied = [inspect.getsource(getattr(L, helper)) for helper in (*named, name)]
+    used = {node.id for text in copied for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
+    assert used & (set(vars(L)) - {"torch", "math", "F"}) - {name} == set(named)  # in branches not taken, too
+    elsewhere = {}
+    exec("import math\nimport torch\nimport torch.nn.functional as F\n" + "\n".join(copied), elsewhere)
+    theirs, ours = elsewhere[name](*ARGUMENTS[name]()), getattr(L, name)(*ARGUMENTS[name]())
+    for there, here in zip(*((x if isinstance(x, tuple) else (x,)) for x in (theirs, ours)), strict=True):
+        assert torch.equal(there, here)
 
 
 # Two rows of five tokens in float32; the second row swaps student and teacher. Between them: the same choice,
