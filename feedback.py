@@ -255,9 +255,10 @@ def expected_digit(p: Sequence[float], least: float = 0.0) -> float | None:
 
 
 def find_digit(reply: str) -> int | None:
-    """The place of the first digit that stands alone, outside of <think>…</think>: not in 10, in 7.5 nor in 0-9, which
-    repeats the scale. None where there is none."""
-    thought = r"\A(?:(?!<think>).)*?</think>|<think>.*?(?:</think>|\Z)|\b0\s*(?:-|–|to)\s*9\b"
-    rest = re.sub(thought, lambda found: " " * len(found[0]), reply, flags=re.DOTALL)
-    found = re.search(r"(?<![0-9.])[0-9](?!\.?[0-9])", rest)
+    """The place of the first digit that stands alone, outside of <think>…</think>: not in 10, in 7.5 (but in 7.0), nor in
+    0-9 or 0 (wrong) to 9 (right), which repeat the scale. None where there is none."""
+    thought = r"\A(?:(?!<think>).)*?</think>|<think>.*?(?:</think>|\Z)"
+    scale = r"\b0\s*(?:\([^)]*\))?\s*(?:-|–|to)\s*9\b(?:\s*\([^)]*\))?"
+    rest = re.sub(f"{thought}|{scale}", lambda found: " " * len(found[0]), reply, flags=re.DOTALL)
+    found = re.search(r"(?<![0-9.])[0-9](?:\.0+)?(?!\.?[0-9])", rest)
     return found.start() if found else None

@@ -130,8 +130,9 @@ def memory(config, cfg, method, processes: int, gpu_bytes: float = 0) -> Plan:
             + BF16 * 4 * inner  # MLP: gate, its activation, up, their product
             + BF16 * (3 * inner + 3 * H)  # gradients on their way: three of the MLP, three of states
         )
-        full = method.distils and not cfg.top_k
-        top_k = cfg.top_k if method.distils and not full else 0
+        compares = method.distils and cfg.expert == "probabilities"  # the teacher's states meet the student's
+        full = compares and not cfg.top_k
+        top_k = cfg.top_k if compares else 0
         chunk = min(n, head.tokens_per_chunk(V, H, top_k or None, compute, "cuda"))
         # Logits in float32, for all of V the teacher's beside; one bfloat16 copy on the way in or out; K rows of the
         # teacher's head a token; six blocks of columns where all of V is compared.
@@ -140,11 +141,11 @@ def memory(config, cfg, method, processes: int, gpu_bytes: float = 0) -> Plan:
         # their gradient; of the teacher, two of these.
         standing = {
             "layer inputs": n * BF16 * H * len(layers),
-            "last states": n * (F32 + BF16 * (4 + 2 * bool(teacher and method.distils))) * H,
+            "last states": n * (F32 + BF16 * (4 + 2 * compares)) * H,
             "root gathered": root_size * compute,
             "gradient of the head": V * H * compute,
         }
-        if teacher == "ema":
+        if teacher == "ema" and not method.replaces:
             standing["EMA teacher, root gathered"] = root_size * compute
         moments = {
             "the loss head": {**standing, "logits in chunks": chunks},
@@ -213,7 +214,7 @@ def lines(plan: Plan, cfg, method) -> list[str]:
         f"{B * G} rollouts per batch; M-step: {B // cfg.minibatch_prompts} updates per batch, {m_rows} sequences each"
     )
     most = f"tokens at most: {student} a student's row" + f", {taught} a teacher's" * bool(taught)
-    most += f", {max(cfg.micro_batch_tokens, student, taught)} a micro batch, {m_rows * student} an M-step update"
+    most += f", {max(cfg.micro_batch_tokens, student, 0 if method.replaces else taught)} a micro batch, {m_rows * student} an M-step update"
     if cfg.method == "vpd":
         rows += f"; E-step: {B // cfg.e_minibatch_prompts} every {cfg.e_step_every} batches, {e_rows} sequences each"
         most += f", {e_rows * taught} an E-step update"

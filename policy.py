@@ -389,7 +389,8 @@ class Policy:
         `head.loss`; expert: (N, T) ids in the teacher's place, D is −log p of those."""
         N, T = len(responses), max(map(len, responses), default=0)
         apart = torch.zeros(N, T, dtype=torch.promote_types(self.dtype, torch.float32), device=self.device)
-        for batch in self.micro_batches(rows, [len(p) + len(r) for p, r in zip(told, responses)]):
+        longer = told if expert is None else prompts
+        for batch in self.micro_batches(rows, [len(p) + len(r) for p, r in zip(longer, responses)]):
             q, here = None, [responses[i] for i in batch]
             if expert is None:
                 q = self.view([told[i] for i in batch], here, model)

@@ -19,7 +19,7 @@ import evaluate
 import feedback
 import tasks
 from policy import Policy
-from reviews import Reviews
+from reviews import Reviews, ServerSilent
 from rollout import StaleEngine, seed_for, weights_of
 
 
@@ -79,7 +79,7 @@ def terminal_line(row: dict) -> str:
     """At most 12 figures of a step; every one is explained in the README."""
     show = {"reward": "reward", "margin": "margin", "divergence": "div", "e_loss": "E-loss", "shift": "delta",
             "m_loss": "M-loss", "m_grad_norm": "|g|", "entropy": "entropy", "response_length": "length",
-            "with_context": "told"}  # fmt: skip
+            "with_context": "told", "accepted": "accepted"}  # fmt: skip
     cells = [f"{name} {row[key]:.3f}" for key, name in show.items() if row.get(key) is not None]
     return f"{row['step']:4d}  " + "  ".join(cells) + f"  {sum(row['seconds'].values()):.1f} s"
 
@@ -148,9 +148,6 @@ class Session:
         self.log, self.samples = (
             (out / name if first else Path(os.devnull)).open("a") for name in ("log.jsonl", "samples.jsonl")
         )
-        self.bar = tqdm(
-            total=self.steps, initial=self.first_step, disable=None if first else True, unit="batch", dynamic_ncols=True
-        )
 
     def __enter__(self) -> "Session":
         return self
@@ -158,7 +155,7 @@ class Session:
     def __exit__(self, kind, error, trace) -> None:
         # After an error the weights as they were, where nobody else is needed to gather them or everybody is here for the
         # same reason. Who was told to stop has saved them.
-        together = isinstance(error, (FloatingPointError, StaleEngine))
+        together = isinstance(error, (FloatingPointError, StaleEngine, ServerSilent))
         alone = self.policy.world.size == 1 and isinstance(error, (Exception, KeyboardInterrupt))
         try:
             if error is None or together or alone:
@@ -188,6 +185,9 @@ class Session:
                 self.probe = base_failures(cfg, self.policy, self.sampler, self.reviews, self.task)
                 self.policy.world.first(lambda: probe.write_text(json.dumps(self.probe, indent=1) + "\n"))
             self.validate(0)
+        self.reviews.not_had()  # the first batch counts its own
+        quiet = None if self.policy.world.rank == 0 else True
+        self.bar = tqdm(total=self.steps, initial=self.first_step, disable=quiet, unit="batch", dynamic_ncols=True)
 
     def end_of_batch(self, row: dict, samples: list[dict]) -> None:
         """Writes the batch's row and samples; evaluates, saves the state and leaves where it is time for it."""

@@ -257,10 +257,12 @@ def parse(argv: list[str] | None = None) -> Config:
     chosen, _ = parser.parse_known_args(argv)
     preset = PRESETS[chosen.task] | METHOD_PRESETS.get((chosen.task, chosen.method), {})
     if chosen.task == "toy":
-        subset = chosen.subset or tasks.TASKS["toy"][0]
+        # Of the toy models one has learned to judge.
+        subset = chosen.subset or ("code-judge" if chosen.method == "ovd" else tasks.TASKS["toy"][0])
         # The regimes of trace take its settings, and then their own.
         for key in (subset.split("-")[0], (subset.split("-")[0], chosen.method), subset, (subset, chosen.method)):
             preset |= TOY_PRESETS.get(key, {})
+        preset |= {"subset": subset}
     elif chosen.smoke:
         preset |= SMOKE | {"data": str(toy.FIXTURES / {"math": ""}.get(chosen.task, f"{chosen.task}.jsonl")),
                            "minibatch_prompts": 2 if chosen.task == "lcb" else 4,
@@ -353,7 +355,9 @@ def check(cfg: Config) -> None:
                 f"--{who}_url and --{who}_model go together: the server's base URL and the model it serves"
             )
         parts = urlsplit(url)
-        if parts.username or parts.password or parts.query:
+        if url and parts.scheme not in ("http", "https"):
+            raise ValueError(f"--{who}_url must begin with http:// or https://, not {url!r}")
+        if parts.username or parts.password or parts.query or parts.fragment:
             raise ValueError(
                 f"--{who}_url holds a secret, which would be saved with the run: put the key into OPENAI_API_KEY"
             )
@@ -361,6 +365,8 @@ def check(cfg: Config) -> None:
         raise ValueError("--critic_url needs --feedback critique and a method with a teacher")
     if cfg.judge_url and cfg.method != "ovd":
         raise ValueError(f"--judge_url is for --method ovd: {cfg.method} has no judge")
+    if cfg.ovd_threshold > 10:
+        raise ValueError(f"--ovd_threshold must be at most 10, which rejects every score, not {cfg.ovd_threshold}")
     if bool(cfg.expert_url) != (cfg.expert == "served"):
         raise ValueError("--expert served and --expert_url go together")
     if cfg.passed_text and (cfg.feedback not in ("environment", "critique") or not method.teacher):

@@ -459,12 +459,12 @@ class Choice:
 # ---- Tokenizer, model and warm start -------------------------------------------------------------------------
 
 SUBSETS = {"trace": Trace, "code": Code, "choice": Choice}
-REGIMES = {
+REGIMES = {  # for the study
     "trace-rare": TraceRare,
     "trace-often": TraceOften,
     "trace-cold": TraceCold,
     "code-judge": CodeJudge,
-}  # for the study
+}
 EVERY = SUBSETS | REGIMES
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -51,7 +51,7 @@ import plan
 import tasks
 import toy
 from policy import Policy, World, ema_update
-from reviews import Reviews
+from reviews import Reviews, ServerSilent, reach
 from rollout import StaleEngine, open_sampler, seed_for, weights_of
 from session import Clock, Session, git_commit, mean, open_directory, rollout_figures, watch
 from settings import METHODS, Config, check, fail, parse
@@ -78,9 +78,7 @@ def demonstrations(
     drawn = sampler.sample([xC[i] for i in rows], 1, seed, cfg.max_response_tokens, cfg.temperature, cfg.top_p)
     outcomes = task.verify([problems[i] for i in rows], [policy.decode(rollout.tokens) for rollout in drawn])
     return {
-        i: (rollout, outcome)
-        for i, rollout, outcome in zip(rows, drawn, outcomes)
-        if outcome.verdict != "internal" and (outcome.reward or cfg.ovd_failed)
+        i: (rollout, outcome) for i, rollout, outcome in zip(rows, drawn, outcomes) if outcome.verdict != "internal"
     }
 
 
@@ -198,18 +196,29 @@ def train(
                 scores = reviews.scores(row_problems, texts, step)
                 rejected = [i for i in rows if scores[i] is not None and scores[i] < cfg.ovd_threshold]
                 skipped["rejected without a context, kept"] += len(rejected) - int(told[rejected].sum())
-                with weights_of(teacher, sampler, policy):
-                    asked = [i for i in rejected if told[i]]
+                asked = [i for i in rejected if told[i]]
+                with weights_of(teacher if asked else None, sampler, policy):
                     shown = demonstrations(cfg, policy, sampler, task, row_problems, xC, asked, step)
-                skipped["demonstration failed, rollout kept"] += len(asked) - len(shown)
+                skipped["demonstration without a grade, rollout kept"] += len(asked) - len(shown)
+                if not cfg.ovd_failed:
+                    asked = list(shown)
+                    shown = {i: found for i, found in shown.items() if found[1].reward}
+                    skipped["demonstration failed, rollout kept"] += len(asked) - len(shown)
                 for i, (demonstration, outcome) in shown.items():
                     y[i], r[i], own[i] = demonstration.tokens, outcome.reward, False
                 figures |= judge_figures(scores, outcomes, cfg.ovd_threshold)
                 figures["demonstrations"] = mean(~own)
                 figures["demonstration_reward"] = mean([outcome.reward for _, outcome in shown.values()])
                 clock.lap("judge")
-            # What goes through the network: teacher's prompts as well, but for a teacher that scores nothing.
-            mask, longer = policy.mask(y), x if method.replaces else xC  # (B, T)
+            # Tokens of a black box, and what D counts for at each place, (B, T).
+            mask, expert, share = policy.mask(y), None, told[:, None]
+            if cfg.expert == "served":
+                expert, share = reviews.expert_tokens(xC, y, taught, step)
+                clock.lap("expert")
+            share = share.expand_as(mask)
+            # What goes through the network: the teacher's prompts as well, where it scores the student's rollouts.
+            scores_rollouts = bool(record["teacher"]) and not method.replaces
+            longer = xC if scores_rollouts else x
             lengths = [len(longer[i]) + len(y[i]) for i in rows]
 
             # ---- 3. Freeze log pi_theta(y|x); the teacher's log-probs at the same weights give the reward margin
@@ -231,7 +240,7 @@ def train(
                 mismatch[~own] = 1.0
                 if cfg.ovd_ratio == "teacher":
                     old_logp[~own] = drawn_logp[~own]
-            if record["teacher"] and not method.replaces:
+            if scores_rollouts:
                 teacher_logp, _ = policy.score(xC, y, taught, teacher)
                 teacher_logp = torch.where(told[:, None], teacher_logp, old_logp)  # no context: A^SDPO = 0
                 implicit = losses.implicit_reward(teacher_logp, old_logp, mask, cfg.beta)  # Eq. 7
@@ -288,20 +297,16 @@ def train(
             if cfg.method == "reweight":
                 lam = cfg.reweight_lam * max(0.0, 1 - step / cfg.reweight_steps) if cfg.reweight_steps else 0.0
                 A = losses.reweighted_advantages(A, teacher_logp, old_logp, lam, cfg.reweight_clip)  # (B, T), B.28
-            # Tokens of a black box, and what D counts for at each place, (B, T).
-            expert, share = None, told[:, None].expand_as(mask)
             if cfg.method == "distil":
                 if cfg.expert == "samples":
                     expert = policy.draw(xC, y, taught, teacher, [seed_for(cfg.seed, step, "expert", i) for i in rows])
-                if cfg.expert == "served":
-                    expert, share = reviews.expert_tokens(xC, y, taught, step)
-                    clock.lap("expert")
                 active = share.any(1)
                 cost = share * policy.compare(x, xC, y, taught, teacher, **distil, expert=expert)  # (B, T)
                 A = cfg.future * losses.future_advantages(cost, mask, G, active)  # (B, T)
                 A = A / mask.sum(1, keepdim=True) if cfg.distil_norm == "length" else A
             heard = int(share.any(1).sum())  # rows with a distance
-            skipped["m_step: no context" if not method.reinforces else "m_step: no signal"] += int((~active).sum())
+            why = "no expert's token" if cfg.expert == "served" else "no signal" if method.reinforces else "no context"
+            skipped[f"m_step: {why}"] += int((~active).sum())
             size = cfg.minibatch_prompts * G
             # pi_old is the student as it now is: exactly, where one update follows a batch, and for OVD's sg pi.
             now = own if size == len(y) else torch.zeros_like(own)
@@ -362,7 +367,7 @@ def train(
                 "kind": "train", "step": step, **rollout_figures(rollouts, outcomes, C), **figures,
                 "m_loss": mean(m_losses), "m_grad_norm": mean(m_norms),
                 "divergence": apart if method.distils and heard else None,
-                "entropy": mean(entropy[sampled]), "contexts_cut": cut,
+                "entropy": entropy[sampled].mean().item() if sampled.any() else None, "contexts_cut": cut,
                 "left_out": {why: count for why, count in skipped.items() if count},
                 "updates_not_finite": sum(not math.isfinite(norm) for norm in e_norms + m_norms),
                 "sampler_gap": mean(gap), "mismatch_truncated": at_limit, "lr": cfg.lr * rate,
@@ -372,7 +377,8 @@ def train(
             samples = [
                 {"step": step, "id": row_problems[i].id, "prompt": tokenizer.decode(x[i]), "response": texts[i],
                  "finish": rollouts[i].finish, **asdict(outcomes[i]), "context": asdict(C[i]) if C[i] else None,
-                 **({"score": scores[i], "demonstration": policy.decode(y[i]) if i in shown else None} if method.replaces else {})}
+                 **({"score": scores[i], "demonstration": policy.decode(y[i]) if i in shown else None,
+                     "demonstration_reward": shown[i][1].reward if i in shown else None} if method.replaces else {})}
                 for i in list(rows)[: cfg.log_samples]
             ]  # fmt: skip
             session.end_of_batch(row, samples)
@@ -460,6 +466,12 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--feedback critique needs a reference answer for every problem of {task.name}")
         if cfg.method == "ovd" and not cfg.judge_url:
             feedback.digit_tokens(policy.tokenizer)  # raises ValueError where a score cannot be read
+            if cfg.task == "toy" and cfg.subset != "code-judge":
+                task.notes.append(
+                    f"{task.name}: its model was never taught to judge; --subset code-judge has one that was"
+                )
+        if why := world.first(lambda: reach(cfg)):
+            raise ValueError(why)
         if len(fits) < cfg.prompts_per_batch:
             raise ValueError(
                 f"{len(fits)} training problems do not fill a batch of --prompts_per_batch {cfg.prompts_per_batch}"
@@ -494,7 +506,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
     except checkpoint.Damaged as error:
         fail(error)
-    except (FloatingPointError, StaleEngine) as error:
+    except (FloatingPointError, StaleEngine, ServerSilent) as error:
         if world.rank == 0:
             print(f"vpd.py: {error}; the log and the last finite weights are in {out}", file=sys.stderr)
         sys.exit(1)

@@ -345,6 +345,9 @@ REPLIES = {  # reply: its digit and what stands after it
     "7": "7",
     "Score: 8.": "8.",
     "7\n": "7\n",
+    "From 0 (certainly wrong) to 9 (certainly right): 6": "6",  # the request's own words
+    "9.0": "9.0",
+    "9.05": None,
     "**6**": "6**",
     "8/9": "8/9",
     "10 then 3": "3",

@@ -10,7 +10,7 @@ import torch
 import feedback
 from settings import Config
 from policy import World
-from reviews import Reviews, ServedModel
+from reviews import FIRST, Reviews, ServedModel, ServerSilent, reach, read_score
 from tasks import Problem
 
 # ---- A served model ----------------------------------------------------------------------------------------
@@ -84,6 +84,7 @@ TOLD = {
     "zero": ("0", [("0", 1.0, {"0": 1.0})], 0.0),
     "several characters in a token": ("8/9", [("8/9", 0.5, {"8/9": 0.5, "3": 0.5})], 8.0),
     "the tokens of another text": ("8", [("No", 0.5, {"3": 0.5})], 8.0),  # a thought that the server took out
+    "the tokens of a thought": ("9", [("1", 0.5, {"1": 0.5, "9": 0.1}), (". so", 1.0, {}), ("9", 1.0, {"9": 1.0})], 9.0),
     "fewer tokens than the reply": ("is 8", [("is", 0.5, {"3": 0.5})], 8.0),
 }  # fmt: skip
 
@@ -108,19 +109,33 @@ def test_scores_are_in_order_and_a_reply_without_a_digit_is_no_failure(server):
     replies = served.score(ask("It is a 4.", "nine", "down", "7.5", "0"), seed=3, max_tokens=7)
     assert replies == [(4.0,), (None,), None, (None,), (0.0,)]
     assert list(served.failures.values()) == [1] and "InternalServerError" in next(iter(served.failures))
-    assert served.tells_logprobs and server.attempts["down"] == 3
+    assert not served.without and server.attempts["down"] == 3
     assert len({body["seed"] for _, _, body in server.seen}) == 5
 
 
-@pytest.mark.parametrize("status", [400, 422])
-def test_a_server_that_refuses_log_probabilities_is_asked_again_without_and_never_with_them_again(server, status):
-    server.answer = lambda body, _: (status, "no") if "logprobs" in body else server.reply_with("6")
+@pytest.mark.parametrize("status", [400, 403, 422])
+@pytest.mark.parametrize("refused", [["logprobs"], ["chat_template_kwargs"], ["logprobs", "chat_template_kwargs"]])
+def test_what_a_server_refuses_is_left_out_and_never_asked_for_again(server, capsys, status, refused):
+    server.answer = lambda body, _: (status, "no") if set(refused) & set(body) else server.reply_with("6")
     served = ServedModel(server.url, "judge", timeout=5, at_once=1)
     assert served.score(ask("a", "b", "c"), seed=3, max_tokens=7) == [(6.0,)] * 3 and not served.failures
-    assert ["logprobs" in body for _, _, body in server.seen] == [True, False, False, False]
-    first, again = (body for _, _, body in server.seen[:2])
-    assert {**first, "logprobs": 0, "top_logprobs": 0} == {**again, "logprobs": 0, "top_logprobs": 0}
-    assert served.score(ask("d"), seed=4, max_tokens=7) == [(6.0,)] and "logprobs" not in server.seen[-1][2]
+    asked = [[name for name in ("logprobs", "chat_template_kwargs") if name in body] for _, _, body in server.seen]
+    kept = [name for name in ("logprobs", "chat_template_kwargs") if name not in refused]
+    assert asked[0] == ["logprobs", "chat_template_kwargs"] and asked[-3:] == [kept] * 3 and len(asked) <= 6
+    assert server.seen[0][2]["chat_template_kwargs"] == {"enable_thinking": False}
+    assert all(body["seed"] == server.seen[0][2]["seed"] for _, _, body in server.seen[:-2])
+    assert served.score(ask("d"), seed=4, max_tokens=7) == [(6.0,)] and not set(refused) & set(server.seen[-1][2])
+    (line,) = capsys.readouterr().err.splitlines()  # said once
+    assert server.url in line and str(status) in line
+
+
+def test_a_cut_reply_has_no_score_unless_it_is_a_digit_alone():
+    def choice(text, finish):
+        return SimpleNamespace(message=SimpleNamespace(content=text), finish_reason=finish, logprobs=None)
+
+    assert read_score(choice("Okay, there are 2 parts", "length")) is None  # a thought that the prompt has opened
+    assert read_score(choice("Okay, there are 2 parts", "stop")) == 2
+    assert read_score(choice(" 7", "length")) == 7
 
 
 def test_what_is_refused_for_another_reason_is_a_failure_and_log_probabilities_stay(server):
@@ -130,7 +145,7 @@ def test_what_is_refused_for_another_reason_is_a_failure_and_log_probabilities_s
     )
     served = ServedModel(server.url, "judge", timeout=5, at_once=1)
     assert served.score(ask("long", "a"), seed=3, max_tokens=7) == [None, (pytest.approx(5.0),)]
-    assert sum(served.failures.values()) == 1 and served.tells_logprobs
+    assert sum(served.failures.values()) == 1 and not served.without
     assert served.score(ask("b"), seed=3, max_tokens=7) == [(pytest.approx(5.0),)] and not served.failures
 
 
@@ -151,6 +166,17 @@ def test_the_next_piece_of_each_text_is_drawn_at_temperature_1_and_empty_where_t
     seeds = {body["prompt"]: body["seed"] for _, _, body in server.seen}
     served.next_piece(list(said), seed=3)
     assert all(seeds[body["prompt"]] == body["seed"] for _, _, body in server.seen)
+
+
+def test_the_expert_is_asked_for_its_plain_distribution_or_as_the_server_will_have_it(server):
+    server.answer = lambda body, _: server.complete_with("a", "length")
+    served = ServedModel(server.url, "expert", timeout=5, at_once=1)
+    served.next_piece(["x"], seed=3)
+    plain = {"top_k": -1, "min_p": 0, "repetition_penalty": 1, "add_special_tokens": False}
+    assert plain.items() <= server.seen[0][2].items()
+    server.answer = lambda body, _: (400, "top_k?") if "top_k" in body else server.complete_with("a", "length")
+    assert served.next_piece(["x", "y"], seed=3) == ["a", "a"] and served.without == {"plain"}
+    assert [bool(plain.keys() & body.keys()) for _, _, body in server.seen[1:]] == [True, False, False]
 
 
 # ---- The reviews of a run ----------------------------------------------------------------------------------
@@ -215,18 +241,53 @@ def test_a_served_judges_score_is_none_where_it_failed_or_named_no_digit_and_bot
     assert not set(seeds.values()) & {body["seed"] for _, _, body in server.seen}
 
 
-def test_what_could_not_be_had_is_told_once_with_reasons_added_up(make_reviews, capsys):
+def test_what_could_not_be_had_is_counted_until_it_is_asked_for_and_the_reasons_are_told_at_once(make_reviews, capsys):
     reviews = make_reviews()
     failed = SimpleNamespace(failures=Counter({"Timeout: slow": 2, "ValueError: an empty reply": 1}))
     for _ in range(2):
-        assert reviews._ask(failed, "critique", lambda: ["answer"]) == ["answer"]
+        assert reviews._ask(failed, "critic", lambda: ["answer"]) == ["answer"]
+        said = capsys.readouterr().err.splitlines()
+        assert said == ["critic: Timeout: slow (2 times)", "critic: ValueError: an empty reply (1 times)"]
     reviews.missing["expert: no token"] += 1
-    assert reviews.not_had() == {"critique: the server failed": 2 * (2 + 1), "expert: no token": 1}
-    assert capsys.readouterr().err.splitlines() == [
-        "critique: Timeout: slow (4 times)",
-        "critique: ValueError: an empty reply (2 times)",
-    ]
+    assert reviews.not_had() == {"critic: the server failed": 2 * (2 + 1), "expert: no token": 1}
     assert reviews.not_had() == {} and not capsys.readouterr().err
+
+
+def test_a_server_without_an_answer_for_three_batches_in_a_row_ends_the_run(make_reviews):
+    reviews = make_reviews()
+    down = SimpleNamespace(url="http://here", failures=Counter({"Timeout: slow": 2}))
+    silent = lambda who="critic": reviews._ask(down, who, lambda: [None, None])  # noqa: E731
+    silent(), silent()
+    reviews._ask(down, "critic", lambda: [None, "answer"])  # one answer is enough
+    silent(), silent("judge"), silent()
+    with pytest.raises(ServerSilent, match="the critic at http://here has not answered for 3 batches: Timeout: slow"):
+        silent()
+    silent("judge")
+    for _ in range(3):  # nobody asked
+        reviews._ask(SimpleNamespace(url="", failures=Counter()), "expert", list)
+
+
+def test_where_the_first_questions_have_no_answer_the_others_are_not_asked(server):
+    server.answer = lambda body, _: (404, "no such model")
+    served = ServedModel(server.url, "critic", timeout=5, at_once=4)
+    assert served.reply(ask(*map(str, range(100))), seed=0, max_tokens=5) == [None] * 100
+    assert FIRST <= len(server.seen) < FIRST + 4 and served.failures.total() == 100
+    server.answer = lambda body, _: (404, "no") if body["messages"][0]["content"] != "0" else server.reply_with("yes")
+    assert served.reply(ask(*map(str, range(50))), seed=0, max_tokens=5) == ["yes"] + [None] * 49
+    assert served.failures.total() == 49 and not any("not asked" in why for why in served.failures)
+
+
+@pytest.mark.parametrize(
+    "who, path", [("critic", "chat/completions"), ("judge", "chat/completions"), ("expert", "completions")]
+)
+def test_a_server_is_reached_before_the_run_begins_and_one_that_is_not_there_is_named(server, who, path):
+    server.answer = lambda body, _: server.complete_with(" 1", "length") if "prompt" in body else server.reply_with("")
+    cfg = Config(**{f"{who}_url": server.url, f"{who}_model": "m"})
+    assert reach(cfg) == "" and [seen for seen, _, _ in server.seen] == [f"/v1/{path}"]  # an empty reply is an answer
+    server.answer = lambda body, _: (404, "no such model")
+    why = reach(cfg)
+    assert f"--{who}_url {server.url} with --{who}_model m does not answer" in why and "404" in why
+    assert reach(Config()) == ""
 
 
 def test_every_process_counts_what_the_one_that_asked_was_told_and_the_first_says_it(make_reviews, capsys):

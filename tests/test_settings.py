@@ -127,6 +127,8 @@ IMPOSSIBLE = [
     (["--no_such_flag", "1"], "no_such_flag"),
     (["--method", "ppo"], "ppo"),
     (["--lr", "fast"], "lr"),
+    (["--method", "ovd", "--judge_url", "localhost:8000/v1", "--judge_model", "m"], "http://"),
+    (["--method", "ovd", "--ovd_threshold", "50"], "--ovd_threshold"),
 ]
 
 
@@ -140,7 +142,10 @@ def test_impossible_settings_are_one_line_exit_2_and_nothing_written(argv, words
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("url", ["http://me:hunter2@host/v1", "http://hunter2@host/v1", "http://host/v1?key=hunter2"])
+@pytest.mark.parametrize(
+    "url",
+    ["http://me:hunter2@host/v1", "http://hunter2@host/v1", "http://host/v1?key=hunter2", "http://host/v1#hunter2"],
+)
 @pytest.mark.parametrize("who", ["critic", "judge", "expert"])
 def test_a_secret_in_a_url_is_refused_and_not_repeated(who, url, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -148,6 +153,22 @@ def test_a_secret_in_a_url_is_refused_and_not_repeated(who, url, tmp_path, capsy
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and not (tmp_path / "run").exists()
     assert f"--{who}_url" in error and "OPENAI_API_KEY" in error and "hunter2" not in error
+
+
+def test_a_server_that_is_not_there_is_one_line_exit_2_and_nothing_written(tmp_path, capsys):
+    flags = ["--method", "ovd", "--judge_url", "http://127.0.0.1:9/v1", "--judge_model", "m", "--server_timeout", "1"]
+    with pytest.raises(SystemExit) as stop:
+        vpd.main([*flags, "--out", str(tmp_path / "run")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and not (tmp_path / "run").exists()
+    assert error.count("\n") == 1 and "--judge_url http://127.0.0.1:9/v1 with --judge_model m does not answer" in error
+
+
+def test_ovd_takes_the_toy_model_that_judges_and_any_that_is_asked_for():
+    assert settings.parse(["--method", "ovd"]).model == "toy_models/code-judge"
+    assert settings.parse(["--method", "ovd"]).subset == "code-judge"
+    assert settings.parse(["--method", "ovd", "--subset", "trace"]).model == "toy_models/trace"
+    assert settings.parse([]).subset == "trace"
 
 
 def test_a_network_whose_tokenizer_has_no_digits_cannot_judge(tmp_path, capsys):

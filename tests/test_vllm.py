@@ -459,12 +459,16 @@ def test_ovds_demonstrations_are_the_teachers_with_the_log_probs_it_drew_them_wi
 
 
 @pytest.fixture
-def url():
-    """vLLM's own OpenAI-compatible server, with the toy model that judges."""
+def url(tmp_path):
+    """vLLM's own OpenAI-compatible server, with the toy model that judges. Its generation settings would cut a distribution to
+    its likeliest token, as those of real models cut it to a few."""
+    model = shutil.copytree(ROOT / "toy_models" / "code-judge", tmp_path / "model")
+    settings_there = json.loads((model / "generation_config.json").read_text()) | {"top_k": 1}
+    (model / "generation_config.json").write_text(json.dumps(settings_there))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    argv = ["--model", str(ROOT / "toy_models" / "code-judge"), "--served-model-name", "judge", "--dtype", "float32",
+    argv = ["--model", str(model), "--served-model-name", "judge", "--dtype", "float32",
             "--max-model-len", "512", "--enforce-eager", "--host", "127.0.0.1", "--port", str(port)]  # fmt: skip
     env = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *argv]
@@ -496,7 +500,7 @@ def test_a_served_judge_and_a_served_expert_say_what_the_same_weights_say_here(u
     here = reviews("--method", "ovd").scores(problems, texts, 0)
     judge = reviews("--method", "ovd", "--judge_url", url, "--judge_model", "judge")
     assert judge.scores(problems, texts, 0) == pytest.approx(here, abs=1e-4) and max(here) - min(here) > 3
-    assert judge.judge.tells_logprobs and not +judge.missing
+    assert not judge.judge.without and not +judge.missing
 
     served = ("--method", "distil", "--expert", "served", "--expert_url", url, "--expert_model", "judge")
     expert = reviews(*served, "--expert_places", "12")
@@ -506,7 +510,15 @@ def test_a_served_judge_and_a_served_expert_say_what_the_same_weights_say_here(u
     # The server draws y_t itself with probability p(y_t): four standard deviations of the count.
     count, spread = (p[at]).sum(), (p * (1 - p))[at].sum().sqrt()
     assert not +expert.missing and at.sum() > 200 and spread > 1
-    assert abs((taken == sampled)[at].sum() - count) < 4 * spread
+    assert abs((taken == sampled)[at].sum() - count) < 4 * spread and not expert.expert.without
+
+    # At the least certain place of all, draw after draw has the distribution there.
+    i, t = divmod(int(policy.score(x, y)[1].argmax()), sampled.shape[1])
+    ids = list(range(policy.vocabulary))
+    p = policy.choose([x[i] + y[i][:t]], ids)[0].exp()
+    pieces = expert.expert.next_piece([policy.tokenizer.decode(x[i] + y[i][:t])] * 300, seed=1)
+    drawn = pieces.count(policy.decode([int(p.argmax())]))
+    assert p.max() < 0.9 and abs(drawn - 300 * p.max()) < 4 * (300 * p.max() * (1 - p.max())).sqrt()
 
 
 # ---- Processes -------------------------------------------------------------------------------------------------
