@@ -13,7 +13,6 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -68,14 +67,26 @@ class ServedModel:
                 with self.lock:
                     self.failures[f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"] += 1
 
-        pool = ThreadPoolExecutor(self.at_once)
+        answers, waiting = [None] * len(questions), iter(range(len(questions)))
+
+        def work():
+            while True:
+                with self.lock:
+                    i = next(waiting, None)
+                if i is None:
+                    return
+                answers[i] = guarded(i)
+
+        # Daemons and no pool, whose threads an exit after Ctrl-C would wait for until the last timeout.
+        workers = [threading.Thread(target=work, daemon=True) for _ in range(min(self.at_once, len(questions)))]
         try:
-            return list(pool.map(guarded, range(len(questions))))
-        except BaseException:  # an interruption does not wait for answers
-            self.client.close()
-            raise
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            waiting = iter(())
+        return answers
 
     def _insisting(self, ask: Callable, **wanted: dict):
         """ask(settings) with all of the wanted settings, or with as many as the server takes, which is told once."""
