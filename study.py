@@ -43,9 +43,10 @@ problems, models or tasks, and knows nothing of a pass rate's ends at 0 and 1. m
 batches that have one (Fig. 1). teacher: pass rate of the teacher on fixed failures of the base model, before and after.
 s/batch: seconds, two runs at a time on two busy cores. Settings are those of the presets in `settings.py`, which were chosen on
 validation problems and seed 0 (last section: ten settings a method on trace, at 40 batches of an earlier commit; six on code,
-five on choice, three on trace-often; none on trace-rare, trace-cold and the longer runs; DistIL's two normalisers share its
-settings, and its local term alone was tuned as it was; on code-judge GRPO and both kinds of OVD were tuned, six settings each, and VPD and SDPO have code's), and the flags of
-the row. Other variants keep the settings that were chosen for the method itself, which is to its advantage.
+five on choice, three on trace-often; none on trace-rare, trace-cold and the longer runs), and the flags of the row. DistIL's two
+normalisers share its settings, and its local term alone had as many of its own. On code-judge GRPO and OVD with either pi_old
+were tuned, six settings each (sg pi runs with those that were best for OVD; its own best was .02 better); VPD and SDPO have
+code's. Other variants keep the settings that were chosen for the method itself, which is to its advantage.
 """
 
 
