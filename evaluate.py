@@ -217,7 +217,8 @@ def main(argv: list[str] | None = None) -> None:
             )
         if out and args.responses and out.resolve() == args.responses.resolve():
             raise ValueError(f"--out {out} would replace the responses")
-        if args.data and (args.run or args.subset or args.split != "test"):
+        own = args.task == "own"
+        if args.data and (args.run or args.subset or args.split != "test") and not own:
             raise ValueError("--data takes all rows of a file: it goes without --run, --subset and --split")
         if args.responses and not args.data:
             raise ValueError("--responses needs --data, the problems they answer")
@@ -226,7 +227,10 @@ def main(argv: list[str] | None = None) -> None:
             task = tasks.load(config["task"], **{key: config[key] for key in keys if key in config})
         else:
             official = args.responses is not None
-            task = tasks.read(args.task, args.data, official) if args.data else tasks.load(args.task, args.subset)
+            whole = args.data and not own
+            task = (
+                tasks.read(args.task, args.data, official) if whole else tasks.load(args.task, args.subset, args.data)
+            )
         if args.responses:
             print("\n".join([*task.notes, *grade(task, args.responses, out)]))
             task.close()

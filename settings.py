@@ -52,7 +52,7 @@ class Config:
     a flag on the command line overrides both. What was used is printed at the start and saved as config.json."""
 
     # ---- Run
-    task: Literal["toy", "lcb", "sciknoweval", "math"] = "toy"
+    task: Literal["toy", "lcb", "sciknoweval", "math", "own"] = "toy"
     subset: str = ""  # toy: trace, code or choice; sciknoweval: a domain or all; "" is the task's first
     data: str = ""  # file or folder of the task's source; "": the hub (tasks.py says what each takes)
     train_tests: Literal["private", "public"] = (
@@ -179,6 +179,7 @@ PRESETS = {
         model="Qwen/Qwen3-8B", lr=5e-6, epochs=0, steps=200, warmup_steps=10, minibatch_prompts=32, top_k=0,
         divergence="kl_teacher_student", ema_rate=0.05, feedback="sibling", eval_every=20,
     ),
+    "own": {},  # Table D.1's; --data FILE.py
     "toy": dict(  # ours: a 0.23M-parameter model, one CPU core, minutes
         epochs=0, steps=30, eval_every=10, eval_temperature=1.0, eval_top_p=1.0, teacher_probe=32, prompts_per_batch=12,
         max_prompt_tokens=256, max_response_tokens=100, max_teacher_tokens=512, max_critique_tokens=16,
@@ -263,7 +264,7 @@ def parse(argv: list[str] | None = None) -> Config:
         for key in (subset.split("-")[0], (subset.split("-")[0], chosen.method), subset, (subset, chosen.method)):
             preset |= TOY_PRESETS.get(key, {})
         preset |= {"subset": subset}
-    elif chosen.smoke:
+    elif chosen.smoke and chosen.task != "own":
         preset |= SMOKE | {"data": str(toy.FIXTURES / {"math": ""}.get(chosen.task, f"{chosen.task}.jsonl")),
                            "minibatch_prompts": 2 if chosen.task == "lcb" else 4,
                            "subset": "all" if chosen.task == "sciknoweval" else ""}  # fmt: skip
@@ -383,8 +384,8 @@ def check(cfg: Config) -> None:
         raise ValueError("--resume goes on with a run directory and --overwrite deletes it: give one of them")
     if cfg.mismatch_limit != "none" and not _positive(cfg.mismatch_limit):
         raise ValueError(f"--mismatch_limit must be a positive number or none, not {cfg.mismatch_limit!r}")
-    if cfg.smoke and cfg.task == "toy":
-        raise ValueError("--smoke is for lcb, sciknoweval and math: the toy tasks run here as they are")
+    if cfg.smoke and cfg.task in ("toy", "own"):
+        raise ValueError(f"--smoke is for lcb, sciknoweval and math: --task {cfg.task} runs here as it is")
     if cfg.teacher and not method.teacher:
         raise ValueError(f"--teacher {cfg.teacher} means nothing to --method {cfg.method}, which has no teacher")
     if cfg.smoke and cfg.plan:

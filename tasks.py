@@ -1,7 +1,7 @@
 """What a task is: problems with prompts, and a verifier that turns a response into an outcome with a text.
 
 Every task, toy or real, is one `Task`: splits of `Problem`s and a `verify` function. A training loop needs no more, so
-bringing your own task means building one `Task` and giving it a name in `load`. The real ones stand below:
+bringing your own task means writing a file whose `load()` returns one (`--task own --data FILE.py`). These stand below:
 
     lcb           LiveCodeBench v6: programs run against tests; feedback is what went wrong
     sciknoweval   SciKnowEval L3, four domains: multiple choice, right or wrong and no text
@@ -10,6 +10,7 @@ bringing your own task means building one `Task` and giving it a name in `load`.
 
 import base64
 import datetime
+import importlib.util
 import io
 import itertools
 import json
@@ -17,6 +18,7 @@ import logging
 import pickle
 import random
 import re
+import sys
 import textwrap
 import zlib
 from collections import Counter
@@ -34,6 +36,7 @@ TASKS = {  # task -> its subsets, the first one being the default
     "lcb": ("v6",),
     "sciknoweval": ("biology", "chemistry", "material", "physics", "all"),
     "math": ("dapo",),
+    "own": ("",),
 }
 
 
@@ -114,7 +117,29 @@ def load(
         return toy.load(subset)
     if task == "lcb":
         return _lcb(data, train_tests, since, until)
+    if task == "own":
+        return _own(data)
     return _sciknoweval(subset, data) if task == "sciknoweval" else _math(data)
+
+
+def _own(path: str) -> Task:
+    """The Task that `load()` of a Python file returns. Raises ValueError with one line for a file without."""
+    if not path.endswith(".py"):
+        raise ValueError("--task own needs --data FILE.py, a file with a function load() that returns a tasks.Task")
+    name = re.sub(r"\W+", "_", Path(path).stem)
+    spec = importlib.util.spec_from_file_location(f"own_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    # Its classes have to be found by name in the worker processes of a verifier.
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+        task = module.load()
+    except Exception as error:
+        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
+    if not isinstance(task, Task) or not task.train or not all(isinstance(p, Problem) for p in task.train):
+        raise ValueError(f"{path}: load() must return a tasks.Task with training problems, and returned {task!r:.80}")
+    task.name = f"own/{name}"
+    return task
 
 
 def read(task: str, path: str, official: bool = False) -> Task:

@@ -434,10 +434,9 @@ def main(argv: list[str] | None = None) -> None:
         if cfg.overwrite and out.exists() and not (out / "config.json").exists():
             raise ValueError(f"{out} is no run directory (no config.json): --overwrite will not delete it")
         if cfg.task != "toy" and not torch.cuda.is_available() and not cfg.smoke and not Path(cfg.model).is_dir():
-            raise ValueError(
-                f"--task {cfg.task} with {cfg.model} needs CUDA GPUs, and there is none: on this machine run "
-                f"`bash run.sh {cfg.task} --smoke` or `bash run.sh toy`"
-            )
+            run = f"run `bash run.sh {cfg.task} --smoke` or `bash run.sh toy`"
+            here = "name a small model's folder, --model toy_models/trace say" if cfg.task == "own" else run
+            raise ValueError(f"--task {cfg.task} with {cfg.model} needs CUDA GPUs: on this machine {here}")
         if cfg.sampler == "vllm" and importlib.util.find_spec("vllm") is None:
             raise ValueError("--sampler vllm: vllm is not installed; run.sh installs it where there is an NVIDIA GPU")
         task = tasks.load(cfg.task, cfg.subset, cfg.data, cfg.train_tests, cfg.since, cfg.until)
