@@ -2,11 +2,14 @@
 
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 import evaluate
+import losses
+import settings
 import vpd
 
 ROOT = Path(__file__).parent.parent
@@ -18,6 +21,44 @@ def test_every_test_that_the_readme_cites_exists():
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     assert len(cited) > 15
     assert {name for name in cited if f"def {name}(" not in tests} == set()
+
+
+def test_the_functions_of_the_map_carry_the_equations_that_they_are_listed_under():
+    """And every equation of the paper is in the map."""
+    rows = re.findall(r"^\| ((?:Eq\.|[AB]\.\d|Alg).*?) \| .*? \| (.*?) \|", README, re.MULTILINE)
+    named = [(tags, name) for tags, code in rows for name in re.findall(r"`losses\.(\w+)`", code)]
+    assert len(named) >= 10
+    for tags, name in named:
+        assert any(tag in getattr(losses, name).__doc__ for tag in re.findall(r"Eq\. \d+|B\.\d+", tags)), (tags, name)
+    covered = set()
+    for tags in (tags for tags, _ in rows):
+        covered |= {("Eq", int(n)) for n in re.findall(r"Eq\. (\d+)", tags)}
+        for letter, first, last in re.findall(r"([AB])\.(\d+)(?: to [AB]\.(\d+))?", tags):
+            covered |= {(letter, n) for n in range(int(first), int(last or first) + 1)}
+    equations = {("Eq", n) for n in range(1, 11)} | {("A", n) for n in range(1, 23)} | {("B", n) for n in range(23, 29)}
+    assert equations <= covered
+
+
+def test_every_file_flag_word_and_setting_that_the_readme_names_exists():
+    for name in set(re.findall(r"`((?:tests/|results/)?[\w-]+\.(?:py|png|json|txt|sh|md))`", README)):
+        places = [ROOT / folder / name for folder in ("", "tests", "results")]
+        made = {
+            "config.json",
+            "base_failures.json",
+            "evaluation.json",
+            "sums.py",
+            "generation_config.json",
+        }  # by a run or a reader
+        assert name in made or any(place.exists() for place in places), name
+    flags = {name for f in fields(settings.Config) for name in (f.name, f"no_{f.name}")}
+    for program in ("evaluate", "figures", "study", "toy", "bench"):
+        flags |= set(re.findall(r"add_argument\(\s*\"--(\w+)\"", (ROOT / f"{program}.py").read_text()))
+    theirs = {"nnodes", "nproc-per-node", "rdzv-backend", "rdzv-endpoint", "shutdown-timeout", "generation-config"}
+    used = set(re.findall(r"(?<![\w-])--([a-zA-Z][\w-]*)", README))
+    assert used - flags - theirs == {"help"}
+    words = set(re.findall(r"bash run\.sh ([a-z][\w-]*)", README))
+    assert words <= set(re.search(r"^  (toy\|.*?)\) ;;", (ROOT / "run.sh").read_text(), re.MULTILINE)[1].split("|"))
+    assert set(re.findall(r"--method (\w+)", README)) - {"METHOD"} <= set(settings.METHODS)
 
 
 def test_the_worked_task_is_at_most_40_lines_and_runs(tmp_path, capsys):
