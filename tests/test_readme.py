@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import evaluate
+import feedback
 import losses
 import settings
 import vpd
@@ -59,6 +60,37 @@ def test_every_file_flag_word_and_setting_that_the_readme_names_exists():
     words = set(re.findall(r"bash run\.sh ([a-z][\w-]*)", README))
     assert words <= set(re.search(r"^  (toy\|.*?)\) ;;", (ROOT / "run.sh").read_text(), re.MULTILINE)[1].split("|"))
     assert set(re.findall(r"--method (\w+)", README)) - {"METHOD"} <= set(settings.METHODS)
+
+
+def test_the_table_of_settings_shows_the_presets():
+    rows = re.findall(r"^\| `--(\w+)` \| (.*?) \| (.*?) \| (.*?) \| (.*?) \| .*? \|$", README, re.MULTILINE)
+    assert len(rows) > 20
+    presets = [settings.parse(["--task", task]) for task in ("lcb", "sciknoweval", "math", "toy")]
+    for name, *shown in rows:
+        for text, value in zip(shown, (getattr(cfg, name) for cfg in presets), strict=True):
+            assert float(text) == value if isinstance(value, (int, float)) else value.endswith(text), (
+                name,
+                text,
+                value,
+            )
+
+
+def test_the_teachers_prompts_are_those_that_the_code_renders(byte_tokenizer):
+    (text,) = re.findall(r"```text\n(.*?)```", README, re.DOTALL)
+    shown = dict(re.findall(r"---- (\w+)\n(.*?)(?=\n---- |\n\Z)", text, re.DOTALL))
+    solution, said, review = "42", "41 is too low.", "The units were added wrongly; look at 2 + 0 again."
+    contexts = {
+        "sibling": feedback.Context("sibling", solution=solution),
+        "environment": feedback.Context("environment", feedback=said),
+        "critique": feedback.Context("critique", critique=review),
+        "both": feedback.Context("sibling+environment", solution=solution, feedback=said),
+    }
+    assert shown.keys() == contexts.keys()
+    messages = [{"role": "user", "content": "What is 12 + 30? Reply with the number alone."}]
+    for source, context in contexts.items():
+        ids, _ = feedback.teacher_prompt(byte_tokenizer, messages, context, feedback.Templates(), 10**6)
+        assert shown[source] in byte_tokenizer.decode(ids) and shown[source].startswith(messages[0]["content"])
+        assert shown[source].endswith(feedback.CLOSING.strip())
 
 
 def test_the_worked_task_is_at_most_40_lines_and_runs(tmp_path, capsys):
