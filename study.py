@@ -35,6 +35,7 @@ BEYOND = """Verdicts go by Welch's 95% interval over seeds, dozens of them, unco
 where some runs collapse and others do not; there see the exact rank test, and the seeds. Not testable here: every figure of real models (Tables 1 to 3), mathematics (Fig. 4), memory, and the time that
 an E-step costs on a GPU. A verdict is about these tasks at these settings."""
 MARKS = ("<!-- written by study.py: begin -->", "<!-- written by study.py: end -->")
+SUMMARY = ("<!-- written by study.py: summary -->", "<!-- written by study.py: end of summary -->")
 INTRODUCTION = """# The study on the toy tasks
 
 Written by `bash run.sh study`. Every run starts from a model in `toy_models/` and is evaluated with its last weights on 64
@@ -552,6 +553,31 @@ def tuning_list(known: dict) -> list[str]:
     return [*lines, *(f"| {name} | {'; '.join(tried)} |" for name, tried in by_name.items()), ""]
 
 
+def summary(rows: dict) -> list[str]:
+    """A small table of all methods on the two main tasks."""
+    lines = ["| avg@4 on test problems, mean over seeds [95% interval] | `trace` | `code` |", "|---|---|---|"]
+    runs = lambda name: list(rows.get(name, {}).get("runs", {}).values())  # noqa: E731
+    base = [
+        runs(f"{subset}/vpd")[0]["before"]["avg"] if runs(f"{subset}/vpd") else None for subset in ("trace", "code")
+    ]
+    lines.append("| base model | " + " | ".join("" if avg is None else f"{avg:.3f}" for avg in base) + " |")
+    for method, label in LABELS.items():
+        found = [runs(f"{subset}/{method}") for subset in ("trace", "code")]
+        cells = [interval([run["after"]["avg"] for run in these]) if these else None for these in found]
+        if any(cells):
+            cells = [f"{c[0]:.3f} [{c[1]:.3f}, {c[2]:.3f}]" if c else "" for c in cells]  # not measured: empty
+            lines.append(f"| {label} | {' | '.join(cells)} |")
+    return lines
+
+
+def replaced(text: str, marks: tuple[str, str], lines: list[str]) -> str:
+    """The text with these lines between its two marks, if it has them."""
+    if marks[0] not in text:
+        return text
+    before, _, rest = text.partition(marks[0])
+    return "\n".join([before + marks[0], *lines, marks[1]]) + rest.partition(marks[1])[2]
+
+
 def report(results: Path, readme: Path) -> None:
     """Writes results/README.md, and the part of the README between its two marks, from study.json and tuning.json."""
     known = json.loads((results / "study.json").read_text()) if (results / "study.json").exists() else {"rows": {}}
@@ -567,9 +593,8 @@ def report(results: Path, readme: Path) -> None:
         main_tables = [
             line for subset in ("code", "trace", "code-judge") for line in [f"`{subset}`", "", *table(subset, rows)]
         ]
-        parts = readme.read_text().split(MARKS[0])
-        after = parts[1].split(MARKS[1])[1]
-        readme.write_text("\n".join([parts[0] + MARKS[0], origin, "", *main_tables, *claims, BEYOND, MARKS[1]]) + after)
+        text = replaced(readme.read_text(), MARKS, [origin, "", *main_tables, *claims, BEYOND])
+        readme.write_text(replaced(text, SUMMARY, summary(rows)))
         lines = [INTRODUCTION, origin, ""]
         for subset in dict.fromkeys(name.split("/")[0] for name in rows):
             lines += [f"## {subset}", "", *table(subset, rows)]

@@ -169,11 +169,21 @@ def test_the_report_names_seeds_hours_commits_and_commands_and_leaves_the_rest_o
     }  # fmt: skip
     (tmp_path / "tuning.json").write_text(json.dumps(tried))
     readme = tmp_path / "MAIN.md"
-    readme.write_text(f"above\n{study.MARKS[0]}\nold figures\n{study.MARKS[1]}\nbelow\n")
+    readme.write_text(
+        f"above\n{study.MARKS[0]}\nold figures\n{study.MARKS[1]}\nbelow\n{study.SUMMARY[0]}\n{study.SUMMARY[1]}\n"
+    )
     for _ in range(2):  # again gives the same
         study.report(tmp_path, readme)
         text, full = readme.read_text(), (tmp_path / "README.md").read_text()
-        assert text.startswith("above\n") and text.endswith("\nbelow\n") and "old figures" not in text
+        assert text.startswith("above\n") and "old figures" not in text
+        below = text.partition(study.MARKS[1])[2]
+        summed = [
+            "| base model | 0.100 |  |",
+            "| VPD | 0.820 [0.770, 0.870] |  |",
+            "| GRPO | 0.220 [0.170, 0.270] |  |",
+        ]
+        assert below.startswith("\nbelow\n") and text.endswith(f"\n{study.SUMMARY[1]}\n")
+        assert [line for line in below.splitlines() if line.startswith("| ")][1:] == summed
         for page in (text, full):
             assert "6 runs, 0.1 CPU hours; a machine; commit abc." in page  # 6 x 36 s
             assert "0.820 [" in page and "0.800 0.820 0.840" in page and "vpd: run vpd" in page
