@@ -415,6 +415,54 @@ def said(plain_logits, model, x, y):
     return plain_logits(model, x, y.tokens).log_softmax(-1).gather(1, torch.tensor(y.tokens)[:, None])[:, 0]
 
 
+@pytest.mark.parametrize("divergence", ["js", "kl_student_teacher"])
+def test_vpds_two_updates_descend_eq_9_at_the_first_weights_and_then_eq_10_at_those_between(
+    divergence, tmp_path, monkeypatch, plain_logits
+):
+    """The gradients that reach the optimizer, sign and all, against autograd through the formulas."""
+    seen, told, contexts = recorded(monkeypatch), [], Reviews.contexts
+
+    def telling(self, problems, *args):
+        found = contexts(self, problems, *args)
+        told.append([
+            c and feedback.teacher_prompt(self.policy.tokenizer, p.messages, c, self.templates, 10**6)[0]
+            for p, c in zip(problems, found)
+        ])  # fmt: skip
+        return found
+
+    monkeypatch.setattr(Reviews, "contexts", telling)
+    flags = ("--temperature", "1.5", "--dtype", "float64", "--eval_every", "0", "--e_lr", "0.01", "--seed", "2")
+    (row,) = run(tmp_path / "run", *flags, "--divergence", divergence, steps=1)
+    (first, e_grads), (between, m_grads) = seen.updates
+    x, y = [prompt for prompt in seen.drawn[0].prompts for _ in range(4)], seen.drawn[0].rollouts
+    (xC,), r = told, [o.reward for o in seen.outcomes[0]]
+    groups = [[i for i in range(g, g + 4) if xC[i]] for g in range(0, 16, 4)]
+    rows = [i for group in groups if {r[i] for i in group} == {0, 1} for i in group]
+    assert len(rows) >= 4 and any(xC[i] is None for i in range(16))
+
+    def reward(i):  # Eq. 7
+        student = said(plain_logits, first, x[i], y[i]).sum().detach()
+        return 0.1 * (said(plain_logits, first, xC[i], y[i]).sum() - student)
+
+    good, bad = (torch.stack([reward(i) for i in rows if r[i] == which]) for which in (1, 0))
+    delta = 0.5 * (good.mean() + bad.mean()).detach()
+    e_loss = (1 + (delta - good).exp()).log().mean() + (1 + (bad - delta).exp()).log().mean()  # Eq. 9
+    assert row["shift"] == pytest.approx(delta.item()) and row["e_loss"] == pytest.approx(e_loss.item())
+    for mine, theirs in zip(grad_of(e_loss, first), e_grads, strict=True):
+        torch.testing.assert_close(theirs, mine, rtol=1e-6, atol=1e-10)
+
+    m_loss = 0.0
+    for i in (i for i in range(16) if xC[i]):
+        s = plain_logits(between, x[i], y[i].tokens).softmax(-1)
+        t = plain_logits(between, xC[i], y[i].tokens).softmax(-1).detach()
+        m = 0.5 * (s + t)
+        js = 0.5 * (s * (s / m).log()).sum(-1) + 0.5 * (t * (t / m).log()).sum(-1)
+        m_loss = m_loss + (js if divergence == "js" else (s * (s / t).log()).sum(-1)).mean() / 16  # Eq. 10
+    assert row["m_loss"] == pytest.approx(m_loss.item(), rel=1e-6)
+    for mine, theirs in zip(grad_of(m_loss, between), m_grads, strict=True):
+        torch.testing.assert_close(theirs, mine, rtol=1e-5, atol=1e-9)
+
+
 @pytest.mark.parametrize("minibatch", [4, 1])
 @pytest.mark.parametrize("ratio", ["teacher", "one"])
 def test_ovd_s_loss_and_gradient_are_the_clipped_policy_gradient_over_the_mixed_group(
