@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from policy import World
+from policy import CannotWrite, World
 
 KEPT = 2
 
@@ -41,7 +41,7 @@ def save(
     folder: Path, step: int, models: dict[str, nn.Module], optimizers: Optimizers, state: dict, world: World
 ) -> Path:
     """Writes `folder/step-N` and removes all but the last two. models and optimizers by name; state: what JSON can hold.
-    Collective. Returns the checkpoint's path."""
+    Collective. Returns the checkpoint's path. Raises CannotWrite."""
     final, part = folder / f"step-{step:06d}", folder / f"part-{step:06d}"
 
     def clear() -> None:
@@ -56,7 +56,12 @@ def save(
     tensors |= {f"optimizer.{name}": get_optimizer_state_dict(*optimizers[name]) for name in stepped}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that one process by itself has no group is no news
-        dcp.save(tensors, checkpoint_id=part)
+        try:
+            dcp.save(tensors, checkpoint_id=part)
+        except Exception as error:  # the library's errors say where, and not that the disk is full
+            full = shutil.disk_usage(folder).free < 1 << 20
+            shutil.rmtree(part, ignore_errors=True)
+            raise CannotWrite(f"{final}: {'no space left on the disk' if full else error}") from error
     mine = {path.name: _sum(path) for path in part.glob(f"__{world.rank}_*")}
     sums = world.collect([mine], world.size)
     randoms = world.collect([_random_state()], world.size)
@@ -78,6 +83,14 @@ def save(
 
     world.first(finish)
     return final
+
+
+def last(out: Path) -> str:
+    """What `--resume` would do with the run directory `out`, in words."""
+    steps = [int(path.name.removeprefix("step-")) for path in (out / "checkpoints").glob("step-*")]
+    return (
+        f"--resume goes on after {max(steps)} batches" if steps else "it has no checkpoint yet: --resume starts again"
+    )
 
 
 def restore(folder: Path, models: dict[str, nn.Module], optimizers: Optimizers, world: World) -> dict | None:

@@ -293,5 +293,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except tasks.BadTask as error:
+        Parser().error(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
     World.end()

@@ -31,6 +31,10 @@ import head
 Ids = list[int]
 
 
+class CannotWrite(OSError):
+    """A run's directory takes no more."""
+
+
 @dataclass(frozen=True)
 class World:
     """The processes of a run. Each holds the whole batch as data, so the loop reads as if it were alone; sampling, grading
@@ -281,11 +285,15 @@ class Policy:
             part, old = folder.with_name(f"part-{folder.name}"), folder.with_name(f"part-old-{folder.name}")
             for left in (part, old):
                 shutil.rmtree(left, ignore_errors=True)
-            self.model.save_pretrained(part, state_dict=weights)
-            config = copy.deepcopy(self.model.config)
-            config.dtype = self.compute or self.dtype  # the library writes that of the shards
-            config.save_pretrained(part)
-            self.tokenizer.save_pretrained(part)
+            try:
+                self.model.save_pretrained(part, state_dict=weights)
+                config = copy.deepcopy(self.model.config)
+                config.dtype = self.compute or self.dtype  # the library writes that of the shards
+                config.save_pretrained(part)
+                self.tokenizer.save_pretrained(part)
+            except (OSError, SafetensorError) as error:
+                shutil.rmtree(part, ignore_errors=True)
+                raise CannotWrite(f"{folder}: {error}") from error
             if folder.exists():
                 folder.rename(old)
             part.rename(folder)

@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import checkpoint
 import evaluate
 import feedback
 import tasks
-from policy import Policy
+from policy import CannotWrite, Policy
 from reviews import Reviews, ServerSilent
 from rollout import StaleEngine, seed_for, weights_of
 
@@ -158,17 +159,21 @@ class Session:
         together = isinstance(error, (FloatingPointError, StaleEngine, ServerSilent))
         alone = self.policy.world.size == 1 and isinstance(error, (Exception, KeyboardInterrupt))
         try:
-            if error is None or together or alone:
+            if error is None or together or alone and not isinstance(error, CannotWrite):
                 self.policy.save(self.out / "model")
         finally:
-            self.log.close()
-            self.samples.close()
+            for each in (self.log, self.samples):
+                with suppress(OSError):  # whatever could not be written has been told
+                    each.close()
             self.task.close()
 
     def write(self, file, row: dict) -> None:
         finite = lambda v: None if isinstance(v, float) and not math.isfinite(v) else v  # noqa: E731
-        file.write(json.dumps({k: finite(v) for k, v in row.items()}) + "\n")  # JSON has no nan
-        file.flush()
+        try:
+            file.write(json.dumps({k: finite(v) for k, v in row.items()}) + "\n")  # JSON has no nan
+            file.flush()
+        except OSError as error:
+            raise CannotWrite(f"{file.name}: {error.strerror}") from error
 
     # ---- Beginning and end of a batch ------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ import random
 import re
 import sys
 import textwrap
+import traceback
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -122,6 +123,10 @@ def load(
     return _sciknoweval(subset, data) if task == "sciknoweval" else _math(data)
 
 
+class BadTask(ValueError):
+    """A task file's verifier does not do what a verifier does."""
+
+
 def _own(path: str) -> Task:
     """The Task that `load()` of a Python file returns. Raises ValueError with one line for a file without."""
     if not path.endswith(".py"):
@@ -138,8 +143,40 @@ def _own(path: str) -> Task:
         raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
     if not isinstance(task, Task) or not task.train or not all(isinstance(p, Problem) for p in task.train):
         raise ValueError(f"{path}: load() must return a tasks.Task with training problems, and returned {task!r:.80}")
-    task.name = f"own/{name}"
+    for problem in (*task.train, *task.validation, *task.test):
+        turns = problem.messages if isinstance(problem.messages, list) else []
+        if not turns or not all(
+            isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in turns
+        ):
+            raise ValueError(
+                f"{path}: problem {problem.id!r}: messages must be a list of {{role, content}}, the last a user's"
+            )
+    task.name, task.verify = f"own/{name}", _checked(task.verify, path)
+    task.verify(task.train[:2], ["", ""][: len(task.train)])  # what is wrong with it is best said before the run
     return task
+
+
+def _checked(verify: Callable, path: str) -> Callable:
+    """A task file's verifier that raises BadTask, with one line, where it fails or gives no outcomes."""
+
+    def checked(problems: list[Problem], responses: list[str]) -> list[Outcome]:
+        try:
+            outcomes = verify(problems, responses)
+        except Exception as error:
+            mine = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+            at = f", line {mine[-1]}" if mine else ""
+            raise BadTask(f"{path}{at}: verify() raised {type(error).__name__}: {error}") from error
+        if not isinstance(outcomes, list) or len(outcomes) != len(responses):
+            count = f"{len(outcomes)} outcomes" if isinstance(outcomes, list) else repr(outcomes)[:80]
+            raise BadTask(
+                f"{path}: verify() must return a list with an Outcome for each of {len(responses)} responses, not {count}"
+            )
+        for outcome in outcomes:
+            if not isinstance(outcome, Outcome) or outcome.reward not in (0, 1):
+                raise BadTask(f"{path}: verify() must return Outcomes with a reward of 0 or 1, not {outcome!r:.120}")
+        return outcomes
+
+    return checked
 
 
 def read(task: str, path: str, official: bool = False) -> Task:

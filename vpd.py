@@ -50,7 +50,7 @@ import losses
 import plan
 import tasks
 import toy
-from policy import Policy, World, ema_update
+from policy import CannotWrite, Policy, World, ema_update
 from reviews import Reviews, ServerSilent, reach
 from rollout import StaleEngine, open_sampler, seed_for, weights_of
 from session import Clock, Session, git_commit, mean, open_directory, rollout_figures, watch
@@ -460,6 +460,8 @@ def main(argv: list[str] | None = None) -> None:
             p for p in task.train if len(feedback.student_prompt(policy.tokenizer, p.messages)) <= cfg.max_prompt_tokens
         ]
         dropped, task.train = len(task.train) - len(fits), fits
+        if cfg.eval_every and not watch(task)[0]:
+            raise ValueError(f"{task.name} has neither validation nor test problems to watch: --eval_every 0")
         found = settled(cfg, policy, task, found)
         if METHODS[cfg.method].teacher and cfg.feedback == "critique" and not all(p.reference for p in fits):
             raise ValueError(f"--feedback critique needs a reference answer for every problem of {task.name}")
@@ -501,10 +503,13 @@ def main(argv: list[str] | None = None) -> None:
         raise
     except KeyboardInterrupt:
         if world.rank == 0:
-            print(f"stopped; the log and the weights so far are in {out}", file=sys.stderr)
+            print(f"stopped; the log and the weights so far are in {out}; {checkpoint.last(out)}", file=sys.stderr)
         sys.exit(130)
-    except checkpoint.Damaged as error:
+    except (checkpoint.Damaged, tasks.BadTask) as error:
         fail(error)
+    except CannotWrite as error:
+        print(f"vpd.py: cannot write {error}; {checkpoint.last(out)}", file=sys.stderr)
+        sys.exit(1)
     except (FloatingPointError, StaleEngine, ServerSilent) as error:
         if world.rank == 0:
             print(f"vpd.py: {error}; the log and the last finite weights are in {out}", file=sys.stderr)
@@ -516,5 +521,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # before there was anything to keep
+        sys.exit(130)
     World.end()

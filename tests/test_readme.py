@@ -11,10 +11,15 @@ import evaluate
 import feedback
 import losses
 import settings
+import tasks
 import vpd
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+(SUMS,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)  # the worked task
+NO = """    if not found:
+        return Outcome(0, "no number", "There is no number in the answer.")
+"""
 
 
 def test_every_test_that_the_readme_cites_exists():
@@ -94,9 +99,8 @@ def test_the_teachers_prompts_are_those_that_the_code_renders(byte_tokenizer):
 
 
 def test_the_worked_task_is_at_most_40_lines_and_runs(tmp_path, capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert code.count("\n") <= 40
-    (tmp_path / "sums.py").write_text(code)
+    assert SUMS.count("\n") <= 40 and NO in SUMS
+    (tmp_path / "sums.py").write_text(SUMS)
     small = ["--prompts_per_batch", "2", "--minibatch_prompts", "2", "--e_minibatch_prompts", "2", "--steps", "1",
              "--max_response_tokens", "8", "--eval_every", "0", "--lr", "1e-3", "--feedback", "environment"]  # fmt: skip
     own = ["--task", "own", "--data", str(tmp_path / "sums.py")]
@@ -117,6 +121,14 @@ def test_the_worked_task_is_at_most_40_lines_and_runs(tmp_path, capsys):
         ("def load():\n    return 3", "must return a tasks.Task"),
         ("def load():\n    raise KeyError('answer')", "KeyError: 'answer'"),  # say a file with a missing column
         ("from tasks import Task\n\n\ndef load():\n    return Task('a', [], [], [], None)", "with training problems"),
+        (SUMS.replace('[{"role": "user", "content": question}]', "question"), "messages must be a list"),
+        (SUMS.replace("strict=True)]", "strict=True)][1:]"), "an Outcome for each of 2 responses, not 1 outcomes"),
+        (
+            SUMS.replace('Outcome(0, "no number"', 'Outcome(0.5, "no number"'),
+            "a reward of 0 or 1, not Outcome(reward=0.5",
+        ),
+        (SUMS.replace("problem.reference:", "problem.answer:").replace(NO, ""), "verify() raised IndexError"),
+        (SUMS.replace('"validation": 64, "test": 64', '"validation": 0, "test": 0'), "--eval_every 0"),
     ],
 )
 def test_a_task_file_that_is_none_is_one_line(text, words, tmp_path, capsys):
@@ -136,3 +148,17 @@ def test_a_task_file_that_is_none_is_one_line(text, words, tmp_path, capsys):
         )
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and words in error and not (tmp_path / "run").exists()
+
+
+def test_a_verifier_that_fails_later_ends_the_run_in_one_line_that_names_its_own(tmp_path, capsys):
+    broken = SUMS.replace("if found[-1] == problem.reference:", "if found[-1] == problem.answer:")
+    (tmp_path / "sums.py").write_text(broken)  # an empty answer, which is what it is tried with, has no number
+    at = broken[: broken.index("problem.answer")].count("\n") + 1
+    own = ["--task", "own", "--data", str(tmp_path / "sums.py"), "--model", str(ROOT / "toy_models" / "trace")]
+    with pytest.raises(SystemExit) as stop:
+        vpd.main([*own, "--max_response_tokens", "8", "--out", str(tmp_path / "run")])
+    error = capsys.readouterr().err
+    said = f"sums.py, line {at}: verify() raised AttributeError: 'Problem' object has no attribute 'answer'"
+    assert stop.value.code == 2 and said in error and "Traceback" not in error
+    with pytest.raises(tasks.BadTask, match="AttributeError"):
+        evaluate.main([*own, "--n", "1", "--max_tokens", "8"])

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import checkpoint
 import evaluate
 import feedback
 import losses
@@ -13,6 +14,7 @@ import rollout
 import session
 import settings
 import tasks
+import vpd
 from policy import Policy
 from reviews import Reviews
 from tasks import Outcome
@@ -98,7 +100,33 @@ def test_an_existing_run_is_refused_and_overwrite_replaces_only_runs(tmp_path, c
     assert stop.value.code == 2 and (tmp_path / "mine" / "thesis.tex").exists()
 
 
-def test_ctrl_c_leaves_a_usable_directory(tmp_path, monkeypatch):
+@pytest.mark.parametrize("what", ["log", "checkpoint", "model"])
+def test_a_disk_that_is_full_is_one_line_and_nothing_half_written(what, tmp_path, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    if what == "log":
+        make = vpd.open_directory
+        monkeypatch.setattr(
+            vpd, "open_directory", lambda out, *args: (make(out, *args), (out / "log.jsonl").symlink_to("/dev/full"))
+        )
+    elif what == "checkpoint":
+        monkeypatch.setattr(checkpoint.dcp, "save", full)
+    else:
+        monkeypatch.setattr(type(Policy.load(str(ROOT / "toy_models" / "choice")).model), "save_pretrained", full)
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "run", "--eval_every", "0", steps=1)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and error.count("\n") == 1 and "No space left" in error
+    assert (
+        f"run/{'checkpoints/step-000001' if what == 'checkpoint' else 'log.jsonl' if what == 'log' else 'model'}: "
+        in error
+    )
+    kept = "--resume goes on after 1 batches" if what == "model" else "it has no checkpoint yet: --resume starts again"
+    assert kept in error and not list((tmp_path / "run").rglob("part-*"))
+
+
+def test_ctrl_c_leaves_a_usable_directory(tmp_path, monkeypatch, capsys):
     sample, calls = rollout.HFSampler.sample, []
 
     def interrupted(self, *args, **kwargs):
@@ -110,7 +138,7 @@ def test_ctrl_c_leaves_a_usable_directory(tmp_path, monkeypatch):
     monkeypatch.setattr(rollout.HFSampler, "sample", interrupted)
     with pytest.raises(SystemExit) as stop:
         run(tmp_path / "run", "--eval_every", "0", steps=5)
-    assert stop.value.code == 130
+    assert stop.value.code == 130 and "it has no checkpoint yet: --resume starts again" in capsys.readouterr().err
     assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 1
     Policy.load(str(tmp_path / "run" / "model"))
 
