@@ -227,10 +227,10 @@ def main(argv: list[str] | None = None) -> None:
             task = tasks.load(config["task"], **{key: config[key] for key in keys if key in config})
         else:
             official = args.responses is not None
-            whole = args.data and not own
-            task = (
-                tasks.read(args.task, args.data, official) if whole else tasks.load(args.task, args.subset, args.data)
-            )
+            if args.data and not own:
+                task = tasks.read(args.task, args.data, official)
+            else:
+                task = tasks.load(args.task, args.subset, **({"data": args.data} if own else {}))
         if args.responses:
             print("\n".join([*task.notes, *grade(task, args.responses, out)]))
             task.close()
