@@ -217,8 +217,8 @@ def main(argv: list[str] | None = None) -> None:
             )
         if out and args.responses and out.resolve() == args.responses.resolve():
             raise ValueError(f"--out {out} would replace the responses")
-        own = args.task == "own"
-        if args.data and (args.run or args.subset or args.split != "test") and not own:
+        whole = args.data and args.task != "own"  # a file of problems; an own task's is code
+        if whole and (args.run or args.subset or args.split != "test"):
             raise ValueError("--data takes all rows of a file: it goes without --run, --subset and --split")
         if args.responses and not args.data:
             raise ValueError("--responses needs --data, the problems they answer")
@@ -227,10 +227,10 @@ def main(argv: list[str] | None = None) -> None:
             task = tasks.load(config["task"], **{key: config[key] for key in keys if key in config})
         else:
             official = args.responses is not None
-            if args.data and not own:
+            if whole:
                 task = tasks.read(args.task, args.data, official)
             else:
-                task = tasks.load(args.task, args.subset, **({"data": args.data} if own else {}))
+                task = tasks.load(args.task, args.subset, **({"data": args.data} if args.data else {}))
         if args.responses:
             print("\n".join([*task.notes, *grade(task, args.responses, out)]))
             task.close()

@@ -134,11 +134,13 @@ def contexts(
     return out
 
 
+THOUGHT = r"\A(?:(?!<think>).)*?</think>|<think>.*?(?:</think>|\Z)"  # the first: opened by the prompt
+
+
 def strip_thinking(text: str) -> str:
     """The text without <think>…</think>. A block that never closes is dropped to its end, and one that the prompt
     opened from the text's beginning."""
-    text = re.sub(r"\A(?:(?!<think>).)*?</think>", "", text, flags=re.DOTALL)
-    return re.sub(r"<think>.*?(</think>|\Z)", "", text, flags=re.DOTALL).strip()
+    return re.sub(THOUGHT, "", text, flags=re.DOTALL).strip()
 
 
 # ---- From messages to token ids --------------------------------------------------------------------------
@@ -257,8 +259,7 @@ def expected_digit(p: Sequence[float], least: float = 0.0) -> float | None:
 def find_digit(reply: str) -> int | None:
     """The place of the first digit that stands alone, outside of <think>…</think>: not in 10, in 7.5 (but in 7.0), nor in
     0-9 or 0 (wrong) to 9 (right), which repeat the scale. None where there is none."""
-    thought = r"\A(?:(?!<think>).)*?</think>|<think>.*?(?:</think>|\Z)"
     scale = r"\b0\s*(?:\([^)]*\))?\s*(?:-|–|to)\s*9\b(?:\s*\([^)]*\))?"
-    rest = re.sub(f"{thought}|{scale}", lambda found: " " * len(found[0]), reply, flags=re.DOTALL)
+    rest = re.sub(f"{THOUGHT}|{scale}", lambda found: " " * len(found[0]), reply, flags=re.DOTALL)
     found = re.search(r"(?<![0-9.])[0-9](?:\.0+)?(?!\.?[0-9])", rest)
     return found.start() if found else None

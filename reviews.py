@@ -154,7 +154,7 @@ class ServedModel:
 
     def reach(self, completes: bool) -> str:
         """Nothing if it answers a question, of the kind of `next_piece` or of `reply`, else why not."""
-        self.next_piece(["1 +"], 0) if completes else self.reply([[{"role": "user", "content": "1 +"}]], 0, 8)
+        self.next_piece(["1 +"], 0) if completes else self.reply([_message(["1 +"])], 0, 8)
         why = next(iter(self.failures), "")
         return "" if why.startswith("ValueError") else why  # an empty reply is one
 
@@ -178,6 +178,11 @@ def read_score(choice) -> float | None:
                     p[int(other.token)] += math.exp(other.logprob)
             return feedback.expected_digit(p)
     return float(text[place])
+
+
+def _message(parts: list[str]) -> list[dict[str, str]]:
+    """A conversation of one message."""
+    return [{"role": "user", "content": "".join(parts)}]
 
 
 def reach(cfg) -> str:
@@ -241,7 +246,7 @@ class Reviews:
         failed = [i for i, o in enumerate(outcomes) if o.reward == 0 and o.verdict != "internal"]
         attempts = [(problems[i].messages, texts[i], problems[i].reference, self.templates) for i in failed]
         if self.critic:
-            asked = [[{"role": "user", "content": "".join(feedback.critique_parts(*attempt))}] for attempt in attempts]
+            asked = [_message(feedback.critique_parts(*attempt)) for attempt in attempts]
             ask = lambda: self.critic.reply(asked, seed, cfg.max_critique_tokens, cfg.temperature, cfg.top_p)  # noqa: E731
             replies = self._ask(self.critic, "critic", ask)
         else:
@@ -259,7 +264,7 @@ class Reviews:
         cfg = self.cfg
         attempts = [(problem.messages, text, self.templates) for problem, text in zip(problems, texts)]
         if self.judge:
-            asked = [[{"role": "user", "content": "".join(feedback.judge_parts(*attempt))}] for attempt in attempts]
+            asked = [_message(feedback.judge_parts(*attempt)) for attempt in attempts]
             seed = seed_for(cfg.seed, step, "scores")
             ask = lambda: self.judge.score(asked, seed, cfg.max_judge_tokens)  # noqa: E731
             replies = self._ask(self.judge, "judge", ask)

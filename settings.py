@@ -235,7 +235,7 @@ SMOKE = dict(
 NOT_OF_THE_RUN = ("out", "resume", "overwrite", "plan", "gpus", "gpu_memory")
 
 
-# ---- From a command to settings ----------------------------------------------------------------------------------------------
+# ---- From a command to settings ------------------------------------------------------------------------------
 
 
 def fail(message: str) -> None:

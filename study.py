@@ -449,22 +449,29 @@ def difference(above: list[float], below: list[float]) -> tuple[float, float, fl
     return float(np.mean(above) - np.mean(below)), float(found.low), float(found.high)
 
 
+def runs_of(rows: dict, name: str) -> list[dict]:
+    """The runs of a row, one a seed; none of a row that is not there."""
+    return list(rows.get(name, {}).get("runs", {}).values())
+
+
+def with_interval(mean: float, low: float, high: float) -> str:
+    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+
+
 def verdict(claim: Claim, rows: dict) -> tuple[str, str] | None:
     """The figures and the verdict, or None while a row has fewer than two seeds."""
-    runs = lambda name: list(rows.get(name, {}).get("runs", {}).values())  # noqa: E731
     other = claim.below if claim.above == "base" else claim.above
     values = {
-        name: [quantity(claim.quantity, run) for run in runs(name)]
+        name: [quantity(claim.quantity, run) for run in runs_of(rows, name)]
         for name in {claim.above, claim.below} - {"base", ""}
     }
     values = {name: [v for v in found if not np.isnan(v)] for name, found in values.items()}
     if any(len(found) < 2 for found in values.values()):
         return None
-    show = lambda mean, low, high: f"{mean:.3f} [{low:.3f}, {high:.3f}]"  # noqa: E731
     if claim.below == "" or claim.above == "base":
-        base = runs(other)[0]["before"]["avg"] if claim.above == "base" else 0.0
+        base = runs_of(rows, other)[0]["before"]["avg"] if claim.above == "base" else 0.0
         mean, low, high = interval(values[other])
-        text = f"{show(mean, low, high)}" + (f", base {base:.3f}" if claim.above == "base" else "")
+        text = with_interval(mean, low, high) + (f", base {base:.3f}" if claim.above == "base" else "")
         low, high = (base - high, base - low) if claim.above == "base" else (low, high)
     else:
         mean, low, high = difference(values[claim.above], values[claim.below])
@@ -486,7 +493,7 @@ def table(subset: str, rows: dict) -> list[str]:
     for row in mine.values():
         runs = list(row["runs"].values())
         mean, low, high = interval([run["after"]["avg"] for run in runs])
-        over_seeds = f"{mean:.3f}" + (f" [{low:.3f}, {high:.3f}]" if len(runs) > 1 else "")
+        over_seeds = with_interval(mean, low, high) if len(runs) > 1 else f"{mean:.3f}"
         each = " ".join(f"{run['after']['avg']:.3f}" for run in runs)
         margin = np.mean([ends(run["train"]["margin"]) for run in runs], 0)
         teacher = [(run["eval"]["teacher"][0], run["eval"]["teacher"][-1]) for run in runs]
@@ -556,16 +563,13 @@ def tuning_list(known: dict) -> list[str]:
 def summary(rows: dict) -> list[str]:
     """A small table of all methods on the two main tasks."""
     lines = ["| avg@4 on test problems, mean over seeds [95% interval] | `trace` | `code` |", "|---|---|---|"]
-    runs = lambda name: list(rows.get(name, {}).get("runs", {}).values())  # noqa: E731
-    base = [
-        runs(f"{subset}/vpd")[0]["before"]["avg"] if runs(f"{subset}/vpd") else None for subset in ("trace", "code")
-    ]
-    lines.append("| base model | " + " | ".join("" if avg is None else f"{avg:.3f}" for avg in base) + " |")
+    base = [runs_of(rows, f"{subset}/vpd") for subset in ("trace", "code")]
+    cells = [f"{runs[0]['before']['avg']:.3f}" if runs else "" for runs in base]
+    lines.append(f"| base model | {' | '.join(cells)} |")
     for method, label in LABELS.items():
-        found = [runs(f"{subset}/{method}") for subset in ("trace", "code")]
-        cells = [interval([run["after"]["avg"] for run in these]) if these else None for these in found]
-        if any(cells):
-            cells = [f"{c[0]:.3f} [{c[1]:.3f}, {c[2]:.3f}]" if c else "" for c in cells]  # not measured: empty
+        found = [runs_of(rows, f"{subset}/{method}") for subset in ("trace", "code")]
+        cells = [with_interval(*interval([run["after"]["avg"] for run in runs])) if runs else "" for runs in found]
+        if any(cells):  # what is not measured is empty
             lines.append(f"| {label} | {' | '.join(cells)} |")
     return lines
 

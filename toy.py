@@ -171,8 +171,7 @@ class Trace:
 
     def load(self) -> Task:
         train, rest = self.problems(random.Random(11), 720, "train"), self.problems(random.Random(12), 128, "held-out")
-        name = next(name for name, kind in EVERY.items() if kind is type(self))
-        return Task(f"toy/{name}", train, rest[:64], rest[64:], self.verify)
+        return Task(name_of(self), train, rest[:64], rest[64:], self.verify)
 
 
 class TraceRare(Trace):
@@ -356,10 +355,8 @@ class Code:
         train = make("train", single[20:] + double[:210])
         validation = make("validation", single[:10] + double[210:270])
         test = make("test", single[10:20] + double[270:])
-        name = next(name for name, kind in EVERY.items() if kind is type(self))
-        return Task(
-            f"toy/{name}", train, validation, test, self.verify, close=lambda: self.sandbox and self.sandbox.close()
-        )
+        close = lambda: self.sandbox and self.sandbox.close()  # noqa: E731
+        return Task(name_of(self), train, validation, test, self.verify, close=close)
 
 
 class CodeJudge(Code):
@@ -453,7 +450,7 @@ class Choice:
             problem = self.problem(rng, f"choice-{len(problems)}")
             problems.setdefault(problem.messages[0]["content"], problem)
         problems = list(problems.values())
-        return Task("toy/choice", problems[:480], problems[480:544], problems[544:], self.verify)
+        return Task(name_of(self), problems[:480], problems[480:544], problems[544:], self.verify)
 
 
 # ---- Tokenizer, model and warm start -------------------------------------------------------------------------
@@ -470,6 +467,11 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def name_of(task) -> str:
+    """toy/SUBSET, for an instance of one of the classes above."""
+    return "toy/" + next(name for name, kind in EVERY.items() if kind is type(task))
 
 
 def load(subset: str) -> Task:
