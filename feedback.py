@@ -13,6 +13,9 @@ sources   environment     the verifier's text on a failed rollout
 A success needs a context as well, or the E-step has no positives. With sibling and solution_first it is another success.
 With environment and critique the paper is silent; here a success borrows the text of a random failure of its own group,
 because any text that only successes see ("all tests passed") tells the teacher the label and nothing else.
+
+A new source is its name in SOURCES, which is also the flag's choice, and its branch in the loop of `contexts`. Where it needs
+a text that neither the verifier nor a sibling has written, `reviews.Reviews.contexts` is where that is asked for.
 """
 
 import random

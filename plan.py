@@ -1,5 +1,5 @@
 """What a run needs before it starts: rows, tokens and updates from the settings, bytes from the settings and the
-model's config. No weights are read and no GPU is asked, so that `python vpd.py --plan` answers anywhere.
+model's config. No weights are read and no GPU is needed, so that `python vpd.py --plan` answers anywhere.
 
 A GPU's memory has two peaks. In training the engine that samples sleeps; in sampling the gradients are gone, and what
 the trainer does not keep is for the engine's weights and its key-value cache. Tensors are counted one by one, as
@@ -203,6 +203,18 @@ def refuse(plan: Plan, cfg) -> None:
 
 def size(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def show(cfg, method, path: str, processes: int) -> Plan:
+    """Prints what a run of the model in `path` needs, with the GPUs that the settings name or those here. Raises ValueError
+    where it does not fit them."""
+    gpu = cfg.gpu_memory * 1e9 or (torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 0)
+    if cfg.plan and not gpu and cfg.task != "toy":
+        raise ValueError("there is no GPU here to plan for: say --gpus N --gpu_memory GB")
+    found = memory(read(path), cfg, method, cfg.gpus or processes, gpu)
+    print("\n".join(lines(found, cfg, method)), flush=True)
+    refuse(found, cfg)
+    return found
 
 
 def lines(plan: Plan, cfg, method) -> list[str]:

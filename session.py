@@ -1,15 +1,19 @@
-"""What surrounds the loop of vpd.py: the run directory with its logs, the state on disk, evaluation by the way, the end."""
+"""What surrounds the loop of vpd.py: opening a run, its directory with the logs, the state on disk, evaluation by the way, the
+end."""
 
+import importlib.util
 import json
 import math
 import os
 import shutil
 import subprocess
+import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -18,10 +22,13 @@ from tqdm import tqdm
 import checkpoint
 import evaluate
 import feedback
+import plan
 import tasks
-from policy import CannotWrite, Policy
-from reviews import Reviews, ServerSilent
-from rollout import StaleEngine, seed_for, weights_of
+import toy
+from policy import CannotWrite, Policy, World
+from reviews import Reviews, ServerSilent, reach
+from rollout import StaleEngine, open_sampler, seed_for, weights_of
+from settings import METHODS, Config
 
 
 def watch(task: tasks.Task) -> tuple[list, str]:
@@ -50,6 +57,74 @@ def git_commit() -> str:
     if head.returncode:
         return "unknown"
     return head.stdout.strip() + ("+changes" if run("status", "--porcelain", "-uno").stdout else "")
+
+
+def open_run(cfg: Config, out: Path, world: World) -> tuple:
+    """What the loop needs: policy, sampler, task, and the record that config.json holds. The run directory `out` is made when
+    nothing else can be wrong with the settings. Raises ValueError, OSError or ImportError with one line."""
+    method = METHODS[cfg.method]
+    if out.exists() and not cfg.overwrite and not cfg.resume:
+        raise ValueError(f"{out} exists: give another --out, --resume to go on with it, or --overwrite to delete it")
+    if cfg.overwrite and out.exists() and not (out / "config.json").exists():
+        raise ValueError(f"{out} is no run directory (no config.json): --overwrite will not delete it")
+    if cfg.task != "toy" and not torch.cuda.is_available() and not cfg.smoke and not Path(cfg.model).is_dir():
+        run = f"run `bash run.sh {cfg.task} --smoke` or `bash run.sh toy`"
+        here = "name a small model's folder, --model toy_models/trace say" if cfg.task == "own" else run
+        raise ValueError(f"--task {cfg.task} with {cfg.model} needs CUDA GPUs: on this machine {here}")
+    if cfg.sampler == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise ValueError("--sampler vllm: vllm is not installed; run.sh installs it where there is an NVIDIA GPU")
+
+    task = tasks.load(cfg.task, cfg.subset, cfg.data, cfg.train_tests, cfg.since, cfg.until)
+    task.verify = world.shared(task.verify)
+    if method.teacher and task.sources and cfg.feedback not in task.sources:
+        raise ValueError(f"--feedback {cfg.feedback}: {task.name} has {', '.join(task.sources)}")
+
+    with tempfile.TemporaryDirectory() as made:
+        # A smoke run that goes on has its model there.
+        making = cfg.smoke and not (cfg.resume and (out / "base" / "config.json").exists())
+        made = world.first(lambda: made)  # one process makes the model, on this machine
+        if making:
+            world.first(lambda: toy.smoke_model(cfg.task, cfg.smoke, Path(made)))
+        path = made if making else cfg.model
+        found = plan.show(cfg, method, path, world.size)
+        policy = Policy.load(path, getattr(torch, cfg.dtype), micro_batch_tokens=cfg.micro_batch_tokens, world=world)
+        world.wait()  # everybody has read it
+    if cfg.top_k > policy.vocabulary:
+        raise ValueError(f"--top_k {cfg.top_k} exceeds the vocabulary of {policy.vocabulary} tokens")
+
+    tokens = lambda p: len(feedback.student_prompt(policy.tokenizer, p.messages))  # noqa: E731
+    fits = [p for p in task.train if tokens(p) <= cfg.max_prompt_tokens]
+    dropped, task.train = len(task.train) - len(fits), fits
+    watched, _ = watch(task)
+    if cfg.eval_every and not watched:
+        raise ValueError(f"{task.name} has neither validation nor test problems to watch: --eval_every 0")
+    # The longest sequence that is sampled, evaluation's included.
+    sampled = [tokens(p) + cfg.max_response_tokens for p in watched] if cfg.eval_every else []
+    found = replace(found, longest=max(found.longest, *sampled) if sampled else found.longest)
+    plan.refuse(found, cfg)
+    if len(fits) < cfg.prompts_per_batch:
+        raise ValueError(
+            f"{len(fits)} training problems do not fill a batch of --prompts_per_batch {cfg.prompts_per_batch}"
+        )
+    if method.teacher and cfg.feedback == "critique" and not all(p.reference for p in fits):
+        raise ValueError(f"--feedback critique needs a reference answer for every problem of {task.name}")
+    if cfg.method == "ovd" and not cfg.judge_url:
+        feedback.digit_tokens(policy.tokenizer)  # raises ValueError where a score cannot be read
+        if cfg.task == "toy" and cfg.subset != "code-judge":
+            task.notes.append(f"{task.name}: its model was never taught to judge; --subset code-judge has one that was")
+    if why := world.first(lambda: reach(cfg)):
+        raise ValueError(why)
+
+    if making:  # the model was made on the spot; evaluation will want it again
+        cfg.model = str(out / "base")
+    record = {**asdict(cfg), "out": str(out), "teacher": cfg.reader(), "commit": git_commit(), "processes": world.size,
+              "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+              "torch": torch.__version__, "command": " ".join(["python", *sys.argv]), "prompts_dropped": dropped}  # fmt: skip
+    world.wait()  # everybody has looked
+    world.first(lambda: open_directory(out, cfg.overwrite, record))
+    if making:
+        policy.save(cfg.model)
+    return policy, open_sampler(cfg.sampler, policy, cfg.model, found.longest, found.share), task, record
 
 
 # ---- Figures -------------------------------------------------------------------------------------------------

@@ -4,9 +4,12 @@
 `parse` puts the flags of a command over them; `check` refuses what cannot work together. Nothing is set anywhere else.
 """
 
+import argparse
+import inspect
 import json
 import math
 import os
+import re
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,9 +18,10 @@ from urllib.parse import urlsplit
 
 from transformers import HfArgumentParser
 
-import feedback
 import tasks
 import toy
+from feedback import SOURCES, Templates
+from losses import DIVERGENCES
 
 
 class Method(NamedTuple):
@@ -43,7 +47,7 @@ METHODS = {
 }
 
 
-WORDS = feedback.Templates()
+WORDS = Templates()
 
 
 @dataclass
@@ -52,19 +56,15 @@ class Config:
     a flag on the command line overrides both. What was used is printed at the start and saved as config.json."""
 
     # ---- Run
-    task: Literal["toy", "lcb", "sciknoweval", "math", "own"] = "toy"
+    task: Literal["toy", "lcb", "sciknoweval", "math", "own"] = "toy"  # picks a preset; own: --data FILE.py
     subset: str = ""  # toy: trace, code or choice; sciknoweval: a domain or all; "" is the task's first
     data: str = ""  # file or folder of the task's source; "": the hub (tasks.py says what each takes)
-    train_tests: Literal["private", "public"] = (
-        "private"  # lcb: private is SDPO's seeded half, public the paper's words
-    )
+    train_tests: Literal["private", "public"] = "private"  # lcb: SDPO's seeded half, or the paper's words
     since: str = "2025-02-01"  # lcb: since <= contest_date < until, 131 problems
-    until: str = "2025-05-01"
-    smoke: Literal["", "qwen3", "olmo3"] = (
-        ""  # 2 batches of a tiny random model of this family on the project's fixtures
-    )
-    method: Literal["vpd", "sdpo", "grpo", "joint", "reshape", "reweight", "distil", "ovd"] = "vpd"
-    seed: int = 0
+    until: str = "2025-05-01"  # lcb: the end of the window, itself outside
+    smoke: Literal["", "qwen3", "olmo3"] = ""  # 2 batches of a tiny random model on the project's records
+    method: Literal[*METHODS] = "vpd"  # METHODS says what each needs
+    seed: int = 0  # of the order of problems, rollouts, contexts and evaluation
     out: str = ""  # run directory; "" is runs/TASK-METHOD-seedN
     overwrite: bool = False  # delete the run directory if it exists
     resume: bool = False  # go on from the run directory's last checkpoint; starts the run if there is none
@@ -87,51 +87,51 @@ class Config:
     dtype: Literal["float32", "float64"] = "float32"  # of the weights
     micro_batch_tokens: int = 20480  # padded tokens in one forward pass; changes speed and memory, never the update
     # ---- Rollouts
-    prompts_per_batch: int = 32
+    prompts_per_batch: int = 32  # B, problems in a rollout batch
     group_size: int = 8  # rollouts per prompt, G
     max_prompt_tokens: int = 2048  # longer problems are dropped and counted
-    max_response_tokens: int = 8192
-    temperature: float = 1.0
-    top_p: float = 1.0
+    max_response_tokens: int = 8192  # then a response is cut and graded as it is
+    temperature: float = 1.0  # of rollouts
+    top_p: float = 1.0  # of rollouts
     sampler: Literal["", "vllm", "hf"] = ""  # "": vLLM on a GPU, transformers' generate on a CPU
     engine_memory: float = 0.0  # vLLM's share of the GPU's memory while it samples; 0: what the plan leaves it
     # ---- Optimizer (AdamW)
-    lr: float = 1e-6
+    lr: float = 1e-6  # of the M-step; e_lr is the E-step's
     warmup_steps: int = 0  # rollout batches
     schedule: Literal["constant", "linear"] = "constant"  # linear: falls to 0 over the run
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
+    adam_beta1: float = 0.9  # decay of the gradient's average
+    adam_beta2: float = 0.999  # and of its square's
+    weight_decay: float = 0.01  # decoupled
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm
     minibatch_prompts: int = 1  # prompts per M-step update: 32 updates per batch
     # ---- Feedback
-    feedback: Literal["environment", "sibling", "critique", "solution_first", "both"] = "solution_first"
+    feedback: Literal[*SOURCES] = "solution_first"  # where C comes from (feedback.py)
     borrow: bool = True  # a success borrows a failing sibling's text
     passed_text: str = ""  # a success sees this text instead, which gives its label away (ablation)
     max_teacher_tokens: int = 10240  # of the teacher's prompt; beyond it the context is cut
-    max_critique_tokens: int = 512
+    max_critique_tokens: int = 512  # of a review
     critic_url: str = ""  # critiques from an OpenAI-compatible server (key: OPENAI_API_KEY); "": the student itself
-    critic_model: str = ""
+    critic_model: str = ""  # the name it serves
     server_timeout: float = 60.0  # seconds, of every server; two retries
-    solution_template: str = WORDS.solution
-    feedback_template: str = WORDS.feedback
-    critique_template: str = WORDS.critique
-    closing_line: str = WORDS.closing
-    critique_request: str = WORDS.request
-    judge_request: str = WORDS.judge
+    solution_template: str = WORDS.solution  # section of the teacher's prompt, with the hole {solution}
+    feedback_template: str = WORDS.feedback  # the same, {feedback}
+    critique_template: str = WORDS.critique  # the same, {critique}
+    closing_line: str = WORDS.closing  # of the teacher's prompt
+    critique_request: str = WORDS.request  # what a critic is asked: {question}, {attempt}, {reference}
+    judge_request: str = WORDS.judge  # what a judge is asked: {question}, {attempt}
     # ---- E-step (vpd)
-    e_step_every: int = 5  # F, in rollout batches
-    e_minibatch_prompts: int = 32  # the whole batch: one update
-    e_lr: float = 0.0  # 0: lr
-    e_optimizer: Literal["shared", "own"] = "shared"  # AdamW state; the paper: one network, one optimizer
-    e_groups: Literal["mixed", "all"] = "mixed"
-    beta: float = 0.1
-    shift_rate: float = 0.1  # the paper gives none
-    prior: Literal["dynamic", "fixed"] = "dynamic"  # fixed: the initial weights (ablation)
+    e_step_every: int = 5  # F: an E-step on every F-th rollout batch
+    e_minibatch_prompts: int = 32  # prompts per E-step update; the whole batch: one update
+    e_lr: float = 0.0  # the E-step's learning rate; 0: lr
+    e_optimizer: Literal["shared", "own"] = "shared"  # whose AdamW state; the paper: one network, one optimizer
+    e_groups: Literal["mixed", "all"] = "mixed"  # mixed: groups in which both outcomes have a context
+    beta: float = 0.1  # of the implicit reward, Eq. 7
+    shift_rate: float = 0.1  # delta <- (1 - rate) delta + rate value; the paper gives none
+    prior: Literal["dynamic", "fixed"] = "dynamic"  # what r~ is measured from; fixed: the initial weights (ablation)
     # ---- Distillation
-    divergence: Literal["kl_student_teacher", "kl_teacher_student", "js"] = "kl_student_teacher"
+    divergence: Literal[*DIVERGENCES] = "kl_student_teacher"  # of the M-step, Eq. 10
     top_k: int = 20  # of the student, plus a tail bucket; 0: all of V
-    teacher: Literal["", "live", "ema"] = ""  # "": the method's own, see METHODS
+    teacher: Literal["", "live", "ema"] = ""  # whose weights read C; "": the method's own, see METHODS
     ema_rate: float = 0.01  # teacher <- (1 - rate) teacher + rate student, per rollout batch
     ratio_limit: float = 2.0  # SDPO's truncated token weight
     mismatch_limit: str = "2"  # SDPO's weight min(pi_old / pi_sampler, limit) when vLLM samples; none: no weight
@@ -139,30 +139,30 @@ class Config:
     distil_norm: Literal["length", "constant"] = "length"  # constant: exact where C does not depend on y
     future: bool = True  # --no_future: the local term alone (ablation)
     expert: Literal["probabilities", "samples", "served"] = "probabilities"  # samples: the teacher as a black box
-    expert_url: str = ""  # served: an OpenAI-compatible server's completions take the teacher's place
-    expert_model: str = ""
+    expert_url: str = ""  # served: an OpenAI-compatible server whose completions take the teacher's place
+    expert_model: str = ""  # the name it serves
     expert_places: int = 16  # served: tokens of a response at which it is asked, at random
     # ---- OVD: what a judge rejects is replaced by a demonstration
     ovd_threshold: float = 5.0  # of the judge's score, 0 to 9; the paper's is not known to us
     ovd_ratio: Literal["teacher", "one"] = "teacher"  # pi_old of a demonstration: as the teacher sampled it, or sg pi
     ovd_failed: bool = True  # a demonstration that fails takes the place as well; --no_ovd_failed: the rollout stays
     judge_url: str = ""  # scores from an OpenAI-compatible server; "": the student itself, by its digits' probabilities
-    judge_model: str = ""
+    judge_model: str = ""  # the name it serves
     max_judge_tokens: int = 16  # of a served judge's reply
     # ---- Policy gradient and hybrids
-    divide_by_std: bool = False
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    dual_clip: float = 3.0
-    w_opd: float = 1.0  # joint, reshape; the paper gives none
-    w_rl: float = 1.0
-    reweight_lam: float = 0.5  # RLSD's; falls linearly to 0 over reweight_steps
-    reweight_steps: int = 50
-    reweight_clip: float = 0.2  # RLSD's eps_w
+    divide_by_std: bool = False  # advantages over their group's standard deviation; SDPO's code does not
+    clip_low: float = 0.2  # the ratio pi / pi_old is clipped to 1 - clip_low
+    clip_high: float = 0.28  # and 1 + clip_high
+    dual_clip: float = 3.0  # where A < 0 the loss is at most this times |A|
+    w_opd: float = 1.0  # joint, reshape: weight of the teacher's part; the paper gives none
+    w_rl: float = 1.0  # the same, of the policy gradient
+    reweight_lam: float = 0.5  # reweight: lambda, RLSD's; falls linearly to 0 over reweight_steps
+    reweight_steps: int = 50  # rollout batches
+    reweight_clip: float = 0.2  # reweight: eps_w, RLSD's
 
-    def templates(self):
+    def templates(self) -> Templates:
         texts = (self.solution_template, self.feedback_template, self.critique_template)
-        return type(WORDS)(*texts, self.closing_line, self.critique_request, self.judge_request)
+        return Templates(*texts, self.closing_line, self.critique_request, self.judge_request)
 
     def reader(self) -> str:
         """Whose weights read the context: live, ema, or "" for nobody's here."""
@@ -252,10 +252,22 @@ class Parser(HfArgumentParser):
         fail(f"{message} (python vpd.py --help lists the settings)")
 
 
+def flags() -> Parser:
+    """A flag for each setting. Its help is what stands beside it in Config."""
+    parser = Parser(Config, description="Variational Policy Distillation and its baselines.", allow_abbrev=False)
+    said = dict(re.findall(r"^ {4}(\w+): .*?  # (.+)$", inspect.getsource(Config), flags=re.MULTILINE))
+    for action in parser._actions:
+        off = action.option_strings[0].startswith("--no_")
+        action.help = f"turns --{action.dest} off" if off else action.help or said.get(action.dest, "").replace("%", "%%")
+        action.default = argparse.SUPPRESS if off else action.default  # on is said beside the flag itself
+    return parser
+
+
 def parse(argv: list[str] | None = None) -> Config:
     """Flags over the preset of (task, subset, method) over the defaults of Config."""
-    parser = Parser(Config, description="Variational Policy Distillation and its baselines.", allow_abbrev=False)
-    chosen, _ = parser.parse_known_args(argv)
+    parser, given = flags(), sys.argv[1:] if argv is None else argv
+    # The help waits for the preset, whose values it shows.
+    chosen, _ = parser.parse_known_args([flag for flag in given if flag not in ("-h", "--help")])
     preset = PRESETS[chosen.task] | METHOD_PRESETS.get((chosen.task, chosen.method), {})
     if chosen.task == "toy":
         # Of the toy models one has learned to judge.

@@ -13,6 +13,9 @@ Per rollout batch k = 0, 1, 2, ... (Algorithm 1, App. D.6; the banners below car
            L_M = E_y sum_t KL(pi_theta(.|x,y_<t) || sg q_phi(.|x,C,y_<t))                                  (Eq. 10)
     6. push the weights to the sampler
 
+What carries a gradient: in 4 log q_phi alone (log pi_theta, delta, n+ and n- are numbers by then), in 5 log pi_theta alone (the
+teacher's view runs under no_grad; pi_old, advantages and every weight of a token are numbers). losses.py detaches once more.
+
 Where we depart from the paper's text, or had to choose:
 
     1. Eq. 10 prints a sum over t; the loss is the mean over a row's tokens, as in the code its learning rates come from.
@@ -29,15 +32,13 @@ Where we depart from the paper's text, or had to choose:
        that gives a digit no more than half of its probability has named none, and the rollout stays.
 """
 
-import importlib.util
 import math
 import random
 import signal
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -49,11 +50,10 @@ import feedback
 import losses
 import plan
 import tasks
-import toy
 from policy import CannotWrite, Policy, World, ema_update
-from reviews import Reviews, ServerSilent, reach
-from rollout import StaleEngine, open_sampler, seed_for, weights_of
-from session import Clock, Session, git_commit, mean, open_directory, rollout_figures, watch
+from reviews import Reviews, ServerSilent
+from rollout import StaleEngine, seed_for, weights_of
+from session import Clock, Session, mean, open_run, rollout_figures
 from settings import METHODS, Config, check, fail, parse
 
 # ---- Pieces of a batch ---------------------------------------------------------------------------------------
@@ -70,16 +70,35 @@ def batches(problems: list, size: int, steps: int, seed: int):
 
 
 def demonstrations(
-    cfg: Config, policy: Policy, sampler, task: tasks.Task, problems: list, xC: list, rows: list[int], step: int
-) -> dict:
-    """{row: (Rollout, Outcome)}: one response of the teacher, which the sampler holds, to each of `rows`, where the grader did
-    not fail on it."""
+    cfg: Config,
+    policy: Policy,
+    sampler,
+    teacher,
+    task: tasks.Task,
+    problems: list,
+    xC: list,
+    scores: list,
+    told,
+    step: int,
+) -> tuple[dict, Counter]:
+    """OVD: {row: (Rollout, Outcome)}, one response of the teacher to (x, C), verified like a rollout, for each row that the
+    judge rejects and that has a context; and the rejected rows whose own rollout stays, counted by reason."""
+    rejected = [i for i, score in enumerate(scores) if score is not None and score < cfg.ovd_threshold]
+    asked = [i for i in rejected if told[i]]
+    kept = Counter({"rejected without a context, kept": len(rejected) - len(asked)})
     seed = seed_for(cfg.seed, step, "demonstrations")
-    drawn = sampler.sample([xC[i] for i in rows], 1, seed, cfg.max_response_tokens, cfg.temperature, cfg.top_p)
-    outcomes = task.verify([problems[i] for i in rows], [policy.decode(rollout.tokens) for rollout in drawn])
-    return {
-        i: (rollout, outcome) for i, rollout, outcome in zip(rows, drawn, outcomes) if outcome.verdict != "internal"
-    }
+    with weights_of(teacher if asked else None, sampler, policy):
+        drawn = sampler.sample([xC[i] for i in asked], 1, seed, cfg.max_response_tokens, cfg.temperature, cfg.top_p)
+    outcomes = task.verify([problems[i] for i in asked], [policy.decode(rollout.tokens) for rollout in drawn])
+    shown = {}
+    for i, rollout, outcome in zip(asked, drawn, outcomes):
+        if outcome.verdict == "internal":
+            kept["demonstration without a grade, rollout kept"] += 1
+        elif not outcome.reward and not cfg.ovd_failed:
+            kept["demonstration failed, rollout kept"] += 1
+        else:
+            shown[i] = rollout, outcome
+    return shown, kept
 
 
 def judge_figures(scores: list, outcomes: list, threshold: float) -> dict:
@@ -111,6 +130,23 @@ def fill_ungraded(r: torch.Tensor, graded: torch.Tensor, group_size: int) -> tor
     groups, known = r.view(-1, group_size), graded.view(-1, group_size)
     means = (groups * known).sum(1, keepdim=True) / known.sum(1, keepdim=True).clamp(min=1)
     return torch.where(known, groups, means).reshape(-1)
+
+
+def engine_gap(
+    logp: torch.Tensor, drawn_logp: torch.Tensor, sampled: torch.Tensor, demonstrated: torch.Tensor, limit: float | None
+) -> tuple[torch.Tensor, dict]:
+    """What a token of the M-step weighs, (B, T), min(pi_old / pi_sampler, limit) for the gap between trainer and sampler (1
+    where `limit` is None), and figures of it; of demonstrations' tokens, which weigh 1, what the student makes of them."""
+    weight, rho = torch.ones_like(logp), (logp - drawn_logp)[demonstrated].exp()  # pi / q
+    if limit is not None:
+        weight[sampled] = losses.truncated_ratio(logp, drawn_logp, limit)[sampled]
+    figures = {
+        "sampler_gap": mean((logp - drawn_logp)[sampled].abs()),
+        "mismatch_truncated": None if limit is None else mean(weight[sampled] == limit),
+    }
+    if demonstrated.any():
+        figures |= {"demonstration_ratio": mean(rho), "demonstration_lacked": mean(rho < 0.5)}
+    return weight, figures
 
 
 def margin_figures(implicit: torch.Tensor, r: torch.Tensor, lengths: torch.Tensor) -> dict:
@@ -194,16 +230,8 @@ def train(
             own, shown = torch.ones_like(told), {}  # (B,) rows that the student wrote; the others' (Rollout, Outcome)
             if method.replaces:
                 scores = reviews.scores(row_problems, texts, step)
-                rejected = [i for i in rows if scores[i] is not None and scores[i] < cfg.ovd_threshold]
-                skipped["rejected without a context, kept"] += len(rejected) - int(told[rejected].sum())
-                asked = [i for i in rejected if told[i]]
-                with weights_of(teacher if asked else None, sampler, policy):
-                    shown = demonstrations(cfg, policy, sampler, task, row_problems, xC, asked, step)
-                skipped["demonstration without a grade, rollout kept"] += len(asked) - len(shown)
-                if not cfg.ovd_failed:
-                    asked = list(shown)
-                    shown = {i: found for i, found in shown.items() if found[1].reward}
-                    skipped["demonstration failed, rollout kept"] += len(asked) - len(shown)
+                shown, kept = demonstrations(cfg, policy, sampler, teacher, task, row_problems, xC, scores, told, step)
+                skipped.update(kept)
                 for i, (demonstration, outcome) in shown.items():
                     y[i], r[i], own[i] = demonstration.tokens, outcome.reward, False
                 figures |= judge_figures(scores, outcomes, cfg.ovd_threshold)
@@ -229,17 +257,11 @@ def train(
             for i in rows:
                 drawn_logp[i, : len(y[i])] = torch.tensor(shown[i][0].logp if i in shown else rollouts[i].logp)
             sampled = mask.bool() & own[:, None]  # (B, T) the student's tokens
-            gap = (old_logp - drawn_logp)[sampled].abs()
-            mismatch, at_limit = torch.ones_like(old_logp), None  # (B, T)
-            if cfg.mismatch_limit != "none" and sampler.other_engine:
-                mismatch = losses.truncated_ratio(old_logp, drawn_logp, float(cfg.mismatch_limit))
-                at_limit = mean(mismatch[sampled] == float(cfg.mismatch_limit))
-            if shown:  # whose tokens the teacher drew
-                rho = (old_logp - drawn_logp)[mask.bool() & ~own[:, None]].exp()  # pi / q
-                figures |= {"demonstration_ratio": mean(rho), "demonstration_lacked": mean(rho < 0.5)}
-                mismatch[~own] = 1.0
-                if cfg.ovd_ratio == "teacher":
-                    old_logp[~own] = drawn_logp[~own]
+            limit = float(cfg.mismatch_limit) if sampler.other_engine and cfg.mismatch_limit != "none" else None
+            mismatch, said = engine_gap(old_logp, drawn_logp, sampled, mask.bool() & ~sampled, limit)  # (B, T)
+            figures |= said | {"entropy": mean(entropy[sampled])}
+            if cfg.ovd_ratio == "teacher":
+                old_logp[~own] = drawn_logp[~own]  # whose tokens the teacher drew
             if scores_rollouts:
                 teacher_logp, _ = policy.score(xC, y, taught, teacher)
                 teacher_logp = torch.where(told[:, None], teacher_logp, old_logp)  # no context: A^SDPO = 0
@@ -353,7 +375,9 @@ def train(
                 m_losses.append(loss)
                 apart += d
             if teacher is not None:
-                ema_update(teacher, policy.model, cfg.ema_rate)  # once per rollout batch
+                ema_update(
+                    teacher, policy.model, cfg.ema_rate
+                )  # teacher <- (1 - rate) teacher + rate student, once a batch
             clock.lap("m_step")
 
             # ---- 6. Push the weights to the sampler
@@ -366,11 +390,9 @@ def train(
             row = {
                 "kind": "train", "step": step, **rollout_figures(rollouts, outcomes, C), **figures,
                 "m_loss": mean(m_losses), "m_grad_norm": mean(m_norms),
-                "divergence": apart if method.distils and heard else None,
-                "entropy": entropy[sampled].mean().item() if sampled.any() else None, "contexts_cut": cut,
+                "divergence": apart if method.distils and heard else None, "lr": cfg.lr * rate, "contexts_cut": cut,
                 "left_out": {why: count for why, count in skipped.items() if count},
                 "updates_not_finite": sum(not math.isfinite(norm) for norm in e_norms + m_norms),
-                "sampler_gap": mean(gap), "mismatch_truncated": at_limit, "lr": cfg.lr * rate,
                 "padding": 1 - filled / padded if padded else None, "seconds": seconds,
                 "tokens_per_second": sum(len(rollout.tokens) for rollout in rollouts) / sum(seconds.values()),
             }  # fmt: skip
@@ -387,122 +409,35 @@ def train(
 # ---- The command ---------------------------------------------------------------------------------------------
 
 
-def planned(cfg: Config, path: str, processes: int) -> plan.Plan:
-    """Prints what the run needs. Raises ValueError where it does not fit the GPUs."""
-    gpu = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 0
-    gpu = cfg.gpu_memory * 1e9 or gpu
-    if cfg.plan and not gpu and cfg.task != "toy":
-        raise ValueError("there is no GPU here to plan for: say --gpus N --gpu_memory GB")
-    found = plan.memory(plan.read(path), cfg, METHODS[cfg.method], cfg.gpus or processes, gpu)
-    print("\n".join(plan.lines(found, cfg, METHODS[cfg.method])), flush=True)
-    plan.refuse(found, cfg)
-    return found
-
-
-def settled(cfg: Config, policy: Policy, task: tasks.Task, found: plan.Plan) -> plan.Plan:
-    """The plan with the longest sequence that is sampled, evaluation's included. Raises ValueError where that has no room."""
-    questions = (
-        [feedback.student_prompt(policy.tokenizer, p.messages) for p in watch(task)[0]] if cfg.eval_every else []
-    )
-    longest = max([found.longest, *(len(question) + cfg.max_response_tokens for question in questions)])
-    found = replace(found, longest=longest)
-    plan.refuse(found, cfg)
-    return found
-
-
 def main(argv: list[str] | None = None) -> None:
     cfg = parse(argv)
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # threads that fight for a busy core cost more than they bring
-    out, resuming = Path(cfg.out), cfg.resume
-    if cfg.plan:
-        try:
-            check(cfg)
-            planned(cfg, cfg.model, torch.cuda.device_count() or 1)
-            return
-        except (ValueError, OSError) as error:
-            fail(error)
+    out = Path(cfg.out)
     try:
-        world = World.start()
         check(cfg)
-        if out.exists() and not cfg.overwrite and not resuming:
-            raise ValueError(
-                f"{out} exists: give another --out, --resume to go on with it, or --overwrite to delete it"
-            )
-        if cfg.overwrite and out.exists() and not (out / "config.json").exists():
-            raise ValueError(f"{out} is no run directory (no config.json): --overwrite will not delete it")
-        if cfg.task != "toy" and not torch.cuda.is_available() and not cfg.smoke and not Path(cfg.model).is_dir():
-            run = f"run `bash run.sh {cfg.task} --smoke` or `bash run.sh toy`"
-            here = "name a small model's folder, --model toy_models/trace say" if cfg.task == "own" else run
-            raise ValueError(f"--task {cfg.task} with {cfg.model} needs CUDA GPUs: on this machine {here}")
-        if cfg.sampler == "vllm" and importlib.util.find_spec("vllm") is None:
-            raise ValueError("--sampler vllm: vllm is not installed; run.sh installs it where there is an NVIDIA GPU")
-        task = tasks.load(cfg.task, cfg.subset, cfg.data, cfg.train_tests, cfg.since, cfg.until)
-        task.verify = world.shared(task.verify)
-        if METHODS[cfg.method].teacher and task.sources and cfg.feedback not in task.sources:
-            raise ValueError(f"--feedback {cfg.feedback}: {task.name} has {', '.join(task.sources)}")
-        dtype = getattr(torch, cfg.dtype)
-        with tempfile.TemporaryDirectory() as made:
-            # A smoke run that goes on has its model there.
-            making = cfg.smoke and not (resuming and (out / "base" / "config.json").exists())
-            made = world.first(lambda: made)  # one process makes the model, on this machine
-            if making:
-                world.first(lambda: toy.smoke_model(cfg.task, cfg.smoke, Path(made)))
-            path = made if making else cfg.model
-            found = planned(cfg, path, world.size)
-            policy = Policy.load(path, dtype, micro_batch_tokens=cfg.micro_batch_tokens, world=world)
-            world.wait()  # everybody has read it
-        if cfg.top_k > policy.vocabulary:
-            raise ValueError(f"--top_k {cfg.top_k} exceeds the vocabulary of {policy.vocabulary} tokens")
-        fits = [
-            p for p in task.train if len(feedback.student_prompt(policy.tokenizer, p.messages)) <= cfg.max_prompt_tokens
-        ]
-        dropped, task.train = len(task.train) - len(fits), fits
-        if cfg.eval_every and not watch(task)[0]:
-            raise ValueError(f"{task.name} has neither validation nor test problems to watch: --eval_every 0")
-        found = settled(cfg, policy, task, found)
-        if METHODS[cfg.method].teacher and cfg.feedback == "critique" and not all(p.reference for p in fits):
-            raise ValueError(f"--feedback critique needs a reference answer for every problem of {task.name}")
-        if cfg.method == "ovd" and not cfg.judge_url:
-            feedback.digit_tokens(policy.tokenizer)  # raises ValueError where a score cannot be read
-            if cfg.task == "toy" and cfg.subset != "code-judge":
-                task.notes.append(
-                    f"{task.name}: its model was never taught to judge; --subset code-judge has one that was"
-                )
-        if why := world.first(lambda: reach(cfg)):
-            raise ValueError(why)
-        if len(fits) < cfg.prompts_per_batch:
-            raise ValueError(
-                f"{len(fits)} training problems do not fill a batch of --prompts_per_batch {cfg.prompts_per_batch}"
-            )
-        if making:  # the model was made on the spot; evaluation will want it again
-            cfg.model = str(out / "base")
-        record = {**asdict(cfg), "out": str(out), "teacher": cfg.reader(), "commit": git_commit(), "processes": world.size,
-                  "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-                  "torch": torch.__version__, "command": " ".join(["python", *sys.argv]), "prompts_dropped": dropped}  # fmt: skip
-        world.wait()  # everybody has looked
-        world.first(lambda: open_directory(out, cfg.overwrite, record))
-        if making:
-            policy.save(cfg.model)
-        sampler = open_sampler(cfg.sampler, policy, cfg.model, found.longest, found.share)
+        if cfg.plan:
+            plan.show(cfg, METHODS[cfg.method], cfg.model, torch.cuda.device_count() or 1)
+            return
+        policy, sampler, task, record = open_run(cfg, out, World.start())
     except (ValueError, OSError, ImportError) as error:
         fail(error)
     print(" ".join(f"{f.name}={record[f.name]!r}" for f in fields(cfg)))
     for note in task.notes:
         print(note)
-    print(f"{task.splits()}; {dropped} training prompts over {cfg.max_prompt_tokens} tokens dropped")
+    print(f"{task.splits()}; {record['prompts_dropped']} training prompts over {cfg.max_prompt_tokens} tokens dropped")
     received = []
     before = signal.signal(signal.SIGTERM, lambda *_: received.append(1))
     try:
         train(cfg, policy, sampler, task, out, record, stop_signals=lambda: len(received))
     except SystemExit as stop:
-        if stop.code == 143 and world.rank == 0:
+        if stop.code == 143 and policy.world.rank == 0:
             print(f"told to stop: the state is in {out}/checkpoints; --resume goes on from it", file=sys.stderr)
         raise
     except KeyboardInterrupt:
-        if world.rank == 0:
+        if policy.world.rank == 0:
             print(f"stopped; the log and the weights so far are in {out}; {checkpoint.last(out)}", file=sys.stderr)
         sys.exit(130)
     except (checkpoint.Damaged, tasks.BadTask) as error:
@@ -511,7 +446,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"vpd.py: cannot write {error}; {checkpoint.last(out)}", file=sys.stderr)
         sys.exit(1)
     except (FloatingPointError, StaleEngine, ServerSilent) as error:
-        if world.rank == 0:
+        if policy.world.rank == 0:
             print(f"vpd.py: {error}; the log and the last finite weights are in {out}", file=sys.stderr)
         sys.exit(1)
     finally:

@@ -16,6 +16,7 @@ import torch
 
 import checkpoint
 import rollout
+import session
 import vpd
 from policy import World
 
@@ -312,7 +313,7 @@ def test_a_run_killed_before_its_first_batch_can_be_started_over_or_resumed(tmp_
     for flag in ("--resume", "--overwrite"):
         out = tmp_path / flag
         dying = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
-        assert end(start(out, before=lambda: setattr(vpd, "open_sampler", dying))) == -signal.SIGKILL
+        assert end(start(out, before=lambda: setattr(session, "open_sampler", dying))) == -signal.SIGKILL
         assert end(start(out, flag, "--steps", "1")) == (2 if flag == "--resume" else 0)  # 5 steps is what the run says
         assert end(start(out, flag, *([] if flag == "--resume" else ["--steps", "1"]))) == 0
 

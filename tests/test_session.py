@@ -106,9 +106,9 @@ def test_a_disk_that_is_full_is_one_line_and_nothing_half_written(what, tmp_path
         raise OSError(28, "No space left on device")
 
     if what == "log":
-        make = vpd.open_directory
+        make = session.open_directory
         monkeypatch.setattr(
-            vpd, "open_directory", lambda out, *args: (make(out, *args), (out / "log.jsonl").symlink_to("/dev/full"))
+            session, "open_directory", lambda out, *args: (make(out, *args), (out / "log.jsonl").symlink_to("/dev/full"))
         )
     elif what == "checkpoint":
         monkeypatch.setattr(checkpoint.dcp, "save", full)

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.request import urlopen
@@ -427,19 +427,26 @@ def test_a_run_that_goes_on_draws_the_same_rollouts(run, tmp_path):
 
 @pytest.mark.parametrize("teacher", ["live", "ema"])
 def test_ovds_demonstrations_are_the_teachers_with_the_log_probs_it_drew_them_with(run, tmp_path, monkeypatch, teacher):
-    seen, demonstrations = [], vpd.demonstrations
+    seen, readers, demonstrations, weights_of = [], [], vpd.demonstrations, vpd.weights_of
 
-    def watched(cfg, policy, sampler, task, problems, xC, rows, step):
-        found = demonstrations(cfg, policy, sampler, task, problems, xC, rows, step)
+    @contextmanager
+    def noted(*args):
+        with weights_of(*args) as reader:
+            readers.append(reader)
+            yield
+
+    def watched(cfg, policy, sampler, teacher, task, problems, xC, *args):
+        found, kept = demonstrations(cfg, policy, sampler, teacher, task, problems, xC, *args)
         prompts, drawn = [xC[i] for i in found], [rollout for rollout, _ in found.values()]
         gaps = []
-        for reader in (sampler.policy, policy):  # whose weights the engine has, and the student
+        for reader in (readers[-1], policy):  # whose weights the engine was to have, and the student
             logp = reader.score(prompts, [rollout.tokens for rollout in drawn], model=reader.model)[0]
             both = [(logp[i, : len(r.logp)] - torch.tensor(r.logp)).abs().max().item() for i, r in enumerate(drawn)]
             gaps.append(max(both))
         seen.append(gaps)
-        return found
+        return found, kept
 
+    monkeypatch.setattr(vpd, "weights_of", noted)
     monkeypatch.setattr(vpd, "demonstrations", watched)
     judge = (
         "--subset",
