@@ -155,7 +155,7 @@ def terminal_line(row: dict) -> str:
     """At most 12 figures of a step; every one is explained in the README."""
     show = {"reward": "reward", "margin": "margin", "divergence": "div", "e_loss": "E-loss", "shift": "delta",
             "m_loss": "M-loss", "m_grad_norm": "|g|", "entropy": "entropy", "response_length": "length",
-            "with_context": "told", "accepted": "accepted"}  # fmt: skip
+            "with_context": "with C", "accepted": "accepted"}  # fmt: skip
     cells = [f"{name} {row[key]:.3f}" for key, name in show.items() if row.get(key) is not None]
     return f"{row['step']:4d}  " + "  ".join(cells) + f"  {sum(row['seconds'].values()):.1f} s"
 

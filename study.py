@@ -31,9 +31,11 @@ from figures import Parser
 
 HERE = Path(__file__).parent
 README = HERE / "README.md"
-BEYOND = """Verdicts go by Welch's 95% interval over seeds, dozens of them, uncorrected: one in twenty may be chance. It says little
-where some runs collapse and others do not; there see the exact rank test, and the seeds. Not testable here: every figure of real models (Tables 1 to 3), mathematics (Fig. 4), memory, and the time that
-an E-step costs on a GPU. A verdict is about these tasks at these settings."""
+BEYOND = """Verdicts go by Welch's 95% interval over seeds, dozens of them, uncorrected: one in twenty may be chance. It says little where
+some runs collapse and others do not; there see the exact rank test, and the seeds. Not testable here: every figure of real models
+(Tables 1 to 3), mathematics (Fig. 4), memory, and the time that an E-step costs on a GPU. A verdict is about these tasks at these
+settings."""
+VERDICTS = ("yes", "no, the reverse", "not decided")
 MARKS = ("<!-- written by study.py: begin -->", "<!-- written by study.py: end -->")
 SUMMARY = ("<!-- written by study.py: summary -->", "<!-- written by study.py: end of summary -->")
 INTRODUCTION = """# The study on the toy tasks
@@ -478,7 +480,7 @@ def verdict(claim: Claim, rows: dict) -> tuple[str, str] | None:
         a, b = (float(np.mean(values[name])) for name in (claim.above, claim.below))
         rank = stats.mannwhitneyu(values[claim.above], values[claim.below], method="exact").pvalue
         text = f"{a:.3f} against {b:.3f}: {mean:+.3f} [{low:+.3f}, {high:+.3f}], rank test p {rank:.3f}"
-    return text, "yes" if low > 0 else "no, the reverse" if high < 0 else "not decided"
+    return text, VERDICTS[0] if low > 0 else VERDICTS[1] if high < 0 else VERDICTS[2]
 
 
 def table(subset: str, rows: dict) -> list[str]:
@@ -542,6 +544,20 @@ def claims_table(claims: list[Claim], rows: dict, heading: str) -> list[str]:
     return [*lines, ""]
 
 
+def verdicts_table(claims: list[Claim], rows: dict, heading: str) -> list[str]:
+    """A line a claim: the subsets on which it holds, on which its reverse does, and on which neither is told."""
+    said: dict[str, dict[str, list[str]]] = {}
+    for claim in claims:
+        if found := verdict(claim, rows):
+            where = (claim.below if claim.above == "base" else claim.above).split("/")[0]
+            what = " (pass@4)" if claim.quantity == "pass@4" else ""
+            said.setdefault(claim.says, {}).setdefault(found[1], []).append(where + what)
+    lines = [f"| {heading} | yes | no, the reverse | not decided |", "|---|---|---|---|"]
+    for says, places in said.items():
+        lines.append(f"| {says} | {' | '.join(', '.join(places.get(so, [])) for so in VERDICTS)} |")
+    return [*lines, ""]
+
+
 def tuning_list(known: dict) -> list[str]:
     """What was tried for each row: flags and avg@4 on validation problems after 10, 20, ... batches, the best in bold."""
     by_name: dict[str, list[str]] = {}
@@ -561,16 +577,16 @@ def tuning_list(known: dict) -> list[str]:
 
 
 def summary(rows: dict) -> list[str]:
-    """A small table of all methods on the two main tasks."""
-    lines = ["| avg@4 on test problems, mean over seeds [95% interval] | `trace` | `code` |", "|---|---|---|"]
-    base = [runs_of(rows, f"{subset}/vpd") for subset in ("trace", "code")]
+    """A small table of all methods on the two main tasks, and on OVD's. What is not measured is empty."""
+    subsets = ("trace", "code", "code-judge")
+    lines = [f"| | METHOD | {' | '.join(f'`{subset}`' for subset in subsets)} |", "|---|---|---|---|---|"]
+    base = [runs_of(rows, f"{subset}/grpo") for subset in subsets]
     cells = [f"{runs[0]['before']['avg']:.3f}" if runs else "" for runs in base]
-    lines.append(f"| base model | {' | '.join(cells)} |")
+    lines.append(f"| base model | | {' | '.join(cells)} |")
     for method, label in LABELS.items():
-        found = [runs_of(rows, f"{subset}/{method}") for subset in ("trace", "code")]
+        found = [runs_of(rows, f"{subset}/{method}") for subset in subsets]
         cells = [with_interval(*interval([run["after"]["avg"] for run in runs])) if runs else "" for runs in found]
-        if any(cells):  # what is not measured is empty
-            lines.append(f"| {label} | {' | '.join(cells)} |")
+        lines.append(f"| {label} | `{method}` | {' | '.join(cells)} |")
     return lines
 
 
@@ -583,7 +599,7 @@ def replaced(text: str, marks: tuple[str, str], lines: list[str]) -> str:
 
 
 def report(results: Path, readme: Path) -> None:
-    """Writes results/README.md, and the part of the README between its two marks, from study.json and tuning.json."""
+    """Writes results/README.md, and what stands in the README between its marks, from study.json and tuning.json."""
     known = json.loads((results / "study.json").read_text()) if (results / "study.json").exists() else {"rows": {}}
     tuned = json.loads((results / "tuning.json").read_text()) if (results / "tuning.json").exists() else {}
     rows = known["rows"]
@@ -594,10 +610,10 @@ def report(results: Path, readme: Path) -> None:
         claims = claims_table(CLAIMS, rows, "the paper's claim") + claims_table(
             NEIGHBOURS, rows, "DistIL's or OVD's claim"
         )
-        main_tables = [
-            line for subset in ("code", "trace", "code-judge") for line in [f"`{subset}`", "", *table(subset, rows)]
-        ]
-        text = replaced(readme.read_text(), MARKS, [origin, "", *main_tables, *claims, BEYOND])
+        verdicts = verdicts_table(CLAIMS, rows, "the paper's claim") + verdicts_table(
+            NEIGHBOURS, rows, "DistIL's or OVD's claim"
+        )
+        text = replaced(readme.read_text(), MARKS, [origin, "", *verdicts, BEYOND])
         readme.write_text(replaced(text, SUMMARY, summary(rows)))
         lines = [INTRODUCTION, origin, ""]
         for subset in dict.fromkeys(name.split("/")[0] for name in rows):

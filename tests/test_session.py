@@ -14,7 +14,6 @@ import rollout
 import session
 import settings
 import tasks
-import vpd
 from policy import Policy
 from reviews import Reviews
 from tasks import Outcome

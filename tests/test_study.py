@@ -151,6 +151,17 @@ def test_a_claim_about_one_row_is_against_zero_or_the_base():
     assert study.verdict(study.Claim("", "late gain", "trace/sdpo", ""), rows)[1] == "no, the reverse"
 
 
+def test_verdicts_name_the_subsets_on_which_a_claim_holds_fails_or_is_open():
+    rows = rows_of(vpd=[0.8, 0.82, 0.84], grpo=[0.2, 0.22, 0.24], sdpo=[0.7, 0.9, 0.8], joint=[0.9, 0.92, 0.94])
+    claims = [study.Claim("best", "avg", "trace/vpd", f"trace/{name}") for name in ("grpo", "sdpo", "joint")]
+    claims += [
+        study.Claim("best", "pass@4", "trace/vpd", "trace/grpo"),
+        study.Claim("unseen", "avg", "a/vpd", "a/grpo"),
+    ]
+    _, _, *lines = study.verdicts_table(claims, rows, "claim")
+    assert lines == ["| best | trace | trace | trace, trace (pass@4) |", ""]
+
+
 def test_no_verdict_before_two_seeds():
     claim = study.Claim("", "avg", "trace/vpd", "trace/grpo")
     assert study.verdict(claim, rows_of(vpd=[0.8], grpo=[0.1, 0.2])) is None
@@ -178,16 +189,18 @@ def test_the_report_names_seeds_hours_commits_and_commands_and_leaves_the_rest_o
         assert text.startswith("above\n") and "old figures" not in text
         below = text.partition(study.MARKS[1])[2]
         summed = [
-            "| base model | 0.100 |  |",
-            "| VPD | 0.820 [0.770, 0.870] |  |",
-            "| GRPO | 0.220 [0.170, 0.270] |  |",
+            "| base model | | 0.100 |  |  |",
+            "| VPD | `vpd` | 0.820 [0.770, 0.870] |  |  |",
+            "| SDPO | `sdpo` |  |  |  |",
+            "| GRPO | `grpo` | 0.220 [0.170, 0.270] |  |  |",
         ]
         assert below.startswith("\nbelow\n") and text.endswith(f"\n{study.SUMMARY[1]}\n")
-        assert [line for line in below.splitlines() if line.startswith("| ")][1:] == summed
+        assert [line for line in below.splitlines() if line.startswith("| ")][1:5] == summed
         for page in (text, full):
             assert "6 runs, 0.1 CPU hours; a machine; commit abc." in page  # 6 x 36 s
-            assert "0.820 [" in page and "0.800 0.820 0.840" in page and "vpd: run vpd" in page
-            assert "VPD beats GRPO (Tables 1, 2) | trace | 0.820 against 0.220: +0.600" in page
+        assert "| VPD beats GRPO (Tables 1, 2) | trace |  |  |" in text
+        assert "0.820 [" in full and "0.800 0.820 0.840" in full and "vpd: run vpd" in full
+        assert "VPD beats GRPO (Tables 1, 2) | trace | 0.820 against 0.220: +0.600" in full
         assert "lr 1e-3: 0.40; **lr 2e-3: 0.60**" in full
 
 
