@@ -53,10 +53,10 @@ OPS = ("zig", "zap", "hop", "dip", "mix", "fog")
 
 class Firmware:
     """Six opcodes, each a table of ten digits, beside add and sub (mod 10). `belief[op, x]` is the probability with which
-    the warm-up data give the true entry; otherwise they give the old firmware's."""
+    the warm-up data give the true entry, of an opcode's ten `beliefs` dealt out at random; otherwise they give the old
+    firmware's."""
 
     def __init__(self, beliefs: tuple[float, ...], seed: int):
-        """beliefs: one probability for each of an opcode's ten entries, dealt out at random."""
         rng = random.Random(seed)
         self.true, self.old, self.belief = {}, {}, {}
         for op in OPS:
@@ -83,8 +83,8 @@ def spell(line: tuple[str, int | None]) -> str:
     return line[0] if line[1] is None else f"{line[0]} {line[1]}"
 
 
-def random_line(rng: random.Random, special: float) -> tuple[str, int | None]:
-    return (rng.choice(OPS), None) if rng.random() < special else (rng.choice(("add", "sub")), rng.randrange(1, 10))
+def random_line(rng: random.Random) -> tuple[str, int | None]:
+    return (rng.choice(OPS), None) if rng.random() < 0.6 else (rng.choice(("add", "sub")), rng.randrange(1, 10))
 
 
 # ---- trace -------------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ class Trace:
     the line's prefix keeps the teacher from writing the expected value on other lines."""
 
     heads, steps, batch, max_response = 4, 2000, 32, 100
-    lines, special, beliefs, reads = 12, 0.6, (0.97,) * 8 + (0.02,) * 2, True
+    lines, beliefs, reads = 12, (0.97,) * 8 + (0.02,) * 2, True
 
     def __init__(self):
         self.firmware = Firmware(self.beliefs, seed=5)
@@ -105,7 +105,7 @@ class Trace:
         return [self.problem(rng, self.lines, f"{name}-{i}") for i in range(count)]
 
     def problem(self, rng: random.Random, lines: int, id: str) -> Problem:
-        start, program = rng.randrange(10), [random_line(rng, self.special) for _ in range(lines)]
+        start, program = rng.randrange(10), [random_line(rng) for _ in range(lines)]
         text = f"start {start}\n" + "\n".join(f"{k} {spell(line)}" for k, line in enumerate(program, 1))
         return Problem(id, user(text), self.answer(program, self.firmware.run(start, program)), (start, program))
 
@@ -132,22 +132,19 @@ class Trace:
         Then 40% have feedback, honest in 80% of the cases so that the E-step has something left to teach; 20% a solution;
         10% lines to look up; the rest is plain."""
         lookup = self.reads and (progress < 0.1 or rng.random() < 0.1)
-        lines = (
-            rng.randrange(2, 6) if lookup else self.lines if rng.random() < 0.5 else rng.randrange(3, self.lines + 1)
-        )
+        if lookup:
+            lines = rng.randrange(2, 6)
+        else:
+            lines = self.lines if rng.random() < 0.5 else rng.randrange(3, self.lines + 1)
         problem = self.problem(rng, lines, "")
         (start, program), z = problem.data, rng.random() if self.reads else 1.0
-        if lookup:
-            answer = self.answer(program, [rng.randrange(10) for _ in program])
-            shuffled = "\n".join(rng.sample(answer.split("\n"), lines))
-            return {
-                "messages": problem.messages,
-                "context": Context("environment", feedback=shuffled),
-                "answer": answer,
-            }
-        values = self.firmware.run(start, program, rng)
+        values = [rng.randrange(10) for _ in program] if lookup else self.firmware.run(start, program, rng)
         specials = [k for k, line in enumerate(program) if line[1] is None]
-        if z < 0.45 and specials:
+        context = None
+        if lookup:
+            shuffled = rng.sample(self.answer(program, values).split("\n"), lines)
+            context = Context("environment", feedback="\n".join(shuffled))
+        elif z < 0.45 and specials:
             k = rng.choice(specials)
             x = values[k - 1] if k else start
             expected = rng.randrange(10)
@@ -165,8 +162,6 @@ class Trace:
                 noisy = line[1] is None and rng.random() < 0.9
                 values.append(rng.randrange(10) if noisy else self.firmware.step(line, x, rng))
             context = Context("sibling", solution=self.answer(program, values))
-        else:
-            context = None
         return {"messages": problem.messages, "context": context, "answer": self.answer(program, values)}
 
     def load(self) -> Task:
@@ -183,10 +178,8 @@ class TraceRare(Trace):
             problem = self.problem(rng, self.lines, f"{name}-{len(found)}")
             start, program = problem.data
             before = [start, *self.firmware.run(start, program)]
-            unknown = [
-                (op, x) for (op, arg), x in zip(program, before) if arg is None and self.firmware.belief[op, x] < 0.5
-            ]
-            if len(unknown) >= 2:
+            unknown = sum(arg is None and self.firmware.belief[op, x] < 0.5 for (op, arg), x in zip(program, before))
+            if unknown >= 2:
                 found.append(problem)
         return found
 
@@ -223,9 +216,12 @@ PHRASES = {
 }
 
 
-@functools.cache
-def compiled(expression: str):
-    return compile(expression, "<phrase>", "eval")
+compiled = functools.cache(compile)  # the problems are made ten times as fast
+
+
+def show(value: object) -> str:
+    """A value as feedback quotes it."""
+    return repr(value).replace(", ", ",")
 
 
 class Code:
@@ -262,7 +258,7 @@ class Code:
             expression = line.removeprefix("xs=").removeprefix("return ")
             try:
                 names = {"__builtins__": {}, "sorted": sorted, "set": set, "max": max, "min": min, "xs": xs}
-                xs = eval(compiled(expression), names)
+                xs = eval(compiled(expression, "<phrase>", "eval"), names)
             except (ValueError, IndexError) as error:
                 return f"{type(error).__name__}: {error}"
         return xs
@@ -292,6 +288,10 @@ class Code:
     def parts(self, rng: random.Random, count: int):
         return tuple((n, rng.randrange(2, 6) if "K" in n else 0) for n in rng.sample(sorted(PHRASES), count))
 
+    def guess(self, rng: random.Random, parts) -> list[int]:
+        """Meanings drawn from the belief."""
+        return [rng.choices(range(3), self.belief[name])[0] for name, _ in parts]
+
     def verify(self, problems: list[Problem], responses: list[str]) -> list[Outcome]:
         if self.sandbox is None:
             self.sandbox = Sandbox(time_limit=3.0)
@@ -303,7 +303,6 @@ class Code:
 
     def grade(self, problem: Problem, response: str) -> Outcome:
         source = "def f(xs):\n" + "\n".join(f" {line}" for line in response.split("\n"))
-        show = lambda value: repr(value).replace(", ", ",")[:60]  # noqa: E731
         for xs, expected in problem.data:
             result = self.sandbox.call(source, "f", [xs])
             # Comparing JSON text and not values: True is not 1, and no object of the program takes part.
@@ -311,13 +310,11 @@ class Code:
                 continue
             if result.status == "internal":
                 return Outcome(0, "internal")
-            got = (
-                f"returned {show(result.value)}"
-                if result.status == "ok"
-                else f"raised {(result.error or result.status)[:60]}"
-            )
-            verdict = "wrong answer" if result.status == "ok" else result.status
-            return Outcome(0, verdict, f"f({show(xs)}) {got}, expected {show(expected)}")
+            if result.status == "ok":
+                verdict, got = "wrong answer", f"returned {show(result.value)[:60]}"
+            else:
+                verdict, got = result.status, f"raised {(result.error or result.status)[:60]}"
+            return Outcome(0, verdict, f"f({show(xs)[:60]}) {got}, expected {show(expected)[:60]}")
         return Outcome(1, "passed")
 
     def example(self, rng: random.Random, progress: float = 1.0) -> dict:
@@ -325,23 +322,24 @@ class Code:
         uniform so that reading is learned and not guessing; the rest plain, with the meanings of the belief."""
         while True:
             parts = self.parts(rng, 1 if rng.random() < 0.6 else 2)
-            guess = lambda: [rng.choices(range(3), self.belief[name])[0] for name, _ in parts]  # noqa: E731
             if rng.random() < 0.25:
-                return {"messages": self.question(parts), "context": None, "answer": self.body(parts, guess())}
-            meant = [rng.randrange(3) if rng.random() < 0.7 else m for m in guess()]
+                return {
+                    "messages": self.question(parts),
+                    "context": None,
+                    "answer": self.body(parts, self.guess(rng, parts)),
+                }
+            meant = [rng.randrange(3) if rng.random() < 0.7 else m for m in self.guess(rng, parts)]
             body = self.body(parts, meant)
             if rng.random() < 0.15:
                 context = Context("sibling", solution=body)
             else:
-                attempt = self.body(parts, guess())
+                attempt = self.body(parts, self.guess(rng, parts))
                 xs = self.telling_input(rng, body, [attempt])
                 if xs is None or self.run(attempt, xs) == self.run(body, xs):
                     continue  # this attempt cannot be told from the meaning
-                got = self.run(attempt, xs)
-                got = f"raised {got}" if isinstance(got, str) else f"returned {got}"
-                text = f"f({xs}) {got}, expected {self.run(body, xs)}".replace(", ", ",").replace(
-                    ",expected", ", expected"
-                )
+                got, expected = self.run(attempt, xs), self.run(body, xs)
+                got = f"raised {got}" if isinstance(got, str) else f"returned {show(got)}"
+                text = f"f({show(xs)}) {got}, expected {show(expected)}"
                 context = Context("environment", feedback=text)
             return {"messages": self.question(parts), "context": context, "answer": body}
 
@@ -374,10 +372,10 @@ class CodeJudge(Code):
         if rng.random() < 0.8:
             return super().example(rng, progress)
         parts = self.parts(rng, 1 if rng.random() < 0.6 else 2)
-        held = [rng.choices(range(3), self.belief[name])[0] for name, _ in parts]
+        held = self.guess(rng, parts)
         right = [m if name in self.blind else self.truth[name] for m, (name, _) in zip(held, parts)]
         z = rng.random()
-        tried = [rng.choices(range(3), self.belief[name])[0] if z < 0.5 else rng.randrange(3) for name, _ in parts]
+        tried = self.guess(rng, parts) if z < 0.5 else [rng.randrange(3) for _ in parts]
         tried = right if z > 0.8 else tried
         score = rng.randrange(10) if rng.random() < 0.1 else rng.randrange(3) + 7 * (tried == right)
         return {"messages": self.question(parts), "attempt": self.body(parts, tried), "answer": str(score)}
@@ -456,13 +454,9 @@ class Choice:
 # ---- Tokenizer, model and warm start -------------------------------------------------------------------------
 
 SUBSETS = {"trace": Trace, "code": Code, "choice": Choice}
-REGIMES = {  # for the study
-    "trace-rare": TraceRare,
-    "trace-often": TraceOften,
-    "trace-cold": TraceCold,
-    "code-judge": CodeJudge,
-}
-EVERY = SUBSETS | REGIMES
+EVERY = SUBSETS | {  # and regimes for the study
+    "trace-rare": TraceRare, "trace-often": TraceOften, "trace-cold": TraceCold, "code-judge": CodeJudge,
+}  # fmt: skip
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -551,16 +545,15 @@ def smoke_model(task: str, family: str, folder: Path) -> None:
 
 def encode(tokenizer, example: dict) -> tuple[list[int], list[int]]:
     """Prompt and answer ids of a warm-up example, through the very functions that training uses."""
-    if "attempt" in example and "reference" not in example:
-        prompt, _ = feedback.judge_prompt(tokenizer, example["messages"], example["attempt"], TEMPLATES, 10**6)
-    elif "attempt" in example:
-        prompt, _ = feedback.critique_prompt(
-            tokenizer, example["messages"], example["attempt"], example["reference"], TEMPLATES, 10**6
-        )
-    elif example["context"] is None:
-        prompt = feedback.student_prompt(tokenizer, example["messages"])
+    messages, attempt, context = example["messages"], example.get("attempt"), example.get("context")
+    if "reference" in example:
+        prompt, _ = feedback.critique_prompt(tokenizer, messages, attempt, example["reference"], TEMPLATES, 10**6)
+    elif attempt is not None:
+        prompt, _ = feedback.judge_prompt(tokenizer, messages, attempt, TEMPLATES, 10**6)
+    elif context is not None:
+        prompt, _ = feedback.teacher_prompt(tokenizer, messages, context, TEMPLATES, 10**6)
     else:
-        prompt, _ = feedback.teacher_prompt(tokenizer, example["messages"], example["context"], TEMPLATES, 10**6)
+        prompt = feedback.student_prompt(tokenizer, messages)
     return prompt, tokenizer(example["answer"]).input_ids + [tokenizer.eos_token_id]
 
 
@@ -577,10 +570,8 @@ def warm_start(subset: str, steps: int = 0, seed: int = 0) -> Policy:
     peaks, pool, seen, start = [o.param_groups[0]["lr"] for o in optimizers], [], [], time.time()
     for step in range(1, steps + 1):
         if not pool:  # batches of similar length, in random order
-            examples = sorted(
-                (encode(policy.tokenizer, task.example(rng, step / steps)) for _ in range(8 * task.batch)),
-                key=lambda e: len(e[0] + e[1]),
-            )
+            examples = [encode(policy.tokenizer, task.example(rng, step / steps)) for _ in range(8 * task.batch)]
+            examples.sort(key=lambda e: len(e[0] + e[1]))
             pool = [examples[i : i + task.batch] for i in range(0, len(examples), task.batch)]
             rng.shuffle(pool)
         prompts, answers = zip(*pool.pop())
@@ -595,10 +586,8 @@ def warm_start(subset: str, steps: int = 0, seed: int = 0) -> Policy:
             optimizer.zero_grad()
         seen.append(loss.item())
         if step % 100 == 0 or step == steps:
-            print(
-                f"warm-up step {step}/{steps}  loss {sum(seen[-100:]) / len(seen[-100:]):.4f}  {time.time() - start:.0f} s",
-                flush=True,
-            )
+            loss = sum(seen[-100:]) / len(seen[-100:])
+            print(f"warm-up step {step}/{steps}  loss {loss:.4f}  {time.time() - start:.0f} s", flush=True)
     return policy
 
 
