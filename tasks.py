@@ -476,10 +476,8 @@ def _same_line(line: str, wanted: str) -> bool:
     if line.strip() == wanted.strip():
         return True
     words, wanted_words = line.split(), wanted.split()
-    if len(words) != len(wanted_words):
-        return False
     try:
-        return all(Decimal(a) == Decimal(b) for a, b in zip(words, wanted_words))
+        return len(words) == len(wanted_words) and all(Decimal(a) == Decimal(b) for a, b in zip(words, wanted_words))
     except InvalidOperation:
         return False
 
@@ -546,7 +544,7 @@ def _failure_text(failed: list[tuple[str, Result, dict]]) -> str:
     elif verdict == "wrong answer":
         shortest = sorted(failed, key=lambda item: len(item[2]["input"]) + len(item[2]["output"]))[:2]
         text = "\n\n".join(
-            f"Wrong answer.\nInput:\n{_cut(t['input'])}\nYour output:\n{_cut(_show(r.value))}\n"
+            f"Wrong answer.\nInput:\n{_cut(t['input'])}\nYour output:\n{_cut(r.value)}\n"
             f"Expected output:\n{_cut(t['output'])}"
             for _, r, t in shortest
         )
@@ -556,12 +554,8 @@ def _failure_text(failed: list[tuple[str, Result, dict]]) -> str:
     return text[:FEEDBACK_CHARS].encode("utf-8", "replace").decode()  # a lone surrogate is no text for a tokenizer
 
 
-def _show(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def _cut(text: str, length: int = 260) -> str:
-    text = text.strip()
+def _cut(value: object, length: int = 260) -> str:
+    text = (value if isinstance(value, str) else json.dumps(value, default=str)).strip()
     return text if len(text) <= length else f"{text[:length]} ... ({len(text) - length} characters more)"
 
 

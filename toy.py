@@ -322,15 +322,13 @@ class Code:
         uniform so that reading is learned and not guessing; the rest plain, with the meanings of the belief."""
         while True:
             parts = self.parts(rng, 1 if rng.random() < 0.6 else 2)
-            if rng.random() < 0.25:
-                return {
-                    "messages": self.question(parts),
-                    "context": None,
-                    "answer": self.body(parts, self.guess(rng, parts)),
-                }
-            meant = [rng.randrange(3) if rng.random() < 0.7 else m for m in self.guess(rng, parts)]
+            plain, meant = rng.random() < 0.25, self.guess(rng, parts)
+            if not plain:
+                meant = [rng.randrange(3) if rng.random() < 0.7 else m for m in meant]
             body = self.body(parts, meant)
-            if rng.random() < 0.15:
+            if plain:
+                context = None
+            elif rng.random() < 0.15:
                 context = Context("sibling", solution=body)
             else:
                 attempt = self.body(parts, self.guess(rng, parts))
