@@ -8,6 +8,8 @@ In each, the warm-up data hold a belief that is wrong in places ("old firmware",
 pass rate well above 0 and below 1, reads feedback most of the time, and can learn the rest only by reinforcement.
 
     python toy.py --subset trace --out toy_models/trace      makes a warm-started model again from nothing
+
+How often it passes is what evaluate.py tells of any model, and what its teacher makes of feedback a run logs (`teacher_avg`).
 """
 
 import argparse
@@ -27,7 +29,6 @@ from transformers import Olmo3Config, Olmo3ForCausalLM, PreTrainedTokenizerFast,
 import feedback
 from feedback import Context, Templates
 from policy import Policy
-from rollout import HFSampler
 from sandbox import Sandbox
 from tasks import Outcome, Problem, Task
 
@@ -589,32 +590,6 @@ def warm_start(subset: str, steps: int = 0, seed: int = 0) -> Policy:
     return policy
 
 
-def report(policy: Policy, subset: str) -> str:
-    """Pass rates on the validation problems: the student's, and the teacher's on the student's failures (choice has no
-    environment text to show it)."""
-    task, sampler, limit = load(subset), HFSampler(policy), EVERY[subset].max_response
-    problems = [p for p in task.validation for _ in range(4)]
-    prompts = [feedback.student_prompt(policy.tokenizer, p.messages) for p in task.validation]
-    outcomes = task.verify(
-        problems, [policy.decode(r.tokens) for r in sampler.sample(prompts, 4, seed=1, max_tokens=limit)]
-    )
-    line = f"student {sum(o.reward for o in outcomes) / len(outcomes):.3f}"
-    failed = [(p, o) for p, o in zip(problems, outcomes) if o.reward == 0]
-    for mark, told in (("with feedback", True), ("again without", False)) if subset != "choice" else ():
-        prompts = [
-            feedback.teacher_prompt(policy.tokenizer, p.messages, Context("environment", feedback=o.feedback), TEMPLATES, 10**6)[0]
-            if told else feedback.student_prompt(policy.tokenizer, p.messages)
-            for p, o in failed
-        ]  # fmt: skip
-        drawn = task.verify(
-            [p for p, _ in failed],
-            [policy.decode(r.tokens) for r in sampler.sample(prompts, 1, seed=2, max_tokens=limit)],
-        )
-        line += f", on its failures {mark} {sum(o.reward for o in drawn) / max(1, len(drawn)):.3f}"
-    task.close()
-    return line
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Warm-start a toy model.")
     parser.add_argument("--subset", choices=EVERY, default="trace")
@@ -625,6 +600,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     warmed = warm_start(args.subset, args.steps, args.seed)
     warmed.save(args.out)
-    print(
-        f"{args.subset}: {report(warmed, args.subset)}; {sum(p.numel() for p in warmed.model.parameters()):,} parameters in {args.out}"
-    )
+    size = sum(p.numel() for p in warmed.model.parameters())
+    print(f"{args.subset}: {size:,} parameters in {args.out}")
