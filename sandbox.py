@@ -90,10 +90,10 @@ def _cores() -> int:
 
 class Sandbox(AbstractContextManager):
     """workers: processes, one call each at a time (default: one per core, at most 16; of several processes that torchrun
-    started on a machine, each takes its part). preamble: the names of PREAMBLE are there without import, and the recursion
-    limit is 50,000, as competition judges have it. packages: installed packages can be imported, at their cost in each
-    call. warm: source of the caller's own that each worker runs once, so that calls find loaded what it imports and
-    caches. without: layers to leave out, for tests."""
+    started on a machine, each takes its part). preamble: the names of PREAMBLE are there without import, and the
+    recursion limit is 50,000, as competition judges have it. packages: installed packages can be imported, at their cost
+    in each call. warm: source of the caller's own that each worker runs once, so that calls find loaded what it imports
+    and caches. without: layers to leave out, for tests."""
 
     def __init__(
         self,
@@ -626,8 +626,8 @@ def _seccomp_filter() -> bytes | None:
         return None
     column = list(AUDIT_ARCH).index(machine)
     allow, pretend, denied, unknown = 0x7FFF0000, 0x00050000, 0x00050001, 0x00050026  # ERRNO 0, EPERM, ENOSYS
-    # Bit n % 32 of word n // 32: call n is denied. One comparison for each call would be simpler and cost every child, whose
-    # kernel tries the filter on all calls, 0.1 ms more.
+    # Bit n % 32 of word n // 32: call n is denied. One comparison for each call would be simpler and cost every child
+    # 0.1 ms more, for the kernel tries a new filter on all calls.
     masks = [0] * (FIRST_UNKNOWN // 32 + 1)
     for number in (row.split()[1 + column] for row in DENIED.replace("\n", " ").split(",")):
         if number != "-":

@@ -96,12 +96,9 @@ def load(
     since: str = "2025-02-01",
     until: str = "2025-05-01",
 ) -> Task:
-    """The task by name.
-
-    data: where its source lies, the hub if empty; each loader below says what it takes. train_tests, since and until
-    are lcb's: which tests give reward and feedback in training, and the window since <= contest_date < until.
-    Raises ValueError with one line for an unknown name or subset, and for data that cannot be read.
-    """
+    """The task by name. data: where its source lies, the hub if empty; each loader below says what it takes. train_tests,
+    since and until are lcb's: which tests give reward and feedback in training, and the window since <= contest_date <
+    until. Raises ValueError with one line for an unknown name or subset, and for data that cannot be read."""
     if task not in TASKS:
         raise ValueError(f"task {task!r} has no loader: choose one of {', '.join(TASKS)}")
     subset = subset or TASKS[task][0]
@@ -144,12 +141,10 @@ def _own(path: str) -> Task:
         raise ValueError(f"{path}: load() must return a tasks.Task with training problems, and returned {task!r:.80}")
     for problem in (*task.train, *task.validation, *task.test):
         turns = problem.messages if isinstance(problem.messages, list) else []
-        if not turns or not all(
-            isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in turns
-        ):
-            raise ValueError(
-                f"{path}: problem {problem.id!r}: messages must be a list of {{role, content}}, the last a user's"
-            )
+        right = [isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in turns]
+        if not right or not all(right):
+            form = "a list of {role, content}, the last a user's"
+            raise ValueError(f"{path}: problem {problem.id!r}: messages must be {form}")
     task.name, task.verify = f"own/{name}", _checked(task.verify, path)
     task.verify(task.train[:2], ["", ""][: len(task.train)])  # what is wrong with it is best said before the run
     return task
@@ -200,7 +195,6 @@ def read(task: str, path: str, official: bool = False) -> Task:
 
 
 # ---- Reading sources -----------------------------------------------------------------------------------------
-
 
 SUFFIXES = (".jsonl", ".parquet", ".arrow")  # of a file that may lie in a folder given as --data
 
@@ -365,8 +359,8 @@ def _tests(record: _Record, use: str) -> list[dict]:
 
 
 def _record(row: dict, where: str, use: str) -> _Record:
-    """Decodes the tests of `use` (see `_lcb_problem`) once, so that a damaged one is found before training, and chooses the
-    half that trains, seeded by the problem's name, where private ones alone are used."""
+    """Decodes the tests of `use` (see `_lcb_problem`) once, so that a damaged one is found before training, and chooses
+    the half that trains, seeded by the problem's name, where private ones alone are used."""
     name = str(_get(row, where, "question_id"))
     try:
         function = json.loads(row.get("metadata") or "{}").get("func_name") or ""

@@ -9,7 +9,7 @@ pass rate well above 0 and below 1, reads feedback most of the time, and can lea
 
     python toy.py --subset trace --out toy_models/trace      makes a warm-started model again from nothing
 
-How often it passes is what evaluate.py tells of any model, and what its teacher makes of feedback a run logs (`teacher_avg`).
+How often a model passes is evaluate.py's to tell; what its teacher makes of feedback stands in a run's log (`teacher_avg`).
 """
 
 import argparse
@@ -585,8 +585,8 @@ def warm_start(subset: str, steps: int = 0, seed: int = 0) -> Policy:
             optimizer.zero_grad()
         seen.append(loss.item())
         if step % 100 == 0 or step == steps:
-            loss = sum(seen[-100:]) / len(seen[-100:])
-            print(f"warm-up step {step}/{steps}  loss {loss:.4f}  {time.time() - start:.0f} s", flush=True)
+            recent = sum(seen[-100:]) / len(seen[-100:])
+            print(f"warm-up step {step}/{steps}  loss {recent:.4f}  {time.time() - start:.0f} s", flush=True)
     return policy
 
 
