@@ -319,18 +319,15 @@ def _prepare_program(limits: SimpleNamespace) -> None:
         sys.setrecursionlimit(50_000)
         sys.modules["random"].seed(0)  # nobody seeds again after a fork: every call draws the same numbers
     # Streams over the numbers 0 to 2, made while these are what a child has there: a file in memory, and pipes.
-    standing = [os.dup(fd) for fd in range(3)]
-    trial, (other_end, pipe_end) = os.memfd_create("stdin"), os.pipe()
-    for fd, target in enumerate((trial, pipe_end, pipe_end)):
+    # Their descriptors may stay: no child keeps one beyond 2 but its report's and its ruleset's.
+    standing, pipe_end = os.dup(2), os.pipe()[1]
+    for fd, target in enumerate((os.memfd_create("stdin"), pipe_end, pipe_end)):
         os.dup2(target, fd)
     sys.stdin, sys.stdout, sys.stderr = (
         open(fd, "r" if fd == 0 else "w", newline="\n", closefd=False) for fd in range(3)
     )  # noqa: SIM115
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
-    for fd, target in enumerate(standing):
-        os.dup2(target, fd)
-    for fd in (*standing, trial, other_end, pipe_end):
-        os.close(fd)
+    os.dup2(standing, 2)  # where an error of the worker's own is seen
     sys.argv = [PROGRAM]
     sys.modules["builtins"].exit = sys.modules["builtins"].quit = sys.exit  # site's, which is not imported
     sys.set_int_max_str_digits(INT_DIGITS)
