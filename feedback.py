@@ -14,8 +14,10 @@ A success needs a context as well, or the E-step has no positives. With sibling 
 With environment and critique the paper is silent; here a success borrows the text of a random failure of its own group,
 because any text that only successes see ("all tests passed") tells the teacher the label and nothing else.
 
-A new source is its name in SOURCES, which is also the flag's choice, and its branch in the loop of `contexts`. Where it needs
-a text that neither the verifier nor a sibling has written, `reviews.Reviews.contexts` is where that is asked for.
+A new source, say "hint", that has a text of its own on each failure: its name in TEXTS here, and the line that makes the texts
+where `reviews.Reviews.contexts` has them made (it sees problems, responses and outcomes). That is all: the flag, borrowing, the
+kind in the log and what cannot go together follow. One that combines what is there: its name in SOURCES and its branch in
+`contexts`.
 """
 
 import random
@@ -23,7 +25,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-SOURCES = ("environment", "sibling", "critique", "solution_first", "both")
+TEXTS = ("environment", "critique")  # a text on each failure, which a success borrows
+SOURCES = (*TEXTS, "sibling", "solution_first", "both")
 
 # The layout of the teacher's user message follows lasgroup/SDPO @0e6d510 (question, solution, feedback, closing line);
 # the words are ours. All of them can be replaced from the command line.
@@ -102,7 +105,7 @@ def contexts(
         others = [j for j in success if j != i]  # "a successful trajectory ... excluding itself"
         return rng.choice(others) if others else None
 
-    def told(i: int) -> int | None:
+    def text(i: int) -> int | None:
         """The row whose text row i sees: its own after a failure, a random failure's for a success that borrows."""
         if rewards[i] == 0 or passed:
             return i if texts[i] else None
@@ -110,27 +113,29 @@ def contexts(
 
     out: list[Context | None] = []
     for i in range(len(rewards)):
-        solution = None if source in ("environment", "critique") else sibling(i)
-        if source in ("environment", "critique"):
-            row = told(i)
+        failed, solution, row = rewards[i] == 0, None, None  # the rows that the context's solution and text are of
+        if source in TEXTS:
+            row = text(i)
+        elif source == "sibling":
+            solution = sibling(i)
         elif source == "solution_first":
-            row = told(i) if solution is None and rewards[i] == 0 else None
+            solution = sibling(i)
+            row = text(i) if solution is None and failed else None
         elif source == "both":
             # A success sees the same kind of context as its failing siblings, so a lone one sees nothing.
-            row = told(i) if solution is not None or rewards[i] == 0 else None
-        else:
-            row = None
+            solution = sibling(i)
+            row = text(i) if solution is not None or failed else None
         if solution is None and row is None:
             out.append(None)
             continue
-        section = "critique" if source == "critique" else "environment"
-        text = "" if row is None else texts[row]
+        said = "" if row is None else texts[row]
+        kinds = ("sibling", solution), (source if source in TEXTS else "environment", row)
         out.append(
             Context(
-                kind="+".join(name for name, j in (("sibling", solution), (section, row)) if j is not None),
+                kind="+".join(name for name, j in kinds if j is not None),
                 solution="" if solution is None else solutions[solution],
-                feedback=text if section == "environment" else "",
-                critique=text if section == "critique" else "",
+                feedback="" if source == "critique" else said,
+                critique=said if source == "critique" else "",
                 rows=tuple(j for j in (solution, row) if j is not None),
             )
         )

@@ -50,7 +50,8 @@ def token_logp(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     logits: (B, T, V); tokens: (B, T) integer ids. Returns (B, T).
     """
     assert logits.shape[:-1] == tokens.shape, f"logits {tuple(logits.shape)} do not fit tokens {tuple(tokens.shape)}"
-    return torch.log_softmax(logits, dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    float32 = torch.promote_types(logits.dtype, torch.float32)  # or more: half precision is too coarse for logsumexp
+    return torch.log_softmax(logits, dim=-1, dtype=float32).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
 def with_tail(log_head: torch.Tensor) -> torch.Tensor:
@@ -78,8 +79,12 @@ def top_k_with_tail(
     assert 1 <= k <= student_logits.shape[-1], f"k = {k} is not in 1..{student_logits.shape[-1]}, the vocabulary"
     top = student_logits.detach().topk(k, dim=-1).indices  # (B, T, k)
 
+    float32 = torch.promote_types(student_logits.dtype, torch.float32)  # in half precision the tail is mostly rounding
+
     def buckets(logits: torch.Tensor) -> torch.Tensor:
-        return with_tail(torch.log_softmax(logits, dim=-1).gather(-1, top))  # (B, T, k+1), true probabilities
+        return with_tail(
+            torch.log_softmax(logits, dim=-1, dtype=float32).gather(-1, top)
+        )  # (B, T, k+1), true probabilities
 
     return buckets(student_logits), buckets(teacher_logits.detach())
 
@@ -93,7 +98,8 @@ def divergence(log_s: torch.Tensor, log_t: torch.Tensor, kind: str) -> torch.Ten
     js                   ½ KL(S‖M) + ½ KL(T‖M),  M = ½ S + ½ T
     cross_entropy        H(T, S) = KL(T‖S) + H(T), DistIL's cost of a token: no divergence, it is H(T) where S = T
 
-    log_s, log_t: (B, T, V or K+1) log-probabilities. Returns (B, T). log_t carries no gradient.
+    log_s, log_t: (B, T, V or K+1) log-probabilities. Returns (B, T). log_t carries no gradient. A new kind has to be a sum
+    over the last axis, of which head.py takes a block at a time (tests/test_head.py compares), and stand in DIVERGENCES.
     """
     assert log_s.shape == log_t.shape, f"log_s {tuple(log_s.shape)} and log_t {tuple(log_t.shape)} differ"
     log_t = log_t.detach()
@@ -118,14 +124,15 @@ def distillation_loss(
     """The token-level loss of the M-step (Eq. 10) and of SDPO (Eq. 2): D(π(·|x,y_<t), sg q(·|x,C,y_<t)).
 
     student_logits, teacher_logits: (B, T, V); kind: see `divergence`; top_k: None compares whole vocabularies, else the
-    student's top_k tokens and the tail. Returns (B, T). Needs `divergence`, `kl`, `cross_entropy`, `top_k_with_tail`,
-    `with_tail`.
+    student's top_k tokens and the tail. Returns (B, T), to be reduced by `sequence_mean`. Needs `divergence`, `kl`,
+    `cross_entropy`, `top_k_with_tail`, `with_tail`. The loop forms the same a chunk of tokens at a time (head.py).
 
     In expectation its gradient is that of the divergence with the visits to the prefixes y_<t frozen. The gradient of the
     sequence KL(π‖q) has the score-function term E Σₜ ∇log π(yₜ) Σ_{i>t} KLᵢ besides (tests/test_theory.py).
     """
     if top_k is None:
-        log_s, log_t = torch.log_softmax(student_logits, -1), torch.log_softmax(teacher_logits.detach(), -1)
+        float32 = torch.promote_types(student_logits.dtype, torch.float32)
+        log_s, log_t = (torch.log_softmax(x, -1, dtype=float32) for x in (student_logits, teacher_logits.detach()))
     else:
         log_s, log_t = top_k_with_tail(student_logits, teacher_logits, top_k)
     return divergence(log_s, log_t, kind)
@@ -298,7 +305,8 @@ def implicit_reward(
 def reward_shift(implicit_rewards: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
     """One batch's value for the shift δ: ½ (mean_{r=1} r̃ + mean_{r=0} r̃), detached.  (below Eq. 9)
 
-    implicit_rewards: (B,); rewards: (B,) of 0 and 1. Returns (). Raises ValueError when a class is empty.
+    implicit_rewards: (B,); rewards: (B,) of 0 and 1. Returns (). Raises ValueError when a class is empty. δ itself is a moving
+    average of these values over E-steps, 0.9 δ + 0.1 value in the loop, and starts at the first.
     """
     assert implicit_rewards.shape == rewards.shape, (
         f"implicit_rewards {tuple(implicit_rewards.shape)} and rewards {tuple(rewards.shape)} differ"
@@ -319,7 +327,8 @@ def bco_loss(
 ) -> torch.Tensor:
     """L_E = −(1/n₊) Σ_{r=1} log σ(r̃ − δ) − (1/n₋) Σ_{r=0} log σ(−(r̃ − δ)).  (Eq. 9)
 
-    implicit_rewards: (B,); rewards: (B,) of 0 and 1; shift: δ, carries no gradient; num_pos, num_neg: n₊ and n₋ of the
+    implicit_rewards: (B,), r̃ of `implicit_reward`; rewards: (B,) of 0 and 1; shift: δ, carries no gradient: a moving average
+    of `reward_shift` over E-steps; num_pos, num_neg: n₊ and n₋ of the
     whole optimizer step when these rows are one of its micro-batches (default: of these rows). Returns (). A class
     without rows adds nothing. This is a classifier's loss, not Eq. 5: over unrestricted q its infimum lies at
     q(failure) = 0. The gradient in r̃ is −σ(−(r̃−δ))/n₊ on a success and +σ(r̃−δ)/n₋ on a failure.

@@ -230,7 +230,7 @@ class Reviews:
     def contexts(self, problems: list, texts: list[str], outcomes: list, step: int) -> list[feedback.Context | None]:
         """The context of each rollout, None for those without one; a row that the grader failed on has none."""
         cfg, C = self.cfg, []
-        said = [o.feedback for o in outcomes]
+        said = [o.feedback for o in outcomes]  # a text on each failure, feedback.TEXTS
         if cfg.feedback == "critique":
             said = self.critiques(problems, texts, outcomes, step)
         for first in range(0, len(texts), cfg.group_size):

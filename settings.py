@@ -20,7 +20,7 @@ from transformers import HfArgumentParser
 
 import tasks
 import toy
-from feedback import SOURCES, Templates
+from feedback import SOURCES, TEXTS, Templates
 from losses import DIVERGENCES
 
 
@@ -258,7 +258,9 @@ def flags() -> Parser:
     said = dict(re.findall(r"^ {4}(\w+): .*?  # (.+)$", inspect.getsource(Config), flags=re.MULTILINE))
     for action in parser._actions:
         off = action.option_strings[0].startswith("--no_")
-        action.help = f"turns --{action.dest} off" if off else action.help or said.get(action.dest, "").replace("%", "%%")
+        action.help = (
+            f"turns --{action.dest} off" if off else action.help or said.get(action.dest, "").replace("%", "%%")
+        )
         action.default = argparse.SUPPRESS if off else action.default  # on is said beside the flag itself
     return parser
 
@@ -347,9 +349,7 @@ def check(cfg: Config) -> None:
         raise ValueError(f"--method {cfg.method} compares rollouts of one prompt: --group_size 1 gives no advantage")
     if cfg.group_size < 2 and method.teacher and cfg.feedback == "sibling":
         raise ValueError("--feedback sibling needs a second rollout of the prompt: --group_size must be at least 2")
-    never = cfg.group_size < 2 or (
-        not cfg.borrow and not cfg.passed_text and cfg.feedback in ("environment", "critique")
-    )
+    never = cfg.group_size < 2 or (not cfg.borrow and not cfg.passed_text and cfg.feedback in TEXTS)
     if cfg.method == "vpd" and cfg.e_groups == "mixed" and never:
         raise ValueError(
             "no success would ever have a context, so the E-step would never run: drop --no_borrow, raise --group_size, "
@@ -382,9 +382,9 @@ def check(cfg: Config) -> None:
         raise ValueError(f"--ovd_threshold must be at most 10, which rejects every score, not {cfg.ovd_threshold}")
     if bool(cfg.expert_url) != (cfg.expert == "served"):
         raise ValueError("--expert served and --expert_url go together")
-    if cfg.passed_text and (cfg.feedback not in ("environment", "critique") or not method.teacher):
+    if cfg.passed_text and (cfg.feedback not in TEXTS or not method.teacher):
         raise ValueError(
-            "--passed_text takes the place of a borrowed text: with --feedback environment or critique, and a teacher"
+            f"--passed_text takes the place of a borrowed text: with --feedback {' or '.join(TEXTS)}, and a teacher"
         )
     if cfg.expert != "probabilities" and cfg.method != "distil":
         raise ValueError(

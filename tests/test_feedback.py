@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # feedback.py is one folder up; pytest may start anywhere
-from feedback import SOURCES, Context, Templates, contexts, critique_prompt, digit_tokens  # noqa: E402
+from feedback import SOURCES, TEXTS, Context, Templates, contexts, critique_prompt, digit_tokens  # noqa: E402
 from feedback import expected_digit, find_digit, judge_parts, judge_prompt, strip_thinking  # noqa: E402
 from feedback import student_prompt, teacher_prompt  # noqa: E402
 
@@ -85,7 +85,7 @@ def test_the_e_steps_groups_show_both_outcomes_the_same_kinds_of_context(source)
             mixed += 1
             assert kinds[0] == kinds[1]
     # A borrowed text needs a failure and a success (14 of 16 patterns); siblings for both need two successes (10).
-    assert mixed == 5 * (14 if source in ("environment", "critique") else 10)
+    assert mixed == 5 * (14 if source in TEXTS else 10)
 
 
 @pytest.mark.parametrize("source", ["environment", "critique"])
@@ -131,7 +131,7 @@ def test_contexts_leaves_its_arguments_alone(source):
 
 
 def test_an_unknown_source_is_refused_with_the_choices():
-    with pytest.raises(ValueError, match="'oracle'.*environment, sibling, critique, solution_first, both"):
+    with pytest.raises(ValueError, match="'oracle'.*environment, critique, sibling, solution_first, both"):
         draw("oracle", (1, 0, 0, 0))
 
 
