@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import head
+import hub
 
 FRAMEWORK = 4.0e9  # assumed: CUDA context, NCCL's buffers, and what the allocator holds but cannot use
 ENGINE = 3.0e9  # assumed: CUDA graphs and activations of an engine awake
@@ -58,6 +59,7 @@ class Plan:
 def read(path: str):
     """The config of a folder or hub id; ValueError with one line when there is none."""
     try:
+        hub.look(path)
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]

@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import head
+import hub
 
 Ids = list[int]
 
@@ -251,6 +252,7 @@ class Policy:
     def load(cls, path: str, dtype: torch.dtype = torch.float32, **kwargs) -> "Policy":
         """From a Hugging Face folder or hub id. Raises ValueError with one line when there is no model to be read."""
         try:
+            hub.look(str(path))
             tokenizer = AutoTokenizer.from_pretrained(path)
             if not tokenizer("a").input_ids:  # what transformers makes of a folder without tokenizer files
                 raise ValueError("there is no tokenizer")
