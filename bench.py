@@ -6,7 +6,6 @@ cannot do without, the graders, and on a GPU a training step against the card's 
 Each measurement that asks for memory or sets up a device runs in a process of its own.
 """
 
-import argparse
 import contextlib
 import io
 import json
@@ -25,6 +24,7 @@ import head
 import plan
 import tasks
 import vpd
+from command import Parser
 from policy import Policy, World
 from sandbox import Sandbox
 from settings import METHODS, Config
@@ -254,7 +254,7 @@ SECTIONS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser("bench.py", __doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--out", type=Path, help="JSON of all figures")
     args = parser.parse_args(argv)

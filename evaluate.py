@@ -10,7 +10,6 @@ unbiased estimator from n samples. Intervals are 95% bootstrap intervals over pr
 for new training runs, whose spread only seeds show.
 """
 
-import argparse
 import json
 import sys
 from collections import Counter
@@ -25,6 +24,7 @@ from transformers.utils import logging as hf_logging
 
 import plan
 import tasks
+from command import Parser, fail
 from feedback import student_prompt
 from policy import Policy, World
 from rollout import HFSampler, StaleEngine, VLLMSampler, open_sampler, seed_for
@@ -159,14 +159,8 @@ def grade(task: tasks.Task, path: Path, out: Path | None) -> list[str]:
     ]
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        print(f"evaluate.py: error: {' '.join(message.split())}", file=sys.stderr)
-        sys.exit(2)
-
-
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description="avg@n and pass@k of a model on a task, or grades of responses.", allow_abbrev=False)
+    parser = Parser("evaluate.py", "avg@n and pass@k of a model on a task, or grades of responses.")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="folder or hub id")
     source.add_argument("--run", type=Path, help="run directory: its first and its last weights, with its own settings")
@@ -296,7 +290,7 @@ if __name__ == "__main__":
     try:
         main()
     except tasks.BadTask as error:
-        Parser().error(str(error))
+        fail(error, "evaluate.py")
     except KeyboardInterrupt:
         sys.exit(130)
     World.end()

@@ -9,7 +9,6 @@ the highest seed. Steps count rollout batches that were trained on before the me
 is not, is said in tables.py.
 """
 
-import argparse
 import io
 import json
 import sys
@@ -20,6 +19,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+
+from command import Parser
 
 # Okabe and Ito's palette with a line style each: told apart by colour-blind readers and in print. A method looks the
 # same in every figure; a curve that has no look of its own takes a spare one.
@@ -209,16 +210,8 @@ def draw_study(study: Path, out: Path) -> tuple[list[str], list[str]]:
     return lines, notes
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        print(f"{self.prog}: error: {' '.join(message.split())}", file=sys.stderr)
-        sys.exit(2)
-
-
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(
-        "figures.py", description="Curves of runs, the paper's figures, or the paper's tables.", allow_abbrev=False
-    )
+    parser = Parser("figures.py", "Curves of runs, the paper's figures, or the paper's tables.")
     parser.add_argument("runs", nargs="*", type=Path, help="run directories; none: the paper's figures from --study")
     parser.add_argument("--out", type=Path, help="file of the curves (curves.png), or folder of the figures (results)")
     parser.add_argument("--study", type=Path, help="default results/study.json")

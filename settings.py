@@ -8,7 +8,6 @@ import argparse
 import inspect
 import json
 import math
-import os
 import re
 import sys
 from dataclasses import dataclass, fields
@@ -20,6 +19,7 @@ from transformers import HfArgumentParser
 
 import tasks
 import toy
+from command import fail
 from feedback import SOURCES, TEXTS, Templates
 from losses import DIVERGENCES
 
@@ -236,15 +236,6 @@ NOT_OF_THE_RUN = ("out", "resume", "overwrite", "plan", "gpus", "gpu_memory")
 
 
 # ---- From a command to settings ------------------------------------------------------------------------------
-
-
-def fail(message: str) -> None:
-    """One line on what was wrong, exit status 2."""
-    rank = os.environ.get("RANK", "0")
-    print(
-        f"vpd.py: error: {f'process {rank}: ' if rank != '0' else ''}{' '.join(str(message).split())}", file=sys.stderr
-    )
-    sys.exit(2)
 
 
 class Parser(HfArgumentParser):

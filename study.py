@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from figures import Parser
+from command import Parser
 
 HERE = Path(__file__).parent
 README = HERE / "README.md"
@@ -630,7 +630,7 @@ def report(results: Path, readme: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser("study.py", description="The study on the toy tasks.", allow_abbrev=False)
+    parser = Parser("study.py", "The study on the toy tasks.")
     parser.add_argument("--only", nargs="*", default=[""], help="rows whose name starts with one of these")
     parser.add_argument("--seeds", type=int, default=5, help="seeds 1 to this")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")

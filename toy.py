@@ -12,7 +12,6 @@ pass rate well above 0 and below 1, reads feedback most of the time, and can lea
 How often a model passes is evaluate.py's to tell; what its teacher makes of feedback stands in a run's log (`teacher_avg`).
 """
 
-import argparse
 import functools
 import itertools
 import json
@@ -27,6 +26,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import Olmo3Config, Olmo3ForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import feedback
+from command import Parser
 from feedback import Context, Templates
 from policy import Policy
 from sandbox import Sandbox
@@ -590,15 +590,24 @@ def warm_start(subset: str, steps: int = 0, seed: int = 0) -> Policy:
     return policy
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Warm-start a toy model.")
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser("toy.py", "Warm-start a toy model.")
     parser.add_argument("--subset", choices=EVERY, default="trace")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=0, help="0: the subset's own number")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    # What stands in the way of the weights is said before the minutes that they take.
+    if args.steps < 0:
+        parser.error(f"--steps must be 0 or positive, not {args.steps}")
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out {args.out} is a file: give the folder for the model")
     torch.set_num_threads(1)
     warmed = warm_start(args.subset, args.steps, args.seed)
     warmed.save(args.out)
     size = sum(p.numel() for p in warmed.model.parameters())
     print(f"{args.subset}: {size:,} parameters in {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -456,3 +456,17 @@ def test_a_shipped_model_loads_and_is_small(tokenizer, subset):
     policy, messages = Policy.load(str(folder)), toy.user("start 4\n1 add 3")
     prompts = [feedback.student_prompt(t, messages) for t in (policy.tokenizer, tokenizer)]
     assert policy.tokenizer.decode(prompts[0]) == tokenizer.decode(prompts[1]) and max(prompts[0]) < policy.vocabulary
+
+
+# ---- The command -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "argv, words", [(["--out", __file__], "is a file"), (["--out", "x", "--steps", "-1"], "--steps")]
+)
+def test_what_stands_in_the_way_of_a_model_is_said_before_it_is_trained(argv, words, capsys, monkeypatch):
+    monkeypatch.setattr(toy, "warm_start", lambda *_: pytest.fail("training began"))
+    with pytest.raises(SystemExit) as stop:
+        toy.main(argv)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("toy.py: error: ") and words in error and error.count("\n") == 1
