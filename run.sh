@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# bash run.sh [toy|lcb|sciknoweval|math|eval|study|figures|bench|test|test-slow|test-vllm] [flags passed on]; no word = toy
+# bash run.sh [toy|lcb|sciknoweval|math|own|eval|study|figures|bench|test|test-slow|test-vllm] [flags passed on]; no word = toy
 # test-vllm: tests of the vLLM sampler on a CPU, in an environment of their own: .venv-vllm, or what VPD_VLLM_VENV names
+# own is a task of yours: --data FILE.py --model FOLDER
 # lcb, sciknoweval and math take --smoke: the same path on a CPU, tiny random models, the project's own fixtures
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -8,8 +9,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 word=toy
 if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then word=$1; shift; fi
 case $word in
-  toy|lcb|sciknoweval|math|eval|study|figures|bench|test|test-slow|test-vllm) ;;
-  *) echo "run.sh: error: unknown word '$word': toy, lcb, sciknoweval, math, eval, study, figures, bench, test, test-slow or test-vllm" >&2; exit 2 ;;
+  toy|lcb|sciknoweval|math|own|eval|study|figures|bench|test|test-slow|test-vllm) ;;
+  *) echo "run.sh: error: unknown word '$word': toy, lcb, sciknoweval, math, own, eval, study, figures, bench, test, test-slow or test-vllm" >&2; exit 2 ;;
 esac
 
 # A virtual environment of our own unless one is active; pins are installed once per version of requirements.txt.
@@ -65,6 +66,9 @@ else
   processes=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
 fi
 processes=${NPROC:-$processes}
+case $processes in
+  *[!0-9]*) echo "run.sh: error: NPROC is the number of processes, not '$processes'" >&2; exit 2 ;;
+esac
 launch=python
 if [ "$processes" -gt 1 ]; then
   launch="python -m torch.distributed.run --standalone --shutdown-timeout 1800 --nproc-per-node $processes --"
@@ -110,6 +114,9 @@ for ((i = 1; i <= $#; i++)); do
     --feedback) j=$((i + 1)); only=${!j:-} ;;
   esac
 done
+case $smoke:$word in  # refused before anything is announced
+  [0-9]*:toy|[0-9]*:own) exec python vpd.py --task "$word" --smoke qwen3 ;;
+esac
 if [ -n "$smoke" ]; then  # every feedback source that the task has, the second model family with the first of them
   set -- "${@:1:smoke-1}" "${@:smoke+1}"
   case $word in
