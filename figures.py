@@ -53,10 +53,14 @@ FIGURES = {  # file: panels of (subset, measure, variants); "*" is every further
 
 def load(path: Path) -> dict:
     """Raises ValueError with one line for a file that cannot be read or holds no JSON object."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds no JSON object")
     return found
@@ -117,17 +121,38 @@ def plot(panels: list[tuple], logs: dict[str, list[list[dict]]], labels: dict[st
 # ---- Runs --------------------------------------------------------------------------------------------------
 
 
+def expect(run: Path, *names: str) -> None:
+    """Raises ValueError with one line for a folder without these files of a run."""
+    if not run.is_dir():
+        raise ValueError(f"{run} is no run directory: {'it is a file' if run.exists() else 'there is no such folder'}")
+    if missing := [name for name in names if not (run / name).is_file()]:
+        how = f"; python evaluate.py --run {run} makes it" if missing == ["evaluation.json"] else ""
+        raise ValueError(f"{run} is no run directory: it has no {' and no '.join(missing)}{how}")
+
+
 def read(run: Path) -> tuple[dict, list[dict]]:
-    """config.json and the rows of log.jsonl. Raises ValueError when the folder is no run directory."""
-    config = load(run / "config.json")
+    """config.json and the rows of log.jsonl. Raises ValueError with one line when the folder is no run directory."""
+    expect(run, "config.json", "log.jsonl")
+    config, rows, path = load(run / "config.json"), [], run / "log.jsonl"
+    if not isinstance(config.get("method"), str):
+        raise ValueError(f"{run}/config.json is not the configuration of a run: it names no method")
     try:
-        rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{run} is no run directory: {error}") from None
-    if not isinstance(config.get("method"), str) or not all(
-        isinstance(row, dict) and {"kind", "step"} <= row.keys() for row in rows
-    ):
-        raise ValueError(f"{run} is no run directory: its config.json or log.jsonl is something else")
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            rows.append(json.loads(line))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number} is cut or no JSON ({error}): --resume of vpd.py mends a log") from None
+    number = lambda value: value is None or isinstance(value, (int, float))  # noqa: E731
+    for place, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or "kind" not in row or not isinstance(row.get("step"), int):
+            raise ValueError(f"{path}, line {place} is no row of a run's log: it has no kind or no step")
+        if wrong := [key for key in MEASURES if not number(row.get(key))]:
+            raise ValueError(f"{path}, line {place}: {wrong[0]} is no number")
+    if not any(row["kind"] in ("train", "eval") for row in rows):
+        raise ValueError(f"{path} has no batch and no evaluation yet: there is nothing to draw")
     return config, rows
 
 
@@ -225,13 +250,21 @@ def main(argv: list[str] | None = None) -> None:
         if args.tables:
             import tables  # and with it torch, which figures do without
 
+            for run in args.runs:
+                expect(run, "config.json", "evaluation.json")
             read_runs = [(str(run), load(run / "config.json"), load(run / "evaluation.json")) for run in args.runs]
             found, notes = tables.collect(read_runs)
             lines = tables.lines(found)
         elif args.runs:
             out = args.out or Path("curves.png")
+            if not out.suffix and not out.is_dir():
+                out = out.with_name(f"{out.name}.png")  # as the library names it
+            if out.is_dir() or not out.parent.is_dir():
+                parser.error(f"--out {out}: {'it is a folder' if out.is_dir() else f'there is no folder {out.parent}'}")
             lines, notes = [f"{out}: {', '.join(draw(args.runs, out))}"], []
         else:
+            if args.out and args.out.exists() and not args.out.is_dir():
+                parser.error(f"--out {args.out} is a file: the figures of a study go to a folder")
             lines, notes = draw_study(args.study or Path("results/study.json"), args.out or Path("results"))
     except (ValueError, OSError) as error:
         parser.error(str(error))

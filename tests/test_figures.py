@@ -66,21 +66,54 @@ def test_steps_without_a_value_are_left_out_and_not_drawn_as_zero():
     assert figures.series(rows, "train", "margin") == {1: 0.5}
 
 
-def test_a_folder_that_is_no_run_is_one_line_and_exit_2(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        figures.main([str(tmp_path), "--out", str(tmp_path / "x.png")])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and str(tmp_path) in error
+@pytest.mark.parametrize(
+    "name, reason",
+    [("nowhere", "is no run directory: there is no such folder"), ("file", "is no run directory: it is a file"),
+     ("folder", "is no run directory: it has no config.json and no log.jsonl"),
+     ("half", "is no run directory: it has no log.jsonl")],
+)  # fmt: skip
+def test_what_a_folder_lacks_of_a_run_is_named_and_exit_2(name, reason, tmp_path, capsys):
+    (tmp_path / "file").touch(), (tmp_path / "folder").mkdir(), (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "config.json").write_text('{"method": "vpd"}')
+    assert_refused([tmp_path / name, "--out", tmp_path / "x.png"], f"{tmp_path / name} {reason}", capsys)
+    assert not (tmp_path / "x.png").exists()
+
+
+VPD, ROW = '{"method": "vpd"}', '{"kind": "train", "step": 0, "reward": 0.5}'
 
 
 @pytest.mark.parametrize(
-    "config, log", [("[]", ""), ("{}", ""), ("{", ""), ('{"method": "vpd"}', "{"), ('{"method": "vpd"}', '{"step": 0}')]
-)
-def test_run_whose_files_are_something_else_is_one_line_and_exit_2(config, log, tmp_path, capsys):
+    "config, log, reason",
+    [("[]", ROW, "config.json holds no JSON object"), ("{}", ROW, "config.json is not the configuration of a run"),
+     ("{", ROW, "config.json is no JSON"), (VPD, "", "log.jsonl has no batch"),
+     (VPD, '{"kind": "resume", "step": 0}', "log.jsonl has no batch"),
+     (VPD, f"{ROW}\n{ROW[:30]}", "log.jsonl, line 2 is cut or no JSON"), (VPD, "\0\xff", "log.jsonl is no text"),
+     (VPD, '{"step": 0}', "log.jsonl, line 1 is no row"), (VPD, "[]", "log.jsonl, line 1 is no row"),
+     (VPD, '{"kind": "train", "step": "one"}', "log.jsonl, line 1 is no row"),
+     (VPD, ROW.replace("0.5", '"high"'), "log.jsonl, line 1: reward is no number")],
+)  # fmt: skip
+def test_run_whose_files_are_something_else_is_one_line_and_exit_2(config, log, reason, tmp_path, capsys):
     (tmp_path / "config.json").write_text(config)
-    (tmp_path / "log.jsonl").write_text(log)
-    assert_refused([tmp_path, "--out", tmp_path / "x.png"], str(tmp_path), capsys)
+    (tmp_path / "log.jsonl").write_text(log, encoding="latin-1")
+    assert_refused([tmp_path, "--out", tmp_path / "x.png"], f"{tmp_path}/{reason}", capsys)
     assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize("out, reason", [("no/x.png", "there is no folder"), ("", "it is a folder"), ("x.foo", "foo")])
+def test_a_picture_that_cannot_be_written_is_one_line_and_exit_2(out, reason, tmp_path, capsys):
+    one = run(tmp_path / "a", "vpd", 1, [0.1])
+    assert_refused([one, "--out", tmp_path / out], reason, capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and not tmp_path.with_suffix(".png").exists()
+
+
+def test_a_picture_without_an_ending_is_named_as_it_is_written(tmp_path, capsys):
+    figures.main([str(run(tmp_path / "a", "vpd", 1, [0.1])), "--out", str(tmp_path / "curves")])
+    assert capsys.readouterr().out.startswith(f"{tmp_path}/curves.png: ") and (tmp_path / "curves.png").exists()
+
+
+def test_figures_of_a_study_do_not_go_to_a_file(tmp_path, capsys):
+    path = study(tmp_path, {"trace/vpd": [study_run([0.1, 0.2])]})
+    assert_refused(["--study", path, "--out", path], "go to a folder", capsys)
 
 
 def assert_refused(argv, reason, capsys):
@@ -466,4 +499,5 @@ def test_run_that_was_not_evaluated_or_is_none_is_one_line_and_exit_2(name, text
         (tmp_path / name).unlink()
     else:
         (tmp_path / name).write_text(text)
-    assert_refused(["--tables", tmp_path], str(tmp_path), capsys)
+    reason = f"{tmp_path} is no run directory: it has no evaluation.json; python evaluate.py --run {tmp_path} makes it"
+    assert_refused(["--tables", tmp_path], str(tmp_path) if text else reason, capsys)
