@@ -14,6 +14,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from math import comb
 from pathlib import Path
 
@@ -79,7 +80,14 @@ def measure(
     parts = dict.fromkeys(p.part for p in problems)
     columns = {}
     for name in dict.fromkeys(name for o in outcomes for name in o.columns):
-        rows = [i for i in range(len(problems)) if name in outcomes[i * n].columns]
+        rows = []
+        for i, problem in enumerate(problems):
+            has = [name in o.columns for o in outcomes[i * n : (i + 1) * n]]
+            if any(has) and not all(has):
+                raise tasks.BadTask(
+                    f"problem {problem.id}: some of its outcomes have the column {name!r}, and some have not"
+                )
+            rows += [i] if all(has) else []
         columns[name] = summarise(np.array([[outcomes[i * n + j].columns[name] for j in range(n)] for i in rows]))
     return {
         **summarise(rewards),
@@ -129,6 +137,21 @@ def table(name: str, label: str, result: dict, paper: dict[str, float]) -> list[
     return lines
 
 
+def stopped(run: Path, config: dict, task: tasks.Task) -> list[str]:
+    """A line for a run that has not done all of its batches, or whose log does not tell."""
+    log = run / "log.jsonl"
+    if not log.is_file():
+        return [f"{run} has no log.jsonl: how many batches it was trained for is not known"]
+    done = 0
+    for line in log.read_text(errors="replace").splitlines():
+        with suppress(ValueError, KeyError, TypeError):  # a torn line is no batch
+            row = json.loads(line)
+            done = max(done, row["step"] + 1 if row["kind"] == "train" else 0)
+    problems = len(task.train) - config.get("prompts_dropped", 0)
+    asked = config.get("steps") or config.get("epochs", 0) * (problems // config.get("prompts_per_batch", 1))
+    return [f"{run} was stopped after {done} of {asked} batches"] if done < asked else []
+
+
 def grade(task: tasks.Task, path: Path, out: Path | None) -> list[str]:
     """Grades the rows {"id", "response"} of a JSONL file; `out` gets {"id", "reward", "verdict", "feedback"} for each.
     Returns the lines to print. Raises ValueError with one line for rows that cannot be graded."""
@@ -137,6 +160,8 @@ def grade(task: tasks.Task, path: Path, out: Path | None) -> list[str]:
         twice = next(name for name, count in Counter(p.id for p in task.test).items() if count > 1)
         raise ValueError(f"two problems of --data share the id {twice!r}")
     rows = list(tasks.rows(path))
+    if not rows or not problems:  # a saved data set can be empty, a file cannot
+        raise ValueError(f"{path} holds no response" if problems else "--data holds no problem")
     for number, row in enumerate(rows, 1):
         if not isinstance(row.get("response"), str) or "id" not in row:
             raise ValueError(f'{path}, row {number}: a response is {{"id": ..., "response": text}}')
@@ -242,7 +267,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"{task.name} has no {args.split} problems")
     settings = {"task": task.name, "split": args.split, "seed": args.seed, "temperature": temperature,
                 "top_p": top_p, "max_tokens": limit}  # fmt: skip
-    for note in task.notes:
+    for note in [*task.notes, *(stopped(args.run, config, task) if args.run else [])]:
         print(note)
     print(
         f"{task.name}, {len(problems)} {args.split} problems, {n} samples each, temperature {temperature}, top_p {top_p}"

@@ -172,6 +172,15 @@ def test_measure_summarises_each_part_and_each_column_over_the_problems_that_hav
     assert result["truncated"] == 3 / 6 and result["internal"] == 0
 
 
+def test_a_column_that_only_some_outcomes_of_a_problem_have_is_the_verifiers_fault(monkeypatch):
+    for outcomes in (
+        [Outcome(1, "a", "", {"x": 1}), Outcome(0, "b")],
+        [Outcome(0, "b"), Outcome(1, "a", "", {"x": 1})],
+    ):
+        with pytest.raises(tasks.BadTask, match="problem p0: some of its outcomes have the column 'x'"):
+            measured(monkeypatch, ["a"], [outcomes])
+
+
 def test_measure_counts_where_the_grader_failed_and_has_no_parts_where_there_is_one(monkeypatch):
     outcomes = [[Outcome(1, "correct"), Outcome(0, "internal")], [Outcome(0, "internal"), Outcome(0, "wrong")]]
     result = measured(monkeypatch, ["math500", "math500"], outcomes)
@@ -360,6 +369,35 @@ def test_run_is_evaluated_before_and_after_with_its_own_settings(command, tmp_pa
     ]  # fmt: skip
 
 
+RUN = {
+    "task": "toy", "subset": "trace", "model": "m", "method": "vpd", "feedback": "environment", "eval_samples": 1,
+    "eval_temperature": 1.0, "eval_top_p": 1.0, "max_response_tokens": 11,
+}  # fmt: skip
+EPOCHS = {"steps": 0, "epochs": 3, "prompts_per_batch": 2, "prompts_dropped": 1}  # 5 problems: 3 times 2 batches
+
+
+@pytest.mark.parametrize(
+    "settings, batches, said",
+    [({"steps": 4}, 3, "was stopped after 3 of 4 batches"), ({"steps": 4}, 0, "was stopped after 0 of 4 batches"),
+     ({"steps": 4}, 4, None), (EPOCHS, 5, "was stopped after 5 of 6 batches"), (EPOCHS, 6, None),
+     ({"steps": 4}, None, "has no log.jsonl: how many batches it was trained for is not known")],
+)  # fmt: skip
+def test_a_run_that_did_not_come_to_its_end_is_said_to_be_one(
+    settings, batches, said, command, tmp_path, capsys, monkeypatch
+):
+    problems = [Problem(f"p{i}", [{"role": "user", "content": "?"}]) for i in range(5)]
+    monkeypatch.setattr(evaluate.tasks, "load", lambda *_, **__: Task("toy/trace", problems, [], problems, None))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps(RUN | settings))
+    if batches is not None:
+        rows = [{"kind": "eval", "step": 9}, *({"kind": "train", "step": step} for step in range(batches))]
+        torn = '{"kind": "train", "step": 7, "rew'
+        (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + torn)
+    command.run("--run", tmp_path)
+    found = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"{tmp_path} ")]
+    assert found == ([f"{tmp_path} {said}"] if said else [])
+
+
 def test_model_of_the_paper_has_its_figure_beside_it_on_the_papers_own_problems(command, capsys):
     command.run("--model", "Qwen/Qwen3-8B", "--task", "lcb")
     assert capsys.readouterr().out.splitlines()[-1].endswith("  paper 0.2805")
@@ -448,6 +486,18 @@ def test_task_is_closed_when_its_responses_are_graded(tmp_path, monkeypatch):
     path = write(tmp_path / "r.jsonl", [{"id": "p", "response": "<answer>A</answer>"}])
     evaluate.main(["--responses", str(path), "--task", "math", "--data", "x"])
     assert closed == [True]
+
+
+@pytest.mark.filterwarnings("error")  # numpy's, of the mean of nothing
+@pytest.mark.parametrize("problems, words", [([Problem("p", [], "A")], "holds no response"), ([], "holds no problem")])
+def test_nothing_to_grade_is_one_line(problems, words, tmp_path, monkeypatch, capsys):
+    task = Task("t", [], [], problems, tasks.grade_choices)
+    monkeypatch.setattr(evaluate.tasks, "read", lambda name, path, official: task)
+    monkeypatch.setattr(evaluate.tasks, "rows", lambda path: [])  # a saved data set without rows
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["--responses", str(tmp_path), "--task", "math", "--data", "x"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and words in error and error.count("\n") == 1
 
 
 GOOD = {"id": "biology-0", "response": "<answer>D</answer>"}
