@@ -10,12 +10,13 @@ unbiased estimator from n samples. Intervals are 95% bootstrap intervals over pr
 for new training runs, whose spread only seeds show.
 """
 
+import importlib.util
 import json
 import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from math import comb
+from math import comb, inf
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +138,22 @@ def table(name: str, label: str, result: dict, paper: dict[str, float]) -> list[
     return lines
 
 
+def settings_of(run: Path) -> dict:
+    """A run's config.json. Raises ValueError with one line for what is none."""
+    path, number = run / "config.json", (int, float)
+    needed = {"task": str, "model": str, "eval_samples": int, "eval_temperature": number, "eval_top_p": number,
+              "max_response_tokens": int}  # fmt: skip
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is not the configuration of a run")
+    if wrong := [name for name, kind in needed.items() if not isinstance(config.get(name), kind)]:
+        raise ValueError(f"{path} is not the configuration of a run: {wrong[0]} is {config.get(wrong[0])!r}")
+    return config
+
+
 def stopped(run: Path, config: dict, task: tasks.Task) -> list[str]:
     """A line for a run that has not done all of its batches, or whose log does not tell."""
     log = run / "log.jsonl"
@@ -216,10 +233,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.run:
             if not (args.run / "config.json").is_file() or not (args.run / "model").is_dir():
                 raise ValueError(f"--run {args.run} is no finished run directory: config.json or model/ is missing")
-            config = json.loads((args.run / "config.json").read_text())
-            needed = {"task", "model", "eval_samples", "eval_temperature", "eval_top_p", "max_response_tokens"}
-            if not isinstance(config, dict) or not needed <= config.keys():
-                raise ValueError(f"{args.run}/config.json is not the configuration of a run")
+            config = settings_of(args.run)
             models = {"before": config["model"], "after": str(args.run / "model")}
             out = out or args.run / "evaluation.json"
             temperature, top_p, limit = config["eval_temperature"], config["eval_top_p"], config["max_response_tokens"]
@@ -228,14 +242,19 @@ def main(argv: list[str] | None = None) -> None:
         top_p = top_p if args.top_p is None else args.top_p
         limit = limit if args.max_tokens is None else args.max_tokens
         n = 1 if args.greedy else n if args.n is None else args.n
-        if n < 1 or limit < 1 or temperature < 0 or not 0 < top_p <= 1:
+        if n < 1 or limit < 1 or not 0 <= temperature < inf or not 0 < top_p <= 1:
             raise ValueError("--n and --max_tokens must be at least 1, --temperature at least 0, --top_p in (0, 1]")
+        if not 0 < args.engine_memory <= 1:
+            raise ValueError(f"--engine_memory must be in (0, 1], not {args.engine_memory}")
+        if args.sampler == "vllm" and importlib.util.find_spec("vllm") is None:
+            raise ValueError("--sampler vllm: vllm is not installed; run.sh installs it where there is an NVIDIA GPU")
         if out and (not out.parent.is_dir() or out.is_dir()):
             raise ValueError(
                 f"--out {out}: " + ("it is a folder" if out.is_dir() else f"there is no folder {out.parent}")
             )
-        if out and args.responses and out.resolve() == args.responses.resolve():
-            raise ValueError(f"--out {out} would replace the responses")
+        for what, path in (("the responses", args.responses), ("the problems", args.data)):
+            if out and path and out.resolve() == Path(path).resolve():
+                raise ValueError(f"--out {out} would replace {what}")
         whole = args.data and args.task != "own"  # a file of problems; an own task's is code
         if whole and (args.run or args.subset or args.split != "test"):
             raise ValueError("--data takes all rows of a file: it goes without --run, --subset and --split")
@@ -308,7 +327,10 @@ def main(argv: list[str] | None = None) -> None:
         print("\n".join(table(name, models[name], results[name], paper)))
     task.close()
     if out and world.rank == 0:
-        out.write_text(json.dumps(results["model"] if args.model else results, indent=1) + "\n")
+        try:
+            out.write_text(json.dumps(results["model"] if args.model else results, indent=1) + "\n")
+        except OSError as error:
+            parser.error(f"--out {out} cannot be written: {error.strerror}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """avg@k, pass@k and their intervals against arithmetic and enumeration; tables with the paper's figures; grades of
 responses; the command line's one-line errors."""
 
+import importlib.util
 import itertools
 import json
 from pathlib import Path
@@ -19,6 +20,7 @@ from tasks import Outcome, Problem, Task
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
+FIXTURES = ROOT / "tests" / "fixtures"
 
 
 def test_pass_at_k_equals_the_average_over_all_subsets_of_size_k():
@@ -104,6 +106,15 @@ def test_command_line_writes_the_same_figures_twice(tmp_path, capsys):
         (["--model", "toy_models/choice", "--subset", "chess"], "chess"),
         (["--model", "toy_models/choice", "--out", "no/such/dir/x.json"], "no/such/dir"),
         (["--run", "no/such/run"], "no/such/run"),
+        (["--model", "toy_models/choice", "--temperature", "nan"], "--temperature"),
+        (["--model", "toy_models/choice", "--temperature", "inf"], "--temperature"),
+        (["--model", "toy_models/choice", "--engine_memory", "5"], "--engine_memory must be in (0, 1], not 5"),
+        pytest.param(
+            ["--model", "toy_models/choice", "--sampler", "vllm"],
+            "vllm is not installed",
+            marks=pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="it is"),
+        ),
+        (["--model", "toy_models/choice", "--run", "x"], "not allowed with"),
         (["--modle", "x"], "--model"),
     ],
 )
@@ -373,6 +384,38 @@ RUN = {
     "task": "toy", "subset": "trace", "model": "m", "method": "vpd", "feedback": "environment", "eval_samples": 1,
     "eval_temperature": 1.0, "eval_top_p": 1.0, "max_response_tokens": 11,
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [("{", "config.json is no JSON"), ("[]", "is not the configuration of a run"), ("{}", "task is None"),
+     (json.dumps(RUN | {"eval_samples": "four"}), "eval_samples is 'four'"), (json.dumps(RUN | {"model": 5}), "model is 5")],
+)  # fmt: skip
+def test_a_configuration_that_is_none_is_one_line_that_names_the_file(text, words, tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["--run", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and f"{tmp_path}/config.json" in error and words in error and error.count("\n") == 1
+
+
+def test_figures_that_cannot_be_written_are_one_line(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.run("--model", "m", "--out", "/dev/full")
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and "avg@4 1.000" in printed.out  # which is not lost
+    assert printed.err == "evaluate.py: error: --out /dev/full cannot be written: No space left on device\n"
+
+
+def test_neither_responses_nor_problems_are_replaced(capsys):
+    data, responses = str(FIXTURES / "math500.jsonl"), str(FIXTURES / "math_responses.jsonl")
+    for out, words in ((data, "would replace the problems"), (responses, "would replace the responses")):
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main(["--responses", responses, "--task", "math", "--data", data, "--out", out])
+        assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
 EPOCHS = {"steps": 0, "epochs": 3, "prompts_per_batch": 2, "prompts_dropped": 1}  # 5 problems: 3 times 2 batches
 
 
@@ -410,8 +453,6 @@ def test_papers_figure_does_not_stand_beside_other_problems(options, command, ca
 
 
 # ---- Grades of responses that are there already ------------------------------------------------------------------
-
-FIXTURES = ROOT / "tests" / "fixtures"
 
 
 def write(path, rows):
