@@ -258,8 +258,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--out", type=Path, help="JSON of all figures")
     args = parser.parse_args(argv)
-    if args.out and not args.out.parent.is_dir():
-        parser.error(f"--out {args.out}: there is no folder {args.out.parent}")
+    if args.out and (args.out.is_dir() or not args.out.parent.is_dir()):
+        reason = "it is a folder" if args.out.is_dir() else f"there is no folder {args.out.parent}"
+        parser.error(f"--out {args.out}: {reason}")
     found = {}
     for section in args.only:
         if section == "gpu" and not torch.cuda.is_available():

@@ -28,6 +28,7 @@ import numpy as np
 from scipy import stats
 
 from command import Parser
+from figures import load
 
 HERE = Path(__file__).parent
 README = HERE / "README.md"
@@ -380,10 +381,15 @@ def hardware() -> str:
     return f"{(names or [platform.machine()])[0]}, one thread per run, torch {torch.__version__}"
 
 
+def stored(path: Path, nothing: dict) -> dict:
+    """The object in a JSON file, or `nothing` where there is no file. Raises ValueError with one line for what is none."""
+    return load(path) if path.exists() else nothing
+
+
 def collect(folder: Path, results: Path, seeds: range) -> dict:
     """results/study.json with the runs in `folder` in the place of older ones of the same name and seed."""
     path = results / "study.json"
-    known = json.loads(path.read_text()) if path.exists() else {"rows": {}}
+    known = stored(path, {"rows": {}})
     for name, row in ROWS.items():
         runs = known["rows"].get(name, {}).get("runs", {})
         for seed in seeds:
@@ -600,8 +606,21 @@ def replaced(text: str, marks: tuple[str, str], lines: list[str]) -> str:
 
 def report(results: Path, readme: Path) -> None:
     """Writes results/README.md, and what stands in the README between its marks, from study.json and tuning.json."""
-    known = json.loads((results / "study.json").read_text()) if (results / "study.json").exists() else {"rows": {}}
-    tuned = json.loads((results / "tuning.json").read_text()) if (results / "tuning.json").exists() else {}
+    for path, text in texts(results, readme).items():
+        path.write_text(text)
+
+
+def texts(results: Path, readme: Path) -> dict[Path, str]:
+    """What `report` writes, by file; nothing where there are no runs. Raises ValueError with one line for a study.json or
+    tuning.json that is none."""
+    known, tuned = stored(results / "study.json", {"rows": {}}), stored(results / "tuning.json", {})
+    try:
+        return _texts(known, tuned, results, readme)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise ValueError(f"{results}/study.json or tuning.json is not that of a study: {error!r}") from None
+
+
+def _texts(known: dict, tuned: dict, results: Path, readme: Path) -> dict[Path, str]:
     rows = known["rows"]
     runs = [run for row in rows.values() for run in row["runs"].values()]
     if runs:
@@ -614,7 +633,6 @@ def report(results: Path, readme: Path) -> None:
             NEIGHBOURS, rows, "DistIL's or OVD's claim"
         )
         text = replaced(readme.read_text(), MARKS, [origin, "", *verdicts, BEYOND])
-        readme.write_text(replaced(text, SUMMARY, summary(rows)))
         lines = [INTRODUCTION, origin, ""]
         for subset in dict.fromkeys(name.split("/")[0] for name in rows):
             lines += [f"## {subset}", "", *table(subset, rows)]
@@ -626,7 +644,9 @@ def report(results: Path, readme: Path) -> None:
             *collapses(rows),
         ]
         lines += ["## What was tried before", "", *tuning_list(tuned)]
-        (results / "README.md").write_text("\n".join(lines).rstrip() + "\n")
+        own = "\n".join(lines).rstrip() + "\n"
+        return {readme: replaced(text, SUMMARY, summary(rows)), results / "README.md": own}
+    return {}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -646,7 +666,13 @@ def main(argv: list[str] | None = None) -> None:
         )
     if args.seeds < 1 or args.jobs < 1 or not args.results.is_dir():
         parser.error("--seeds and --jobs must be at least 1, and --results a folder that is there")
-    args.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        # What is there already has to be readable before hours are spent on more.
+        if not texts(args.results, README) and args.tables:
+            raise ValueError(f"--tables: {args.results}/study.json has no runs to make tables of")
+        args.folder.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     folder, failed = args.folder.resolve(), []
     if args.tune:
         jobs, names = {}, {}
@@ -658,7 +684,7 @@ def main(argv: list[str] | None = None) -> None:
                 jobs[out], names[out] = flags.split(), name
         failed = perform_all(jobs, args.jobs, test=False)
         path = args.results / "tuning.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
+        known = stored(path, {})
         for out, flags in jobs.items():
             if (out / "done.json").exists():
                 found = record(out)

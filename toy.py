@@ -602,6 +602,10 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--steps must be 0 or positive, not {args.steps}")
     if args.out.exists() and not args.out.is_dir():
         parser.error(f"--out {args.out} is a file: give the folder for the model")
+    try:
+        args.out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {args.out} cannot be made: {error.strerror}")
     torch.set_num_threads(1)
     warmed = warm_start(args.subset, args.steps, args.seed)
     warmed.save(args.out)

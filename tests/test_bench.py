@@ -133,7 +133,8 @@ def test_the_command_prints_a_line_a_case_and_writes_json(tmp_path, capsys, monk
     if not torch.cuda.is_available():
         bench.main(["--only", "gpu"])
         assert "no CUDA device" in capsys.readouterr().out
-    for bad in (["--only", "nothing"], ["--only", "head", "--out", str(tmp_path / "no" / "figures.json")]):
+    nowhere, folder = (["--only", "head", "--out", str(path)] for path in (tmp_path / "no" / "figures.json", tmp_path))
+    for bad in (["--only", "nothing"], nowhere, folder):
         with pytest.raises(SystemExit) as refusal:
             bench.main(bad)
         assert refusal.value.code == 2

@@ -273,6 +273,39 @@ def test_wrong_flags_are_one_line_exit_2_and_nothing_written(argv, words, tmp_pa
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    "name, text, words",
+    [("study.json", "{", "study.json is no JSON"), ("study.json", "[]", "study.json holds no JSON object"),
+     ("study.json", "{}", "is not that of a study: KeyError('rows')"), ("tuning.json", "[", "tuning.json is no JSON"),
+     ("study.json", '{"rows": {"trace/vpd": {"label": "VPD", "runs": {"1": {}}}}}', "is not that of a study"),
+     ("tuning.json", "{}", "study.json has no runs to make tables of")],
+)  # fmt: skip
+def test_a_study_that_cannot_be_read_is_one_line_before_anything_is_run_or_written(
+    name, text, words, tmp_path, capsys, monkeypatch
+):
+    readme = tmp_path / "README.md"
+    readme.write_text("as it was")
+    monkeypatch.setattr(study, "README", readme)
+    (tmp_path / name).write_text(text)
+    for argv in (["--tables"], ["--only", "trace/vpd"]):
+        if argv != ["--tables"] and "no runs" in words:
+            continue  # nothing yet, and this is to change it
+        with pytest.raises(SystemExit) as stop:
+            study.main([*argv, "--results", str(tmp_path), "--folder", str(tmp_path / "runs")])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and words in error and error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["README.md", name])
+    assert readme.read_text() == "as it was"
+
+
+def test_a_folder_for_runs_that_is_a_file_is_one_line(tmp_path, capsys):
+    (tmp_path / "runs").touch()
+    with pytest.raises(SystemExit) as stop:
+        study.main(["--only", "trace/vpd", "--results", str(tmp_path), "--folder", str(tmp_path / "runs")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and str(tmp_path / "runs") in error and error.count("\n") == 1
+
+
 def test_numbers_are_kept_to_what_they_are_good_for_and_a_series_is_a_line(tmp_path):
     assert [study.rounded(x) for x in (0.123456, -12.3456, 3, None, 1234.5)] == [0.1235, -12.3, 3, None, 1230.0]
     content = {"a": {"series": [0.5, None, 2], "name": "x [y, z]"}, "empty": []}

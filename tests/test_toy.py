@@ -462,7 +462,12 @@ def test_a_shipped_model_loads_and_is_small(tokenizer, subset):
 
 
 @pytest.mark.parametrize(
-    "argv, words", [(["--out", __file__], "is a file"), (["--out", "x", "--steps", "-1"], "--steps")]
+    "argv, words",
+    [
+        (["--out", __file__], "is a file"),
+        (["--out", f"{__file__}/x/y"], "cannot be made"),
+        (["--out", "x", "--steps", "-1"], "--steps"),
+    ],
 )
 def test_what_stands_in_the_way_of_a_model_is_said_before_it_is_trained(argv, words, capsys, monkeypatch):
     monkeypatch.setattr(toy, "warm_start", lambda *_: pytest.fail("training began"))
