@@ -18,6 +18,8 @@ def look(path: str) -> None:
     """Raises ValueError with a reason for a model that is neither a folder nor in the cache, where the hub cannot be asked
     for it."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every attempt; the outcome is enough
+    if not path:
+        raise ValueError("the name is empty")
     if Path(path).is_dir():
         return
     if Path(path).exists():

@@ -84,6 +84,7 @@ def test_offline_by_request_is_named(hub_at, closed, monkeypatch):
 @pytest.mark.parametrize(
     "path, reason",
     [
+        ("", "the name is empty"),
         ("./model", "there is no folder of this name"),
         ("../model", "there is no folder of this name"),
         ("/no/model", "there is no folder of this name"),
