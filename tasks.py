@@ -30,6 +30,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import hub
 from sandbox import Result, Sandbox, loads
 
 TASKS = {  # task -> its subsets, the first one being the default
@@ -180,12 +181,17 @@ def read(task: str, path: str, official: bool = False) -> Task:
     if task not in ("lcb", "sciknoweval", "math"):
         raise ValueError(f"task {task} has no files: choose lcb, sciknoweval or math")
     source = list(rows(path))
+    if not source:  # a saved data set can be empty, a file cannot
+        raise ValueError(f"{path} holds no row")
     note = f"all {len(source)} rows of {path}"
     if task == "lcb":
         use = "official" if official else "all"
         records = _each(source, path, lambda row, at: _record(row, at, use))
         note += ", public and private tests" if official else ", private tests"
-        return _lcb_task([], [_lcb_problem(record, use) for record in records], [note])
+        notes = [note]
+        if lacking := sum(not _decoded(record, "private") for record in records):
+            notes.append(f"lcb: {lacking} problems have no private tests; their public tests alone grade them")
+        return _lcb_task([], [_lcb_problem(record, use) for record in records], notes)
     if task == "sciknoweval":
         if "choices" in source[0]:
             return _sciknoweval_task("file", [], *_choices(source, path))
@@ -217,6 +223,8 @@ def rows(path: str | Path) -> Iterable[dict]:
     if path.suffix in (".parquet", ".arrow"):
         import datasets
 
+        datasets.disable_progress_bars()
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said here, in one line
         read = datasets.Dataset.from_parquet if path.suffix == ".parquet" else datasets.Dataset.from_file
         try:
             return read(str(path))
@@ -266,7 +274,11 @@ def _fetch(name: str, get: Callable[[], Any]) -> Any:
 
 def _hub(repo: str, split: str) -> Iterable[dict]:
     import datasets
+    import huggingface_hub
 
+    if hub.unreachable(repo, "README.md", "dataset"):
+        # Libraries that know that they are offline read what is in their cache, or say at once that it is not there.
+        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     return _fetch(repo, lambda: datasets.load_dataset(repo, split=split))
 
 
@@ -405,7 +417,12 @@ def _lcb(data: str, train_tests: str, since: str, until: str) -> Task:
     else:
         from huggingface_hub import hf_hub_download
 
-        source = _fetch("/".join(LCB_FILE), lambda: rows(hf_hub_download(*LCB_FILE, repo_type="dataset")))
+        def download() -> Iterable[dict]:
+            if reason := hub.unreachable(*LCB_FILE, "dataset"):
+                raise ConnectionError(reason)
+            return rows(hf_hub_download(*LCB_FILE, repo_type="dataset"))
+
+        source = _fetch("/".join(LCB_FILE), download)
     use = "train" if train_tests == "private" else "public"
     dates, lacking = [], 0
 

@@ -50,11 +50,12 @@ import feedback
 import losses
 import plan
 import tasks
+from command import fail
 from policy import CannotWrite, Policy, World, ema_update
 from reviews import Reviews, ServerSilent
 from rollout import StaleEngine, seed_for, weights_of
 from session import Clock, Session, mean, open_run, rollout_figures
-from settings import METHODS, Config, check, fail, parse
+from settings import METHODS, Config, check, parse
 
 # ---- Pieces of a batch ---------------------------------------------------------------------------------------
 

@@ -107,7 +107,9 @@ def test_a_disk_that_is_full_is_one_line_and_nothing_half_written(what, tmp_path
     if what == "log":
         make = session.open_directory
         monkeypatch.setattr(
-            session, "open_directory", lambda out, *args: (make(out, *args), (out / "log.jsonl").symlink_to("/dev/full"))
+            session,
+            "open_directory",
+            lambda out, *args: (make(out, *args), (out / "log.jsonl").symlink_to("/dev/full")),
         )
     elif what == "checkpoint":
         monkeypatch.setattr(checkpoint.dcp, "save", full)

@@ -27,6 +27,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tasks.py is one folder up; pytest may start anywhere
+import hub  # noqa: E402
 import tasks  # noqa: E402
 import toy  # noqa: E402
 from sandbox import Result, Sandbox  # noqa: E402
@@ -503,6 +504,7 @@ def test_lcb_comes_from_the_hub_as_one_file(monkeypatch):
         return str(FIXTURES / "lcb.jsonl")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(hub, "unreachable", lambda *_: "")
     assert len(tasks.load("lcb").test) == 4
     assert asked == [("livecodebench/code_generation_lite", "test6.jsonl", {"repo_type": "dataset"})]
 
@@ -513,6 +515,7 @@ def test_a_hub_out_of_reach_is_one_line_that_names_the_way_out(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
     monkeypatch.setattr(datasets, "load_dataset", fail)
+    monkeypatch.setattr(hub, "unreachable", lambda *_: "")  # it answers, and fails later
     for task, repo in (
         ("lcb", "livecodebench/code_generation_lite"),
         ("sciknoweval", "hicai-zju/SciKnowEval"),
@@ -521,6 +524,32 @@ def test_a_hub_out_of_reach_is_one_line_that_names_the_way_out(monkeypatch):
         with pytest.raises(ValueError) as refusal:
             tasks.load(task)
         assert repo in one_line(refusal) and "--data" in one_line(refusal) and "no route to host" in one_line(refusal)
+
+
+def test_where_there_is_no_hub_nothing_is_downloaded_and_the_cache_is_all_that_is_asked(monkeypatch):
+    offline = []
+    monkeypatch.setattr(hub, "unreachable", lambda *asked: f"no way to {asked[0]}")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: pytest.fail("asked all the same"))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: offline.append(datasets.config.HF_HUB_OFFLINE) or [])
+    for module in (huggingface_hub.constants, datasets.config):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
+    with pytest.raises(ValueError, match="no way to livecodebench/code_generation_lite"):
+        tasks.load("lcb")
+    with pytest.raises(ValueError):
+        tasks.load("sciknoweval")
+    assert offline == [True] and huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+def test_a_file_of_problems_without_private_tests_says_what_grades_them(tmp_path):
+    rows = [json.loads(line) for line in (FIXTURES / "lcb.jsonl").read_text().splitlines()]
+    for row in rows[:2]:
+        row["private_test_cases"] = "[]"
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    note = "lcb: 2 problems have no private tests; their public tests alone grade them"
+    for path, said in ((tmp_path / "problems.jsonl", [note]), (FIXTURES / "lcb.jsonl", [])):
+        task = tasks.read("lcb", str(path), official=True)
+        assert [line for line in task.notes if "no private tests" in line] == said
+        task.close()
 
 
 def test_what_files_and_folders_are_refused_before_anything_is_read():
