@@ -329,7 +329,7 @@ class Policy:
     def micro_batches(self, rows: Iterable[int], lengths: Sequence[int]) -> list[list[int]]:
         """This process's micro-batches: `rows` sorted by length, cut so that none exceeds micro_batch_tokens (a longer row
         goes alone), and dealt to the processes in turn. The result of an optimizer step depends neither on the cut nor on
-        the dealing: `losses.sequence_mean` divides by the step's own N. Every process gets as many, the last one empty
+        the dealing: `losses.sequence_weights` divides by the step's own N. Every process gets as many, the last one empty
         where there are fewer, since a forward pass over shards needs everybody."""
         ordered, size = sorted(rows, key=lambda row: lengths[row]), self.world.size
         rounds = -(-len(_packed(ordered, lengths, self.micro_batch_tokens)) // size)
@@ -391,19 +391,19 @@ class Policy:
 
     @torch.no_grad()
     def compare(
-        self, prompts: Sequence[Ids], told: Sequence[Ids], responses: Sequence[Ids], rows: Iterable[int], model=None,
+        self, prompts: Sequence[Ids], with_C: Sequence[Ids], responses: Sequence[Ids], rows: Iterable[int], model=None,
         kind: str = "cross_entropy", top_k: int | None = None, expert: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """D of each token between student and teacher at these weights, (N, T), 0 on padding and on rows not asked for.
-        prompts, told: the student's and the teacher's; model: the teacher's weights, None for our own; kind, top_k: as in
+        prompts, with_C: the student's and the teacher's; model: the teacher's weights, None for our own; kind, top_k: as in
         `head.loss`; expert: (N, T) ids in the teacher's place, D is −log p of those."""
         N, T = len(responses), max(map(len, responses), default=0)
         apart = torch.zeros(N, T, dtype=torch.promote_types(self.dtype, torch.float32), device=self.device)
-        longer = told if expert is None else prompts
+        longer = with_C if expert is None else prompts
         for batch in self.micro_batches(rows, [len(p) + len(r) for p, r in zip(longer, responses)]):
             q, here = None, [responses[i] for i in batch]
             if expert is None:
-                q = self.view([told[i] for i in batch], here, model)
+                q = self.view([with_C[i] for i in batch], here, model)
             view = self.view([prompts[i] for i in batch], here)
             t = view.mask.shape[1]
             if batch:

@@ -150,6 +150,14 @@ def engine_gap(
     return weight, figures
 
 
+def moving_shift(last: float | None, value: float, rate: float) -> float:
+    """delta after an E-step whose batch gives `value`: the first one, then a moving average. One overflow must not poison every
+    later E-step, so a value that is not finite moves nothing."""
+    if last is None:
+        return value
+    return (1 - rate) * last + rate * value if math.isfinite(value) else last
+
+
 def margin_figures(implicit: torch.Tensor, r: torch.Tensor, lengths: torch.Tensor) -> dict:
     """Fig. 1's reward margin, mean r~ on successes minus mean r~ on failures, and whether |r~| merely tracks length."""
     both = 0 < r.sum() < len(r)
@@ -173,7 +181,7 @@ def train(
     tokenizer, reviews = policy.tokenizer, Reviews(cfg, policy, sampler)
     teacher = policy.frozen_copy() if record["teacher"] == "ema" else None  # None: the live weights
     reference = policy.frozen_copy() if cfg.method == "vpd" and cfg.prior == "fixed" else None
-    distil = dict(kind="cross_entropy" if cfg.method == "distil" else cfg.divergence, top_k=cfg.top_k or None)
+    D = dict(kind="cross_entropy" if cfg.method == "distil" else cfg.divergence, top_k=cfg.top_k or None)
     betas = (cfg.adam_beta1, cfg.adam_beta2)
     adamw = lambda: torch.optim.AdamW(policy.model.parameters(), cfg.lr, betas, weight_decay=cfg.weight_decay)  # noqa: E731
     optimizers = {"shared": adamw()}
@@ -190,7 +198,7 @@ def train(
             figures = dict.fromkeys(
                 ("margin", "length_correlation", "e_loss", "e_grad_norm", "shift", "e_rows", "e_died")
             )
-            e_losses, e_norms, m_losses, m_norms, apart = [], [], [], [], 0.0
+            e_losses, e_norms, m_losses, m_norms, d_mean = [], [], [], [], 0.0
             packing = torch.zeros(2, dtype=torch.long)
             warmup = min(1.0, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else 1.0
             rate = warmup * (1 - step / session.steps if cfg.schedule == "linear" else 1.0)
@@ -223,15 +231,15 @@ def train(
                             tokenizer, row_problems[i].messages, C[i], templates, cfg.max_teacher_tokens
                         )
                         cut += tokens_cut > 0
-            told = torch.tensor([c is not None for c in C], device=policy.device)  # (B,) rows with a context
-            taught = told.nonzero().flatten().tolist()
+            has_C = torch.tensor([c is not None for c in C], device=policy.device)  # (B,) rows with a context
+            rows_C = has_C.nonzero().flatten().tolist()
             clock.lap("feedback")
 
             # OVD: what the judge rejects gives way to a demonstration by the teacher, which is verified as well
-            own, shown = torch.ones_like(told), {}  # (B,) rows that the student wrote; the others' (Rollout, Outcome)
+            own, shown = torch.ones_like(has_C), {}  # (B,) rows that the student wrote; the others' (Rollout, Outcome)
             if method.replaces:
                 scores = reviews.scores(row_problems, texts, step)
-                shown, kept = demonstrations(cfg, policy, sampler, teacher, task, row_problems, xC, scores, told, step)
+                shown, kept = demonstrations(cfg, policy, sampler, teacher, task, row_problems, xC, scores, has_C, step)
                 skipped.update(kept)
                 for i, (demonstration, outcome) in shown.items():
                     y[i], r[i], own[i] = demonstration.tokens, outcome.reward, False
@@ -239,12 +247,12 @@ def train(
                 figures["demonstrations"] = mean(~own)
                 figures["demonstration_reward"] = mean([outcome.reward for _, outcome in shown.values()])
                 clock.lap("judge")
-            # Tokens of a black box, and what D counts for at each place, (B, T).
-            mask, expert, share = policy.mask(y), None, told[:, None]
+            # DistIL: tokens of a black box; for all methods what D counts for at each place, (B, T).
+            mask, expert, d_weight = policy.mask(y), None, has_C[:, None]
             if cfg.expert == "served":
-                expert, share = reviews.expert_tokens(xC, y, taught, step)
+                expert, d_weight = reviews.expert_tokens(xC, y, rows_C, step)
                 clock.lap("expert")
-            share = share.expand_as(mask)
+            d_weight = d_weight.expand_as(mask)
             # What goes through the network: the teacher's prompts as well, where it scores the student's rollouts.
             scores_rollouts = bool(record["teacher"]) and not method.replaces
             longer = xC if scores_rollouts else x
@@ -264,18 +272,18 @@ def train(
             if cfg.ovd_ratio == "teacher":
                 old_logp[~own] = drawn_logp[~own]  # whose tokens the teacher drew
             if scores_rollouts:
-                teacher_logp, _ = policy.score(xC, y, taught, teacher)
-                teacher_logp = torch.where(told[:, None], teacher_logp, old_logp)  # no context: A^SDPO = 0
-                implicit = losses.implicit_reward(teacher_logp, old_logp, mask, cfg.beta)  # Eq. 7
-                figures |= margin_figures(implicit[told], r[told], mask.sum(1)[told])
+                teacher_logp, _ = policy.score(xC, y, rows_C, teacher)
+                teacher_logp = torch.where(has_C[:, None], teacher_logp, old_logp)  # no context: A^SDPO = 0
+                r_tilde = losses.implicit_reward(teacher_logp, old_logp, mask, cfg.beta)  # Eq. 7
+                figures |= margin_figures(r_tilde[has_C], r[has_C], mask.sum(1)[has_C])
             clock.lap("freeze")
 
             # ---- 4. E-step: refine the teacher on this batch (Eq. 9), every F-th batch
             if cfg.method == "vpd" and step % cfg.e_step_every == 0:
-                groups, out_of_e = e_step_groups(cfg.e_groups, r, told, G)
+                groups, out_of_e = e_step_groups(cfg.e_groups, r, has_C, G)
                 skipped["e_step: no context, or one outcome only"] += out_of_e
                 prior_logp = old_logp if reference is None else policy.score(x, y, model=reference)[0]
-                weights = []
+                slopes = []
                 for first in range(0, len(groups), cfg.e_minibatch_prompts):
                     minibatch = [i for group in groups[first : first + cfg.e_minibatch_prompts] for i in group]
                     if not 0 < r[minibatch].sum() < len(minibatch):  # only with --e_groups all
@@ -283,18 +291,16 @@ def train(
                         continue
                     # First pass, no gradient: every r~ of the minibatch, hence delta before it is used. The first
                     # minibatch meets the weights of the freeze, whose pass serves when it read the live teacher.
-                    fresh = teacher_logp if teacher is None and first == 0 else policy.score(xC, y, minibatch)[0]
-                    q_logp = fresh[minibatch].requires_grad_()  # (n, T)
-                    implicit = losses.implicit_reward(q_logp, prior_logp[minibatch], mask[minibatch], cfg.beta)
-                    value = losses.reward_shift(implicit, r[minibatch]).item()
-                    if math.isfinite(value):  # one overflow must not poison every later E-step
-                        last, a = session.shift, cfg.shift_rate
-                        session.shift = value if last is None else (1 - a) * last + a * value
-                    delta = value if session.shift is None else session.shift
-                    e_loss = losses.bco_loss(implicit, r[minibatch], delta)  # Eq. 9
+                    q_logp = teacher_logp if teacher is None and first == 0 else policy.score(xC, y, minibatch)[0]
+                    q_logp = q_logp[minibatch].requires_grad_()  # (n, T)
+                    r_tilde = losses.implicit_reward(q_logp, prior_logp[minibatch], mask[minibatch], cfg.beta)  # Eq. 7
+                    value = losses.reward_shift(r_tilde, r[minibatch]).item()
+                    delta = moving_shift(session.shift, value, cfg.shift_rate)
+                    e_loss = losses.bco_loss(r_tilde, r[minibatch], delta)  # Eq. 9
+                    session.shift = delta if math.isfinite(delta) else None
                     # c = dL_E / d log q(y_t|x,C,y_<t), the same for every token of a row: with it fixed, the second pass
                     # sums c log q, in any micro-batches.
-                    c = torch.zeros_like(fresh)  # (B, T)
+                    c = torch.zeros_like(old_logp)  # (B, T)
                     (c[minibatch],) = torch.autograd.grad(e_loss, q_logp)
                     for part in policy.micro_batches(minibatch, lengths):
                         view = policy.view([xC[i] for i in part], [y[i] for i in part])
@@ -303,9 +309,9 @@ def train(
                         packing += torch.tensor([view.filled, view.padded])
                     e_norms.append(session.update(e_optimizer, (cfg.e_lr or cfg.lr) * rate, e_loss.item()))
                     e_losses.append(e_loss.item())
-                    implicit = implicit.detach()
-                    weights.append(torch.sigmoid(implicit - delta) * torch.sigmoid(delta - implicit))
-                died = torch.cat(weights) < 0.01 if weights else []
+                    u = r_tilde.detach() - delta
+                    slopes.append(torch.sigmoid(u) * torch.sigmoid(-u))
+                died = torch.cat(slopes) < 0.01 if slopes else []
                 figures |= {"e_loss": mean(e_losses), "e_grad_norm": mean(e_norms), "shift": session.shift,
                             "e_rows": len(died), "e_died": mean(died)}  # fmt: skip
                 clock.lap("e_step")
@@ -314,7 +320,7 @@ def train(
             A = torch.zeros_like(r)  # (B,)
             if method.reinforces:
                 A = losses.group_advantages(fill_ungraded(r, graded, G), G, cfg.divide_by_std) * graded
-            active = (A != 0) | (told if method.distils or cfg.method == "reshape" else False)
+            active = (A != 0) | (has_C if method.distils or cfg.method == "reshape" else False)
             if cfg.method == "reshape":
                 A = losses.reshaped_advantages(A, teacher_logp, old_logp, cfg.w_rl, cfg.w_opd)  # (B, T), B.24
             if cfg.method == "reweight":
@@ -322,32 +328,33 @@ def train(
                 A = losses.reweighted_advantages(A, teacher_logp, old_logp, lam, cfg.reweight_clip)  # (B, T), B.28
             if cfg.method == "distil":
                 if cfg.expert == "samples":
-                    expert = policy.draw(xC, y, taught, teacher, [seed_for(cfg.seed, step, "expert", i) for i in rows])
-                active = share.any(1)
-                cost = share * policy.compare(x, xC, y, taught, teacher, **distil, expert=expert)  # (B, T)
+                    expert = policy.draw(xC, y, rows_C, teacher, [seed_for(cfg.seed, step, "expert", i) for i in rows])
+                active = d_weight.any(1)
+                cost = d_weight * policy.compare(x, xC, y, rows_C, teacher, **D, expert=expert)  # (B, T)
                 A = cfg.future * losses.future_advantages(cost, mask, G, active)  # (B, T)
                 A = A / mask.sum(1, keepdim=True) if cfg.distil_norm == "length" else A
-            heard = int(share.any(1).sum())  # rows with a distance
+            heard_rows = int(d_weight.any(1).sum())  # rows with a distance
             why = "no expert's token" if cfg.expert == "served" else "no signal" if method.reinforces else "no context"
             skipped[f"m_step: {why}"] += int((~active).sum())
             size = cfg.minibatch_prompts * G
             # pi_old is the student as it now is: exactly, where one update follows a batch, and for OVD's sg pi.
-            now = own if size == len(y) else torch.zeros_like(own)
-            now = now | ~own if cfg.ovd_ratio == "one" else now  # (B,)
+            old_is_now = own if size == len(y) else torch.zeros_like(own)
+            old_is_now = old_is_now | ~own if cfg.ovd_ratio == "one" else old_is_now  # (B,)
 
-            def per_token(logp, d, before, now, A, share, mismatch):
-                """The M-step's loss of a chunk of tokens: (1, n) all of them."""
-                before = torch.where(now, logp.detach(), before)
+            def per_token(logp, d, pi_old, old_is_now, A, d_weight, mismatch):
+                """The M-step's loss of a chunk of tokens, (1, n) all of them. d is D(student, teacher), `losses.divergence`,
+                which head.py forms with logp from one set of logits."""
+                pi_old = torch.where(old_is_now, logp.detach(), pi_old)
                 loss = torch.zeros_like(logp)
                 if method.distils:  # Eq. 10, Eq. 2
-                    ratio = 1.0 if cfg.method == "vpd" else losses.truncated_ratio(logp, before, cfg.ratio_limit)
-                    loss = loss + (cfg.w_opd if cfg.method == "joint" else 1.0) * ratio * d * share
+                    ratio = 1.0 if cfg.method == "vpd" else losses.truncated_ratio(logp, pi_old, cfg.ratio_limit)
+                    loss = loss + (cfg.w_opd if cfg.method == "joint" else 1.0) * ratio * d * d_weight
                 if method.reinforces or cfg.method == "distil":
-                    pg = losses.grpo_loss(logp, before, A, cfg.clip_low, cfg.clip_high, cfg.dual_clip)
+                    pg = losses.grpo_loss(logp, pi_old, A, cfg.clip_low, cfg.clip_high, cfg.dual_clip)
                     loss = loss + (cfg.w_rl if cfg.method == "joint" else 1.0) * pg
                 return loss * mismatch
 
-            A, now = (v if v.ndim == 2 else v[:, None].expand_as(mask) for v in (A, now))  # (B, T)
+            A, old_is_now = (v if v.ndim == 2 else v[:, None].expand_as(mask) for v in (A, old_is_now))  # (B, T)
             for first in range(0, len(y), size):
                 minibatch = [i for i in range(first, first + size) if active[i]]
                 if not minibatch:
@@ -365,16 +372,16 @@ def train(
                     if cfg.method == "distil" and cfg.distil_norm == "constant":
                         weights = view.mask.double() / (size * cfg.max_response_tokens)
                     taken = None if expert is None else expert[part, :t]
-                    given = [v[part, :t] for v in (old_logp, now, A, share, mismatch)]
-                    loss, _, d = view.loss(per_token, weights, given, q, **distil, expert=taken)
+                    given = [v[part, :t] for v in (old_logp, old_is_now, A, d_weight, mismatch)]
+                    loss, _, d = view.loss(per_token, weights, given, q, **D, expert=taken)
                     policy.backward(loss)
-                    apart_here = losses.sequence_mean(d * share[part, :t], view.mask, max(1, heard))
-                    total += torch.stack([loss.detach(), apart_here]).double()
+                    d_here = losses.sequence_mean(d * d_weight[part, :t], view.mask, max(1, heard_rows))
+                    total += torch.stack([loss.detach(), d_here]).double()
                     packing += torch.tensor([view.filled, view.padded])
                 loss, d = policy.world.sum(total).tolist()
                 m_norms.append(session.update(optimizer, cfg.lr * rate, loss))
                 m_losses.append(loss)
-                apart += d
+                d_mean += d
             if teacher is not None:
                 ema_update(
                     teacher, policy.model, cfg.ema_rate
@@ -391,7 +398,7 @@ def train(
             row = {
                 "kind": "train", "step": step, **rollout_figures(rollouts, outcomes, C), **figures,
                 "m_loss": mean(m_losses), "m_grad_norm": mean(m_norms),
-                "divergence": apart if method.distils and heard else None, "lr": cfg.lr * rate, "contexts_cut": cut,
+                "divergence": d_mean if method.distils and heard_rows else None, "lr": cfg.lr * rate, "contexts_cut": cut,
                 "left_out": {why: count for why, count in skipped.items() if count},
                 "updates_not_finite": sum(not math.isfinite(norm) for norm in e_norms + m_norms),
                 "padding": 1 - filled / padded if padded else None, "seconds": seconds,

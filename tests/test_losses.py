@@ -6,6 +6,7 @@ float64 unless a test is about float32 itself. Logits are log-probabilities plus
 
 import ast
 import inspect
+import itertools
 import math
 import re
 import sys
@@ -718,6 +719,20 @@ def test_a_wrong_argument_is_named(function, arguments, message):
 def test_an_unknown_divergence_is_refused_with_the_list_of_known_ones(call):
     with pytest.raises(ValueError, match="unknown divergence.*" + ", ".join(KINDS)):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_taken_in_float32(dtype):
+    """As they are they would lose what small differences there are: of a tail's probability, of two nearly equal networks."""
+    torch.manual_seed(0)
+    student = (8 * torch.randn(2, 3, 500)).to(dtype)
+    teacher = (student.float() + 0.1 * torch.randn(2, 3, 500)).to(dtype)
+    tokens = torch.randint(500, (2, 3))
+    assert torch.equal(L.token_logp(student, tokens), L.token_logp(student.float(), tokens))
+    for top_k, kind in itertools.product((20, None), L.DIVERGENCES):
+        found = L.distillation_loss(student, teacher, kind, top_k)
+        assert found.dtype == torch.float32 and (found > 0).all()
+        assert torch.equal(found, L.distillation_loss(student.float(), teacher.float(), kind, top_k))
 
 
 def test_the_module_imports_only_math_and_torch():
