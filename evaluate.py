@@ -16,6 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from math import comb, inf
 from pathlib import Path
 
@@ -25,11 +26,13 @@ from scipy import stats
 from transformers.utils import logging as hf_logging
 
 import plan
+import tables
 import tasks
 from command import Parser, fail
 from feedback import student_prompt
 from policy import Policy, World
 from rollout import HFSampler, StaleEngine, VLLMSampler, open_sampler, seed_for
+from settings import PRESETS, Config
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -103,15 +106,6 @@ def measure(
     }
 
 
-def paper_figures(task: str, subset: str, model: str, method: str, feedback: str) -> dict[str, float]:
-    """The paper's avg@k in percent for this setting, by part; {} where it gives none. "" is the whole benchmark."""
-    known = json.loads((Path(__file__).parent / "results" / "paper.json").read_text())
-    name = model.rstrip("/").split("/")[-1].lower()
-    key = f"{method}+critique" if feedback == "critique" and method not in ("base", "grpo") else method
-    found = known.get(task, {}).get(name, {}).get(key, {})
-    return {"": found[subset]} if subset in found else found
-
-
 def line(result: dict) -> str:
     """One line of a table."""
     cells = [f"avg@{result['n']} {result['avg']:.3f} [{result['low']:.3f}, {result['high']:.3f}]"]
@@ -141,8 +135,8 @@ def table(name: str, label: str, result: dict, paper: dict[str, float]) -> list[
 def settings_of(run: Path) -> dict:
     """A run's config.json. Raises ValueError with one line for what is none."""
     path, number = run / "config.json", (int, float)
-    needed = {"task": str, "model": str, "eval_samples": int, "eval_temperature": number, "eval_top_p": number,
-              "max_response_tokens": int}  # fmt: skip
+    needed = {"task": str, "model": str, "method": str, "feedback": str, "e_step_every": int, "prior": str, "eval_samples": int,
+              "eval_temperature": number, "eval_top_p": number, "max_response_tokens": int}  # fmt: skip
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
@@ -226,7 +220,8 @@ def main(argv: list[str] | None = None) -> None:
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     try:
-        models, out, config = {"model": args.model}, args.out, {}
+        models, out = {"model": args.model}, args.out
+        config = asdict(Config()) | PRESETS[args.task] | {"model": args.model}
         toy = args.task == "toy"
         temperature, top_p, limit = (1.0, 1.0, 100) if toy else (0.6, 0.95, 8192)
         n = 16 if args.task == "sciknoweval" else 4
@@ -312,18 +307,7 @@ def main(argv: list[str] | None = None) -> None:
         seed = seed_for(args.seed, "evaluation")
         result = measure(policy, sampler, task.verify, problems, n, seed, limit, temperature, top_p)
         results[name] = {"model": models[name], **settings, **result}
-        method = config.get("method", "") if name == "after" else "base"
-        base = config.get("model", models[name])
-        # The paper's figures are of the whole source and its test problems.
-        standard = args.split == "test" and not args.data and all(
-            config.get(key, value) == value
-            for key, value in {"data": "", "since": "2025-02-01", "until": "2025-05-01", "train_tests": "private"}.items()
-        )  # fmt: skip
-        name_of, subset = task.name.split("/")
-        ablated = method == "vpd" and (config.get("e_step_every", 5), config.get("prior", "dynamic")) != (5, "dynamic")
-        paper = (
-            paper_figures(name_of, subset, base, method, config.get("feedback", "")) if standard and not ablated else {}
-        )
+        paper = {} if whole else tables.beside(config, results[name], "after" if name == "after" else "before")
         print("\n".join(table(name, models[name], results[name], paper)))
     task.close()
     if out and world.rank == 0:

@@ -1,17 +1,19 @@
 """The paper's tables, our figures beside the paper's, in percent, from runs that `evaluate.py --run` has measured.
 
 A run stands in a cell only if it was trained and evaluated with the settings of that cell: those of its task's preset
-in vpd.py, which are the paper's, and what the row changes. Started by `python figures.py --tables RUN RUN ...`.
+in settings.py, which are the paper's, and what the row changes. Started by `python figures.py --tables RUN RUN ...`.
 """
 
+import json
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 from scipy import stats
 
-from evaluate import paper_figures
 from settings import METHODS, NOT_OF_THE_RUN, PRESETS, Config
 
+PAPER = json.loads((Path(__file__).parent / "results" / "paper.json").read_text())  # task, model, row, part: percent
 ALL = {
     "Base": "base", "GRPO": "grpo", "SDPO": "sdpo", "SDPO+RL (Adv Reshape)": "reshape",
     "SDPO+RL (Adv Reweight)": "reweight", "SDPO+RL (Joint Loss)": "joint", "VPD": "vpd",
@@ -43,11 +45,11 @@ PROBLEMS = ("data", "since", "until", "train_tests", "smoke")  # the settings th
 
 def match(config: dict, result: dict, when: str) -> tuple[tuple, list[str]]:
     """The row of a measurement of a run's weights, `when` "before" or "after" training: task, model, key in
-    results/paper.json, and whether one model was trained on all domains. And what keeps it out of the tables: settings
-    that differ from the nearest row's, or that no table has the row."""
+    results/paper.json, and whether one model was trained on all domains. And what keeps it out of the row: the settings
+    that differ from the nearest one's."""
     task, subset = result["task"].split("/")
     model = config["model"].rstrip("/").split("/")[-1].lower()
-    if task not in COLUMNS:
+    if task not in PAPER:
         return (), [f"task={task}"]
     if not {"method", "feedback", "e_step_every", "prior"} <= config.keys():
         raise ValueError("config.json lacks a setting that tells the rows apart")
@@ -68,22 +70,34 @@ def match(config: dict, result: dict, when: str) -> tuple[tuple, list[str]]:
     asked = {"split": "test", "n": preset["eval_samples"], "temperature": preset["eval_temperature"],
              "top_p": preset["eval_top_p"], "max_tokens": preset["max_response_tokens"]}  # fmt: skip
     outside = differ[key] + [f"evaluated with {name}={result[name]}" for name in asked if result[name] != asked[name]]
-    rows = {(t, m.lower(), k) for _, t, models, rows in TABLES for m in models for k in rows.values()}
-    if (task, model, key) not in rows:
-        outside.append(f"no table has {key} of {model}")
     return (task, model, key, subset == "all"), outside
+
+
+def beside(config: dict, result: dict, when: str) -> dict[str, float]:
+    """The paper's avg@n in percent for a measurement as in `match`, by part of the benchmark, "" the whole of it; {} where the
+    paper has none with these settings."""
+    row, outside = match(config, result, when)
+    if outside:
+        return {}
+    task, model, key, _ = row
+    found, subset = PAPER[task].get(model, {}).get(key, {}), result["task"].split("/")[1]
+    return {"": found[subset]} if subset in found else found
 
 
 def collect(runs: list[tuple[str, dict, dict]]) -> tuple[dict, list[str]]:
     """runs: name, config.json and evaluation.json of each. Returns row -> column -> seed -> avg@n, and a note for each
     run that is in no table. Raises ValueError with one line for files that are something else."""
     found: dict[tuple, dict[str, dict[int, float]]] = {}
-    notes = []
+    notes, rows = [], {(t, m.lower(), k) for _, t, models, rows in TABLES for m in models for k in rows.values()}
     for run, config, evaluation in runs:
         outside = {}
         try:
             for when, result in (("before", evaluation["before"]), ("after", evaluation["after"])):
                 row, outside[when] = match(config, result, when)
+                if row and row[0] not in COLUMNS:
+                    outside[when] = [f"task={row[0]}"]
+                elif row and row[:3] not in rows:
+                    outside[when].append(f"no table has {row[2]} of {row[1]}")
                 subset = result["task"].split("/")[1]
                 whole = {subset: result}  # one domain, or all of LiveCodeBench
                 seed = config["seed"] if when == "after" else result["seed"]  # all runs start from the same weights
@@ -130,7 +144,7 @@ def lines(found: dict) -> list[str]:
                     measured |= bool(cells)
                     grid.append([f"  {label}{', one model for all domains' * together}"])
                     for column in COLUMNS[task].values():
-                        paper = paper_figures(task, column, model, key, "")[""]
+                        paper = PAPER[task][model.lower()][key][column]
                         grid[-1] += [percent(list(cells.get(column, {}).values())), f"{paper:.2f}"]
         if measured:
             first, *others = [max(map(len, column)) for column in zip(*grid)]

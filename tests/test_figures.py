@@ -321,6 +321,43 @@ def rows(*runs):
     return printed, notes
 
 
+@pytest.mark.parametrize(
+    "flags, when, figures",
+    [  # typed from the paper: Table 1
+        ("--task lcb --method vpd", "before", {"": 28.05}),
+        ("--task lcb --method vpd", "after", {"": 49.62}),
+        ("--task lcb --method reweight --model a/folder/qwen3-8b/", "after", {"": 44.85}),
+        # Table 2
+        (f"{SMALL} --subset physics --method vpd", "after", {"": 73.67}),
+        (f"{SMALL} --subset biology --feedback critique", "before", {"": 33.63}),  # the base has no feedback
+        ("--task sciknoweval --subset chemistry --method sdpo", "after", {"": 82.26}),
+        ("--task sciknoweval --subset material --model allenai/Olmo-3-7B-Instruct --lr 5e-6 --method joint", "after", {"": 71.21}),
+        ("--task sciknoweval --subset all --method reshape", "after",
+         {"biology": 52.0, "chemistry": 75.18, "material": 75.07, "physics": 74.14, "average": 69.1}),
+        # Table 3
+        ("--task sciknoweval --subset physics --feedback critique", "after", {"": 79.45}),
+        (f"{SMALL} --subset material --feedback critique --method sdpo", "after", {"": 71.21}),
+        ("--task sciknoweval --subset physics --feedback critique --method grpo", "after", {"": 76.09}),  # nor has grpo
+        # Tables 4 and 5, D.3, section 4.2
+        (f"{SMALL} --subset biology --e_step_every 1", "after", {"": tables.PAPER["sciknoweval"]["qwen3-1.7b"]["vpd F=1"]["biology"]}),
+        ("--task sciknoweval --subset chemistry --model Qwen/Qwen3-4B-Base", "after", {"": 70.45}),
+        ("--task math --method grpo", "after", {"math500": 83.8}),
+        # not in the paper, or not with these settings
+        ("--task math --method vpd", "after", {}),
+        ("--task lcb --method vpd --model Qwen/Qwen3-1.7B", "after", {}),
+        ("--task lcb --method distil", "after", {}),
+        ("--task lcb --method vpd --e_groups all", "after", {}),
+        ("--task lcb --method vpd --until 2025-04-01", "before", {}),
+        ("--task sciknoweval --subset physics --feedback critique --method reshape", "after", {}),
+        ("--method vpd", "after", {}),
+    ],
+)  # fmt: skip
+def test_the_papers_figure_beside_a_measurement_is_that_of_its_settings_or_none(flags, when, figures):
+    _, config, evaluation = evaluated(flags, 0.5)
+    assert tables.beside(config, evaluation[when], when) == figures
+    assert tables.beside(config, evaluation[when] | {"temperature": 0.7}, when) == {}  # another evaluation
+
+
 def test_percent_is_the_mean_with_half_the_t_interval_over_seeds():
     assert tables.percent([]) == "" and tables.percent([0.4962]) == "49.62"
     # t quantiles at 0.975 from a table: 12.706 for 1 degree of freedom, 4.303 for 2
