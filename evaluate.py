@@ -133,7 +133,9 @@ def table(name: str, label: str, result: dict, paper: dict[str, float]) -> list[
 
 
 def settings_of(run: Path) -> dict:
-    """A run's config.json. Raises ValueError with one line for what is none."""
+    """The config.json of a run that came to weights. Raises ValueError with one line for what is none."""
+    if not (run / "config.json").is_file() or not (run / "model").is_dir():
+        raise ValueError(f"--run {run} is no finished run directory: config.json or model/ is missing")
     path, number = run / "config.json", (int, float)
     needed = {"task": str, "model": str, "method": str, "feedback": str, "e_step_every": int, "prior": str, "eval_samples": int,
               "eval_temperature": number, "eval_top_p": number, "max_response_tokens": int}  # fmt: skip
@@ -220,23 +222,14 @@ def main(argv: list[str] | None = None) -> None:
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     try:
-        models, out = {"model": args.model}, args.out
-        config = asdict(Config()) | PRESETS[args.task] | {"model": args.model}
-        toy = args.task == "toy"
-        temperature, top_p, limit = (1.0, 1.0, 100) if toy else (0.6, 0.95, 8192)
-        n = 16 if args.task == "sciknoweval" else 4
-        if args.run:
-            if not (args.run / "config.json").is_file() or not (args.run / "model").is_dir():
-                raise ValueError(f"--run {args.run} is no finished run directory: config.json or model/ is missing")
-            config = settings_of(args.run)
-            models = {"before": config["model"], "after": str(args.run / "model")}
-            out = out or args.run / "evaluation.json"
-            temperature, top_p, limit = config["eval_temperature"], config["eval_top_p"], config["max_response_tokens"]
-            n = config["eval_samples"]
-        temperature = 0.0 if args.greedy else temperature if args.temperature is None else args.temperature
-        top_p = top_p if args.top_p is None else args.top_p
-        limit = limit if args.max_tokens is None else args.max_tokens
-        n = 1 if args.greedy else n if args.n is None else args.n
+        # Of a run its own settings, else the task's preset; flags go over both.
+        config = settings_of(args.run) if args.run else asdict(Config()) | PRESETS[args.task] | {"model": args.model}
+        models = {"before": config["model"], "after": str(args.run / "model")} if args.run else {"model": args.model}
+        out = args.out or (args.run / "evaluation.json" if args.run else None)
+        flag_or = lambda flag, name: config[name] if flag is None else flag  # noqa: E731
+        n, temperature = flag_or(args.n, "eval_samples"), flag_or(args.temperature, "eval_temperature")
+        n, temperature = (1, 0.0) if args.greedy else (n, temperature)
+        top_p, limit = flag_or(args.top_p, "eval_top_p"), flag_or(args.max_tokens, "max_response_tokens")
         if n < 1 or limit < 1 or not 0 <= temperature < inf or not 0 < top_p <= 1:
             raise ValueError("--n and --max_tokens must be at least 1, --temperature at least 0, --top_p in (0, 1]")
         if not 0 < args.engine_memory <= 1:
@@ -244,9 +237,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.sampler == "vllm" and importlib.util.find_spec("vllm") is None:
             raise ValueError("--sampler vllm: vllm is not installed; run.sh installs it where there is an NVIDIA GPU")
         if out and (not out.parent.is_dir() or out.is_dir()):
-            raise ValueError(
-                f"--out {out}: " + ("it is a folder" if out.is_dir() else f"there is no folder {out.parent}")
-            )
+            why = "it is a folder" if out.is_dir() else f"there is no folder {out.parent}"
+            raise ValueError(f"--out {out}: {why}")
         for what, path in (("the responses", args.responses), ("the problems", args.data)):
             if out and path and out.resolve() == Path(path).resolve():
                 raise ValueError(f"--out {out} would replace {what}")
@@ -258,12 +250,10 @@ def main(argv: list[str] | None = None) -> None:
         if args.run:
             keys = ("subset", "data", "train_tests", "since", "until")
             task = tasks.load(config["task"], **{key: config[key] for key in keys if key in config})
+        elif whole:
+            task = tasks.read(args.task, args.data, official=args.responses is not None)
         else:
-            official = args.responses is not None
-            if whole:
-                task = tasks.read(args.task, args.data, official)
-            else:
-                task = tasks.load(args.task, args.subset, **({"data": args.data} if args.data else {}))
+            task = tasks.load(args.task, args.subset, **({"data": args.data} if args.data else {}))
         if args.responses:
             print("\n".join([*task.notes, *grade(task, args.responses, out)]))
             task.close()
