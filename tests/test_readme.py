@@ -1,5 +1,6 @@
 """What README names exists."""
 
+import importlib
 import json
 import re
 from dataclasses import fields
@@ -65,6 +66,25 @@ def test_every_file_flag_word_and_setting_that_the_readme_names_exists():
     words = set(re.findall(r"bash run\.sh ([a-z][\w-]*)", README))
     assert words <= set(re.search(r"^  (toy\|.*?)\) ;;", (ROOT / "run.sh").read_text(), re.MULTILINE)[1].split("|"))
     assert set(re.findall(r"--method (\w+)", README)) - {"METHOD"} <= set(settings.METHODS)
+
+
+def test_every_function_class_and_constant_that_the_readme_names_exists():
+    """`module.name` and `Class.method` in backticks, and the files, words and commands of the test above."""
+    ours = {path.stem: path for path in ROOT.glob("*.py")}
+    classes = {name: thing for stem in ("policy", "rollout", "tasks", "sandbox", "reviews", "session")
+               for name, thing in vars(importlib.import_module(stem)).items() if isinstance(thing, type)}  # fmt: skip
+    named = re.findall(r"`(\w+)\.(\w+)(?:\(.*?\))?`", README)
+    ending = {"py", "json", "jsonl", "png", "txt", "sh", "md", "model"}  # of files; `policy.model` is an attribute
+    found = 0
+    for owner, name in (pair for pair in named if pair[1] not in ending):
+        assert owner in ours or owner in classes, f"{owner}.{name}"
+        assert hasattr(importlib.import_module(owner) if owner in ours else classes[owner], name), f"{owner}.{name}"
+        found += 1
+    assert found > 20
+    placed = re.findall(r"`(\w+)`(?: under banner \d of| in) `(\w+\.py)`", README)
+    assert len(placed) > 3
+    for name, file in placed:
+        assert re.search(rf"\b{name}\b", (ROOT / file).read_text()), (name, file)
 
 
 def test_the_table_of_settings_shows_the_presets():
