@@ -15,9 +15,9 @@ With environment and critique the paper is silent; here a success borrows the te
 because any text that only successes see ("all tests passed") tells the teacher the label and nothing else.
 
 A new source, say "hint", that has a text of its own on each failure: its name in TEXTS here, and the line that makes the texts
-where `reviews.Reviews.contexts` has them made (it sees problems, responses and outcomes). That is all: the flag, borrowing, the
-kind in the log and what cannot go together follow. One that combines what is there: its name in SOURCES and its branch in
-`contexts`.
+where `reviews.Reviews.contexts` has them made (it sees problems, responses and outcomes). The flag, borrowing, the kind in the log
+and what cannot go together follow; a task that cannot have it says so in its `lacks`. One that combines what is there: its name
+in SOURCES and its branch in `contexts`.
 """
 
 import random

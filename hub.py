@@ -1,10 +1,11 @@
 """Whether a model can be had at all, asked once before the library asks.
 
-A library that finds no hub tries for half a minute and tells of every attempt. Here one request tells whether there is a hub;
-what it answers is left to the library, whose time limits and retries for real downloads stay as they are.
+A library that finds no hub tries for half a minute and tells of every attempt. Here a request, and another a second
+later, tells whether there is a hub; what it answers is left to the library, whose time limits and retries for real downloads stay.
 """
 
 import logging
+import time
 from pathlib import Path
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
@@ -31,18 +32,28 @@ def look(path: str) -> None:
         validate_repo_id(path)
     except HFValidationError:
         raise ValueError(f"{missing}, and an id on the hub is OWNER/NAME") from None
-    if reason := unreachable(path, "config.json"):
+    if not cached(path, "config.json") and (reason := unreachable(path, "config.json")):
         raise ValueError(f"{missing}, and {reason}")
 
 
+def cached(repo: str, file: str, kind: str = "model") -> bool:
+    """Is the file in the library's cache? (Which also notes the files that a repository has not.)"""
+    return isinstance(try_to_load_from_cache(repo, file, repo_type=kind), str)
+
+
 def unreachable(repo: str, file: str, kind: str = "model") -> str:
-    """Why this file cannot be had, "" if it is in the cache or the hub answers, whatever it says."""
-    if isinstance(try_to_load_from_cache(repo, file, repo_type=kind), str):
-        return ""
-    try:
-        get_hf_file_metadata(hf_hub_url(repo, file, repo_type=kind))
-    except Exception as error:  # the client's errors share no base with the library's own
-        if type(error).__name__ in NO_HUB:
-            why = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else " ".join(str(error).split())
-            return f"{constants.ENDPOINT} cannot be reached ({why})"
-    return ""
+    """Why the hub cannot be asked for this file, "" if it answers, whatever it says. Asks a second time after a second, since
+    a name server may stumble when many processes start at once."""
+    reason = ""
+    for wait in (1.0, 0.0):
+        try:
+            get_hf_file_metadata(hf_hub_url(repo, file, repo_type=kind))
+            return ""
+        except Exception as error:  # the client's errors share no base with the library's own
+            if type(error).__name__ not in NO_HUB:
+                return ""
+            if constants.is_offline_mode():
+                return f"{constants.ENDPOINT} cannot be reached (HF_HUB_OFFLINE is set)"
+            reason = f"{constants.ENDPOINT} cannot be reached ({' '.join(str(error).split())})"
+        time.sleep(wait)
+    return reason

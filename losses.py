@@ -47,11 +47,11 @@ def cross_entropy(log_t: torch.Tensor, log_s: torch.Tensor) -> torch.Tensor:
 def token_logp(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """log p(y_t | ·) = logits[y_t] − logsumexp(logits).
 
-    logits: (B, T, V); tokens: (B, T) integer ids. Returns (B, T).
+    logits: (B, T, V); tokens: (B, T) integer ids. Returns (B, T), in float32 for logits in half precision.
     """
     assert logits.shape[:-1] == tokens.shape, f"logits {tuple(logits.shape)} do not fit tokens {tuple(tokens.shape)}"
-    float32 = torch.promote_types(logits.dtype, torch.float32)  # or more: half precision is too coarse for logsumexp
-    return torch.log_softmax(logits, dim=-1, dtype=float32).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return torch.log_softmax(logits, dim=-1, dtype=dtype).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
 def with_tail(log_head: torch.Tensor) -> torch.Tensor:
@@ -71,7 +71,8 @@ def top_k_with_tail(
     """Log-probabilities at the student's k likeliest tokens, and one bucket for all other tokens, for student and teacher.
 
     student_logits, teacher_logits: (B, T, V). Returns two (B, T, k+1), tail last; the teacher's is detached, and so
-    is the choice of tokens. Source: lasgroup/SDPO @0e6d510. Needs `with_tail`.
+    is the choice of tokens. Half precision is taken, and given back, in float32. Source: lasgroup/SDPO @0e6d510. Needs
+    `with_tail`.
     """
     assert student_logits.shape == teacher_logits.shape, (
         f"student_logits {tuple(student_logits.shape)} and teacher_logits {tuple(teacher_logits.shape)} differ"
@@ -79,12 +80,11 @@ def top_k_with_tail(
     assert 1 <= k <= student_logits.shape[-1], f"k = {k} is not in 1..{student_logits.shape[-1]}, the vocabulary"
     top = student_logits.detach().topk(k, dim=-1).indices  # (B, T, k)
 
-    float32 = torch.promote_types(student_logits.dtype, torch.float32)  # in half precision the tail is mostly rounding
+    dtype = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
 
     def buckets(logits: torch.Tensor) -> torch.Tensor:
-        return with_tail(
-            torch.log_softmax(logits, dim=-1, dtype=float32).gather(-1, top)
-        )  # (B, T, k+1), true probabilities
+        log_p = torch.log_softmax(logits, dim=-1, dtype=dtype)  # over all of V: true probabilities
+        return with_tail(log_p.gather(-1, top))  # (B, T, k+1)
 
     return buckets(student_logits), buckets(teacher_logits.detach())
 
@@ -115,7 +115,9 @@ def divergence(log_s: torch.Tensor, log_t: torch.Tensor, kind: str) -> torch.Ten
         u = log_t.clamp(min=-1e4) - log_s.clamp(min=-1e4)
         m_over_s = F.softplus(u, threshold=50) - math.log(2.0)
         return 0.5 * (log_t.exp() * (u - m_over_s) - log_s.exp() * m_over_s).sum(-1)
-    raise ValueError(f"unknown divergence {kind!r}: choose one of kl_student_teacher, kl_teacher_student, js")
+    raise ValueError(
+        f"unknown divergence {kind!r}: choose one of kl_student_teacher, kl_teacher_student, js, cross_entropy"
+    )
 
 
 def distillation_loss(
@@ -124,15 +126,15 @@ def distillation_loss(
     """The token-level loss of the M-step (Eq. 10) and of SDPO (Eq. 2): D(π(·|x,y_<t), sg q(·|x,C,y_<t)).
 
     student_logits, teacher_logits: (B, T, V); kind: see `divergence`; top_k: None compares whole vocabularies, else the
-    student's top_k tokens and the tail. Returns (B, T), to be reduced by `sequence_mean`. Needs `divergence`, `kl`,
+    student's top_k tokens and the tail. Returns (B, T), at least float32, to be reduced by `sequence_mean`. Needs `divergence`, `kl`,
     `cross_entropy`, `top_k_with_tail`, `with_tail`. The loop forms the same a chunk of tokens at a time (head.py).
 
     In expectation its gradient is that of the divergence with the visits to the prefixes y_<t frozen. The gradient of the
     sequence KL(π‖q) has the score-function term E Σₜ ∇log π(yₜ) Σ_{i>t} KLᵢ besides (tests/test_theory.py).
     """
     if top_k is None:
-        float32 = torch.promote_types(student_logits.dtype, torch.float32)
-        log_s, log_t = (torch.log_softmax(x, -1, dtype=float32) for x in (student_logits, teacher_logits.detach()))
+        dtype = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
+        log_s, log_t = (torch.log_softmax(x, -1, dtype=dtype) for x in (student_logits, teacher_logits.detach()))
     else:
         log_s, log_t = top_k_with_tail(student_logits, teacher_logits, top_k)
     return divergence(log_s, log_t, kind)

@@ -105,7 +105,7 @@ smoke=
 only=
 for ((i = 1; i <= $#; i++)); do
   case ${!i} in
-    -h|--help) exec python vpd.py --help ;;
+    -h|--help) exec python vpd.py --task "$word" "$@" ;;
     --plan) exec python vpd.py --task "$word" "$@" ;;
     --resume) resume=1 ;;
     --smoke) j=$((i + 1)); case ${!j:-} in qwen3|olmo3) ;; *) smoke=$i ;; esac ;;

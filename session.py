@@ -76,8 +76,9 @@ def open_run(cfg: Config, out: Path, world: World) -> tuple:
 
     task = tasks.load(cfg.task, cfg.subset, cfg.data, cfg.train_tests, cfg.since, cfg.until)
     task.verify = world.shared(task.verify)
-    if method.teacher and task.sources and cfg.feedback not in task.sources:
-        raise ValueError(f"--feedback {cfg.feedback}: {task.name} has {', '.join(task.sources)}")
+    if method.teacher and cfg.feedback in task.lacks:
+        has = ", ".join(source for source in feedback.SOURCES if source not in task.lacks)
+        raise ValueError(f"--feedback {cfg.feedback}: {task.name} has {has}")
 
     with tempfile.TemporaryDirectory() as made:
         # A smoke run that goes on has its model there.

@@ -57,10 +57,10 @@ class Config:
 
     # ---- Run
     task: Literal["toy", "lcb", "sciknoweval", "math", "own"] = "toy"  # picks a preset; own: --data FILE.py
-    subset: str = ""  # toy: trace, code or choice; sciknoweval: a domain or all; "" is the task's first
+    subset: str = ""  # of toy or sciknoweval (tasks.py lists them); "" is the task's first
     data: str = ""  # file or folder of the task's source; "": the hub (tasks.py says what each takes)
     train_tests: Literal["private", "public"] = "private"  # lcb: SDPO's seeded half, or the paper's words
-    since: str = "2025-02-01"  # lcb: since <= contest_date < until, 131 problems
+    since: str = "2025-02-01"  # lcb: since <= contest_date < until
     until: str = "2025-05-01"  # lcb: the end of the window, itself outside
     smoke: Literal["", "qwen3", "olmo3"] = ""  # 2 batches of a tiny random model on the project's records
     method: Literal[*METHODS] = "vpd"  # METHODS says what each needs
@@ -78,9 +78,9 @@ class Config:
     gpu_memory: float = 0.0  # GB of each; 0: that of the GPUs here, a CPU where there is none
     # ---- Evaluation on validation problems
     eval_every: int = 10  # rollout batches; 0: never
-    eval_samples: int = 4  # per problem: avg@4
-    eval_temperature: float = 0.6  # SDPO's
-    eval_top_p: float = 0.95  # SDPO's
+    eval_samples: int = 4  # n of avg@n: samples of each problem
+    eval_temperature: float = 0.6  # lcb, sciknoweval, math: SDPO's 0.6
+    eval_top_p: float = 0.95  # lcb, sciknoweval, math: SDPO's 0.95
     teacher_probe: int = 0  # base failures on which the teacher's pass rate is measured at every evaluation
     # ---- Model
     model: str = "Qwen/Qwen3-8B"  # folder or hub id
@@ -103,7 +103,7 @@ class Config:
     adam_beta2: float = 0.999  # and of its square's
     weight_decay: float = 0.01  # decoupled
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
-    minibatch_prompts: int = 1  # prompts per M-step update: 32 updates per batch
+    minibatch_prompts: int = 1  # prompts per M-step update; lcb: 1, so 32 updates per batch
     # ---- Feedback
     feedback: Literal[*SOURCES] = "solution_first"  # where C comes from (feedback.py)
     borrow: bool = True  # a success borrows a failing sibling's text
@@ -249,9 +249,8 @@ def flags() -> Parser:
     said = dict(re.findall(r"^ {4}(\w+): .*?  # (.+)$", inspect.getsource(Config), flags=re.MULTILINE))
     for action in parser._actions:
         off = action.option_strings[0].startswith("--no_")
-        action.help = (
-            f"turns --{action.dest} off" if off else action.help or said.get(action.dest, "").replace("%", "%%")
-        )
+        told = action.help or said.get(action.dest, "").replace("%", "%%")
+        action.help = f"turns --{action.dest} off" if off else told
         action.default = argparse.SUPPRESS if off else action.default  # on is said beside the flag itself
     return parser
 

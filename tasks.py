@@ -40,6 +40,7 @@ TASKS = {  # task -> its subsets, the first one being the default
     "math": ("dapo",),
     "own": ("",),
 }
+NO_TEXTS = ("environment", "solution_first", "both")  # the feedback sources that want a verifier's text on a failure
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Outcome:
 class Task:
     """Problems and verifier. `verify(problems, responses)` grades one response per problem, in order. `close` releases
     what the verifier holds (worker processes). Without validation problems a run is watched on the test problems and
-    chooses nothing by them. `sources`: the feedback sources that the task has, None for all; `notes`: lines for the
+    chooses nothing by them. `lacks`: the feedback sources that the task has not; `notes`: lines for the
     start of a run."""
 
     name: str
@@ -81,7 +82,7 @@ class Task:
     test: list[Problem]
     verify: Callable[[list[Problem], list[str]], list[Outcome]]
     close: Callable[[], None] = lambda: None
-    sources: tuple[str, ...] | None = None
+    lacks: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
 
     def splits(self) -> str:
@@ -263,23 +264,32 @@ def _each(source: Iterable[dict], where: str, make: Callable[[dict, str], Any]) 
     return made
 
 
-def _fetch(name: str, get: Callable[[], Any]) -> Any:
-    """get(), or one line that says what could not be fetched."""
+def _fetch(name: str, get: Callable[[], Any], reason: str = "") -> Any:
+    """get(), or one line that says what could not be fetched, and why: for `reason`, if it was known before."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every attempt; the outcome is enough
     try:
         return get()
     except Exception as error:  # network, hub, cache and parsing errors share no base
-        raise ValueError(f"{name} cannot be fetched ({_one_line(error)}): give a local copy with --data") from None
+        raise ValueError(
+            f"{name} cannot be fetched ({reason or _one_line(error)}): give a local copy with --data"
+        ) from None
 
 
 def _hub(repo: str, split: str) -> Iterable[dict]:
     import datasets
     import huggingface_hub
 
-    if hub.unreachable(repo, "README.md", "dataset"):
-        # Libraries that know that they are offline read what is in their cache, or say at once that it is not there.
-        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-    return _fetch(repo, lambda: datasets.load_dataset(repo, split=split))
+    reason = hub.unreachable(repo, "README.md", "dataset")
+    places = (huggingface_hub.constants, datasets.config)
+    before = [place.HF_HUB_OFFLINE for place in places]
+    try:
+        for place in places if reason else ():
+            # A library that knows that it is offline reads what is in its cache, or says at once that it is not there.
+            place.HF_HUB_OFFLINE = True
+        return _fetch(repo, lambda: datasets.load_dataset(repo, split=split), reason)
+    finally:
+        for place, was in zip(places, before):
+            place.HF_HUB_OFFLINE = was
 
 
 def _one_line(error: Exception) -> str:
@@ -418,7 +428,7 @@ def _lcb(data: str, train_tests: str, since: str, until: str) -> Task:
         from huggingface_hub import hf_hub_download
 
         def download() -> Iterable[dict]:
-            if reason := hub.unreachable(*LCB_FILE, "dataset"):
+            if not hub.cached(*LCB_FILE, "dataset") and (reason := hub.unreachable(*LCB_FILE, "dataset")):
                 raise ConnectionError(reason)
             return rows(hf_hub_download(*LCB_FILE, repo_type="dataset"))
 
@@ -452,9 +462,8 @@ def _lcb_task(train: list[Problem], test: list[Problem], notes: list[str]) -> Ta
         pairs = list(zip(problems, responses, strict=True))
         return sandbox.run_many(lambda pair: _grade_program(sandbox, *pair), pairs)
 
-    sources = ("environment", "sibling", "solution_first", "both")
     notes.append(f"sandbox: {sandbox.layers}")
-    return Task("lcb/v6", train, [], test, verify, sandbox.close, sources, notes)
+    return Task("lcb/v6", train, [], test, verify, sandbox.close, lacks=("critique",), notes=notes)  # no reference
 
 
 def code_block(response: str) -> str | None:
@@ -644,7 +653,7 @@ def _sciknoweval_task(subset: str, train: list[Problem], test: list[Problem], no
     commonest = ((part, counts.most_common(1)[0], counts.total()) for part, counts in letters.items())
     shares = ", ".join(f"{part} {count / total:.3f} ({letter})" for part, (letter, count), total in commonest)
     notes = [*notes, f"a constant answer scores on the test problems: {shares}"]
-    return Task(f"sciknoweval/{subset}", train, [], test, grade_choices, sources=("sibling", "critique"), notes=notes)
+    return Task(f"sciknoweval/{subset}", train, [], test, grade_choices, lacks=NO_TEXTS, notes=notes)
 
 
 def grade_choices(problems: list[Problem], responses: list[str]) -> list[Outcome]:
@@ -814,7 +823,7 @@ def _math_task(train: list[Problem], test: list[Problem], notes: list[str]) -> T
     def verify(problems: list[Problem], responses: list[str]) -> list[Outcome]:
         return sandbox.run_many(grade, list(zip(problems, responses, strict=True)))
 
-    return Task("math/dapo", train, [], test, verify, sandbox.close, ("sibling", "critique"), notes)
+    return Task("math/dapo", train, [], test, verify, sandbox.close, NO_TEXTS, notes)
 
 
 def boxed(text: str) -> str | None:

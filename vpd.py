@@ -79,13 +79,13 @@ def demonstrations(
     problems: list,
     xC: list,
     scores: list,
-    told,
+    has_C,
     step: int,
 ) -> tuple[dict, Counter]:
     """OVD: {row: (Rollout, Outcome)}, one response of the teacher to (x, C), verified like a rollout, for each row that the
     judge rejects and that has a context; and the rejected rows whose own rollout stays, counted by reason."""
     rejected = [i for i, score in enumerate(scores) if score is not None and score < cfg.ovd_threshold]
-    asked = [i for i in rejected if told[i]]
+    asked = [i for i in rejected if has_C[i]]
     kept = Counter({"rejected without a context, kept": len(rejected) - len(asked)})
     seed = seed_for(cfg.seed, step, "demonstrations")
     with weights_of(teacher if asked else None, sampler, policy):
@@ -115,12 +115,12 @@ def judge_figures(scores: list, outcomes: list, threshold: float) -> dict:
     }
 
 
-def e_step_groups(which: str, r: torch.Tensor, told: torch.Tensor, group_size: int) -> tuple[list[list[int]], int]:
+def e_step_groups(which: str, r: torch.Tensor, has_C: torch.Tensor, group_size: int) -> tuple[list[list[int]], int]:
     """The rows of each group that take part in the E-step, and the number of rows left out. Only rows with a context
     do. "mixed" further asks that both outcomes have one: a kind of context that goes with one label gives it away."""
     groups = []
     for first in range(0, len(r), group_size):
-        rows = [i for i in range(first, first + group_size) if told[i]]
+        rows = [i for i in range(first, first + group_size) if has_C[i]]
         if rows and (which == "all" or 0 < sum(r[rows].tolist()) < len(rows)):
             groups.append(rows)
     return groups, len(r) - sum(map(len, groups))

@@ -386,7 +386,7 @@ def test_neither_responses_nor_problems_are_replaced(capsys):
         assert stop.value.code == 2 and words in capsys.readouterr().err
 
 
-EPOCHS = {"steps": 0, "epochs": 3, "prompts_per_batch": 2, "prompts_dropped": 1}  # 5 problems: 3 times 2 batches
+EPOCHS = {"steps": 0, "epochs": 3, "prompts_per_batch": 2, "prompts_dropped": 2}  # 7 problems: 3 times 2 batches
 
 
 @pytest.mark.parametrize(
@@ -398,7 +398,7 @@ EPOCHS = {"steps": 0, "epochs": 3, "prompts_per_batch": 2, "prompts_dropped": 1}
 def test_a_run_that_did_not_come_to_its_end_is_said_to_be_one(
     settings, batches, said, command, tmp_path, capsys, monkeypatch
 ):
-    problems = [Problem(f"p{i}", [{"role": "user", "content": "?"}]) for i in range(5)]
+    problems = [Problem(f"p{i}", [{"role": "user", "content": "?"}]) for i in range(7)]
     monkeypatch.setattr(evaluate.tasks, "load", lambda *_, **__: Task("toy/trace", problems, [], problems, None))
     (tmp_path / "model").mkdir()
     (tmp_path / "config.json").write_text(json.dumps(RUN | settings))

@@ -110,7 +110,8 @@ def test_a_failure_without_a_text_has_no_context_and_lends_none():
 def test_kind_and_rows_say_which_texts_are_shown_and_where_they_come_from(source):
     for rewards in GROUPS:
         for context in filter(None, draw(source, rewards)):
-            parts = {"sibling": context.solution, "environment": context.feedback, "critique": context.critique}
+            text = source if source in TEXTS else "environment"
+            parts = {"sibling": context.solution, text: context.feedback or context.critique}
             assert context.kind == "+".join(name for name, text in parts.items() if text)
             assert bool(context.critique) == (source == "critique")
             assert shown(context) == " ".join(f"S{j}" if rewards[j] else f"F{j}" for j in context.rows)
@@ -131,7 +132,7 @@ def test_contexts_leaves_its_arguments_alone(source):
 
 
 def test_an_unknown_source_is_refused_with_the_choices():
-    with pytest.raises(ValueError, match="'oracle'.*environment, critique, sibling, solution_first, both"):
+    with pytest.raises(ValueError, match=f"'oracle'.*{', '.join(SOURCES)}"):
         draw("oracle", (1, 0, 0, 0))
 
 

@@ -13,13 +13,19 @@ import plan
 from policy import Policy
 
 
+waits = []
+
+
 @pytest.fixture
 def hub_at(monkeypatch, tmp_path):
     """hub_at(port): the hub is on this machine, and the cache is empty. Returns the cache."""
+    waits.clear()
 
     def at(port):
-        url = f"http://127.0.0.1:{port}/x/resolve/main/config.json"
-        monkeypatch.setattr(hub, "hf_hub_url", lambda *_, **__: url)
+        # The name and kind of what is asked for stay in the address.
+        url = lambda repo, file, repo_type: f"http://127.0.0.1:{port}/{repo_type}/{repo}/resolve/main/{file}"  # noqa: E731
+        monkeypatch.setattr(hub, "hf_hub_url", url)
+        monkeypatch.setattr(hub.time, "sleep", waits.append)
         monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         return tmp_path / "cache"
@@ -65,12 +71,43 @@ def test_a_slow_hub_is_left_to_the_librarys_own_patience(hub_at, monkeypatch):
 def test_what_is_in_the_cache_needs_no_hub(hub_at, closed):
     cache = hub_at(closed)
     for kind in ("model", "dataset"):
-        assert "cannot be reached" in hub.unreachable("owner/name", "config.json", kind)
+        assert not hub.cached("owner/name", "config.json", kind)
         folder = cache / f"{kind}s--owner--name"
-        for file, text in (("refs/main", "abc"), ("snapshots/abc/config.json", "{}")):
+        for file in ("refs/main", "snapshots/abc/config.json", ".no_exist/abc/tokenizer.json"):
             (folder / file).parent.mkdir(parents=True)
-            (folder / file).write_text(text)
-        assert hub.unreachable("owner/name", "config.json", kind) == ""
+            (folder / file).write_text("abc")
+        assert hub.cached("owner/name", "config.json", kind)
+        assert not hub.cached("owner/name", "tokenizer.json", kind)  # known not to be there
+    hub.look("owner/name")
+    assert waits == []
+
+
+@pytest.mark.parametrize("name", hub.NO_HUB)
+def test_every_sign_of_no_hub_is_asked_twice_and_then_said(name, monkeypatch):
+    asked, waited = [], []
+    monkeypatch.setattr(hub.time, "sleep", waited.append)
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+
+    def fail(url):
+        asked.append(url)
+        raise type(name, (Exception,), {})("no\nway")
+
+    monkeypatch.setattr(hub, "get_hf_file_metadata", fail)
+    assert hub.unreachable("owner/name", "a.json", "dataset").endswith(" cannot be reached (no way)")
+    assert len(asked) == 2 and asked[0].endswith("/datasets/owner/name/resolve/main/a.json") and waited[0] == 1.0
+
+
+def test_a_hub_that_answers_the_second_time_is_one(monkeypatch):
+    answers = iter([type("ConnectError", (Exception,), {})("not yet"), None])
+
+    def ask(_):
+        if error := next(answers):
+            raise error
+
+    monkeypatch.setattr(hub.time, "sleep", lambda _: None)
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "get_hf_file_metadata", ask)
+    assert hub.unreachable("owner/name", "a.json") == ""
 
 
 def test_offline_by_request_is_named(hub_at, closed, monkeypatch):

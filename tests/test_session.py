@@ -1,6 +1,7 @@
 """What surrounds the loop: the probe of the teacher, run directories, interruptions, updates that are not finite."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import checkpoint
 import evaluate
 import feedback
 import losses
+import plan
 import rollout
 import session
 import settings
@@ -97,6 +99,45 @@ def test_an_existing_run_is_refused_and_overwrite_replaces_only_runs(tmp_path, c
     with pytest.raises(SystemExit) as stop:
         run(tmp_path / "mine", "--overwrite", steps=1)
     assert stop.value.code == 2 and (tmp_path / "mine" / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--top_k", "100000"), "--top_k 100000 exceeds the vocabulary of"),
+        (("--max_prompt_tokens", "3"), "0 training problems do not fill a batch"),
+        (("--method", "ovd", "--subset", "trace", "--model", str(ROOT / "toy_models" / "trace")), "no token for 7"),
+        (("--eval_every", "1", "--max_response_tokens", "90"), "one sequence of 9090 tokens is too long"),
+    ],
+)
+def test_what_only_the_model_and_the_problems_tell_is_said_before_anything_is_written(
+    flags, words, tmp_path, monkeypatch, capsys
+):
+    def no_digits(tokenizer):
+        raise ValueError("no token for 7")
+
+    def refuse(found, cfg):
+        if found.longest > 1000:
+            raise ValueError(f"one sequence of {found.longest} tokens is too long")
+
+    prompt, load = feedback.student_prompt, tasks.load
+
+    def with_a_long_one(*args, **kwargs):
+        task = load(*args, **kwargs)
+        task.validation[-1] = replace(task.validation[-1], messages=[{"role": "user", "content": "long"}])
+        return task
+
+    long = [{"role": "user", "content": "long"}]
+    monkeypatch.setattr(feedback, "digit_tokens", no_digits)
+    monkeypatch.setattr(plan, "refuse", refuse)
+    monkeypatch.setattr(tasks, "load", with_a_long_one)
+    monkeypatch.setattr(
+        feedback, "student_prompt", lambda tokenizer, m: [0] * 9000 if m == long else prompt(tokenizer, m)
+    )
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "run", "--eval_every", "0", *flags, steps=1)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and words in error and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("what", ["log", "checkpoint", "model"])

@@ -96,7 +96,7 @@ IMPOSSIBLE = [
     (["--task", "lcb"], "bash run.sh lcb --smoke"),
     (["--task", "math"], "bash run.sh toy"),
     (["--smoke", "qwen3"], "--smoke"),
-    (["--task", "sciknoweval", "--smoke", "qwen3", "--feedback", "environment"], "sibling, critique"),
+    (["--task", "sciknoweval", "--smoke", "qwen3", "--feedback", "environment"], "critique, sibling"),
     (["--task", "lcb", "--smoke", "qwen3", "--feedback", "critique"], "environment, sibling, solution_first, both"),
     (["--task", "lcb", "--smoke", "qwen3", "--since", "2026-01-01", "--until", "2026-02-01"], "0 of 5 problems"),
     (["--task", "lcb", "--smoke", "qwen3", "--since", "May"], "--since"),
@@ -203,3 +203,4 @@ def test_help_says_what_each_setting_is_and_the_presets_value(capsys):
     assert "of the M-step; e_lr is the E-step's (default: 5e-05)" in told  # DistIL's on sciknoweval
     bare = [action.dest for action in settings.flags()._actions if not re.search("[a-z]", action.help)]
     assert bare == []
+    assert "turns --borrow off --" in told  # its default is said beside --borrow alone

@@ -259,7 +259,7 @@ def test_lcb_trains_and_evaluates_on_the_same_problems_of_the_window_and_counts_
     assert task.validation == [] and task.name == "lcb/v6"
     assert task.notes[0] == "lcb: 4 of 5 problems, 2025-02-01 <= contest_date < 2025-05-01"
     assert task.notes[-1].startswith("sandbox: process per test, rlimits") and len(task.notes) == 2
-    assert task.sources == ("environment", "sibling", "solution_first", "both")
+    assert task.lacks == ("critique",)
 
 
 @pytest.mark.parametrize(
@@ -528,16 +528,58 @@ def test_a_hub_out_of_reach_is_one_line_that_names_the_way_out(monkeypatch):
 
 def test_where_there_is_no_hub_nothing_is_downloaded_and_the_cache_is_all_that_is_asked(monkeypatch):
     offline = []
+    flags = lambda: (huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE)  # noqa: E731
+
+    def load_dataset(*_, **__):
+        offline.append(flags())
+        raise ConnectionError("OfflineModeIsEnabled")
+
     monkeypatch.setattr(hub, "unreachable", lambda *asked: f"no way to {asked[0]}")
+    monkeypatch.setattr(hub, "cached", lambda *_: False)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: pytest.fail("asked all the same"))
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: offline.append(datasets.config.HF_HUB_OFFLINE) or [])
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     for module in (huggingface_hub.constants, datasets.config):
         monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
-    with pytest.raises(ValueError, match="no way to livecodebench/code_generation_lite"):
-        tasks.load("lcb")
-    with pytest.raises(ValueError):
-        tasks.load("sciknoweval")
-    assert offline == [True] and huggingface_hub.constants.HF_HUB_OFFLINE
+    for task, repo in (("lcb", "livecodebench/code_generation_lite"), ("sciknoweval", "hicai-zju/SciKnowEval")):
+        with pytest.raises(ValueError, match=f"{repo}.* cannot be fetched \\(.*no way to {repo}\\): give a local copy"):
+            tasks.load(task)
+    assert offline == [(True, True)] and flags() == (False, False)  # for this one load alone
+
+
+def test_lcb_in_the_cache_is_read_without_a_hub(monkeypatch):
+    monkeypatch.setattr(hub, "cached", lambda *asked: asked == (*tasks.LCB_FILE, "dataset"))
+    monkeypatch.setattr(hub, "unreachable", lambda *_: "no way")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(FIXTURES / "lcb.jsonl"))
+    assert len(tasks.load("lcb").test) == 4
+
+
+@pytest.mark.parametrize(
+    "first, second, verdict",
+    [
+        ("wrong answer", "internal", "internal"),  # what the grader failed on is no failure of the program
+        ("wrong answer", "time-out", "time-out"),
+        ("time-out", "error", "error"),
+        ("time-out", "memory", "memory"),
+        ("time-out", "output limit", "output limit"),
+        ("error", "memory", "error"),  # of one rank the first
+        ("passed", "wrong answer", "wrong answer"),
+    ],
+)
+def test_of_several_failures_the_gravest_is_the_verdict(first, second, verdict, monkeypatch):
+    """Of two halves, since all but a wrong answer end theirs."""
+    task = tasks.read("lcb", str(FIXTURES / "lcb.jsonl"))
+    try:
+        problem = next(p for p in task.test if len(tasks._tests(*p.data)) > 1)
+        record, _ = problem.data
+        assert 0 < len(record.train) < len(tasks._tests(*problem.data))  # a file's problems have halves as well
+        own = [tasks._tests(*problem.data)[i] for i in record.train]
+        failed = Result("error", None, "ValueError: no (line 1)")
+        monkeypatch.setattr(tasks, "_run_test", lambda *args: (first if args[-1] in own else second, failed))
+        (outcome,) = task.verify([problem], ["```python\nprint(1)\n```"])
+    finally:
+        task.close()
+    assert (outcome.reward, outcome.verdict, bool(outcome.feedback)) == (0, verdict, verdict != "internal")
+    assert outcome.columns == {"held_out": 0}
 
 
 def test_a_file_of_problems_without_private_tests_says_what_grades_them(tmp_path):
@@ -1063,7 +1105,7 @@ def test_sciknoweval_takes_level_3_questions_with_4_or_2_choices_of_the_domain(t
     asked = {p.id: p.messages[-1]["content"].split("\n")[0] for p in task.train + task.test}
     assert asked == {f"physics-{i}": f"Question {i}?" for i in range(10)}  # numbered in the order of the source
     assert task.notes[0] == "sciknoweval: 11 of 16 rows are L3 questions with 4 or 2 choices"
-    assert task.sources == ("sibling", "critique")
+    assert task.lacks == ("environment", "solution_first", "both")
 
 
 def test_sciknoweval_prompt_is_the_question_the_options_and_a_request(tmp_path):
@@ -1454,7 +1496,9 @@ def test_dapo_is_freed_of_doubles_conflicts_evaluation_problems_and_its_instruct
         "5 left"
     )
     assert not any("instruction" in note for note in task.notes)
-    assert task.sources == ("sibling", "critique") and task.name == "math/dapo" and task.validation == []
+    assert (
+        task.lacks == ("environment", "solution_first", "both") and task.name == "math/dapo" and task.validation == []
+    )
     assert len({p.id for p in task.train}) == 5
 
 

@@ -193,6 +193,14 @@ def test_delta_is_a_moving_average_that_starts_at_the_first_value(tmp_path, monk
     assert [row["shift"] for row in rows] == pytest.approx([1.0, second, 0.75 * second + 0.25 * -2.0])
 
 
+def test_a_delta_that_is_not_finite_skips_its_update_and_is_not_kept(tmp_path, monkeypatch):
+    values = iter((math.inf, 2.0))
+    monkeypatch.setattr(losses, "reward_shift", lambda *args: torch.tensor(next(values)))
+    flags = ("--e_step_every", "1", "--eval_every", "0", "--e_groups", "all")
+    rows = run(tmp_path / "run", *flags, steps=2)
+    assert [(row["shift"], row["updates_not_finite"]) for row in rows] == [(None, 1), (2.0, 0)]
+
+
 def test_delta_starts_at_the_first_value_and_an_overflow_moves_nothing():
     assert vpd.moving_shift(None, 4.0, 0.25) == 4.0
     assert vpd.moving_shift(4.0, 8.0, 0.25) == 0.75 * 4 + 0.25 * 8
@@ -200,16 +208,19 @@ def test_delta_starts_at_the_first_value_and_an_overflow_moves_nothing():
 
 
 def test_the_gap_between_engines_weighs_the_students_tokens_and_says_what_demonstrations_are():
-    """Two tokens of a rollout; one of a demonstration, and padding."""
-    logp, drawn = torch.tensor([[0.5, 0.2], [0.3, 0.9]]).log(), torch.tensor([[0.1, 0.4], [0.9, 0.9]]).log()
-    sampled, shown = torch.tensor([[True, True], [False, False]]), torch.tensor([[False, False], [True, False]])
+    """Two tokens of a rollout and padding; two of a demonstration and padding."""
+    logp = torch.tensor([[0.5, 0.2, 0.9], [0.3, 0.6, 0.9]]).log()
+    drawn = torch.tensor([[0.1, 0.4, 0.1], [0.9, 0.8, 0.1]]).log()
+    sampled = torch.tensor([[True, True, False], [False, False, False]])
+    shown = torch.tensor([[False, False, False], [True, True, False]])
     weight, figures = vpd.engine_gap(logp, drawn, sampled, shown, limit=2.0)
-    assert torch.allclose(weight, torch.tensor([[2.0, 0.5], [1.0, 1.0]]))  # min(0.5 / 0.1, 2), 0.2 / 0.4
+    assert torch.allclose(weight, torch.tensor([[2.0, 0.5, 1.0], [1.0, 1.0, 1.0]]))  # min(0.5 / 0.1, 2), 0.2 / 0.4
     assert figures["sampler_gap"] == pytest.approx((math.log(5) + math.log(2)) / 2)
     assert figures["mismatch_truncated"] == 0.5
-    assert figures["demonstration_ratio"] == pytest.approx(0.3 / 0.9) and figures["demonstration_lacked"] == 1.0
+    assert figures["demonstration_ratio"] == pytest.approx((0.3 / 0.9 + 0.6 / 0.8) / 2)
+    assert figures["demonstration_lacked"] == 0.5  # 0.3 / 0.9 < 1/2 < 0.6 / 0.8
     plain, figures = vpd.engine_gap(logp, drawn, sampled, torch.zeros_like(shown), limit=None)
-    assert torch.equal(plain, torch.ones(2, 2)) and figures["mismatch_truncated"] is None
+    assert torch.equal(plain, torch.ones(2, 3)) and figures["mismatch_truncated"] is None
     assert figures["sampler_gap"] > 0 and "demonstration_ratio" not in figures
 
 
