@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -58,10 +59,8 @@ def save(
         warnings.simplefilter("ignore")  # that one process by itself has no group is no news
         try:
             dcp.save(tensors, checkpoint_id=part)
-        except Exception as error:  # the library's errors say where, and not that the disk is full
-            full = shutil.disk_usage(folder).free < 1 << 20
-            shutil.rmtree(part, ignore_errors=True)
-            raise CannotWrite(f"{final}: {'no space left on the disk' if full else error}") from error
+        except (Exception, CheckpointException) as error:
+            _give_up(error, part, final)
     mine = {path.name: _sum(path) for path in part.glob(f"__{world.rank}_*")}
     sums = world.collect([mine], world.size)
     randoms = world.collect([_random_state()], world.size)
@@ -81,8 +80,23 @@ def save(
         for old in gone:
             shutil.rmtree(old)
 
-    world.first(finish)
+    try:
+        world.first(finish)
+    except OSError as error:
+        _give_up(error, part, final)
     return final
+
+
+def _give_up(error: BaseException, part: Path, final: Path) -> None:
+    """Removes what was written of a checkpoint and raises CannotWrite, in one line, or KeyboardInterrupt where that is what came
+    between: the library has its own wrapping for both, which is no Exception."""
+    causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    full = shutil.disk_usage(part.parent).free < 1 << 20  # of which the library's errors say nothing
+    shutil.rmtree(part, ignore_errors=True)
+    if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
+        raise KeyboardInterrupt from error
+    why = "no space left on the disk" if full else " ".join(str(causes[0]).split())
+    raise CannotWrite(f"{final}: {why}") from error
 
 
 def last(out: Path) -> str:
@@ -137,8 +151,11 @@ def cut_log(path: Path, step: int) -> int:
         except (ValueError, KeyError, TypeError):
             continue
     part = path.with_name("part-" + path.name)
-    part.write_text("".join(line + "\n" for line in kept))
-    part.replace(path)
+    try:
+        part.write_text("".join(line + "\n" for line in kept))
+        part.replace(path)
+    except OSError as error:
+        raise CannotWrite(f"{path}: {error.strerror}") from error
     return len(lines) - len(kept)
 
 

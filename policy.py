@@ -19,7 +19,6 @@ from types import MethodType
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -256,8 +255,16 @@ class Policy:
             tokenizer = AutoTokenizer.from_pretrained(path)
             if not tokenizer("a").input_ids:  # what transformers makes of a folder without tokenizer files
                 raise ValueError("there is no tokenizer")
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            model, found = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+            # What the file lacks, or has in another size, the library makes up at random.
+            if wrong := [*sorted(found["mismatched_keys"]), *sorted(found["missing_keys"])]:
+                first = wrong[0] if isinstance(wrong[0], str) else " ".join(map(str, wrong[0]))
+                raise ValueError(
+                    f"its weights are not those of its config.json: {len(wrong)} tensors, {first} among them"
+                )
+        except Exception as error:  # whatever the libraries make of a damaged folder
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(f"cannot load a model and its tokenizer from {path!r}: {reason}") from None
         return cls(model, tokenizer, **kwargs)
@@ -284,6 +291,8 @@ class Policy:
             once = {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}
             weights = {name: w.to(self.compute or w.dtype) for name, w in weights.items() if name in once}
             folder = Path(folder)
+            if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():
+                raise CannotWrite(f"{folder}: it is a folder that holds other things than a model")
             part, old = folder.with_name(f"part-{folder.name}"), folder.with_name(f"part-old-{folder.name}")
             for left in (part, old):
                 shutil.rmtree(left, ignore_errors=True)
@@ -293,9 +302,9 @@ class Policy:
                 config.dtype = self.compute or self.dtype  # the library writes that of the shards
                 config.save_pretrained(part)
                 self.tokenizer.save_pretrained(part)
-            except (OSError, SafetensorError) as error:
+            except Exception as error:  # each of the libraries has its own
                 shutil.rmtree(part, ignore_errors=True)
-                raise CannotWrite(f"{folder}: {error}") from error
+                raise CannotWrite(f"{folder}: {' '.join(str(error).split())}") from error
             if folder.exists():
                 folder.rename(old)
             part.rename(folder)

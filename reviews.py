@@ -233,6 +233,8 @@ class Reviews:
         said = [o.feedback for o in outcomes]  # a text on each failure, feedback.TEXTS
         if cfg.feedback == "critique":
             said = self.critiques(problems, texts, outcomes, step)
+        # Where the grader failed there is no failure to speak of, nor to lend to a success.
+        said = ["" if o.verdict == "internal" else text for o, text in zip(outcomes, said)]
         for first in range(0, len(texts), cfg.group_size):
             group = slice(first, first + cfg.group_size)
             rng = random.Random(seed_for(cfg.seed, step, "contexts", first // cfg.group_size))

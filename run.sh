@@ -101,6 +101,7 @@ train_and_evaluate() {
 
 out=
 resume=
+overwrite=
 smoke=
 only=
 for ((i = 1; i <= $#; i++)); do
@@ -108,6 +109,7 @@ for ((i = 1; i <= $#; i++)); do
     -h|--help) exec python vpd.py --task "$word" "$@" ;;
     --plan) exec python vpd.py --task "$word" "$@" ;;
     --resume) resume=1 ;;
+    --overwrite) overwrite=1 ;;
     --smoke) j=$((i + 1)); case ${!j:-} in qwen3|olmo3) ;; *) smoke=$i ;; esac ;;
     --out=*) out=${!i#--out=} ;;
     --out) j=$((i + 1)); out=${!j:-} ;;
@@ -117,6 +119,7 @@ done
 case $smoke:$word in  # refused before anything is announced
   [0-9]*:toy|[0-9]*:own) exec python vpd.py --task "$word" --smoke qwen3 ;;
 esac
+if [ -n "$smoke" ] && [ -n "$resume" ]; then echo "run.sh: error: a smoke run starts anew: --smoke goes without --resume" >&2; exit 2; fi
 if [ -n "$smoke" ]; then  # every feedback source that the task has, the second model family with the first of them
   set -- "${@:1:smoke-1}" "${@:smoke+1}"
   case $word in
@@ -133,5 +136,8 @@ if [ -n "$smoke" ]; then  # every feedback source that the task has, the second 
   exit
 fi
 if [ -z "$out" ] && [ -n "$resume" ]; then echo "run.sh: error: --resume needs --out, the run directory to go on with" >&2; exit 2; fi
+if [ -n "$out" ] && [ -e "$out" ] && [ -z "$resume$overwrite" ]; then  # said once, where several processes would say it each
+  echo "run.sh: error: $out exists: give another --out, --resume to go on with it, or --overwrite to delete it" >&2; exit 2
+fi
 if [ -z "$out" ]; then out=runs/$word-$(date +%Y%m%d-%H%M%S); set -- --out "$out" "$@"; fi
 train_and_evaluate "$@"

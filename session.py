@@ -42,8 +42,12 @@ def open_directory(out: Path, overwrite: bool, record: dict) -> None:
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "config.json").exists():
-        (out / "part-config.json").write_text(json.dumps(record, indent=1) + "\n")
-        (out / "part-config.json").rename(out / "config.json")  # whole, whenever the run is killed
+        try:
+            (out / "part-config.json").write_text(json.dumps(record, indent=1) + "\n")
+            (out / "part-config.json").rename(out / "config.json")  # whole, whenever the run is killed
+        except OSError as error:
+            (out / "part-config.json").unlink(missing_ok=True)
+            raise OSError(f"{out}/config.json cannot be written: {error.strerror}") from error
 
 
 def git_commit() -> str:
@@ -104,9 +108,15 @@ def open_run(cfg: Config, out: Path, world: World) -> tuple:
     found = replace(found, longest=max(found.longest, *sampled) if sampled else found.longest)
     plan.refuse(found, cfg)
     if len(fits) < cfg.prompts_per_batch:
+        left_out = f" ({dropped} more have prompts over --max_prompt_tokens {cfg.max_prompt_tokens})" if dropped else ""
         raise ValueError(
-            f"{len(fits)} training problems do not fill a batch of --prompts_per_batch {cfg.prompts_per_batch}"
+            f"{len(fits)} training problems do not fill a batch of --prompts_per_batch {cfg.prompts_per_batch}{left_out}"
         )
+    positions = getattr(policy.model.config, "max_position_embeddings", None)
+    if positions and found.longest > positions:
+        task.notes.append(f"prompt and response may take {found.longest} tokens, and the model was made for {positions}")
+    if not task.test:
+        task.notes.append(f"{task.name} has no test problems: evaluate.py will have nothing to measure after the run")
     if method.teacher and cfg.feedback == "critique" and not all(p.reference for p in fits):
         raise ValueError(f"--feedback critique needs a reference answer for every problem of {task.name}")
     if cfg.method == "ovd" and not cfg.judge_url:
@@ -222,9 +232,15 @@ class Session:
             last = self.first_step if self.kept else -1
             dropped = sum(checkpoint.cut_log(out / name, last) for name in ("log.jsonl", "samples.jsonl"))
             print(f"going on after {self.first_step} batches; {dropped} later lines dropped from the logs")
-        self.log, self.samples = (
-            (out / name if first else Path(os.devnull)).open("a") for name in ("log.jsonl", "samples.jsonl")
-        )
+            known = (out / "log.jsonl").read_text().count('"kind": "train"') if (out / "log.jsonl").exists() else 0
+            if known < self.first_step:
+                print(f"{out}/log.jsonl tells of {known} of the {self.first_step} batches done", file=sys.stderr)
+        try:
+            self.log, self.samples = (
+                (out / name if first else Path(os.devnull)).open("a") for name in ("log.jsonl", "samples.jsonl")
+            )
+        except OSError as error:
+            raise CannotWrite(f"{error.filename}: {error.strerror}") from error
 
     def __enter__(self) -> "Session":
         return self
@@ -235,7 +251,7 @@ class Session:
         together = isinstance(error, (FloatingPointError, StaleEngine, ServerSilent))
         alone = self.policy.world.size == 1 and isinstance(error, (Exception, KeyboardInterrupt))
         try:
-            if error is None or together or alone and not isinstance(error, CannotWrite):
+            if error is None or together or alone and not isinstance(error, OSError):  # a disk that is full stays full
                 self.policy.save(self.out / "model")
         finally:
             for each in (self.log, self.samples):
@@ -251,6 +267,13 @@ class Session:
         except OSError as error:
             raise CannotWrite(f"{file.name}: {error.strerror}") from error
 
+    def note(self, path: Path, content: list) -> None:
+        try:
+            path.write_text(json.dumps(content, indent=1) + "\n")
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise CannotWrite(f"{path}: {error.strerror}") from error
+
     # ---- Beginning and end of a batch ------------------------------------------------------------------------
 
     def begin(self) -> None:
@@ -264,7 +287,7 @@ class Session:
         elif cfg.eval_every:
             if cfg.teacher_probe and self.record["teacher"]:
                 self.probe = base_failures(cfg, self.policy, self.sampler, self.reviews, self.task)
-                self.policy.world.first(lambda: probe.write_text(json.dumps(self.probe, indent=1) + "\n"))
+                self.policy.world.first(lambda: self.note(probe, self.probe))
             self.validate(0)
         self.reviews.not_had()  # the first batch counts its own
         quiet = None if self.policy.world.rank == 0 else True

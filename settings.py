@@ -278,19 +278,27 @@ def parse(argv: list[str] | None = None) -> Config:
         cfg, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
         if unknown:
             parser.error(f"unknown argument {unknown[0]}")
+        if cfg.task == "toy" and not Path(cfg.model).is_dir() and (Path(__file__).parent / cfg.model).is_dir():
+            cfg.model = str(Path(__file__).parent / cfg.model)  # started from another folder
         cfg.out = cfg.out or f"runs/{cfg.task}-{cfg.method}-seed{cfg.seed}"
         cfg.data = str(Path(cfg.data).resolve()) if cfg.data else ""  # evaluation may start from another folder
         return cfg
 
     cfg = settle()
     saved = Path(cfg.out) / "config.json"
-    if not cfg.resume or not saved.exists():
+    if not cfg.resume or not (saved.exists() or (Path(cfg.out) / "checkpoints").exists()):
         return cfg
     # The run's own settings take the preset's place, so what differs from them now was asked for by a flag.
     try:
         kept = json.loads(saved.read_text())
+    except OSError:
+        parser.error(
+            f"{cfg.out} has checkpoints and no config.json that can be read: put it back, or give another --out"
+        )
     except ValueError:
         parser.error(f"{saved} is not JSON: --overwrite starts the run again")
+    if not isinstance(kept, dict) or not {"task", "subset", "method", "model", "seed"} <= kept.keys():
+        parser.error(f"{saved} does not hold the settings of a run: --overwrite starts it again")
     kept = {f.name: kept[f.name] for f in fields(Config) if f.name in kept and f.name not in NOT_OF_THE_RUN}
     parser.set_defaults(**kept)
     cfg = settle()
@@ -327,6 +335,9 @@ def check(cfg: Config) -> None:
                 "in (0, 1]" if field.name in shares else "positive"
             )
             raise ValueError(f"--{field.name} must be {need}, not {value}")
+    for name in ("adam_beta1", "adam_beta2"):
+        if getattr(cfg, name) == 1:
+            raise ValueError(f"--{name} must be below 1: at 1 the average never takes anything in")
     if cfg.steps == 0 and cfg.epochs == 0:
         raise ValueError("--steps and --epochs are both 0: there is nothing to do")
     for name in ("minibatch_prompts", "e_minibatch_prompts"):

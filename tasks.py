@@ -137,7 +137,7 @@ def _own(path: str) -> Task:
     try:
         spec.loader.exec_module(module)
         task = module.load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a file written as a script may leave by sys.exit
         raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
     if not isinstance(task, Task) or not task.train or not all(isinstance(p, Problem) for p in task.train):
         raise ValueError(f"{path}: load() must return a tasks.Task with training problems, and returned {task!r:.80}")
@@ -147,6 +147,10 @@ def _own(path: str) -> Task:
         if not right or not all(right):
             form = "a list of {role, content}, the last a user's"
             raise ValueError(f"{path}: problem {problem.id!r}: messages must be {form}")
+    for split in (task.train, task.validation, task.test):
+        again = [id for id, count in Counter(problem.id for problem in split).items() if count > 1]
+        if again:
+            raise ValueError(f"{path}: problem {again[0]!r} is there twice: a problem's id is its own within its split")
     task.name, task.verify = f"own/{name}", _checked(task.verify, path)
     task.verify(task.train[:2], ["", ""][: len(task.train)])  # what is wrong with it is best said before the run
     return task

@@ -437,7 +437,9 @@ def main(argv: list[str] | None = None) -> None:
         print(note)
     print(f"{task.splits()}; {record['prompts_dropped']} training prompts over {cfg.max_prompt_tokens} tokens dropped")
     received = []
-    before = signal.signal(signal.SIGTERM, lambda *_: received.append(1))
+    # Of several processes none can save alone, so that Ctrl-C is taken there like SIGTERM: they stop together.
+    signals = [signal.SIGTERM] + [signal.SIGINT] * (policy.world.size > 1)
+    before = {number: signal.signal(number, lambda *_: received.append(1)) for number in signals}
     try:
         train(cfg, policy, sampler, task, out, record, stop_signals=lambda: len(received))
     except SystemExit as stop:
@@ -458,7 +460,8 @@ def main(argv: list[str] | None = None) -> None:
             print(f"vpd.py: {error}; the log and the last finite weights are in {out}", file=sys.stderr)
         sys.exit(1)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     best = f", {out}/best the best on validation problems" if (out / "best").exists() else ""
     print(f"done: {out}/model is the last model{best}")
 

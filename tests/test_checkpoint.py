@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 import checkpoint
 import rollout
@@ -316,6 +317,29 @@ def test_a_run_killed_before_its_first_batch_can_be_started_over_or_resumed(tmp_
         assert end(start(out, before=lambda: setattr(session, "open_sampler", dying))) == -signal.SIGKILL
         assert end(start(out, flag, "--steps", "1")) == (2 if flag == "--resume" else 0)  # 5 steps is what the run says
         assert end(start(out, flag, *([] if flag == "--resume" else ["--steps", "1"]))) == 0
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device"), RuntimeError("a\nb")])
+def test_what_comes_between_a_save_is_one_line_and_leaves_no_part(error, tmp_path, monkeypatch, capsys):
+    """As torch wraps it: in an exception that is none of Exception's."""
+
+    def broken(*_, checkpoint_id, **__):
+        (checkpoint_id / "__0_0.distcp").write_text("half")
+        raise CheckpointException("save", {0: (error, None)})
+
+    monkeypatch.setattr(checkpoint.dcp, "save", broken)
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as stop:
+        vpd.main([*SMALL, "--checkpoint_every", "1", "--out", str(out)])
+    said = capsys.readouterr().err.splitlines()
+    assert len([line for line in said if line and "batch" not in line.split("[")[-1]]) <= 1
+    assert not list((out / "checkpoints").glob("part-*"))
+    if isinstance(error, KeyboardInterrupt):
+        assert stop.value.code == 130 and (out / "model" / "config.json").exists()
+    else:
+        assert stop.value.code == 1 and any(
+            "cannot write" in line and "checkpoints/step-000001" in line for line in said
+        )
 
 
 def test_resume_and_overwrite_together_are_refused(tmp_path, capsys):

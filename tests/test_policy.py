@@ -5,18 +5,20 @@ here. Everything runs in float64 unless a test is about float32 itself.
 """
 
 import copy
+import json
 import math
 import random
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import losses
-from policy import Policy, World, ema_update
+from policy import CannotWrite, Policy, World, ema_update
 
 torch.set_num_threads(1)
 EOS, BETA = 2, 0.1
@@ -366,6 +368,40 @@ def test_a_saved_folder_is_read_by_transformers_and_by_load(make_model, tokenize
         assert reread(text).input_ids == tokenizer(text).input_ids
     assert again.eos_ids == [tokenizer.eos_token_id] and again.vocabulary == len(tokenizer) and not again.model.training
     assert Policy.load(str(tmp_path), torch.float64).model.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "what", ["a tensor is missing", "a tensor has another size", "the config is of another network"]
+)
+def test_weights_that_are_not_the_configs_are_refused_and_not_made_up(make_model, tokenizer, tmp_path, what):
+    """transformers would fill in random numbers and say so in a report that nobody reads."""
+    Policy(make_model(vocabulary=len(tokenizer)), tokenizer).save(tmp_path)
+    file, config = tmp_path / "model.safetensors", json.loads((tmp_path / "config.json").read_text())
+    weights = load_file(file)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    if what == "a tensor is missing":
+        del weights[name]
+    elif what == "a tensor has another size":
+        weights[name] = weights[name][:-1].clone()
+    else:
+        name = "layers"
+        config |= {"num_hidden_layers": 3, "layer_types": None}
+    save_file(weights, file, metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="its weights are not those of its config.json") as error:
+        Policy.load(str(tmp_path))
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_folder_that_holds_something_else_is_not_replaced_by_a_model(make_model, tokenizer, tmp_path):
+    policy = Policy(make_model(vocabulary=len(tokenizer)), tokenizer)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "study.json").write_text("{}")
+    with pytest.raises(CannotWrite, match="holds other things than a model"):
+        policy.save(tmp_path / "results")
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["study.json"]
+    policy.save(tmp_path / "model")
+    policy.save(tmp_path / "model")  # a model is
 
 
 @pytest.mark.parametrize("damage", ["no folder", "config.json", "model.safetensors", "tokenizer.json", "no tokenizer"])

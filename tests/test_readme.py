@@ -138,6 +138,8 @@ def test_the_worked_task_is_at_most_40_lines_and_runs(tmp_path, capsys):
     [
         ("import nowhere", "nowhere"),
         ("x = 1", "load"),
+        ("import sys\n\nsys.exit(0)", "SystemExit: 0"),
+        (SUMS.replace('f"{split}-{i}"', "split"), "problem 'train' is there twice"),
         ("def load():\n    return 3", "must return a tasks.Task"),
         ("def load():\n    raise KeyError('answer')", "KeyError: 'answer'"),  # say a file with a missing column
         ("from tasks import Task\n\n\ndef load():\n    return Task('a', [], [], [], None)", "with training problems"),

@@ -16,6 +16,7 @@ import rollout
 import session
 import settings
 import tasks
+import vpd
 from policy import Policy
 from reviews import Reviews
 from tasks import Outcome
@@ -105,7 +106,10 @@ def test_an_existing_run_is_refused_and_overwrite_replaces_only_runs(tmp_path, c
     "flags, words",
     [
         (("--top_k", "100000"), "--top_k 100000 exceeds the vocabulary of"),
-        (("--max_prompt_tokens", "3"), "0 training problems do not fill a batch"),
+        (
+            ("--max_prompt_tokens", "3"),
+            "0 training problems do not fill a batch of --prompts_per_batch 4 (480 more have",
+        ),
         (("--method", "ovd", "--subset", "trace", "--model", str(ROOT / "toy_models" / "trace")), "no token for 7"),
         (("--eval_every", "1", "--max_response_tokens", "90"), "one sequence of 9090 tokens is too long"),
     ],
@@ -138,6 +142,51 @@ def test_what_only_the_model_and_the_problems_tell_is_said_before_anything_is_wr
         run(tmp_path / "run", "--eval_every", "0", *flags, steps=1)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and words in error and not (tmp_path / "run").exists()
+
+
+def test_what_a_run_may_meet_is_noted_before_it(tmp_path, capsys, monkeypatch):
+    load = tasks.load
+
+    def untested(*args, **kwargs):
+        task = load(*args, **kwargs)
+        task.test = []
+        return task
+
+    monkeypatch.setattr(tasks, "load", untested)
+    run(tmp_path / "run", "--eval_every", "0", "--max_prompt_tokens", "2000", "--max_teacher_tokens", "3000", steps=1)
+    told = capsys.readouterr().out
+    assert "prompt and response may take 2030 tokens, and the model was made for 1024" in told
+    assert "toy/choice has no test problems" in told
+
+
+def test_a_log_that_lost_batches_is_said_when_the_run_goes_on(tmp_path, capsys):
+    flags = ("--eval_every", "0", "--checkpoint_every", "1")
+    run(tmp_path / "run", *flags, steps=2)
+    (tmp_path / "run" / "log.jsonl").write_text("")
+    capsys.readouterr()
+    vpd.main(["--out", str(tmp_path / "run"), "--resume"])
+    assert "log.jsonl tells of 0 of the 2 batches done" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["config", "probe"])
+def test_a_disk_that_is_full_at_the_start_names_the_file_and_leaves_no_part(what, tmp_path, monkeypatch, capsys):
+    write = Path.write_text
+
+    def full(path, text, *args, **kwargs):
+        if path.name == {"config": "part-config.json", "probe": "base_failures.json"}[what]:
+            write(path, "", *args, **kwargs)
+            raise OSError(28, "No space left on device")
+        return write(path, text, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    flags = ("--eval_every", "1", "--teacher_probe", "2", "--max_teacher_tokens", "512")
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "run", *flags, steps=1)
+    error = capsys.readouterr().err
+    named = {"config": "config.json", "probe": "base_failures.json"}[what]
+    assert stop.value.code == {"config": 2, "probe": 1}[what] and error.count("\n") == 1
+    assert f"{named}" in error and "No space left on device" in error
+    assert not list((tmp_path / "run").glob("part-*")) and not (tmp_path / "run" / "base_failures.json").exists()
 
 
 @pytest.mark.parametrize("what", ["log", "checkpoint", "model"])

@@ -96,8 +96,10 @@ IMPOSSIBLE = [
     (["--task", "lcb"], "bash run.sh lcb --smoke"),
     (["--task", "math"], "bash run.sh toy"),
     (["--smoke", "qwen3"], "--smoke"),
-    (["--task", "sciknoweval", "--smoke", "qwen3", "--feedback", "environment"], "critique, sibling"),
-    (["--task", "lcb", "--smoke", "qwen3", "--feedback", "critique"], "environment, sibling, solution_first, both"),
+    (["--adam_beta1", "1"], "--adam_beta1 must be below 1"),
+    (["--adam_beta2", "1"], "--adam_beta2 must be below 1"),
+    (["--task", "sciknoweval", "--smoke", "qwen3", "--feedback", "environment"], "sciknoweval/all has critique"),
+    (["--task", "lcb", "--smoke", "qwen3", "--feedback", "critique"], "lcb/v6 has environment"),
     (["--task", "lcb", "--smoke", "qwen3", "--since", "2026-01-01", "--until", "2026-02-01"], "0 of 5 problems"),
     (["--task", "lcb", "--smoke", "qwen3", "--since", "May"], "--since"),
     (["--task", "math", "--smoke", "qwen3", "--data", "no/such/folder"], "no/such/folder"),
@@ -193,6 +195,28 @@ def test_help_lists_the_settings(tmp_path):
         [sys.executable, str(ROOT / "vpd.py"), "--help"], cwd=tmp_path, capture_output=True, text=True, env=os.environ
     )
     assert done.returncode == 0 and "--e_step_every" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [(None, "has checkpoints and no config.json"), ("{}", "does not hold the settings"), ("3", "does not hold the settings"),
+     ('{"task": "toy"}', "does not hold the settings"), ("{", "is not JSON")],
+)  # fmt: skip
+def test_a_run_that_lost_its_settings_does_not_go_on_with_others(config, words, tmp_path, capsys):
+    (tmp_path / "checkpoints").mkdir()
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(SystemExit) as stop:
+        settings.parse(["--method", "grpo", "--out", str(tmp_path), "--resume"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and words in error
+
+
+def test_toy_models_are_found_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert settings.parse([]).model == str(ROOT / "toy_models" / "trace")
+    (tmp_path / "toy_models" / "trace").mkdir(parents=True)
+    assert settings.parse([]).model == "toy_models/trace"
 
 
 def test_help_says_what_each_setting_is_and_the_presets_value(capsys):
