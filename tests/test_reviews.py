@@ -11,7 +11,7 @@ import feedback
 from settings import Config
 from policy import World
 from reviews import FIRST, Reviews, ServedModel, ServerSilent, reach, read_score
-from tasks import Problem
+from tasks import Outcome, Problem
 
 # ---- A served model ----------------------------------------------------------------------------------------
 
@@ -191,6 +191,15 @@ def make_reviews(byte_tokenizer):
 
 PROBLEMS = [Problem(str(i), [{"role": "user", "content": f"question {i}"}], reference="secret") for i in range(5)]
 ATTEMPTS = ["one", "<think>hm</think>two", "three", "four", "five"]
+
+
+def test_a_row_that_the_grader_failed_on_has_no_context_and_lends_no_text(make_reviews):
+    reviews = make_reviews(feedback="environment", group_size=2)
+    passed, failed = Outcome(1, "passed"), Outcome(0, "wrong", "off by one")
+    broken = Outcome(0, "internal", "the grader broke")
+    for other, seen in ((failed, ["off by one"] * 2), (broken, [None, None])):
+        found = reviews.contexts(PROBLEMS[:2], ATTEMPTS[:2], [passed, other], step=0)
+        assert [context and context.feedback for context in found] == seen
 
 
 def test_the_students_own_score_comes_from_its_digits_where_it_would_rather_say_one(make_reviews):
