@@ -6,6 +6,11 @@ cannot do without, the graders, and on a GPU a training step against the card's 
 Each measurement that asks for memory or sets up a device runs in a process of its own.
 """
 
+from command import quiet
+
+if __name__ == "__main__":
+    quiet()
+
 import contextlib
 import io
 import json
@@ -24,7 +29,7 @@ import head
 import plan
 import tasks
 import vpd
-from command import Parser
+from command import Parser, run, write
 from policy import Policy, World
 from sandbox import Sandbox
 from settings import METHODS, Config
@@ -44,7 +49,11 @@ GPU = dict(
 
 def fresh(function: str, **settings):
     """What `function(**settings)` of this file returns in a new process."""
-    code = f"import bench, json, sys; print('\\n' + json.dumps(bench.{function}(**json.loads(sys.argv[1]))))"
+    code = f"""
+from command import quiet, run
+quiet()
+import bench, json, sys
+run(lambda: print('\\n' + json.dumps(bench.{function}(**json.loads(sys.argv[1])))))"""
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps(settings)], cwd=HERE, stdout=subprocess.PIPE, text=True, check=True
     )
@@ -271,8 +280,8 @@ def main(argv: list[str] | None = None) -> None:
             figures = [f"{name} {value:.4g}" for name, value in row.items() if name != "case"]
             print(f"{section:8}{row['case']:30}{'  '.join(figures)}", flush=True)
     if args.out:
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        write(args.out, json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,19 +1,69 @@
-"""How a command says what was wrong with what it was given: one line on stderr and exit status 2.
+"""How a command ends and what it leaves: what was wrong with its input is one line on stderr and exit status 2, a disk that
+takes no more 1, Ctrl-C 130; a file is written whole or not at all.
 
 Nothing heavy is imported here: figures.py and study.py do without torch.
 """
 
 import argparse
 import os
+import signal
 import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 
-def fail(message: object, command: str = "vpd.py") -> None:
-    """One line on what was wrong, exit status 2."""
+class CannotWrite(OSError):
+    """A file cannot be written; the message names it."""
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Under another name first, so that a full disk leaves the earlier file as it was. Raises CannotWrite."""
+    # A device, a pipe or a link is written itself: renaming would put a file in its place.
+    itself = os.path.islink(path) or (os.path.exists(path) and not os.path.isfile(path))
+    part = path if itself else path.with_name(f"part-{path.name}")
+    try:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        part.replace(path)
+    except OSError as error:
+        raise CannotWrite(f"{path} cannot be written: {error.strerror}") from None
+    finally:
+        if not itself:
+            with suppress(OSError):
+                part.unlink()  # there only where something went wrong
+
+
+def leave(*_) -> None:
+    os._exit(130)
+
+
+def quiet() -> None:
+    """Ctrl-C ends the program without a word until `run` begins: called before the libraries load, which takes seconds."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it
+        signal.signal(signal.SIGINT, leave)
+
+
+def run(main: Callable[[], None], *refused: type[Exception]) -> None:
+    """A command as a program: Ctrl-C is exit status 130 without a traceback, what `refused` names is bad input."""
+    if signal.getsignal(signal.SIGINT) is leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    name = Path(sys.argv[0]).name
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except CannotWrite as error:
+        fail(error, name, 1)
+    except refused as error:
+        fail(error, name)
+
+
+def fail(message: object, command: str = "vpd.py", status: int = 2) -> None:
+    """One line on what was wrong, and the exit status."""
     rank = os.environ.get("RANK", "0")
     process = f"process {rank}: " if rank != "0" else ""
     print(f"{command}: error: {process}{' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 class Parser(argparse.ArgumentParser):

@@ -9,6 +9,11 @@ the highest seed. Steps count rollout batches that were trained on before the me
 is not, is said in tables.py.
 """
 
+from command import quiet
+
+if __name__ == "__main__":
+    quiet()
+
 import io
 import json
 import sys
@@ -20,7 +25,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from command import Parser
+from command import CannotWrite, Parser, run, write
 
 # Okabe and Ito's palette with a line style each: told apart by colour-blind readers and in print. A method looks the
 # same in every figure; a curve that has no look of its own takes a spare one.
@@ -175,8 +180,10 @@ def draw(runs: list[Path], out: Path) -> list[str]:
     looks = {name: STYLES.get(name.lower()) or next(spare) for name in logs}
     panels = [("", measure, list(logs)) for measure in ("avg", "reward", "margin")]
     figure, legend, _ = plot(panels, logs, {name: name for name in logs}, looks, (13, 4.2))
-    figure.savefig(out, dpi=110)
+    picture = io.BytesIO()
+    figure.savefig(picture, format=out.suffix[1:], dpi=110)
     plt.close(figure)
+    write(out, picture.getvalue())
     return legend
 
 
@@ -231,7 +238,7 @@ def draw_study(study: Path, out: Path) -> tuple[list[str], list[str]]:
         plt.close(figure)
     out.mkdir(parents=True, exist_ok=True)
     for file, picture in pictures.items():
-        (out / f"{file}.png").write_bytes(picture.getvalue())
+        write(out / f"{file}.png", picture.getvalue())
     return lines, notes
 
 
@@ -266,6 +273,8 @@ def main(argv: list[str] | None = None) -> None:
             if args.out and args.out.exists() and not args.out.is_dir():
                 parser.error(f"--out {args.out} is a file: the figures of a study go to a folder")
             lines, notes = draw_study(args.study or Path("results/study.json"), args.out or Path("results"))
+    except CannotWrite:
+        raise
     except (ValueError, OSError) as error:
         parser.error(str(error))
     for note in notes:
@@ -275,4 +284,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

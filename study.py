@@ -9,6 +9,11 @@ A run is `python vpd.py FLAGS --seed N --out DIR`, then `python evaluate.py --ru
 which changes nothing but the time. A run that was stopped starts again, one that is finished stays.
 """
 
+import command
+
+if __name__ == "__main__":
+    command.quiet()
+
 import contextlib
 import json
 import os
@@ -27,7 +32,6 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from command import Parser
 from figures import load
 
 HERE = Path(__file__).parent
@@ -409,9 +413,7 @@ def write(path: Path, content: dict) -> None:
     """JSON with a line for each series, whole or not at all."""
     text = json.dumps(content, indent=1, ensure_ascii=False)
     text = re.sub(r"\[\n[^\[\]{}\"]*\]", lambda found: "".join(found[0].split()), text)
-    part = path.with_name("part-" + path.name)
-    part.write_text(text + "\n")
-    part.rename(path)
+    command.write(path, text + "\n")
 
 
 # ---- Tables --------------------------------------------------------------------------------------------------
@@ -607,7 +609,7 @@ def replaced(text: str, marks: tuple[str, str], lines: list[str]) -> str:
 def report(results: Path, readme: Path) -> None:
     """Writes results/README.md, and what stands in the README between its marks, from study.json and tuning.json."""
     for path, text in texts(results, readme).items():
-        path.write_text(text)
+        command.write(path, text)
 
 
 def texts(results: Path, readme: Path) -> dict[Path, str]:
@@ -650,7 +652,7 @@ def _texts(known: dict, tuned: dict, results: Path, readme: Path) -> dict[Path, 
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser("study.py", "The study on the toy tasks.")
+    parser = command.Parser("study.py", "The study on the toy tasks.")
     parser.add_argument("--only", nargs="*", default=[""], help="rows whose name starts with one of these")
     parser.add_argument("--seeds", type=int, default=5, help="seeds 1 to this")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
@@ -664,6 +666,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(
             f"--only {' '.join(args.only)}: no row starts like this; there are {', '.join(GRID if args.tune else ROWS)}"
         )
+    if args.tune and args.tables:
+        parser.error("--tune makes runs and --tables none: give one of them")
     if args.seeds < 1 or args.jobs < 1 or not args.results.is_dir():
         parser.error("--seeds and --jobs must be at least 1, and --results a folder that is there")
     try:
@@ -709,4 +713,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import bench  # noqa: E402
+import command  # noqa: E402
 import head  # noqa: E402
 from sandbox import Result  # noqa: E402
 
@@ -130,6 +131,9 @@ def test_the_command_prints_a_line_a_case_and_writes_json(tmp_path, capsys, monk
     bench.main(["--only", "head", "--out", str(tmp_path / "figures.json")])
     assert capsys.readouterr().out.split() == ["head", "a", "cpu_seconds", "1.235"]
     assert json.loads((tmp_path / "figures.json").read_text()) == {"head": [{"case": "a", "cpu_seconds": 1.23456}]}
+    with pytest.raises(command.CannotWrite, match="^/dev/full cannot be written: No space left on device$"):
+        bench.main(["--only", "head", "--out", "/dev/full"])
+    assert capsys.readouterr().out.split() == ["head", "a", "cpu_seconds", "1.235"]  # which is not lost
     if not torch.cuda.is_available():
         bench.main(["--only", "gpu"])
         assert "no CUDA device" in capsys.readouterr().out

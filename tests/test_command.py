@@ -1,7 +1,12 @@
-"""command.py: what was wrong is one line on stderr with the command's name, and exit status 2, for every command."""
+"""command.py: what was wrong is one line on stderr with the command's name, and exit status 2, for every command; files are
+written whole; Ctrl-C is quiet."""
 
+import errno
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -45,3 +50,120 @@ def test_a_message_of_several_lines_is_told_in_one_and_a_further_process_says_wh
 def test_what_draws_and_tabulates_needs_no_torch(name):
     code = f"import {name}, sys; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+# ---- Files -------------------------------------------------------------------------------------------------------
+
+
+def full(self, content):
+    """Path.write_bytes on a disk that takes two bytes more."""
+    with self.open("wb") as file:
+        file.write(content[:2])
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_leaves_the_earlier_file_whole_and_nothing_else(tmp_path, monkeypatch):
+    old, new = tmp_path / "old.txt", tmp_path / "new.png"
+    command.write(old, "as it was")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    for path, content in ((old, "another"), (new, b"another")):
+        with pytest.raises(command.CannotWrite) as error:
+            command.write(path, content)
+        assert str(error.value) == f"{path} cannot be written: No space left on device"
+    assert old.read_text() == "as it was" and list(tmp_path.iterdir()) == [old]
+
+
+def test_text_and_bytes_replace_what_was_there(tmp_path):
+    for content in ("é", b"\x00", "short"):
+        command.write(tmp_path / "x", content)
+        assert (tmp_path / "x").read_bytes() == (content.encode() if isinstance(content, str) else content)
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_links_and_pipes_stay_what_they_are(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    os.mkfifo(tmp_path / "pipe")
+    command.write(tmp_path / "link", "through it")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    command.write(tmp_path / "pipe", "down it")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "through it"
+    assert (tmp_path / "pipe").is_fifo() and os.read(reader, 9) == b"down it"
+    os.close(reader)
+
+
+# ---- How a command ends ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error, refused, status, said",
+    [(KeyboardInterrupt(), (), 130, ""), (command.CannotWrite("x: no space"), (), 1, "c.py: error: x: no space\n"),
+     (KeyError("a"), (KeyError,), 2, "c.py: error: 'a'\n")],
+)  # fmt: skip
+def test_what_ends_a_command_is_its_exit_status_and_at_most_a_line(error, refused, status, said, monkeypatch, capsys):
+    def main():
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["/some/where/c.py"])
+    with pytest.raises(SystemExit) as stop:
+        command.run(main, *refused)
+    assert stop.value.code == status and capsys.readouterr().err == said
+    if refused:
+        with pytest.raises(KeyError):
+            command.run(main)
+
+
+INTERRUPTED = """
+import command, time
+command.quiet()
+try:
+    print("loading", flush=True)
+    {}
+except KeyboardInterrupt:  # as a library may
+    print("went on")
+def main():
+    try:
+        print("running", flush=True)
+        time.sleep(60)
+    finally:
+        print("cleaned up", flush=True)
+command.run(main)
+"""
+
+
+@pytest.mark.parametrize("loads, at, printed", [("time.sleep(60)", "loading", ""), ("pass", "running", "cleaned up\n")])
+def test_ctrl_c_is_130_and_no_traceback_while_libraries_load_and_afterwards(loads, at, printed):
+    code = [sys.executable, "-c", INTERRUPTED.format(loads)]
+    program = subprocess.Popen(code, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while program.stdout.readline().strip() != at:
+        assert program.poll() is None
+    time.sleep(0.2)
+    program.send_signal(signal.SIGINT)
+    out, error = program.communicate(timeout=30)
+    assert (program.returncode, out, error) == (130, printed, "")
+
+
+def test_an_interrupt_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        command.quiet()
+        command.run(lambda: None)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("name", ["bench", "evaluate", "figures", "study", "toy"])
+def test_ctrl_c_while_a_command_loads_is_quiet(name):
+    """The library that is the first to load interrupts, as a hand would."""
+    code = f"""
+import importlib.abc, os, runpy, signal, sys
+class Interrupts(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name in ("torch", "numpy", "matplotlib", "tokenizers"):
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupts())
+sys.argv = ["{name}.py"]
+runpy.run_path("{name}.py", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

@@ -3,13 +3,16 @@
 import json
 from dataclasses import asdict
 from math import sqrt
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import command
 import figures
 import tables
 import settings
+from test_command import full
 
 
 def run(folder, method, seed, rewards, margins=None, **settings):
@@ -104,6 +107,23 @@ def test_a_picture_that_cannot_be_written_is_one_line_and_exit_2(out, reason, tm
     one = run(tmp_path / "a", "vpd", 1, [0.1])
     assert_refused([one, "--out", tmp_path / out], reason, capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["a"] and not tmp_path.with_suffix(".png").exists()
+
+
+def test_curves_and_figures_stay_whole_on_a_full_disk(tmp_path, monkeypatch):
+    one = run(tmp_path / "a", "vpd", 1, [0.1])
+    path = study(tmp_path, {"trace/vpd": [study_run([0.1, 0.2])]})
+    (tmp_path / "x.png").write_bytes(b"old"), (tmp_path / "progress.png").write_bytes(b"old")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    for argv, file in (
+        ([one, "--out", tmp_path / "x.png"], "x.png"),
+        (["--study", path, "--out", tmp_path], "progress.png"),
+    ):
+        with pytest.raises(
+            command.CannotWrite, match=f"^{tmp_path / file} cannot be written: No space left on device$"
+        ):
+            figures.main([str(word) for word in argv])
+        assert (tmp_path / file).read_bytes() == b"old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "progress.png", "study.json", "x.png"]
 
 
 def test_a_picture_without_an_ending_is_named_as_it_is_written(tmp_path, capsys):

@@ -14,6 +14,7 @@ import pytest
 
 import study
 import settings
+from test_command import full
 
 ROOT = Path(__file__).parent.parent
 
@@ -263,7 +264,8 @@ def test_finished_runs_stay_stopped_ones_start_again_and_a_failure_is_told(tmp_p
 @pytest.mark.parametrize(
     "argv, words",
     [(["--only", "chess"], "--only chess: no row starts like this"), (["--seeds", "0"], "--seeds"), (["--jobs", "0"], "--jobs"),
-     (["--results", "no/such/folder"], "--results"), (["--cores", "2"], "--cores")],
+     (["--results", "no/such/folder"], "--results"), (["--cores", "2"], "--cores"),
+     (["--tune", "--tables"], "--tune makes runs and --tables none")],
 )  # fmt: skip
 def test_wrong_flags_are_one_line_exit_2_and_nothing_written(argv, words, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -312,6 +314,17 @@ def test_numbers_are_kept_to_what_they_are_good_for_and_a_series_is_a_line(tmp_p
     study.write(tmp_path / "x.json", content)
     assert json.loads((tmp_path / "x.json").read_text()) == content
     assert '"series": [0.5,null,2]' in (tmp_path / "x.json").read_text() and len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_report_stays_whole_on_a_full_disk(tmp_path, monkeypatch):
+    readme = tmp_path / "page.md"
+    readme.write_text("old")
+    monkeypatch.setattr(study, "texts", lambda *_: {readme: "new"})
+    monkeypatch.setattr(study.Path, "write_bytes", full)
+    for doing in (lambda: study.report(tmp_path, readme), lambda: study.write(readme, {"a": 1})):
+        with pytest.raises(study.command.CannotWrite, match=f"^{readme} cannot be written: No space left on device$"):
+            doing()
+    assert readme.read_text() == "old" and list(tmp_path.iterdir()) == [readme]
 
 
 def test_stopping_the_study_stops_its_processes(tmp_path):
