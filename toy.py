@@ -12,6 +12,11 @@ pass rate well above 0 and below 1, reads feedback most of the time, and can lea
 How often a model passes is evaluate.py's to tell; what its teacher makes of feedback stands in a run's log (`teacher_avg`).
 """
 
+from command import quiet
+
+if __name__ == "__main__":
+    quiet()
+
 import functools
 import itertools
 import json
@@ -26,7 +31,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import Olmo3Config, Olmo3ForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import feedback
-from command import Parser
+from command import Parser, fail, run
 from feedback import Context, Templates
 from policy import Policy
 from sandbox import Sandbox
@@ -600,18 +605,25 @@ def main(argv: list[str] | None = None) -> None:
     # What stands in the way of the weights is said before the minutes that they take.
     if args.steps < 0:
         parser.error(f"--steps must be 0 or positive, not {args.steps}")
-    if args.out.exists() and not args.out.is_dir():
-        parser.error(f"--out {args.out} is a file: give the folder for the model")
     try:
-        args.out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        if args.out.exists() and not args.out.is_dir():
+            parser.error(f"--out {args.out} is a file: give the folder for the model")
+        if not args.out.exists():
+            args.out.mkdir(parents=True)
+            args.out.rmdir()
+        elif any(args.out.iterdir()) and not (args.out / "config.json").exists():
+            parser.error(f"--out {args.out} holds no model (no config.json): it will not be replaced")
     except OSError as error:
         parser.error(f"--out {args.out} cannot be made: {error.strerror}")
     torch.set_num_threads(1)
     warmed = warm_start(args.subset, args.steps, args.seed)
-    warmed.save(args.out)
+    try:
+        warmed.save(args.out.resolve())  # `.` has no name to put another beside
+    except OSError as error:
+        fail(f"cannot write {error}", "toy.py", 1)
     size = sum(p.numel() for p in warmed.model.parameters())
     print(f"{args.subset}: {size:,} parameters in {args.out}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

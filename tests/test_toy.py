@@ -466,6 +466,8 @@ def test_a_shipped_model_loads_and_is_small(tokenizer, subset):
     [
         (["--out", __file__], "is a file"),
         (["--out", f"{__file__}/x/y"], "cannot be made"),
+        (["--out", str(Path(__file__).parent)], "holds no model"),
+        (["--out", "/proc/x"], "cannot be made"),
         (["--out", "x", "--steps", "-1"], "--steps"),
     ],
 )
@@ -475,3 +477,31 @@ def test_what_stands_in_the_way_of_a_model_is_said_before_it_is_trained(argv, wo
         toy.main(argv)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("toy.py: error: ") and words in error and error.count("\n") == 1
+
+
+def test_a_model_replaces_an_older_one_or_nothing_and_trying_leaves_nothing(tmp_path, monkeypatch, capsys):
+    (tmp_path / "old").mkdir(), (tmp_path / "empty").mkdir()
+    (tmp_path / "old" / "config.json").touch()
+    before = sorted(path.name for path in tmp_path.iterdir())
+
+    def warm_start(*_):
+        assert sorted(path.name for path in tmp_path.iterdir()) == before
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(toy, "warm_start", warm_start)
+    for name in ("old", "empty", "new"):
+        with pytest.raises(KeyboardInterrupt):  # training began
+            toy.main(["--out", str(tmp_path / name)])
+
+
+def test_weights_that_cannot_be_written_are_one_line_and_exit_1(tmp_path, monkeypatch, capsys, quick):
+    def save(self, folder):
+        raise OSError(f"{folder}: No space left on device")
+
+    monkeypatch.setattr(toy, "warm_start", lambda *_: toy.build_policy("choice"))
+    monkeypatch.setattr(Policy, "save", save)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        toy.main(["--out", "."])
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == f"toy.py: error: cannot write {tmp_path}: No space left on device\n"
