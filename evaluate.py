@@ -10,6 +10,11 @@ unbiased estimator from n samples. Intervals are 95% bootstrap intervals over pr
 for new training runs, whose spread only seeds show.
 """
 
+from command import quiet
+
+if __name__ == "__main__":
+    quiet()
+
 import importlib.util
 import json
 import sys
@@ -28,7 +33,7 @@ from transformers.utils import logging as hf_logging
 import plan
 import tables
 import tasks
-from command import Parser, fail
+from command import CannotWrite, Parser, run, write
 from feedback import student_prompt
 from policy import Policy, World
 from rollout import HFSampler, StaleEngine, VLLMSampler, open_sampler, seed_for
@@ -150,6 +155,13 @@ def settings_of(run: Path) -> dict:
     return config
 
 
+def first_weights(run: Path, config: dict) -> str:
+    """The model that a run started from. Its config.json names a folder as it was called where the run was made."""
+    model = config["model"]
+    beside = [run / "base"] if config.get("smoke") else [] if Path(model).is_dir() else [Path(__file__).parent / model]
+    return next((str(folder) for folder in beside if folder.is_dir()), model)
+
+
 def stopped(run: Path, config: dict, task: tasks.Task) -> list[str]:
     """A line for a run that has not done all of its batches, or whose log does not tell."""
     log = run / "log.jsonl"
@@ -165,9 +177,9 @@ def stopped(run: Path, config: dict, task: tasks.Task) -> list[str]:
     return [f"{run} was stopped after {done} of {asked} batches"] if done < asked else []
 
 
-def grade(task: tasks.Task, path: Path, out: Path | None) -> list[str]:
-    """Grades the rows {"id", "response"} of a JSONL file; `out` gets {"id", "reward", "verdict", "feedback"} for each.
-    Returns the lines to print. Raises ValueError with one line for rows that cannot be graded."""
+def grade(task: tasks.Task, path: Path) -> tuple[list[str], list[dict]]:
+    """Grades the rows {"id", "response"} of a JSONL file. Returns the lines to print, and {"id", "reward", "verdict",
+    "feedback"} for each row. Raises ValueError with one line for rows that cannot be graded."""
     problems = {p.id: p for p in task.test}
     if len(problems) < len(task.test):
         twice = next(name for name, count in Counter(p.id for p in task.test).items() if count > 1)
@@ -184,17 +196,15 @@ def grade(task: tasks.Task, path: Path, out: Path | None) -> list[str]:
     by_problem: dict[str, list[int]] = {}
     for row, outcome in zip(rows, outcomes):
         by_problem.setdefault(str(row["id"]), []).append(outcome.reward)
-    if out:
-        keys = ("reward", "verdict", "feedback")
-        graded = ({"id": row["id"], **{key: getattr(o, key) for key in keys}} for row, o in zip(rows, outcomes))
-        out.write_text("".join(json.dumps(row) + "\n" for row in graded))
+    keys = ("reward", "verdict", "feedback")
+    graded = [{"id": row["id"], **{key: getattr(o, key) for key in keys}} for row, o in zip(rows, outcomes)]
     means = np.array([np.mean(rewards) for rewards in by_problem.values()])
     low, high = interval(means)
     verdicts = ", ".join(f"{count} {verdict}" for verdict, count in Counter(o.verdict for o in outcomes).most_common())
     return [
         f"{len(rows)} responses to {len(by_problem)} problems, {len(problems) - len(by_problem)} problems without one: {verdicts}",
         f"mean reward of the answered problems {means.mean():.4f} [{low:.4f}, {high:.4f}]",
-    ]
+    ], graded
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -205,10 +215,10 @@ def main(argv: list[str] | None = None) -> None:
     source.add_argument(
         "--responses", type=Path, help='JSONL of {"id", "response"}, graded without a model; needs --data'
     )
-    parser.add_argument("--task", choices=tasks.TASKS, default="toy")
+    parser.add_argument("--task", choices=tasks.TASKS, help="default toy")
     parser.add_argument("--subset", default="", help="of the task; its first by default")
     parser.add_argument("--data", default="", help="problems in the source's own schema: a file, all of which is used")
-    parser.add_argument("--split", choices=("train", "validation", "test"), default="test")
+    parser.add_argument("--split", choices=("train", "validation", "test"), help="default test")
     parser.add_argument("--n", type=int, help="samples per problem; default 16 for sciknoweval, else 4 (the paper's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--greedy", action="store_true", help="temperature 0 and one sample")
@@ -221,10 +231,19 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
+    given = lambda *flags: [f"--{f}" for f in flags if getattr(args, f) is not parser.get_default(f)]  # noqa: E731
+    if args.run and (unused := given("task", "subset")):
+        parser.error(f"--run goes without {' and '.join(unused)}: a run has its own")
+    if args.responses and (unused := given("n", "greedy", "temperature", "top_p", "max_tokens", "split")):
+        parser.error(f"--responses goes without {' and '.join(unused)}: they are graded as they are")
+    if args.greedy and (args.n not in (None, 1) or args.temperature not in (None, 0)):
+        parser.error("--greedy is one sample at temperature 0: it goes without another --n or --temperature")
+    args.task, args.split = args.task or "toy", args.split or "test"
     try:
         # Of a run its own settings, else the task's preset; flags go over both.
         config = settings_of(args.run) if args.run else asdict(Config()) | PRESETS[args.task] | {"model": args.model}
-        models = {"before": config["model"], "after": str(args.run / "model")} if args.run else {"model": args.model}
+        first = first_weights(args.run, config) if args.run else args.model
+        models = {"before": first, "after": str(args.run / "model")} if args.run else {"model": first}
         out = args.out or (args.run / "evaluation.json" if args.run else None)
         flag_or = lambda flag, name: config[name] if flag is None else flag  # noqa: E731
         n, temperature = flag_or(args.n, "eval_samples"), flag_or(args.temperature, "eval_temperature")
@@ -255,8 +274,11 @@ def main(argv: list[str] | None = None) -> None:
         else:
             task = tasks.load(args.task, args.subset, **({"data": args.data} if args.data else {}))
         if args.responses:
-            print("\n".join([*task.notes, *grade(task, args.responses, out)]))
+            lines, graded = grade(task, args.responses)
+            print("\n".join([*task.notes, *lines]))
             task.close()
+            if out:
+                write(out, "".join(json.dumps(row) + "\n" for row in graded))
             return
         if not torch.cuda.is_available():
             torch.set_num_threads(1)
@@ -264,6 +286,8 @@ def main(argv: list[str] | None = None) -> None:
             plan.read(path)
         world = World.start()
         task.verify = world.shared(task.verify)
+    except CannotWrite:
+        raise
     except (ValueError, OSError) as error:
         parser.error(str(error))
     problems, results = getattr(task, args.split), {}
@@ -301,17 +325,9 @@ def main(argv: list[str] | None = None) -> None:
         print("\n".join(table(name, models[name], results[name], paper)))
     task.close()
     if out and world.rank == 0:
-        try:
-            out.write_text(json.dumps(results["model"] if args.model else results, indent=1) + "\n")
-        except OSError as error:
-            parser.error(f"--out {out} cannot be written: {error.strerror}")
+        write(out, json.dumps(results["model"] if args.model else results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except tasks.BadTask as error:
-        fail(error, "evaluate.py")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run(main, tasks.BadTask)
     World.end()

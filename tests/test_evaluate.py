@@ -14,6 +14,7 @@ import torch
 import evaluate
 import settings
 import tasks
+from command import CannotWrite
 from policy import Policy
 from rollout import HFSampler, Rollout
 from tasks import Outcome, Problem, Task
@@ -117,6 +118,10 @@ def test_command_line_writes_the_same_figures_twice(tmp_path, capsys):
         ),
         (["--model", "toy_models/choice", "--run", "x"], "not allowed with"),
         (["--modle", "x"], "--model"),
+        (["--run", "x", "--task", "toy"], "--run goes without --task: a run has its own"),
+        (["--run", "x", "--task", "lcb", "--subset", "v6"], "--run goes without --task and --subset"),
+        (["--model", "toy_models/choice", "--greedy", "--n", "4"], "--greedy is one sample"),
+        (["--model", "toy_models/choice", "--greedy", "--temperature", "1"], "--greedy is one sample"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(argv, words, capsys):
@@ -298,6 +303,7 @@ def command(monkeypatch):
         ("sciknoweval", [], (16, 0.6, 0.95, 8192)),
         ("sciknoweval", ["--n", 3], (3, 0.6, 0.95, 8192)),
         ("math", ["--greedy"], (1, 0.0, 0.95, 8192)),
+        ("math", ["--greedy", "--n", 1, "--temperature", 0], (1, 0.0, 0.95, 8192)),
         ("lcb", ["--temperature", 0, "--top_p", 0.5, "--max_tokens", 7, "--n", 2], (2, 0.0, 0.5, 7)),
     ],
 )
@@ -370,12 +376,43 @@ def test_a_configuration_that_is_none_is_one_line_that_names_the_file(text, word
     assert stop.value.code == 2 and f"{tmp_path}/config.json" in error and words in error and error.count("\n") == 1
 
 
-def test_figures_that_cannot_be_written_are_one_line(command, capsys):
-    with pytest.raises(SystemExit) as stop:
-        command.run("--model", "m", "--out", "/dev/full")
-    printed = capsys.readouterr()
-    assert stop.value.code == 2 and "avg@4 1.000" in printed.out  # which is not lost
-    assert printed.err == "evaluate.py: error: --out /dev/full cannot be written: No space left on device\n"
+def test_figures_that_cannot_be_written_are_one_line_and_printed(command, tmp_path, capsys, monkeypatch):
+    problem = Problem("biology-0", [], "D")
+    task = Task("t", [], [], [problem], tasks.grade_choices, close=lambda: command.closed.append("t"))
+    monkeypatch.setattr(evaluate.tasks, "read", lambda *_, **__: task)
+    responses = ["--responses", write(tmp_path / "r.jsonl", [GOOD]), "--task", "sciknoweval", "--data", "x"]
+    for argv, figures in (
+        (["--model", "m"], "avg@4 1.000"),
+        (responses, "mean reward of the answered problems 1.0000"),
+    ):
+        with pytest.raises(CannotWrite, match="^/dev/full cannot be written: No space left on device$"):
+            command.run(*argv, "--out", "/dev/full")
+        assert figures in capsys.readouterr().out  # which is not lost
+    assert len(command.closed) == 2
+
+
+def test_first_weights_of_a_run_are_found_from_another_folder(tmp_path, monkeypatch):
+    toy_model, run = {"model": "toy_models/trace"}, tmp_path / "moved"
+    here = str(ROOT / "toy_models" / "trace")
+    monkeypatch.chdir(ROOT)
+    assert evaluate.first_weights(run, toy_model) == "toy_models/trace"  # found, and so called
+    monkeypatch.chdir(tmp_path)
+    assert evaluate.first_weights(run, toy_model) == here
+    assert evaluate.first_weights(run, {"model": "Qwen/Qwen3-8B"}) == "Qwen/Qwen3-8B"
+    (run / "base").mkdir(parents=True)
+    assert evaluate.first_weights(run, toy_model | {"smoke": ""}) == here
+    (tmp_path / "other" / "base").mkdir(parents=True)  # of another run that has the old name now
+    smoke = {"model": "other/base", "smoke": "qwen3"}
+    assert evaluate.first_weights(run, smoke) == str(run / "base")
+    assert evaluate.first_weights(tmp_path / "bare", smoke) == "other/base"
+
+
+def test_a_run_is_evaluated_from_the_weights_that_were_found(command, tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps(RUN | {"model": "toy_models/trace"}))
+    monkeypatch.chdir(tmp_path)
+    command.run("--run", tmp_path)
+    assert [path for path, *_ in command.measured] == [str(ROOT / "toy_models" / "trace"), str(tmp_path / "model")]
 
 
 def test_neither_responses_nor_problems_are_replaced(capsys):
@@ -556,7 +593,13 @@ def test_responses_that_cannot_be_graded_are_one_line_exit_2_and_nothing_written
         (["--task", "toy", "--data", "lcb.jsonl"], "task toy has no files"),
         (["--task", "math", "--data", "math500.jsonl", "--out", "no/such/dir/x.jsonl"], "no/such/dir"),
         (["--task", "math", "--data", "math500.jsonl", "--model", "m"], "--model"),
-        (["--task", "math", "--data", "math500.jsonl", "--split", "train"], "--split"),
+        (["--task", "math", "--data", "math500.jsonl", "--split", "test"], "--responses goes without --split"),
+        (["--task", "math", "--data", "math500.jsonl", "--n", "4", "--greedy"], "goes without --n and --greedy"),
+        (
+            ["--task", "math", "--data", "math500.jsonl", "--temperature", "0", "--top_p", "1"],
+            "--temperature and --top_p",
+        ),
+        (["--task", "math", "--data", "math500.jsonl", "--max_tokens", "9"], "--responses goes without --max_tokens"),
         (["--task", "chess", "--data", "math500.jsonl"], "chess"),
     ],
 )
