@@ -11,7 +11,7 @@ which changes nothing but the time. A run that was stopped starts again, one tha
 
 import command
 
-if __name__ == "__main__":
+if __name__ in ("__main__", "__mp_main__"):  # and in the processes of its runs, which it ends itself
     command.quiet()
 
 import contextlib

@@ -152,8 +152,11 @@ def test_an_interrupt_that_is_ignored_stays_so():
         signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("name", ["bench", "evaluate", "figures", "study", "toy"])
-def test_ctrl_c_while_a_command_loads_is_quiet(name):
+@pytest.mark.parametrize(
+    "name, module",
+    [*((name, "__main__") for name in ("bench", "evaluate", "figures", "study", "toy")), ("study", "__mp_main__")],
+)
+def test_ctrl_c_while_a_command_or_a_process_of_the_study_loads_is_quiet(name, module):
     """The library that is the first to load interrupts, as a hand would."""
     code = f"""
 import importlib.abc, os, runpy, signal, sys
@@ -163,7 +166,7 @@ class Interrupts(importlib.abc.MetaPathFinder):
             os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Interrupts())
 sys.argv = ["{name}.py"]
-runpy.run_path("{name}.py", run_name="__main__")
+runpy.run_path("{name}.py", run_name="{module}")
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
