@@ -6,11 +6,6 @@ cannot do without, the graders, and on a GPU a training step against the card's 
 Each measurement that asks for memory or sets up a device runs in a process of its own.
 """
 
-from command import quiet
-
-if __name__ == "__main__":
-    quiet()
-
 import contextlib
 import io
 import json
@@ -49,11 +44,7 @@ GPU = dict(
 
 def fresh(function: str, **settings):
     """What `function(**settings)` of this file returns in a new process."""
-    code = f"""
-from command import quiet, run
-quiet()
-import bench, json, sys
-run(lambda: print('\\n' + json.dumps(bench.{function}(**json.loads(sys.argv[1])))))"""
+    code = f"import bench, json, sys; print('\\n' + json.dumps(bench.{function}(**json.loads(sys.argv[1]))))"
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps(settings)], cwd=HERE, stdout=subprocess.PIPE, text=True, check=True
     )

@@ -26,7 +26,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from policy import CannotWrite, World
+from command import CannotWrite, write
+from policy import World
 
 KEPT = 2
 
@@ -150,12 +151,7 @@ def cut_log(path: Path, step: int) -> int:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue
-    part = path.with_name("part-" + path.name)
-    try:
-        part.write_text("".join(line + "\n" for line in kept))
-        part.replace(path)
-    except OSError as error:
-        raise CannotWrite(f"{path}: {error.strerror}") from error
+    write(path, "".join(line + "\n" for line in kept))
     return len(lines) - len(kept)
 
 

@@ -6,7 +6,6 @@ Nothing heavy is imported here: figures.py and study.py do without torch.
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,7 +13,7 @@ from pathlib import Path
 
 
 class CannotWrite(OSError):
-    """A file cannot be written; the message names it."""
+    """What cannot be written, and why: "FILE: no space left", say."""
 
 
 def write(path: Path, content: str | bytes) -> None:
@@ -26,34 +25,22 @@ def write(path: Path, content: str | bytes) -> None:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
         part.replace(path)
     except OSError as error:
-        raise CannotWrite(f"{path} cannot be written: {error.strerror}") from None
+        raise CannotWrite(f"{path}: {error.strerror}") from None
     finally:
         if not itself:
             with suppress(OSError):
                 part.unlink()  # there only where something went wrong
 
 
-def leave(*_) -> None:
-    os._exit(130)
-
-
-def quiet() -> None:
-    """Ctrl-C ends the program without a word until `run` begins: called before the libraries load, which takes seconds."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it
-        signal.signal(signal.SIGINT, leave)
-
-
 def run(main: Callable[[], None], *refused: type[Exception]) -> None:
     """A command as a program: Ctrl-C is exit status 130 without a traceback, what `refused` names is bad input."""
-    if signal.getsignal(signal.SIGINT) is leave:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     name = Path(sys.argv[0]).name
     try:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
     except CannotWrite as error:
-        fail(error, name, 1)
+        fail(f"cannot write {error}", name, 1)
     except refused as error:
         fail(error, name)
 

@@ -10,11 +10,6 @@ unbiased estimator from n samples. Intervals are 95% bootstrap intervals over pr
 for new training runs, whose spread only seeds show.
 """
 
-from command import quiet
-
-if __name__ == "__main__":
-    quiet()
-
 import importlib.util
 import json
 import sys

@@ -9,11 +9,6 @@ the highest seed. Steps count rollout batches that were trained on before the me
 is not, is said in tables.py.
 """
 
-from command import quiet
-
-if __name__ == "__main__":
-    quiet()
-
 import io
 import json
 import sys

@@ -27,12 +27,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import head
 import hub
+from command import CannotWrite
 
 Ids = list[int]
-
-
-class CannotWrite(OSError):
-    """A run's directory takes no more."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ import feedback
 import plan
 import tasks
 import toy
-from policy import CannotWrite, Policy, World
+from command import CannotWrite, write
+from policy import Policy, World
 from reviews import Reviews, ServerSilent, reach
 from rollout import StaleEngine, open_sampler, seed_for, weights_of
 from settings import METHODS, Config
@@ -42,12 +43,7 @@ def open_directory(out: Path, overwrite: bool, record: dict) -> None:
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "config.json").exists():
-        try:
-            (out / "part-config.json").write_text(json.dumps(record, indent=1) + "\n")
-            (out / "part-config.json").rename(out / "config.json")  # whole, whenever the run is killed
-        except OSError as error:
-            (out / "part-config.json").unlink(missing_ok=True)
-            raise OSError(f"{out}/config.json cannot be written: {error.strerror}") from error
+        write(out / "config.json", json.dumps(record, indent=1) + "\n")
 
 
 def git_commit() -> str:
@@ -114,7 +110,9 @@ def open_run(cfg: Config, out: Path, world: World) -> tuple:
         )
     positions = getattr(policy.model.config, "max_position_embeddings", None)
     if positions and found.longest > positions:
-        task.notes.append(f"prompt and response may take {found.longest} tokens, and the model was made for {positions}")
+        task.notes.append(
+            f"prompt and response may take {found.longest} tokens, and the model was made for {positions}"
+        )
     if not task.test:
         task.notes.append(f"{task.name} has no test problems: evaluate.py will have nothing to measure after the run")
     if method.teacher and cfg.feedback == "critique" and not all(p.reference for p in fits):
@@ -267,13 +265,6 @@ class Session:
         except OSError as error:
             raise CannotWrite(f"{file.name}: {error.strerror}") from error
 
-    def note(self, path: Path, content: list) -> None:
-        try:
-            path.write_text(json.dumps(content, indent=1) + "\n")
-        except OSError as error:
-            path.unlink(missing_ok=True)
-            raise CannotWrite(f"{path}: {error.strerror}") from error
-
     # ---- Beginning and end of a batch ------------------------------------------------------------------------
 
     def begin(self) -> None:
@@ -287,7 +278,7 @@ class Session:
         elif cfg.eval_every:
             if cfg.teacher_probe and self.record["teacher"]:
                 self.probe = base_failures(cfg, self.policy, self.sampler, self.reviews, self.task)
-                self.policy.world.first(lambda: self.note(probe, self.probe))
+                self.policy.world.first(lambda: write(probe, json.dumps(self.probe, indent=1) + "\n"))
             self.validate(0)
         self.reviews.not_had()  # the first batch counts its own
         quiet = None if self.policy.world.rank == 0 else True

@@ -9,11 +9,6 @@ A run is `python vpd.py FLAGS --seed N --out DIR`, then `python evaluate.py --ru
 which changes nothing but the time. A run that was stopped starts again, one that is finished stays.
 """
 
-import command
-
-if __name__ in ("__main__", "__mp_main__"):  # and in the processes of its runs, which it ends itself
-    command.quiet()
-
 import contextlib
 import json
 import os
@@ -32,6 +27,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
+import command
 from figures import load
 
 HERE = Path(__file__).parent

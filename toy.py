@@ -12,11 +12,6 @@ pass rate well above 0 and below 1, reads feedback most of the time, and can lea
 How often a model passes is evaluate.py's to tell; what its teacher makes of feedback stands in a run's log (`teacher_avg`).
 """
 
-from command import quiet
-
-if __name__ == "__main__":
-    quiet()
-
 import functools
 import itertools
 import json
@@ -31,7 +26,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import Olmo3Config, Olmo3ForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import feedback
-from command import Parser, fail, run
+from command import Parser, run
 from feedback import Context, Templates
 from policy import Policy
 from sandbox import Sandbox
@@ -617,10 +612,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--out {args.out} cannot be made: {error.strerror}")
     torch.set_num_threads(1)
     warmed = warm_start(args.subset, args.steps, args.seed)
-    try:
-        warmed.save(args.out.resolve())  # `.` has no name to put another beside
-    except OSError as error:
-        fail(f"cannot write {error}", "toy.py", 1)
+    warmed.save(args.out.resolve())  # `.` has no name to put another beside
     size = sum(p.numel() for p in warmed.model.parameters())
     print(f"{args.subset}: {size:,} parameters in {args.out}")
 

@@ -50,8 +50,8 @@ import feedback
 import losses
 import plan
 import tasks
-from command import fail
-from policy import CannotWrite, Policy, World, ema_update
+from command import CannotWrite, fail, run
+from policy import Policy, World, ema_update
 from reviews import Reviews, ServerSilent
 from rollout import StaleEngine, seed_for, weights_of
 from session import Clock, Session, mean, open_run, rollout_figures
@@ -430,6 +430,8 @@ def main(argv: list[str] | None = None) -> None:
             plan.show(cfg, METHODS[cfg.method], cfg.model, torch.cuda.device_count() or 1)
             return
         policy, sampler, task, record = open_run(cfg, out, World.start())
+    except CannotWrite as error:
+        fail(f"cannot write {error}", status=1)
     except (ValueError, OSError, ImportError) as error:
         fail(error)
     print(" ".join(f"{f.name}={record[f.name]!r}" for f in fields(cfg)))
@@ -453,8 +455,7 @@ def main(argv: list[str] | None = None) -> None:
     except (checkpoint.Damaged, tasks.BadTask) as error:
         fail(error)
     except CannotWrite as error:
-        print(f"vpd.py: cannot write {error}; {checkpoint.last(out)}", file=sys.stderr)
-        sys.exit(1)
+        fail(f"cannot write {error}; {checkpoint.last(out)}", status=1)
     except (FloatingPointError, StaleEngine, ServerSilent) as error:
         if policy.world.rank == 0:
             print(f"vpd.py: {error}; the log and the last finite weights are in {out}", file=sys.stderr)
@@ -467,8 +468,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:  # before there was anything to keep
-        sys.exit(130)
+    run(main)
     World.end()

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -69,7 +68,7 @@ def test_a_full_disk_leaves_the_earlier_file_whole_and_nothing_else(tmp_path, mo
     for path, content in ((old, "another"), (new, b"another")):
         with pytest.raises(command.CannotWrite) as error:
             command.write(path, content)
-        assert str(error.value) == f"{path} cannot be written: No space left on device"
+        assert str(error.value) == f"{path}: No space left on device"
     assert old.read_text() == "as it was" and list(tmp_path.iterdir()) == [old]
 
 
@@ -96,7 +95,7 @@ def test_links_and_pipes_stay_what_they_are(tmp_path):
 
 @pytest.mark.parametrize(
     "error, refused, status, said",
-    [(KeyboardInterrupt(), (), 130, ""), (command.CannotWrite("x: no space"), (), 1, "c.py: error: x: no space\n"),
+    [(KeyboardInterrupt(), (), 130, ""), (command.CannotWrite("x: no space"), (), 1, "c.py: error: cannot write x: no space\n"),
      (KeyError("a"), (KeyError,), 2, "c.py: error: 'a'\n")],
 )  # fmt: skip
 def test_what_ends_a_command_is_its_exit_status_and_at_most_a_line(error, refused, status, said, monkeypatch, capsys):
@@ -112,61 +111,12 @@ def test_what_ends_a_command_is_its_exit_status_and_at_most_a_line(error, refuse
             command.run(main)
 
 
-INTERRUPTED = """
-import command, time
-command.quiet()
-try:
-    print("loading", flush=True)
-    {}
-except KeyboardInterrupt:  # as a library may
-    print("went on")
-def main():
-    try:
-        print("running", flush=True)
-        time.sleep(60)
-    finally:
-        print("cleaned up", flush=True)
-command.run(main)
-"""
-
-
-@pytest.mark.parametrize("loads, at, printed", [("time.sleep(60)", "loading", ""), ("pass", "running", "cleaned up\n")])
-def test_ctrl_c_is_130_and_no_traceback_while_libraries_load_and_afterwards(loads, at, printed):
-    code = [sys.executable, "-c", INTERRUPTED.format(loads)]
-    program = subprocess.Popen(code, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while program.stdout.readline().strip() != at:
-        assert program.poll() is None
-    time.sleep(0.2)
+def test_ctrl_c_is_130_and_no_traceback():
+    code = "import command, time; command.run(lambda: (print('running', flush=True), time.sleep(60)))"
+    program = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert program.stdout.readline() == "running\n"
     program.send_signal(signal.SIGINT)
     out, error = program.communicate(timeout=30)
-    assert (program.returncode, out, error) == (130, printed, "")
-
-
-def test_an_interrupt_that_is_ignored_stays_so():
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        command.quiet()
-        command.run(lambda: None)
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.parametrize(
-    "name, module",
-    [*((name, "__main__") for name in ("bench", "evaluate", "figures", "study", "toy")), ("study", "__mp_main__")],
-)
-def test_ctrl_c_while_a_command_or_a_process_of_the_study_loads_is_quiet(name, module):
-    """The library that is the first to load interrupts, as a hand would."""
-    code = f"""
-import importlib.abc, os, runpy, signal, sys
-class Interrupts(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name in ("torch", "numpy", "matplotlib", "tokenizers"):
-            os.kill(os.getpid(), signal.SIGINT)
-sys.meta_path.insert(0, Interrupts())
-sys.argv = ["{name}.py"]
-runpy.run_path("{name}.py", run_name="{module}")
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+    assert (program.returncode, out, error) == (130, "", "")

@@ -385,7 +385,7 @@ def test_figures_that_cannot_be_written_are_one_line_and_printed(command, tmp_pa
         (["--model", "m"], "avg@4 1.000"),
         (responses, "mean reward of the answered problems 1.0000"),
     ):
-        with pytest.raises(CannotWrite, match="^/dev/full cannot be written: No space left on device$"):
+        with pytest.raises(CannotWrite, match="^/dev/full: No space left on device$"):
             command.run(*argv, "--out", "/dev/full")
         assert figures in capsys.readouterr().out  # which is not lost
     assert len(command.closed) == 2
