@@ -72,9 +72,16 @@ class World:
 
     @staticmethod
     def end() -> None:
-        """Leaves the group, unless vLLM lives in it: its engine does not outlive the group, and the exit ends both."""
+        """Leaves the group at a program's very end, unless vLLM lives in it: its engine does not outlive the group, and the exit
+        ends both. One of several processes ends here and now: while the interpreter takes itself down, threads of torch's
+        that are still alive abort a process now and then, and torchrun calls a run failed that has done everything."""
         if dist.is_initialized() and "vllm" not in sys.modules:
+            several = dist.get_world_size() > 1
             dist.destroy_process_group()
+            if several:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(0)
 
     def share(self, n: int) -> range:
         """The places in 0..n-1 that are this process's to do; `collect` puts the results back in order."""

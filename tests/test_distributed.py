@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import rollout
 import toy
 import vpd
-from policy import Policy
+from policy import Policy, World
 from reviews import Reviews
 
 torch.set_num_threads(1)
@@ -69,7 +69,7 @@ sys.path[:0] = sys.argv[2:4]
 import test_distributed
 test_distributed.run_all(folder)
 test_distributed.write_facts(folder)
-torch.distributed.destroy_process_group()
+test_distributed.World.end()
 """
 
 
@@ -132,7 +132,6 @@ CHOSEN = [[5, 6, 7, 9], [8], [10, 11]]  # a pass for each, so that one process f
 
 def write_facts(folder: str) -> None:
     """bfloat16 compute and recomputation, as on GPUs: what the weights, a step and the saved model are in."""
-    from policy import World
 
     out, world = Path(folder), World.start()
     policy = Policy.load(str(out / "untied"), world=world, compute=torch.bfloat16, recompute=True)

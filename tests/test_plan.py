@@ -216,7 +216,7 @@ policy.step(optimizer, 1e-3, 1.0)
 found["AdamW's moments"] = size(t for state in optimizer.state.values() for t in state.values())
 if world.rank == 0:
     print("found", json.dumps(found))
-torch.distributed.destroy_process_group()
+World.end()
 """
 
 
