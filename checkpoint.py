@@ -51,7 +51,10 @@ def save(
             shutil.rmtree(left)
         part.mkdir(parents=True)
 
-    world.first(clear)
+    try:
+        world.first(clear)
+    except OSError as error:
+        raise CannotWrite(f"{final}: {error.strerror}") from error
     # An optimizer that has made no step yet has no state: asking for it would make one up, and change the run.
     stepped = [name for name, (_, optimizer) in optimizers.items() if optimizer.state]
     tensors = {f"model.{name}": get_model_state_dict(model) for name, model in models.items()}

@@ -342,6 +342,18 @@ def test_what_comes_between_a_save_is_one_line_and_leaves_no_part(error, tmp_pat
         )
 
 
+def test_a_place_where_no_checkpoint_can_be_made_is_one_line(tmp_path, capsys):
+    out = tmp_path / "run"
+    vpd.main([*SMALL, "--steps", "1", "--checkpoint_every", "0", "--out", str(out)])
+    shutil.rmtree(out / "checkpoints")
+    (out / "checkpoints").write_text("in the way")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        vpd.main(["--out", str(out), "--resume"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 1 and f"cannot write {out}/checkpoints/step-000001: " in said and "Traceback" not in said
+
+
 def test_resume_and_overwrite_together_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         vpd.main([*SMALL, "--out", str(tmp_path / "run"), "--resume", "--overwrite"])
