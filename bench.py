@@ -24,7 +24,7 @@ import head
 import plan
 import tasks
 import vpd
-from command import Parser, run, write
+from command import Parser, check_out, run, write
 from policy import Policy, World
 from sandbox import Sandbox
 from settings import METHODS, Config
@@ -258,9 +258,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--out", type=Path, help="JSON of all figures")
     args = parser.parse_args(argv)
-    if args.out and (args.out.is_dir() or not args.out.parent.is_dir()):
-        reason = "it is a folder" if args.out.is_dir() else f"there is no folder {args.out.parent}"
-        parser.error(f"--out {args.out}: {reason}")
+    if args.out:
+        try:
+            check_out(args.out)
+        except ValueError as error:
+            parser.error(error)
     found = {}
     for section in args.only:
         if section == "gpu" and not torch.cuda.is_available():

@@ -32,6 +32,12 @@ def write(path: Path, content: str | bytes) -> None:
                 part.unlink()  # there only where something went wrong
 
 
+def check_out(out: Path) -> None:
+    """Raises ValueError with one line where --out cannot be a file."""
+    if out.is_dir() or not out.parent.is_dir():
+        raise ValueError(f"--out {out}: {'it is a folder' if out.is_dir() else f'there is no folder {out.parent}'}")
+
+
 def run(main: Callable[[], None], *refused: type[Exception]) -> None:
     """A command as a program: Ctrl-C is exit status 130 without a traceback, what `refused` names is bad input."""
     name = Path(sys.argv[0]).name

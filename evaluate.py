@@ -10,7 +10,6 @@ unbiased estimator from n samples. Intervals are 95% bootstrap intervals over pr
 for new training runs, whose spread only seeds show.
 """
 
-import importlib.util
 import json
 import sys
 from collections import Counter
@@ -28,10 +27,10 @@ from transformers.utils import logging as hf_logging
 import plan
 import tables
 import tasks
-from command import CannotWrite, Parser, run, write
+from command import CannotWrite, Parser, check_out, run, write
 from feedback import student_prompt
 from policy import Policy, World
-from rollout import HFSampler, StaleEngine, VLLMSampler, open_sampler, seed_for
+from rollout import HFSampler, StaleEngine, VLLMSampler, check_sampler, open_sampler, seed_for
 from settings import PRESETS, Config
 
 
@@ -248,11 +247,9 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError("--n and --max_tokens must be at least 1, --temperature at least 0, --top_p in (0, 1]")
         if not 0 < args.engine_memory <= 1:
             raise ValueError(f"--engine_memory must be in (0, 1], not {args.engine_memory}")
-        if args.sampler == "vllm" and importlib.util.find_spec("vllm") is None:
-            raise ValueError("--sampler vllm: vllm is not installed; run.sh installs it where there is an NVIDIA GPU")
-        if out and (not out.parent.is_dir() or out.is_dir()):
-            why = "it is a folder" if out.is_dir() else f"there is no folder {out.parent}"
-            raise ValueError(f"--out {out}: {why}")
+        check_sampler(args.sampler)
+        if out:
+            check_out(out)
         for what, path in (("the responses", args.responses), ("the problems", args.data)):
             if out and path and out.resolve() == Path(path).resolve():
                 raise ValueError(f"--out {out} would replace {what}")

@@ -20,7 +20,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from command import CannotWrite, Parser, run, write
+from command import CannotWrite, Parser, check_out, run, write
 
 # Okabe and Ito's palette with a line style each: told apart by colour-blind readers and in print. A method looks the
 # same in every figure; a curve that has no look of its own takes a spare one.
@@ -145,11 +145,11 @@ def read(run: Path) -> tuple[dict, list[dict]]:
         raise ValueError(f"{path} is no text: {error}") from None
     except ValueError as error:
         raise ValueError(f"{path}, line {number} is cut or no JSON ({error}): --resume of vpd.py mends a log") from None
-    number = lambda value: value is None or isinstance(value, (int, float))  # noqa: E731
+    numeric = lambda value: value is None or isinstance(value, (int, float))  # noqa: E731
     for place, row in enumerate(rows, 1):
         if not isinstance(row, dict) or "kind" not in row or not isinstance(row.get("step"), int):
             raise ValueError(f"{path}, line {place} is no row of a run's log: it has no kind or no step")
-        if wrong := [key for key in MEASURES if not number(row.get(key))]:
+        if wrong := [key for key in MEASURES if not numeric(row.get(key))]:
             raise ValueError(f"{path}, line {place}: {wrong[0]} is no number")
     if not any(row["kind"] in ("train", "eval") for row in rows):
         raise ValueError(f"{path} has no batch and no evaluation yet: there is nothing to draw")
@@ -261,8 +261,7 @@ def main(argv: list[str] | None = None) -> None:
             out = args.out or Path("curves.png")
             if not out.suffix and not out.is_dir():
                 out = out.with_name(f"{out.name}.png")  # as the library names it
-            if out.is_dir() or not out.parent.is_dir():
-                parser.error(f"--out {out}: {'it is a folder' if out.is_dir() else f'there is no folder {out.parent}'}")
+            check_out(out)
             lines, notes = [f"{out}: {', '.join(draw(args.runs, out))}"], []
         else:
             if args.out and args.out.exists() and not args.out.is_dir():

@@ -11,6 +11,8 @@ from pathlib import Path
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every attempt; the outcome is enough
+
 # By name: the hub's client has changed the package that these come from, and some leave them as they are.
 NO_HUB = ("ConnectError", "ConnectTimeout", "ProxyError", "OfflineModeIsEnabled")
 
@@ -18,7 +20,6 @@ NO_HUB = ("ConnectError", "ConnectTimeout", "ProxyError", "OfflineModeIsEnabled"
 def look(path: str) -> None:
     """Raises ValueError with a reason for a model that is neither a folder nor in the cache, where the hub cannot be asked
     for it."""
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every attempt; the outcome is enough
     if not path:
         raise ValueError("the name is empty")
     if Path(path).is_dir():

@@ -7,6 +7,7 @@ rollouts, however the rows were grouped into batches.
 
 import copy
 import hashlib
+import importlib.util
 import os
 import random
 from contextlib import contextmanager
@@ -279,6 +280,12 @@ def weights_of(model, sampler: "HFSampler | VLLMSampler", policy: Policy):
     yield reader
     sampler.sleep()
     sampler.sync(policy)
+
+
+def check_sampler(which: str) -> None:
+    """Raises ValueError with one line for a sampler that is not installed."""
+    if which == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise ValueError("--sampler vllm: vllm is not installed; run.sh installs it where there is an NVIDIA GPU")
 
 
 def open_sampler(which: str, policy: Policy, path: str, longest: int, memory_share: float) -> "HFSampler | VLLMSampler":

@@ -1,7 +1,6 @@
 """What surrounds the loop of vpd.py: opening a run, its directory with the logs, the state on disk, evaluation by the way, the
 end."""
 
-import importlib.util
 import json
 import math
 import os
@@ -28,7 +27,7 @@ import toy
 from command import CannotWrite, write
 from policy import Policy, World
 from reviews import Reviews, ServerSilent, reach
-from rollout import StaleEngine, open_sampler, seed_for, weights_of
+from rollout import StaleEngine, check_sampler, open_sampler, seed_for, weights_of
 from settings import METHODS, Config
 
 
@@ -71,8 +70,7 @@ def open_run(cfg: Config, out: Path, world: World) -> tuple:
         run = f"run `bash run.sh {cfg.task} --smoke` or `bash run.sh toy`"
         here = "name a small model's folder, --model toy_models/trace say" if cfg.task == "own" else run
         raise ValueError(f"--task {cfg.task} with {cfg.model} needs CUDA GPUs: on this machine {here}")
-    if cfg.sampler == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise ValueError("--sampler vllm: vllm is not installed; run.sh installs it where there is an NVIDIA GPU")
+    check_sampler(cfg.sampler)
 
     task = tasks.load(cfg.task, cfg.subset, cfg.data, cfg.train_tests, cfg.since, cfg.until)
     task.verify = world.shared(task.verify)
@@ -101,7 +99,7 @@ def open_run(cfg: Config, out: Path, world: World) -> tuple:
         raise ValueError(f"{task.name} has neither validation nor test problems to watch: --eval_every 0")
     # The longest sequence that is sampled, evaluation's included.
     sampled = [tokens(p) + cfg.max_response_tokens for p in watched] if cfg.eval_every else []
-    found = replace(found, longest=max(found.longest, *sampled) if sampled else found.longest)
+    found = replace(found, longest=max([found.longest, *sampled]))
     plan.refuse(found, cfg)
     if len(fits) < cfg.prompts_per_batch:
         left_out = f" ({dropped} more have prompts over --max_prompt_tokens {cfg.max_prompt_tokens})" if dropped else ""

@@ -14,7 +14,6 @@ import importlib.util
 import io
 import itertools
 import json
-import logging
 import pickle
 import random
 import re
@@ -270,7 +269,6 @@ def _each(source: Iterable[dict], where: str, make: Callable[[dict, str], Any]) 
 
 def _fetch(name: str, get: Callable[[], Any], reason: str = "") -> Any:
     """get(), or one line that says what could not be fetched, and why: for `reason`, if it was known before."""
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every attempt; the outcome is enough
     try:
         return get()
     except Exception as error:  # network, hub, cache and parsing errors share no base

@@ -383,9 +383,8 @@ def train(
                 m_losses.append(loss)
                 d_mean += d
             if teacher is not None:
-                ema_update(
-                    teacher, policy.model, cfg.ema_rate
-                )  # teacher <- (1 - rate) teacher + rate student, once a batch
+                # Once per rollout batch: teacher <- (1 - rate) teacher + rate student.
+                ema_update(teacher, policy.model, cfg.ema_rate)
             clock.lap("m_step")
 
             # ---- 6. Push the weights to the sampler
