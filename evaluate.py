@@ -1,7 +1,7 @@
 """avg@k and pass@k on a task's problems, with bootstrap intervals, for any model folder or hub id; or grades of responses
 that are there already.
 
-    python evaluate.py --model toy_models/trace --task toy --split test --n 4 --out base.json
+    python evaluate.py --model tasks/toy_models/trace --task toy --split test --n 4 --out base.json
     python evaluate.py --run runs/my-run       the weights it started from and those it ended with, same settings
     python evaluate.py --responses answers.jsonl --task math --data math500.jsonl --out grades.jsonl
 
@@ -24,14 +24,14 @@ import torch
 from scipy import stats
 from transformers.utils import logging as hf_logging
 
-import plan
-import tables
+from harness import plan
+from study import tables
 import tasks
-from command import CannotWrite, Parser, check_out, run, write
+from harness.command import CannotWrite, Parser, check_out, run, write
 from feedback import student_prompt
-from policy import Policy, World
+from model.policy import Policy, World
 from rollout import HFSampler, StaleEngine, VLLMSampler, check_sampler, open_sampler, seed_for
-from settings import PRESETS, Config
+from harness.settings import PRESETS, Config
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

@@ -18,8 +18,8 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
-import head
-from policy import Ids, Policy, whole
+from model import head
+from model.policy import Ids, Policy, whole
 
 
 def seed_for(*parts: int | str) -> int:

@@ -45,17 +45,17 @@ import torch
 from scipy import stats
 from transformers.utils import logging as hf_logging
 
-import checkpoint
+from model import checkpoint
 import feedback
 import losses
-import plan
+from harness import plan
 import tasks
-from command import CannotWrite, fail, run
-from policy import Policy, World, ema_update
-from reviews import Reviews, ServerSilent
+from harness.command import CannotWrite, fail, run
+from model.policy import Policy, World, ema_update
+from neighbours.reviews import Reviews, ServerSilent
 from rollout import StaleEngine, seed_for, weights_of
-from session import Clock, Session, mean, open_run, rollout_figures
-from settings import METHODS, Config, check, parse
+from harness.session import Clock, Session, mean, open_run, rollout_figures
+from harness.settings import METHODS, Config, check, parse
 
 # ---- Pieces of a batch ---------------------------------------------------------------------------------------
 

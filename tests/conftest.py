@@ -18,7 +18,7 @@ from transformers import Olmo3Config, Olmo3ForCausalLM, PreTrainedTokenizerFast,
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the sources are one folder up; pytest may start anywhere
 import tasks  # noqa: E402
-import toy  # noqa: E402
+from tasks import tiny  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -42,7 +42,7 @@ FAMILIES = {
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return toy.build_tokenizer()
+    return tiny.build_tokenizer()
 
 
 CHAT = (  # a template that takes system messages and, like Qwen3's, closes the thought when thinking is off

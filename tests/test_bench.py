@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import bench  # noqa: E402
-import command  # noqa: E402
-import head  # noqa: E402
-from sandbox import Result  # noqa: E402
+from study import bench  # noqa: E402
+from harness import command  # noqa: E402
+from model import head  # noqa: E402
+from tasks.sandbox import Result  # noqa: E402
 
 TINY = dict(
     vocab_size=90, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, head_dim=4,

@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-import checkpoint
+from model import checkpoint
 import rollout
-import session
+from harness import session
 import vpd
-from policy import World
+from model.policy import World
 
 torch.set_num_threads(1)
 ROOT, ALONE = Path(__file__).parent.parent, World()

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-import bench
-import command
+from study import bench
+from harness import command
 import evaluate
-import figures
-import settings
-import study
-import toy
+from study import figures
+from harness import settings
+from study import study
+from tasks import toy
 import vpd
 
 ROOT = Path(__file__).parent.parent

@@ -17,10 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 import rollout
-import toy
 import vpd
-from policy import Policy, World
-from reviews import Reviews
+from model.policy import Policy, World
+from neighbours.reviews import Reviews
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
@@ -67,6 +66,7 @@ torch.set_num_threads(1)
 folder = sys.argv[1]
 sys.path[:0] = sys.argv[2:4]
 import test_distributed
+from tasks import tiny
 test_distributed.run_all(folder)
 test_distributed.write_facts(folder)
 test_distributed.World.end()
@@ -161,7 +161,7 @@ def runs(tmp_path_factory, make_model):
     """(folder of one process, folder of two)."""
     base = tmp_path_factory.mktemp("runs")
     one, two = base / "one", base / "two"
-    warm, tokenizer = Policy.load(str(ROOT / "toy_models" / "choice")).model, toy.build_tokenizer()
+    warm, tokenizer = Policy.load(str(ROOT / "tasks" / "toy_models" / "choice")).model, tiny.build_tokenizer()
     for out in (one, two):  # a model that has learnt something, so that outcomes are mixed
         warm.save_pretrained(out / "tied")
         tokenizer.save_pretrained(out / "tied")

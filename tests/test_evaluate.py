@@ -12,17 +12,18 @@ import pytest
 import torch
 
 import evaluate
-import settings
+from harness import settings
 import tasks
-from command import CannotWrite
-from policy import Policy
+from tasks import sciknoweval
+from harness.command import CannotWrite
+from model.policy import Policy
 from rollout import HFSampler, Rollout
 from tasks import Outcome, Problem, Task
 
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
-FIXTURES = ROOT / "tests" / "fixtures"
+FIXTURES = ROOT / "tasks" / "fixtures"
 
 
 def test_pass_at_k_equals_the_average_over_all_subsets_of_size_k():
@@ -74,7 +75,7 @@ def test_a_constant_result_has_an_interval_of_width_zero():
 
 
 def test_measure_pairs_responses_with_their_problems():
-    policy = Policy.load("toy_models/choice")
+    policy = Policy.load("tasks/toy_models/choice")
     problems = [Problem(f"p{i}", [{"role": "user", "content": f"start {i}"}], data=i) for i in range(3)]
     seen = []
 
@@ -92,7 +93,7 @@ def test_measure_pairs_responses_with_their_problems():
 def test_command_line_writes_the_same_figures_twice(tmp_path, capsys):
     results = []
     for name in ("a.json", "b.json"):
-        evaluate.main(["--model", "toy_models/choice", "--subset", "choice", "--n", "1", "--out", str(tmp_path / name)])
+        evaluate.main(["--model", "tasks/toy_models/choice", "--subset", "choice", "--n", "1", "--out", str(tmp_path / name)])
         results.append(json.loads((tmp_path / name).read_text()))
     assert results[0] == results[1]
     assert results[0]["problems"] == len(results[0]["rewards"]) == 64
@@ -103,25 +104,25 @@ def test_command_line_writes_the_same_figures_twice(tmp_path, capsys):
     "argv, words",
     [
         (["--model", "no/such/folder"], "no/such/folder"),
-        (["--model", "toy_models/choice", "--n", "0"], "--n"),
-        (["--model", "toy_models/choice", "--top_p", "0"], "--top_p"),
-        (["--model", "toy_models/choice", "--subset", "chess"], "chess"),
-        (["--model", "toy_models/choice", "--out", "no/such/dir/x.json"], "no/such/dir"),
+        (["--model", "tasks/toy_models/choice", "--n", "0"], "--n"),
+        (["--model", "tasks/toy_models/choice", "--top_p", "0"], "--top_p"),
+        (["--model", "tasks/toy_models/choice", "--subset", "chess"], "chess"),
+        (["--model", "tasks/toy_models/choice", "--out", "no/such/dir/x.json"], "no/such/dir"),
         (["--run", "no/such/run"], "no/such/run"),
-        (["--model", "toy_models/choice", "--temperature", "nan"], "--temperature"),
-        (["--model", "toy_models/choice", "--temperature", "inf"], "--temperature"),
-        (["--model", "toy_models/choice", "--engine_memory", "5"], "--engine_memory must be in (0, 1], not 5"),
+        (["--model", "tasks/toy_models/choice", "--temperature", "nan"], "--temperature"),
+        (["--model", "tasks/toy_models/choice", "--temperature", "inf"], "--temperature"),
+        (["--model", "tasks/toy_models/choice", "--engine_memory", "5"], "--engine_memory must be in (0, 1], not 5"),
         pytest.param(
-            ["--model", "toy_models/choice", "--sampler", "vllm"],
+            ["--model", "tasks/toy_models/choice", "--sampler", "vllm"],
             "vllm is not installed",
             marks=pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="it is"),
         ),
-        (["--model", "toy_models/choice", "--run", "x"], "not allowed with"),
+        (["--model", "tasks/toy_models/choice", "--run", "x"], "not allowed with"),
         (["--modle", "x"], "--model"),
         (["--run", "x", "--task", "toy"], "--run goes without --task: a run has its own"),
         (["--run", "x", "--task", "lcb", "--subset", "v6"], "--run goes without --task and --subset"),
-        (["--model", "toy_models/choice", "--greedy", "--n", "4"], "--greedy is one sample"),
-        (["--model", "toy_models/choice", "--greedy", "--temperature", "1"], "--greedy is one sample"),
+        (["--model", "tasks/toy_models/choice", "--greedy", "--n", "4"], "--greedy is one sample"),
+        (["--model", "tasks/toy_models/choice", "--greedy", "--temperature", "1"], "--greedy is one sample"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(argv, words, capsys):
@@ -213,7 +214,7 @@ def test_measure_counts_where_the_grader_failed_and_has_no_parts_where_there_is_
 
 def test_paper_averages_are_the_means_of_their_domains():
     """A figure typed wrongly would show; the paper's own averages are within a rounding of its columns."""
-    known = json.loads((ROOT / "results" / "paper.json").read_text())["sciknoweval"]
+    known = json.loads((ROOT / "study" / "results" / "paper.json").read_text())["sciknoweval"]
     rows = [(model, method, f) for model, methods in known.items() for method, f in methods.items()]
     assert len(rows) == 31  # 12 + 9 + 7 + 3
     for model, method, figures in rows:
@@ -378,7 +379,7 @@ def test_a_configuration_that_is_none_is_one_line_that_names_the_file(text, word
 
 def test_figures_that_cannot_be_written_are_one_line_and_printed(command, tmp_path, capsys, monkeypatch):
     problem = Problem("biology-0", [], "D")
-    task = Task("t", [], [], [problem], tasks.grade_choices, close=lambda: command.closed.append("t"))
+    task = Task("t", [], [], [problem], sciknoweval.grade_choices, close=lambda: command.closed.append("t"))
     monkeypatch.setattr(evaluate.tasks, "read", lambda *_, **__: task)
     responses = ["--responses", write(tmp_path / "r.jsonl", [GOOD]), "--task", "sciknoweval", "--data", "x"]
     for argv, figures in (
@@ -392,10 +393,10 @@ def test_figures_that_cannot_be_written_are_one_line_and_printed(command, tmp_pa
 
 
 def test_first_weights_of_a_run_are_found_from_another_folder(tmp_path, monkeypatch):
-    toy_model, run = {"model": "toy_models/trace"}, tmp_path / "moved"
-    here = str(ROOT / "toy_models" / "trace")
+    toy_model, run = {"model": "tasks/toy_models/trace"}, tmp_path / "moved"
+    here = str(ROOT / "tasks" / "toy_models" / "trace")
     monkeypatch.chdir(ROOT)
-    assert evaluate.first_weights(run, toy_model) == "toy_models/trace"  # found, and so called
+    assert evaluate.first_weights(run, toy_model) == "tasks/toy_models/trace"  # found, and so called
     monkeypatch.chdir(tmp_path)
     assert evaluate.first_weights(run, toy_model) == here
     assert evaluate.first_weights(run, {"model": "Qwen/Qwen3-8B"}) == "Qwen/Qwen3-8B"
@@ -409,10 +410,10 @@ def test_first_weights_of_a_run_are_found_from_another_folder(tmp_path, monkeypa
 
 def test_a_run_is_evaluated_from_the_weights_that_were_found(command, tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
-    (tmp_path / "config.json").write_text(json.dumps(RUN | {"model": "toy_models/trace"}))
+    (tmp_path / "config.json").write_text(json.dumps(RUN | {"model": "tasks/toy_models/trace"}))
     monkeypatch.chdir(tmp_path)
     command.run("--run", tmp_path)
-    assert [path for path, *_ in command.measured] == [str(ROOT / "toy_models" / "trace"), str(tmp_path / "model")]
+    assert [path for path, *_ in command.measured] == [str(ROOT / "tasks" / "toy_models" / "trace"), str(tmp_path / "model")]
 
 
 def test_neither_responses_nor_problems_are_replaced(capsys):
@@ -529,7 +530,7 @@ def test_grades_without_out_are_printed_and_nothing_is_written(tmp_path, capsys,
 
 def test_task_is_closed_when_its_responses_are_graded(tmp_path, monkeypatch):
     closed = []
-    task = Task("t", [], [], [Problem("p", [], "A")], tasks.grade_choices, close=lambda: closed.append(True))
+    task = Task("t", [], [], [Problem("p", [], "A")], sciknoweval.grade_choices, close=lambda: closed.append(True))
     monkeypatch.setattr(evaluate.tasks, "read", lambda name, path, official: task)
     path = write(tmp_path / "r.jsonl", [{"id": "p", "response": "<answer>A</answer>"}])
     evaluate.main(["--responses", str(path), "--task", "math", "--data", "x"])
@@ -539,7 +540,7 @@ def test_task_is_closed_when_its_responses_are_graded(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("error")  # numpy's, of the mean of nothing
 @pytest.mark.parametrize("problems, words", [([Problem("p", [], "A")], "holds no response"), ([], "holds no problem")])
 def test_nothing_to_grade_is_one_line(problems, words, tmp_path, monkeypatch, capsys):
-    task = Task("t", [], [], problems, tasks.grade_choices)
+    task = Task("t", [], [], problems, sciknoweval.grade_choices)
     monkeypatch.setattr(evaluate.tasks, "read", lambda name, path, official: task)
     monkeypatch.setattr(evaluate.tasks, "rows", lambda path: [])  # a saved data set without rows
     with pytest.raises(SystemExit) as stop:

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import command
-import figures
-import tables
-import settings
+from harness import command
+from study import figures
+from study import tables
+from harness import settings
 from test_command import full
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import head
+from model import head
 import losses
 
 torch.set_num_threads(1)

@@ -8,9 +8,9 @@ import time
 import huggingface_hub
 import pytest
 
-import hub
-import plan
-from policy import Policy
+from harness import hub
+from harness import plan
+from model.policy import Policy
 
 
 waits = []

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, Olmo3Config, Qwen3Con
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import head  # noqa: E402
-import plan  # noqa: E402
-import settings
+from model import head  # noqa: E402
+from harness import plan  # noqa: E402
+from harness import settings
 import vpd  # noqa: E402
 
 GB = 10**9
@@ -200,7 +200,7 @@ sys.path.insert(0, sys.argv[1])
 from types import SimpleNamespace
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, Qwen3Config
-from policy import Policy, World, whole
+from model.policy import Policy, World, whole
 torch.set_num_threads(1)
 world = World.start()
 network = AutoModelForCausalLM.from_config(Qwen3Config(**json.loads(sys.argv[2])))
@@ -242,7 +242,7 @@ sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from types import SimpleNamespace
 from transformers import AutoModelForCausalLM, Qwen3Config
-from policy import Policy
+from model.policy import Policy
 torch.set_num_threads(1)
 network = AutoModelForCausalLM.from_config(Qwen3Config(**json.loads(sys.argv[2])), dtype=torch.bfloat16)
 policy = Policy(network, SimpleNamespace(eos_token_id=2, chat_template=None), recompute=True)

@@ -11,7 +11,7 @@ import pytest
 import evaluate
 import feedback
 import losses
-import settings
+from harness import settings
 import tasks
 import vpd
 
@@ -48,7 +48,7 @@ def test_the_functions_of_the_map_carry_the_equations_that_they_are_listed_under
 
 def test_every_file_flag_word_and_setting_that_the_readme_names_exists():
     for name in set(re.findall(r"`((?:tests/|results/)?[\w-]+\.(?:py|png|json|txt|sh|md))`", README)):
-        places = [ROOT / folder / name for folder in ("", "tests", "results")]
+        places = [ROOT / folder / name for folder in ("", "tests", "study", "study/results", "model", "harness", "tasks", "neighbours")]
         made = {
             "config.json",
             "base_failures.json",
@@ -124,7 +124,7 @@ def test_the_worked_task_is_at_most_40_lines_and_runs(tmp_path, capsys):
     small = ["--prompts_per_batch", "2", "--minibatch_prompts", "2", "--e_minibatch_prompts", "2", "--steps", "1",
              "--max_response_tokens", "8", "--eval_every", "0", "--lr", "1e-3", "--feedback", "environment"]  # fmt: skip
     own = ["--task", "own", "--data", str(tmp_path / "sums.py")]
-    model = ["--model", str(ROOT / "toy_models" / "trace")]
+    model = ["--model", str(ROOT / "tasks" / "toy_models" / "trace")]
     vpd.main([*own, *model, *small, "--out", str(tmp_path / "run")])
     (row,) = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert row["with_context"] > 0 and row["m_grad_norm"] > 0
@@ -163,7 +163,7 @@ def test_a_task_file_that_is_none_is_one_line(text, words, tmp_path, capsys):
                 "--data",
                 str(tmp_path / "mine.py"),
                 "--model",
-                "toy_models/trace",
+                "tasks/toy_models/trace",
                 "--out",
                 str(tmp_path / "run"),
             ]
@@ -176,7 +176,7 @@ def test_a_verifier_that_fails_later_ends_the_run_in_one_line_that_names_its_own
     broken = SUMS.replace("if found[-1] == problem.reference:", "if found[-1] == problem.answer:")
     (tmp_path / "sums.py").write_text(broken)  # an empty answer, which is what it is tried with, has no number
     at = broken[: broken.index("problem.answer")].count("\n") + 1
-    own = ["--task", "own", "--data", str(tmp_path / "sums.py"), "--model", str(ROOT / "toy_models" / "trace")]
+    own = ["--task", "own", "--data", str(tmp_path / "sums.py"), "--model", str(ROOT / "tasks" / "toy_models" / "trace")]
     with pytest.raises(SystemExit) as stop:
         vpd.main([*own, "--max_response_tokens", "8", "--out", str(tmp_path / "run")])
     error = capsys.readouterr().err

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import feedback
-from settings import Config
-from policy import World
-from reviews import FIRST, Reviews, ServedModel, ServerSilent, reach, read_score
+from harness.settings import Config
+from model.policy import World
+from neighbours.reviews import FIRST, Reviews, ServedModel, ServerSilent, reach, read_score
 from tasks import Outcome, Problem
 
 # ---- A served model ----------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from policy import Policy
+from model.policy import Policy
 from rollout import HFSampler, _Draw, seed_for
 
 torch.set_num_threads(1)

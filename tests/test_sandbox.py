@@ -23,7 +23,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # sandbox.py is one folder up; pytest may start anywhere
-import sandbox as S  # noqa: E402
+from tasks import sandbox as S  # noqa: E402
 
 IDENTITY = "def f(x):\n    return x"
 BARE = ("seccomp", "landlock")  # without them programs misbehave as any process can
@@ -734,7 +734,7 @@ def test_the_preamble_names_what_competition_programs_leave_unimported(box, judg
 
 def test_the_module_needs_no_torch():
     subprocess.run(
-        [sys.executable, "-c", "import sandbox, sys; assert 'torch' not in sys.modules"], cwd=ROOT, check=True
+        [sys.executable, "-c", "import tasks.sandbox, sys; assert 'torch' not in sys.modules"], cwd=ROOT, check=True
     )
 
 

@@ -7,18 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
+from model import checkpoint
 import evaluate
 import feedback
 import losses
-import plan
+from harness import plan
 import rollout
-import session
-import settings
+from harness import session
+from harness import settings
 import tasks
 import vpd
-from policy import Policy
-from reviews import Reviews
+from model.policy import Policy
+from neighbours.reviews import Reviews
 from tasks import Outcome
 from test_vpd import read_log, run, weights
 
@@ -110,7 +110,7 @@ def test_an_existing_run_is_refused_and_overwrite_replaces_only_runs(tmp_path, c
             ("--max_prompt_tokens", "3"),
             "0 training problems do not fill a batch of --prompts_per_batch 4 (480 more have",
         ),
-        (("--method", "ovd", "--subset", "trace", "--model", str(ROOT / "toy_models" / "trace")), "no token for 7"),
+        (("--method", "ovd", "--subset", "trace", "--model", str(ROOT / "tasks" / "toy_models" / "trace")), "no token for 7"),
         (("--eval_every", "1", "--max_response_tokens", "90"), "one sequence of 9090 tokens is too long"),
     ],
 )
@@ -204,7 +204,7 @@ def test_a_disk_that_is_full_is_one_line_and_nothing_half_written(what, tmp_path
     elif what == "checkpoint":
         monkeypatch.setattr(checkpoint.dcp, "save", full)
     else:
-        monkeypatch.setattr(type(Policy.load(str(ROOT / "toy_models" / "choice")).model), "save_pretrained", full)
+        monkeypatch.setattr(type(Policy.load(str(ROOT / "tasks" / "toy_models" / "choice")).model), "save_pretrained", full)
     with pytest.raises(SystemExit) as stop:
         run(tmp_path / "run", "--eval_every", "0", steps=1)
     error = capsys.readouterr().err
@@ -242,5 +242,5 @@ def test_five_updates_in_a_row_that_are_not_finite_end_the_run_with_the_weights_
     assert stop.value.code == 1 and "five updates" in capsys.readouterr().err
     rows = read_log(tmp_path / "run")
     assert [row["updates_not_finite"] for row in rows] == [1, 1, 1, 1]
-    before, after = weights(ROOT / "toy_models" / "choice"), weights(tmp_path / "run" / "model")
+    before, after = weights(ROOT / "tasks" / "toy_models" / "choice"), weights(tmp_path / "run" / "model")
     assert all(torch.equal(before[k].double(), after[k].double()) for k in before)

@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-import settings
+from harness import settings
 import vpd
 
 ROOT = Path(__file__).parent.parent
@@ -61,7 +61,7 @@ def test_the_regimes_of_trace_take_its_settings_and_their_own_model():
         for subset, model in (("rare", "trace"), ("often", "trace-often"), ("cold", "trace-cold")):
             other = vars(settings.parse(["--method", method, "--subset", f"trace-{subset}"]))
             differ = {name for name in trace if trace[name] != other[name]}
-            assert other["model"] == f"toy_models/{model}"
+            assert other["model"] == f"tasks/toy_models/{model}"
             assert differ <= {"subset", "model"} | ({"lr", "e_lr"} if subset == "often" else set())  # often has its own
 
 
@@ -168,9 +168,9 @@ def test_a_server_that_is_not_there_is_one_line_exit_2_and_nothing_written(tmp_p
 
 
 def test_ovd_takes_the_toy_model_that_judges_and_any_that_is_asked_for():
-    assert settings.parse(["--method", "ovd"]).model == "toy_models/code-judge"
+    assert settings.parse(["--method", "ovd"]).model == "tasks/toy_models/code-judge"
     assert settings.parse(["--method", "ovd"]).subset == "code-judge"
-    assert settings.parse(["--method", "ovd", "--subset", "trace"]).model == "toy_models/trace"
+    assert settings.parse(["--method", "ovd", "--subset", "trace"]).model == "tasks/toy_models/trace"
     assert settings.parse([]).subset == "trace"
 
 
@@ -180,7 +180,7 @@ def test_a_network_whose_tokenizer_has_no_digits_cannot_judge(tmp_path, capsys):
         unk_token="<unk>",
         eos_token="<eos>",
     )
-    shutil.copytree(ROOT / "toy_models" / "choice", tmp_path / "mute", ignore=lambda *_: ["chat_template.jinja"])
+    shutil.copytree(ROOT / "tasks" / "toy_models" / "choice", tmp_path / "mute", ignore=lambda *_: ["chat_template.jinja"])
     words.save_pretrained(tmp_path / "mute")
     flags = ["--subset", "choice", "--model", str(tmp_path / "mute"), "--out", str(tmp_path / "run")]
     with pytest.raises(SystemExit) as stop:
@@ -214,9 +214,9 @@ def test_a_run_that_lost_its_settings_does_not_go_on_with_others(config, words, 
 
 def test_toy_models_are_found_from_another_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert settings.parse([]).model == str(ROOT / "toy_models" / "trace")
+    assert settings.parse([]).model == str(ROOT / "tasks" / "toy_models" / "trace")
     (tmp_path / "toy_models" / "trace").mkdir(parents=True)
-    assert settings.parse([]).model == "toy_models/trace"
+    assert settings.parse([]).model == "tasks/toy_models/trace"
 
 
 def test_help_says_what_each_setting_is_and_the_presets_value(capsys):

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import study
-import settings
+from study import study
+from harness import settings
 from test_command import full
 
 ROOT = Path(__file__).parent.parent
@@ -206,14 +206,14 @@ def test_the_report_names_seeds_hours_commits_and_commands_and_leaves_the_rest_o
 
 
 def test_the_shipped_tables_are_those_of_the_shipped_figures(tmp_path):
-    known = json.loads((ROOT / "results" / "study.json").read_text())
+    known = json.loads((ROOT / "study" / "results" / "study.json").read_text())
     for name in ("study.json", "tuning.json"):
-        shutil.copy(ROOT / "results" / name, tmp_path)
+        shutil.copy(ROOT / "study" / "results" / name, tmp_path)
     readme = tmp_path / "MAIN.md"
     shutil.copy(ROOT / "README.md", readme)
     study.report(tmp_path, readme)
     assert readme.read_text() == (ROOT / "README.md").read_text()
-    assert (tmp_path / "README.md").read_text() == (ROOT / "results" / "README.md").read_text()
+    assert (tmp_path / "README.md").read_text() == (ROOT / "study" / "results" / "README.md").read_text()
     assert all(row["command"].split()[2:-4] == study.flags_of(name) for name, row in known["rows"].items())
 
 

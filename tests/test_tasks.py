@@ -27,10 +27,10 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tasks.py is one folder up; pytest may start anywhere
-import hub  # noqa: E402
+from harness import hub  # noqa: E402
 import tasks  # noqa: E402
-import toy  # noqa: E402
-from sandbox import Result, Sandbox  # noqa: E402
+from tasks import livecodebench, mathematics, sciknoweval, toy
+from tasks.sandbox import Result, Sandbox  # noqa: E402
 from tasks import Outcome, Problem, Task  # noqa: E402
 
 torch.set_num_threads(1)
@@ -245,7 +245,7 @@ def half(problem: Problem) -> tuple[int, ...]:
 
 
 def private(problem: Problem) -> list[dict]:
-    return tasks._tests(problem.data[0], "private")
+    return livecodebench._tests(problem.data[0], "private")
 
 
 def content(task: Task) -> list:
@@ -547,7 +547,7 @@ def test_where_there_is_no_hub_nothing_is_downloaded_and_the_cache_is_all_that_i
 
 
 def test_lcb_in_the_cache_is_read_without_a_hub(monkeypatch):
-    monkeypatch.setattr(hub, "cached", lambda *asked: asked == (*tasks.LCB_FILE, "dataset"))
+    monkeypatch.setattr(hub, "cached", lambda *asked: asked == (*livecodebench.LCB_FILE, "dataset"))
     monkeypatch.setattr(hub, "unreachable", lambda *_: "no way")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(FIXTURES / "lcb.jsonl"))
     assert len(tasks.load("lcb").test) == 4
@@ -569,10 +569,10 @@ def test_of_several_failures_the_gravest_is_the_verdict(first, second, verdict, 
     """Of two halves, since all but a wrong answer end theirs."""
     task = tasks.read("lcb", str(FIXTURES / "lcb.jsonl"))
     try:
-        problem = next(p for p in task.test if len(tasks._tests(*p.data)) > 1)
+        problem = next(p for p in task.test if len(livecodebench._tests(*p.data)) > 1)
         record, _ = problem.data
-        assert 0 < len(record.train) < len(tasks._tests(*problem.data))  # a file's problems have halves as well
-        own = [tasks._tests(*problem.data)[i] for i in record.train]
+        assert 0 < len(record.train) < len(livecodebench._tests(*problem.data))  # a file's problems have halves as well
+        own = [livecodebench._tests(*problem.data)[i] for i in record.train]
         failed = Result("error", None, "ValueError: no (line 1)")
         monkeypatch.setattr(tasks, "_run_test", lambda *args: (first if args[-1] in own else second, failed))
         (outcome,) = task.verify([problem], ["```python\nprint(1)\n```"])
@@ -910,7 +910,7 @@ def test_lcb_feedback_is_text_that_a_tokenizer_takes(load_lcb, tokenizer):
     ],
 )
 def test_lcb_outputs_are_equal_line_by_line_as_text_or_as_numbers(printed, expected, same):
-    assert tasks.same_output(printed, expected) is same
+    assert livecodebench.same_output(printed, expected) is same
 
 
 @pytest.mark.parametrize(
@@ -926,7 +926,7 @@ def test_lcb_outputs_are_equal_line_by_line_as_text_or_as_numbers(printed, expec
 )
 def test_lcb_hostile_numbers_are_compared_fast(printed, expected, same):
     start = time.monotonic()
-    assert tasks.same_output(printed, expected) is same
+    assert livecodebench.same_output(printed, expected) is same
     assert time.monotonic() - start < 3
 
 
@@ -1028,7 +1028,7 @@ def test_lcb_functions_are_found_with_and_without_their_class(load_lcb):
     ],
 )
 def test_lcb_program_is_the_last_complete_block_for_python(response, code):
-    found = tasks.code_block(response)
+    found = livecodebench.code_block(response)
     assert found is code is None or found.replace("\r\n", "\n") == code.replace("\r\n", "\n")
 
 
@@ -1074,10 +1074,10 @@ def test_lcb_verdicts_on_802_real_programs_agree_with_the_official_checker(monke
     assert set(faults) == CHECKER_FAULTS and agree + len(slow) >= 791 and len(other) <= 2, other
     for triple, outcome in faults.values():
         assert outcome.reward == 1  # we pass what the checker fails, and Python itself agrees:
-        for test in tasks._tests(problems[triple["question_id"]].data[0], "official"):
+        for test in livecodebench._tests(problems[triple["question_id"]].data[0], "official"):
             command = [sys.executable, "-I", "-c", triple["code"]]
             ran = subprocess.run(command, input=test["input"], capture_output=True, text=True, timeout=60, check=True)
-            assert tasks.same_output(ran.stdout, test["output"])
+            assert livecodebench.same_output(ran.stdout, test["output"])
 
 
 # ---- SciKnowEval -------------------------------------------------------------------------------------------------
@@ -1219,7 +1219,7 @@ def test_sciknoweval_finished_splits_are_taken_as_they_stand(tmp_path):
     ],
 )
 def test_sciknoweval_answer_is_exactly_the_letter_in_the_last_answer_tag(response, verdict):
-    (outcome,) = tasks.grade_choices([Problem("p", [], "B")], [response])
+    (outcome,) = sciknoweval.grade_choices([Problem("p", [], "B")], [response])
     assert outcome == Outcome(int(verdict == "correct"), verdict)
 
 
@@ -1322,7 +1322,7 @@ def graded(task: Task, *pairs: tuple[str, str]) -> list[str]:
     ],
 )
 def test_boxed_is_what_stands_in_the_last_box_that_closes(text, found):
-    assert tasks.boxed(text) == found
+    assert mathematics.boxed(text) == found
 
 
 @pytest.mark.parametrize(
@@ -1338,7 +1338,7 @@ def test_boxed_is_what_stands_in_the_last_box_that_closes(text, found):
 )
 def test_boxed_reads_hostile_text_fast(text, found):
     start = time.monotonic()
-    assert tasks.boxed(text) == found
+    assert mathematics.boxed(text) == found
     assert time.monotonic() - start < 2
 
 
@@ -1382,7 +1382,7 @@ def test_boxed_reads_hostile_text_fast(text, found):
     ],
 )
 def test_plain_answers_are_settled_without_algebra(gold, answer, verdict):
-    assert tasks.compare(gold, answer) == verdict
+    assert mathematics.compare(gold, answer) == verdict
 
 
 def test_plain_answers_never_reach_the_sandbox(mathematics, sandboxes):
@@ -1424,7 +1424,7 @@ def test_math_verify_settles_the_rest(mathematics, sandboxes):
 
 @pytest.mark.parametrize("answer", ["10^{10^{10}}", "100000000!", "(" * 90 + "5" + ")" * 90])
 def test_hostile_answer_costs_seconds_at_most_and_the_next_one_is_graded(answer, mathematics, sandboxes):
-    assert tasks.MATH_SECONDS == 2.5
+    assert mathematics.MATH_SECONDS == 2.5
     start = time.monotonic()
     assert graded(mathematics, ("5", answer)) in (["time-out"], ["unreadable"], ["wrong"])
     assert time.monotonic() - start < 4

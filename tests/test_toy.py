@@ -17,11 +17,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # toy.py is one folder up; pytest may start anywhere
 import feedback  # noqa: E402
-import toy  # noqa: E402
-from policy import Policy  # noqa: E402
+from model.policy import Policy  # noqa: E402
 from rollout import HFSampler  # noqa: E402
-from sandbox import Sandbox  # noqa: E402
+from tasks.sandbox import Sandbox  # noqa: E402
 from tasks import Outcome, Problem  # noqa: E402
+from tasks import tiny, toy
+from study import warm_start
 
 torch.set_num_threads(1)
 
@@ -50,7 +51,7 @@ def warm_up():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return toy.build_tokenizer()
+    return tiny.build_tokenizer()
 
 
 def problems(task):
@@ -370,7 +371,7 @@ def test_judged_attempts_fit_the_model_and_a_score_is_one_token_that_a_judge_is_
     judge, rng = toy.CodeJudge(), random.Random(3)
     digits = feedback.digit_tokens(tokenizer)
     for example in (judge.example(rng) for _ in range(1000)):
-        prompt, answer = toy.encode(tokenizer, example)
+        prompt, answer = warm_start.encode(tokenizer, example)
         assert len(prompt) + judge.max_response <= 512 and len(answer) <= judge.max_response
         if "attempt" in example:
             assert answer == [digits[int(example["answer"])], tokenizer.eos_token_id]
@@ -390,7 +391,7 @@ def test_code_judge_has_codes_problems_and_its_own_name(loaded):
 
 def test_the_shipped_judge_tells_its_right_rollouts_from_its_wrong_ones(loaded):
     """0.5 is a judge that cannot tell; it always names a digit."""
-    policy, task = Policy.load(str(Path(toy.__file__).parent / "toy_models" / "code-judge")), loaded["code"]
+    policy, task = Policy.load(str(Path(warm_start.__file__).parent / "toy_models" / "code-judge")), loaded["code"]
     sampler, chosen = HFSampler(policy), task.validation
     prompts = [feedback.student_prompt(policy.tokenizer, p.messages) for p in chosen]
     texts = [policy.decode(roll.tokens) for roll in sampler.sample(prompts, 2, seed=0, max_tokens=48)]
@@ -432,14 +433,14 @@ def quick(monkeypatch, tokenizer):
 
 @every_subset
 def test_examples_fit_the_model_and_answers_fit_the_response_limit(loaded, warm_up, tokenizer, quick, subset):
-    most, limit = toy.build_policy(subset).model.config.max_position_embeddings, toy.SUBSETS[subset].max_response
+    most, limit = warm_start.build_policy(subset).model.config.max_position_embeddings, toy.SUBSETS[subset].max_response
     plain = [{"messages": p.messages, "context": None, "answer": solution(subset, p)} for p in problems(loaded[subset])]
-    for prompt, answer in (toy.encode(tokenizer, example) for example in warm_up[subset][:1000] + plain):
+    for prompt, answer in (warm_start.encode(tokenizer, example) for example in warm_up[subset][:1000] + plain):
         assert len(prompt) + limit <= most and len(answer) <= limit and answer[-1] == tokenizer.eos_token_id
 
 
 def test_warm_start_moves_every_weight_stays_finite_and_repeats_with_its_seed(quick, capsys):
-    first, again, untrained = *(toy.warm_start("choice", 3, seed=4) for _ in range(2)), toy.build_policy("choice", 4)
+    first, again, untrained = *(warm_start.warm_start("choice", 3, seed=4) for _ in range(2)), warm_start.build_policy("choice", 4)
     weights = (policy.model.parameters() for policy in (first, again, untrained))
     for a, b, start in zip(*weights, strict=True):
         assert torch.equal(a, b) and not torch.equal(a, start) and a.isfinite().all()
@@ -449,7 +450,7 @@ def test_warm_start_moves_every_weight_stays_finite_and_repeats_with_its_seed(qu
 
 @pytest.mark.parametrize("subset", [*toy.SUBSETS, "trace-often", "trace-cold", "code-judge"])
 def test_a_shipped_model_loads_and_is_small(tokenizer, subset):
-    folder = Path(toy.__file__).parent / "toy_models" / subset
+    folder = Path(warm_start.__file__).parent / "toy_models" / subset
     if not folder.exists():
         pytest.skip(f"no {folder.name} model shipped")
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 4_000_000
@@ -474,7 +475,7 @@ def test_a_shipped_model_loads_and_is_small(tokenizer, subset):
 def test_what_stands_in_the_way_of_a_model_is_said_before_it_is_trained(argv, words, capsys, monkeypatch):
     monkeypatch.setattr(toy, "warm_start", lambda *_: pytest.fail("training began"))
     with pytest.raises(SystemExit) as stop:
-        toy.main(argv)
+        warm_start.main(argv)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("toy.py: error: ") and words in error and error.count("\n") == 1
 
@@ -491,12 +492,12 @@ def test_a_model_replaces_an_older_one_or_nothing_and_trying_leaves_nothing(tmp_
     monkeypatch.setattr(toy, "warm_start", warm_start)
     for name in ("old", "empty", "new"):
         with pytest.raises(KeyboardInterrupt):  # training began
-            toy.main(["--out", str(tmp_path / name)])
+            warm_start.main(["--out", str(tmp_path / name)])
 
 
 def test_weights_go_to_a_folder_called_by_a_dot_as_well(tmp_path, monkeypatch, quick):
     """The folder is replaced by one of its name, which `.` has not."""
-    monkeypatch.setattr(toy, "warm_start", lambda *_: toy.build_policy("choice"))
+    monkeypatch.setattr(toy, "warm_start", lambda *_: warm_start.build_policy("choice"))
     monkeypatch.chdir(tmp_path)
-    toy.main(["--out", "."])
+    warm_start.main(["--out", "."])
     assert (tmp_path / "config.json").exists()

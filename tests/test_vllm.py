@@ -28,11 +28,11 @@ import evaluate  # noqa: E402
 import feedback  # noqa: E402
 import rollout  # noqa: E402
 import tasks  # noqa: E402
-import toy  # noqa: E402
-import settings
+from tasks import tiny, toy
+from harness import settings
 import vpd  # noqa: E402
-from policy import Policy, World  # noqa: E402
-from reviews import Reviews  # noqa: E402
+from model.policy import Policy, World  # noqa: E402
+from neighbours.reviews import Reviews  # noqa: E402
 from rollout import HFSampler, StaleEngine, VLLMSampler  # noqa: E402
 from test_rollout import nucleus, same  # noqa: E402
 
@@ -370,7 +370,7 @@ def run(tmp_path, monkeypatch):
     import vllm._custom_ops
 
     vllm._custom_ops._supports_onednn = False
-    tokenizer, load = toy.build_tokenizer(), tasks.load
+    tokenizer, load = tiny.build_tokenizer(), tasks.load
     torch.manual_seed(1)
     config = Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, intermediate_size=64, num_attention_heads=2,
@@ -452,7 +452,7 @@ def test_ovds_demonstrations_are_the_teachers_with_the_log_probs_it_drew_them_wi
         "--subset",
         "code-judge",
         "--model",
-        str(ROOT / "toy_models" / "code-judge"),
+        str(ROOT / "tasks" / "toy_models" / "code-judge"),
         "--max_response_tokens",
         "40",
     )
@@ -469,7 +469,7 @@ def test_ovds_demonstrations_are_the_teachers_with_the_log_probs_it_drew_them_wi
 def url(tmp_path):
     """vLLM's own OpenAI-compatible server, with the toy model that judges. Its generation settings would cut a distribution to
     its likeliest token, as those of real models cut it to a few."""
-    model = shutil.copytree(ROOT / "toy_models" / "code-judge", tmp_path / "model")
+    model = shutil.copytree(ROOT / "tasks" / "toy_models" / "code-judge", tmp_path / "model")
     settings_there = json.loads((model / "generation_config.json").read_text()) | {"top_k": 1}
     (model / "generation_config.json").write_text(json.dumps(settings_there))
     with socket.socket() as free:
@@ -494,7 +494,7 @@ def url(tmp_path):
 
 
 def test_a_served_judge_and_a_served_expert_say_what_the_same_weights_say_here(url):
-    policy = Policy.load(str(ROOT / "toy_models" / "code-judge"), micro_batch_tokens=4096)
+    policy = Policy.load(str(ROOT / "tasks" / "toy_models" / "code-judge"), micro_batch_tokens=4096)
     sampler, task = HFSampler(policy), toy.load("code-judge")
     problems = [problem for problem in task.train[:8] for _ in range(4)]
     x = [feedback.student_prompt(policy.tokenizer, problem.messages) for problem in problems]

@@ -14,10 +14,10 @@ import torch
 import feedback
 import losses
 import rollout
-import settings
+from harness import settings
 import tasks
 import vpd
-from reviews import Reviews
+from neighbours.reviews import Reviews
 from tasks import Outcome
 
 torch.set_num_threads(1)
@@ -123,7 +123,7 @@ def test_every_method_trains_and_writes_a_complete_run_directory(method, tmp_pat
         assert method == "vpd" or row["e_loss"] is None
         assert (row["divergence"] is not None) == (method in ("vpd", "sdpo", "joint", "distil"))
         assert row["divergence"] is None or row["divergence"] > 1e-6  # the teacher does see something else
-    before, after = weights(ROOT / "toy_models" / "choice"), weights(tmp_path / "run" / "model")
+    before, after = weights(ROOT / "tasks" / "toy_models" / "choice"), weights(tmp_path / "run" / "model")
     assert any((before[k].double() - after[k].double()).abs().max() > 1e-6 for k in before)
     assert (tmp_path / "run" / "best" / "config.json").exists()
 
@@ -559,7 +559,7 @@ def test_ovd_s_log_is_about_the_students_own_rollouts_and_says_what_the_demonstr
     # 0 twice; 1; 2; 3; 4.99 twice, 5 twice and 5.01 are 5; 7.5 and 8 are 8; 9 twice
     assert row["scores"] == [2, 1, 1, 1, 0, 5, 0, 0, 2, 2] and row["accepted"] == 9 / 16
     assert row["divergence"] is None and row["margin"] is None
-    decode = vpd.Policy.load(str(ROOT / "toy_models" / "choice")).decode
+    decode = vpd.Policy.load(str(ROOT / "tasks" / "toy_models" / "choice")).decode
     for i, sample in enumerate(seen.samples):
         assert sample["score"] == SCORES[i] and sample["response"] == decode(rollouts[i].tokens)
         assert sample["reward"] == own[i]
@@ -648,7 +648,7 @@ def test_demonstrations_are_drawn_by_the_teacher_which_scores_no_token(teacher, 
     )
     seen = judged(tmp_path / "run", monkeypatch, *flags, steps=2)
     cfg = settings.parse([*SMALL, *OVD, *flags])
-    policy, task = vpd.Policy.load(str(ROOT / "toy_models" / "choice")), tasks.load("toy", "choice")
+    policy, task = vpd.Policy.load(str(ROOT / "tasks" / "toy_models" / "choice")), tasks.load("toy", "choice")
     by_id = {p.id: p for p in task.train}
     told = []
     for step, (own, shown) in enumerate((seen.drawn[:2], seen.drawn[2:])):
@@ -753,7 +753,7 @@ def test_distil_s_loss_with_a_served_expert_is_made_of_the_tokens_it_gave(server
     flags = ("--expert_places", "3", "--temperature", "2", "--seed", "4")
     (row,) = run(tmp_path / "run", *served(server), *flags, steps=1)
     (((prompts, y, told, _), (taken, share)),) = calls
-    tokenizer = vpd.Policy.load(str(ROOT / "toy_models" / "choice")).tokenizer
+    tokenizer = vpd.Policy.load(str(ROOT / "tasks" / "toy_models" / "choice")).tokenizer
     spelled = {"7": tokenizer("7").input_ids[0], "zig": tokenizer("zig").input_ids[0], "": tokenizer.eos_token_id}
     assert {path for path, _, _ in server.seen} == {"/v1/completions"}
     # One more, before the run began.
@@ -799,7 +799,7 @@ def test_where_the_expert_s_server_goes_down_no_row_takes_part_and_after_three_b
         assert row["left_out"]["expert: the server failed"] == 2 * round(16 * row["with_context"]) > 0
         assert row["left_out"]["m_step: no expert's token"] == 16
         assert row["m_loss"] is None and row["divergence"] is None and row["left_out"]["m_step: whole update"] == 1
-    before, after = weights(ROOT / "toy_models" / "choice"), weights(tmp_path / "run" / "model")
+    before, after = weights(ROOT / "tasks" / "toy_models" / "choice"), weights(tmp_path / "run" / "model")
     assert all(torch.equal(before[k].double(), after[k].double()) for k in before)
     error = capfd.readouterr().err
     assert "expert: BadRequestError" in error and f"the expert at {server.url} has not answered for 3 batches" in error

@@ -26,8 +26,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from command import CannotWrite, write
-from policy import World
+from harness.command import CannotWrite, write
+from model.policy import World
 
 KEPT = 2
 

@@ -7,30 +7,19 @@ choice  recall a table entry, four options given; no environment text, made for 
 In each, the warm-up data hold a belief that is wrong in places ("old firmware", unusual meanings): the model starts with a
 pass rate well above 0 and below 1, reads feedback most of the time, and can learn the rest only by reinforcement.
 
-    python toy.py --subset trace --out toy_models/trace      makes a warm-started model again from nothing
+    python -m study.warm_start --subset trace --out DIR      makes a warm-started model again from nothing
 
 How often a model passes is evaluate.py's to tell; what its teacher makes of feedback stands in a run's log (`teacher_avg`).
 """
 
 import functools
 import itertools
-import json
-import math
 import random
 import re
-import time
-from pathlib import Path
 
-import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import Olmo3Config, Olmo3ForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
-
-import feedback
-from command import Parser, run
 from feedback import Context, Templates
-from policy import Policy
-from sandbox import Sandbox
-from tasks import Outcome, Problem, Task
+from tasks.base import Outcome, Problem, Task
+from tasks.sandbox import Sandbox
 
 # A model of 200,000 parameters reads short headings better than English sentences.
 TEMPLATES = Templates(
@@ -450,16 +439,12 @@ class Choice:
         return Task(name_of(self), problems[:480], problems[480:544], problems[544:], self.verify)
 
 
-# ---- Tokenizer, model and warm start -------------------------------------------------------------------------
+# ---- By name -------------------------------------------------------------------------------------------------
 
 SUBSETS = {"trace": Trace, "code": Code, "choice": Choice}
 EVERY = SUBSETS | {  # and regimes for the study
     "trace-rare": TraceRare, "trace-often": TraceOften, "trace-cold": TraceCold, "code-judge": CodeJudge,
 }  # fmt: skip
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def name_of(task) -> str:
@@ -469,153 +454,3 @@ def name_of(task) -> str:
 
 def load(subset: str) -> Task:
     return EVERY[subset]().load()
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """BPE over the warm-up texts of all three tasks. A digit is always one token, so is a common word."""
-    texts = []
-    for task in (subset() for subset in SUBSETS.values()):
-        rng = random.Random(1)
-        for example in (task.example(rng) for _ in range(2000)):
-            context = example.get("context") or Context("")
-            said = (context.solution, context.feedback, context.critique, example.get("attempt", ""), example["answer"])
-            texts.append("\n".join([example["messages"][0]["content"], *said]))
-    texts += ["user\nassistant\n" + "".join((TEMPLATES.solution, TEMPLATES.feedback, TEMPLATES.critique))] * 2000
-    texts += [TEMPLATES.closing + TEMPLATES.request] * 2000
-    bpe = Tokenizer(models.BPE(unk_token="<|unk|>"))
-    words = pre_tokenizers.Split(Regex(r" ?[A-Za-z]+| ?\d| ?[^\sA-Za-z\d]|\n|\s"), "isolated")
-    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Sequence([words, bytes_]), decoders.ByteLevel()
-    special = ["<|pad|>", "<|im_start|>", "<|im_end|>", "<|unk|>"]
-    # Printable ASCII, space and newline: every further row of the vocabulary would cost time and teach nothing.
-    alphabet = ["Ġ", "Ċ", *map(chr, range(33, 127))]
-    trainer = trainers.BpeTrainer(
-        vocab_size=512, min_frequency=20, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token=special[0], eos_token=special[2], unk_token=special[3]
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
-
-
-def build_policy(subset: str, seed: int = 0) -> Policy:
-    """A Qwen3 of about 0.24M parameters with random weights and the toy tokenizer."""
-    torch.manual_seed(seed)
-    tokenizer, heads = build_tokenizer(), EVERY[subset].heads
-    config = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=4, intermediate_size=192, num_attention_heads=heads,
-        num_key_value_heads=heads, head_dim=64 // heads, max_position_embeddings=1024, tie_word_embeddings=True,
-        initializer_range=0.05, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
-    )  # fmt: skip
-    return Policy(Qwen3ForCausalLM(config), tokenizer, micro_batch_tokens=10**9)
-
-
-# ---- Models for a smoke test -------------------------------------------------------------------------------
-
-FIXTURES = Path(__file__).parent / "tests" / "fixtures"
-CONFIGS = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "olmo3": (Olmo3Config, Olmo3ForCausalLM)}
-
-
-def smoke_model(task: str, family: str, folder: Path) -> None:
-    """Writes a model of the real architecture, 2 layers with random weights, and a tokenizer of single bytes. Whole
-    answers from the task's fixtures are tokens as well: such a model is right now and then, so that every path of a
-    training step is walked."""
-    torch.manual_seed(0)
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(special + alphabet)}, merges=[]))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bpe.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token=special[0], eos_token=special[2], additional_special_tokens=special[1:2]
-    )
-    rows = (FIXTURES / f"{task}_responses.jsonl").read_text().splitlines()
-    tokenizer.add_tokens(list(dict.fromkeys(json.loads(row)["response"] for row in rows)))
-    tokenizer.chat_template = CHAT_TEMPLATE
-    config, network = CONFIGS[family]
-    settings = config(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, intermediate_size=64, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=32768, initializer_range=0.05, pad_token_id=0, eos_token_id=2, bos_token_id=None,
-    )  # fmt: skip
-    Policy(network(settings), tokenizer).save(folder)
-
-
-def encode(tokenizer, example: dict) -> tuple[list[int], list[int]]:
-    """Prompt and answer ids of a warm-up example, through the very functions that training uses."""
-    messages, attempt, context = example["messages"], example.get("attempt"), example.get("context")
-    if "reference" in example:
-        prompt, _ = feedback.critique_prompt(tokenizer, messages, attempt, example["reference"], TEMPLATES, 10**6)
-    elif attempt is not None:
-        prompt, _ = feedback.judge_prompt(tokenizer, messages, attempt, TEMPLATES, 10**6)
-    elif context is not None:
-        prompt, _ = feedback.teacher_prompt(tokenizer, messages, context, TEMPLATES, 10**6)
-    else:
-        prompt = feedback.student_prompt(tokenizer, messages)
-    return prompt, tokenizer(example["answer"]).input_ids + [tokenizer.eos_token_id]
-
-
-def warm_start(subset: str, steps: int = 0, seed: int = 0) -> Policy:
-    """Supervised training on the task's warm-up examples: Muon on the matrices, AdamW on the rest, cosine to 5%."""
-    policy, task, rng = build_policy(subset, seed), EVERY[subset](), random.Random(seed)
-    steps, model = steps or task.steps, policy.model
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01),
-        torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
-    peaks, pool, seen, start = [o.param_groups[0]["lr"] for o in optimizers], [], [], time.time()
-    for step in range(1, steps + 1):
-        if not pool:  # batches of similar length, in random order
-            examples = [encode(policy.tokenizer, task.example(rng, step / steps)) for _ in range(8 * task.batch)]
-            examples.sort(key=lambda e: len(e[0] + e[1]))
-            pool = [examples[i : i + task.batch] for i in range(0, len(examples), task.batch)]
-            rng.shuffle(pool)
-        prompts, answers = zip(*pool.pop())
-        view = policy.view(prompts, answers)
-        loss = view.loss(lambda logp, _: -logp, view.mask / view.mask.sum())[0]
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        share = min(1.0, step / 50) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-        for optimizer, peak in zip(optimizers, peaks):
-            optimizer.param_groups[0]["lr"] = peak * share
-            optimizer.step()
-            optimizer.zero_grad()
-        seen.append(loss.item())
-        if step % 100 == 0 or step == steps:
-            recent = sum(seen[-100:]) / len(seen[-100:])
-            print(f"warm-up step {step}/{steps}  loss {recent:.4f}  {time.time() - start:.0f} s", flush=True)
-    return policy
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = Parser("toy.py", "Warm-start a toy model.")
-    parser.add_argument("--subset", choices=EVERY, default="trace")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=0, help="0: the subset's own number")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    # What stands in the way of the weights is said before the minutes that they take.
-    if args.steps < 0:
-        parser.error(f"--steps must be 0 or positive, not {args.steps}")
-    try:
-        if args.out.exists() and not args.out.is_dir():
-            parser.error(f"--out {args.out} is a file: give the folder for the model")
-        if not args.out.exists():
-            args.out.mkdir(parents=True)
-            args.out.rmdir()
-        elif any(args.out.iterdir()) and not (args.out / "config.json").exists():
-            parser.error(f"--out {args.out} holds no model (no config.json): it will not be replaced")
-    except OSError as error:
-        parser.error(f"--out {args.out} cannot be made: {error.strerror}")
-    torch.set_num_threads(1)
-    warmed = warm_start(args.subset, args.steps, args.seed)
-    warmed.save(args.out.resolve())  # `.` has no name to put another beside
-    size = sum(p.numel() for p in warmed.model.parameters())
-    print(f"{args.subset}: {size:,} parameters in {args.out}")
-
-
-if __name__ == "__main__":
-    run(main)

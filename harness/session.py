@@ -18,17 +18,17 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import checkpoint
+from model import checkpoint
 import evaluate
 import feedback
-import plan
+from harness import plan
 import tasks
-import toy
-from command import CannotWrite, write
-from policy import Policy, World
-from reviews import Reviews, ServerSilent, reach
+from tasks import tiny
+from harness.command import CannotWrite, write
+from model.policy import Policy, World
+from neighbours.reviews import Reviews, ServerSilent, reach
 from rollout import StaleEngine, check_sampler, open_sampler, seed_for, weights_of
-from settings import METHODS, Config
+from harness.settings import METHODS, Config
 
 
 def watch(task: tasks.Task) -> tuple[list, str]:
@@ -47,7 +47,7 @@ def open_directory(out: Path, overwrite: bool, record: dict) -> None:
 
 def git_commit() -> str:
     """The commit of this code, marked when the tree differs from it; "unknown" outside a repository."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     run = lambda *args: subprocess.run(["git", *args], cwd=here, capture_output=True, text=True)  # noqa: E731
     try:
         head = run("rev-parse", "HEAD")
@@ -68,7 +68,7 @@ def open_run(cfg: Config, out: Path, world: World) -> tuple:
         raise ValueError(f"{out} is no run directory (no config.json): --overwrite will not delete it")
     if cfg.task != "toy" and not torch.cuda.is_available() and not cfg.smoke and not Path(cfg.model).is_dir():
         run = f"run `bash run.sh {cfg.task} --smoke` or `bash run.sh toy`"
-        here = "name a small model's folder, --model toy_models/trace say" if cfg.task == "own" else run
+        here = "name a small model's folder, --model tasks/toy_models/trace say" if cfg.task == "own" else run
         raise ValueError(f"--task {cfg.task} with {cfg.model} needs CUDA GPUs: on this machine {here}")
     check_sampler(cfg.sampler)
 
@@ -83,7 +83,7 @@ def open_run(cfg: Config, out: Path, world: World) -> tuple:
         making = cfg.smoke and not (cfg.resume and (out / "base" / "config.json").exists())
         made = world.first(lambda: made)  # one process makes the model, on this machine
         if making:
-            world.first(lambda: toy.smoke_model(cfg.task, cfg.smoke, Path(made)))
+            world.first(lambda: tiny.smoke_model(cfg.task, cfg.smoke, Path(made)))
         path = made if making else cfg.model
         found = plan.show(cfg, method, path, world.size)
         policy = Policy.load(path, getattr(torch, cfg.dtype), micro_batch_tokens=cfg.micro_batch_tokens, world=world)

@@ -1,9 +1,9 @@
-"""The evidence on the toy tasks: every run behind the tables of results/README.md, over seeds, on a CPU.
+"""The evidence on the toy tasks: every run behind the tables of study/results/README.md, over seeds, on a CPU.
 
     bash run.sh study                    all runs that are not in runs/study yet, two at a time; then the tables
     bash run.sh study --only trace-cold  rows whose name starts like this
     bash run.sh study --tune             what was tried before: validation problems, seed 0, which is not reported
-    bash run.sh study --tables           the tables again, from results/study.json
+    bash run.sh study --tables           the tables again, from study/results/study.json
 
 A run is `python vpd.py FLAGS --seed N --out DIR`, then `python evaluate.py --run DIR`; here many of them share a process,
 which changes nothing but the time. A run that was stopped starts again, one that is finished stays.
@@ -27,10 +27,10 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-import command
-from figures import load
+from harness import command
+from study.figures import load
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 README = HERE / "README.md"
 BEYOND = """Verdicts go by Welch's 95% interval over seeds, dozens of them, uncorrected: one in twenty may be chance. It says little where
 some runs collapse and others do not; there see the exact rank test, and the seeds. Not testable here: every figure of real models
@@ -41,7 +41,7 @@ MARKS = ("<!-- written by study.py: begin -->", "<!-- written by study.py: end -
 SUMMARY = ("<!-- written by study.py: summary -->", "<!-- written by study.py: end of summary -->")
 INTRODUCTION = """# The study on the toy tasks
 
-Written by `bash run.sh study`. Every run starts from a model in `toy_models/` and is evaluated with its last weights on 64
+Written by `bash run.sh study`. Every run starts from a model in `tasks/toy_models/` and is evaluated with its last weights on 64
 (code: 70) test problems, 4 samples each, at temperature 1. avg@4 has a 95% t interval over seeds; it says nothing about other
 problems, models or tasks, and knows nothing of a pass rate's ends at 0 and 1. margin: mean of the first and of the last five
 batches that have one (Fig. 1). teacher: pass rate of the teacher on fixed failures of the base model, before and after.
@@ -125,7 +125,7 @@ ROWS = {
 }  # fmt: skip
 
 # What was tried for each method, with the same number of settings for all methods of a subset. trace was tuned earlier, ten
-# settings a method; those figures stand in results/tuning.json as well.
+# settings a method; those figures stand in study/results/tuning.json as well.
 STD = "--divide_by_std"
 KST, TKS, JS = (f"--divergence {kind}" for kind in ("kl_student_teacher", "kl_teacher_student", "js"))
 GRID = {
@@ -304,7 +304,7 @@ def perform(flags: list[str], out: Path, test: bool) -> str:
 
 def finished(out: Path, flags: list[str]) -> bool:
     """Is the run there, with the settings that these flags mean now?"""
-    import settings
+    from harness import settings
 
     if not (out / "done.json").exists():
         return False
@@ -387,7 +387,7 @@ def stored(path: Path, nothing: dict) -> dict:
 
 
 def collect(folder: Path, results: Path, seeds: range) -> dict:
-    """results/study.json with the runs in `folder` in the place of older ones of the same name and seed."""
+    """study/results/study.json with the runs in `folder` in the place of older ones of the same name and seed."""
     path = results / "study.json"
     known = stored(path, {"rows": {}})
     for name, row in ROWS.items():
@@ -603,7 +603,7 @@ def replaced(text: str, marks: tuple[str, str], lines: list[str]) -> str:
 
 
 def report(results: Path, readme: Path) -> None:
-    """Writes results/README.md, and what stands in the README between its marks, from study.json and tuning.json."""
+    """Writes study/results/README.md, and what stands in the README between its marks, from study.json and tuning.json."""
     for path, text in texts(results, readme).items():
         command.write(path, text)
 
@@ -653,9 +653,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=5, help="seeds 1 to this")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--folder", type=Path, default=Path("runs/study"), help="of the run directories")
-    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--results", type=Path, default=Path("study/results"))
     parser.add_argument("--tune", action="store_true", help="the settings tried, seed 0, validation problems")
-    parser.add_argument("--tables", action="store_true", help="no runs: the tables from results/study.json")
+    parser.add_argument("--tables", action="store_true", help="no runs: the tables from study/results/study.json")
     args = parser.parse_args(argv)
     chosen = lambda name: any(name.startswith(start) for start in args.only)  # noqa: E731
     if not any(map(chosen, GRID if args.tune else ROWS)):

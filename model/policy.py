@@ -25,9 +25,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import head
-import hub
-from command import CannotWrite
+from model import head
+from harness import hub
+from harness.command import CannotWrite
 
 Ids = list[int]
 

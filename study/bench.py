@@ -20,16 +20,17 @@ from types import SimpleNamespace
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-import head
-import plan
+from model import head
+from harness import plan
 import tasks
+from tasks import livecodebench
 import vpd
-from command import Parser, check_out, run, write
-from policy import Policy, World
-from sandbox import Sandbox
-from settings import METHODS, Config
+from harness.command import Parser, check_out, run, write
+from model.policy import Policy, World
+from tasks.sandbox import Sandbox
+from harness.settings import METHODS, Config
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 STEPS = dict(flags=["--steps", "3", "--e_step_every", "1"])
 HEAD = dict(tokens=8 * 256, vocabulary=151936, width=256, top_k=20)  # the vocabulary of Qwen3
 GRADER = dict(count=200)
@@ -44,7 +45,7 @@ GPU = dict(
 
 def fresh(function: str, **settings):
     """What `function(**settings)` of this file returns in a new process."""
-    code = f"import bench, json, sys; print('\\n' + json.dumps(bench.{function}(**json.loads(sys.argv[1]))))"
+    code = f"from study import bench; import json, sys; print('\\n' + json.dumps(bench.{function}(**json.loads(sys.argv[1]))))"
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps(settings)], cwd=HERE, stdout=subprocess.PIPE, text=True, check=True
     )
@@ -58,7 +59,7 @@ def steps(flags: list[str]) -> list[dict]:
     """Median seconds of each phase of a step."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        model = ["--model", str(HERE / "toy_models" / "trace")]
+        model = ["--model", str(HERE / "tasks" / "toy_models" / "trace")]
         with contextlib.redirect_stdout(io.StringIO()):
             vpd.main(["--task", "toy", "--eval_every", "0", "--out", str(out), *model, *flags])
         seconds = [json.loads(line)["seconds"] for line in (out / "log.jsonl").read_text().splitlines()]
@@ -133,7 +134,7 @@ def heads(**sizes) -> list[dict]:
 
 def grader(count: int) -> list[dict]:
     """Answers graded per second of wall clock, on all workers."""
-    rows, fixtures = [], HERE / "tests" / "fixtures"
+    rows, fixtures = [], HERE / "tasks" / "fixtures"
 
     def timed(case, grade):
         start = time.perf_counter()
@@ -142,7 +143,7 @@ def grader(count: int) -> list[dict]:
         assert right == count, f"{case}: {right} of {count} came out as they should"
         rows.append({"case": case, "per_second": count / seconds})
 
-    with Sandbox(time_limit=tasks.TIME_LIMIT, memory_mb=2048, preamble=True, packages=True) as box:  # as for lcb
+    with Sandbox(time_limit=livecodebench.TIME_LIMIT, memory_mb=2048, preamble=True, packages=True) as box:  # as for lcb
         call = lambda i: box.call("def f(x):\n    return x + 1", "f", [i]).value == i + 1  # noqa: E731
         script = lambda i: box.run("print(int(input()) + 1)", f"{i}\n").value == f"{i + 1}\n"  # noqa: E731
         box.run_many(call, range(20))  # workers start at their own pace

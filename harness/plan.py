@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import head
-import hub
+from model import head
+from harness import hub
 
 FRAMEWORK = 4.0e9  # assumed: CUDA context, NCCL's buffers, and what the allocator holds but cannot use
 ENGINE = 3.0e9  # assumed: CUDA graphs and activations of an engine awake

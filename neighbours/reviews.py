@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 
 import feedback
-from policy import Ids, Policy
+from model.policy import Ids, Policy
 from rollout import seed_for
 
 

@@ -1,7 +1,7 @@
 """Curves of runs, the paper's figures on the toy tasks, and the paper's tables from evaluated runs.
 
     python figures.py runs/toy-vpd-seed1 runs/toy-vpd-seed2 runs/toy-grpo-seed1 --out curves.png
-    python figures.py                            results/study.json -> results/margin.png, progress.png, cold.png, ...
+    python figures.py                            study/results/study.json -> study/results/margin.png, progress.png, cold.png, ...
     python figures.py --tables runs/*            our figure beside the paper's, for runs that evaluate.py has measured
 
 Runs that differ only in their seed share a colour: the line is the mean over seeds, the band runs from the lowest to
@@ -20,7 +20,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from command import CannotWrite, Parser, check_out, run, write
+from harness.command import CannotWrite, Parser, check_out, run, write
 
 # Okabe and Ito's palette with a line style each: told apart by colour-blind readers and in print. A method looks the
 # same in every figure; a curve that has no look of its own takes a spare one.
@@ -241,7 +241,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser("figures.py", "Curves of runs, the paper's figures, or the paper's tables.")
     parser.add_argument("runs", nargs="*", type=Path, help="run directories; none: the paper's figures from --study")
     parser.add_argument("--out", type=Path, help="file of the curves (curves.png), or folder of the figures (results)")
-    parser.add_argument("--study", type=Path, help="default results/study.json")
+    parser.add_argument("--study", type=Path, help="default study/results/study.json")
     parser.add_argument("--tables", action="store_true", help="print the paper's tables from evaluated runs")
     args = parser.parse_args(argv)
     if args.study and (args.runs or args.tables):
@@ -250,7 +250,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--tables needs runs, and prints: it goes without --out")
     try:
         if args.tables:
-            import tables  # and with it torch, which figures do without
+            from study import tables  # and with it torch, which figures do without
 
             for run in args.runs:
                 expect(run, "config.json", "evaluation.json")
@@ -266,7 +266,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             if args.out and args.out.exists() and not args.out.is_dir():
                 parser.error(f"--out {args.out} is a file: the figures of a study go to a folder")
-            lines, notes = draw_study(args.study or Path("results/study.json"), args.out or Path("results"))
+            lines, notes = draw_study(args.study or Path("study/results/study.json"), args.out or Path("study/results"))
     except CannotWrite:
         raise
     except (ValueError, OSError) as error:

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from settings import METHODS, NOT_OF_THE_RUN, PRESETS, Config
+from harness.settings import METHODS, NOT_OF_THE_RUN, PRESETS, Config
 
 PAPER = json.loads((Path(__file__).parent / "results" / "paper.json").read_text())  # task, model, row, part: percent
 ALL = {
     "Base": "base", "GRPO": "grpo", "SDPO": "sdpo", "SDPO+RL (Adv Reshape)": "reshape",
     "SDPO+RL (Adv Reweight)": "reweight", "SDPO+RL (Joint Loss)": "joint", "VPD": "vpd",
 }  # fmt: skip
-TABLES = [  # title, task, models, rows: label and key in results/paper.json
+TABLES = [  # title, task, models, rows: label and key in study/results/paper.json
     ("Table 1: LiveCodeBench v6, avg@4", "lcb", ["Qwen3-8B"], ALL),
     ("Table 2: SciKnowEval, feedback from siblings, avg@16", "sciknoweval",
      ["Qwen3-1.7B", "Qwen3-8B", "Olmo-3-7B-Instruct"], ALL),
@@ -45,7 +45,7 @@ PROBLEMS = ("data", "since", "until", "train_tests", "smoke")  # the settings th
 
 def match(config: dict, result: dict, when: str) -> tuple[tuple, list[str]]:
     """The row of a measurement of a run's weights, `when` "before" or "after" training: task, model, key in
-    results/paper.json, and whether one model was trained on all domains. And what keeps it out of the row: the settings
+    study/results/paper.json, and whether one model was trained on all domains. And what keeps it out of the row: the settings
     that differ from the nearest one's."""
     task, subset = result["task"].split("/")
     model = config["model"].rstrip("/").split("/")[-1].lower()

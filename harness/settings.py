@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 from transformers import HfArgumentParser
 
 import tasks
-import toy
-from command import fail
+from tasks import tiny, toy
+from harness.command import fail
 from feedback import SOURCES, TEXTS, Templates
 from losses import DIVERGENCES
 
@@ -191,16 +191,16 @@ PRESETS = {
         judge_request=toy.TEMPLATES.judge,
     ),
 }  # fmt: skip
-# Chosen on validation problems, seed 0, with as many settings for each method of a subset (results/README.md). trace-rare and
+# Chosen on validation problems, seed 0, with as many settings for each method of a subset (study/results/README.md). trace-rare and
 # trace-cold keep trace's settings, hybrids are tuned on code alone, and OVD and GRPO on code-judge, whose others are code's.
 TOY_PRESETS = {
-    "trace": {"model": "toy_models/trace"},
-    "code": {"model": "toy_models/code"},
-    "choice": {"model": "toy_models/choice", "feedback": "sibling"},
-    "trace-rare": {"model": "toy_models/trace"},
-    "trace-often": {"model": "toy_models/trace-often"},
-    "trace-cold": {"model": "toy_models/trace-cold"},
-    "code-judge": {"model": "toy_models/code-judge"},
+    "trace": {"model": "tasks/toy_models/trace"},
+    "code": {"model": "tasks/toy_models/code"},
+    "choice": {"model": "tasks/toy_models/choice", "feedback": "sibling"},
+    "trace-rare": {"model": "tasks/toy_models/trace"},
+    "trace-often": {"model": "tasks/toy_models/trace-often"},
+    "trace-cold": {"model": "tasks/toy_models/trace-cold"},
+    "code-judge": {"model": "tasks/toy_models/code-judge"},
     ("trace", "sdpo"): {"divergence": "kl_student_teacher"},
     ("trace", "grpo"): {"lr": 2e-3, "divide_by_std": True},
     ("code", "vpd"): {"lr": 6e-4, "e_lr": 1e-3, "e_step_every": 1},
@@ -269,7 +269,7 @@ def parse(argv: list[str] | None = None) -> Config:
             preset |= TOY_PRESETS.get(key, {})
         preset |= {"subset": subset}
     elif chosen.smoke and chosen.task != "own":
-        preset |= SMOKE | {"data": str(toy.FIXTURES / {"math": ""}.get(chosen.task, f"{chosen.task}.jsonl")),
+        preset |= SMOKE | {"data": str(tiny.FIXTURES / {"math": ""}.get(chosen.task, f"{chosen.task}.jsonl")),
                            "minibatch_prompts": 2 if chosen.task == "lcb" else 4,
                            "subset": "all" if chosen.task == "sciknoweval" else ""}  # fmt: skip
     parser.set_defaults(**preset)
@@ -278,8 +278,8 @@ def parse(argv: list[str] | None = None) -> Config:
         cfg, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
         if unknown:
             parser.error(f"unknown argument {unknown[0]}")
-        if cfg.task == "toy" and not Path(cfg.model).is_dir() and (Path(__file__).parent / cfg.model).is_dir():
-            cfg.model = str(Path(__file__).parent / cfg.model)  # started from another folder
+        if cfg.task == "toy" and not Path(cfg.model).is_dir() and (Path(__file__).parents[1] / cfg.model).is_dir():
+            cfg.model = str(Path(__file__).parents[1] / cfg.model)  # started from another folder
         cfg.out = cfg.out or f"runs/{cfg.task}-{cfg.method}-seed{cfg.seed}"
         cfg.data = str(Path(cfg.data).resolve()) if cfg.data else ""  # evaluation may start from another folder
         return cfg

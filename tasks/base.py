@@ -1,0 +1,163 @@
+"""What a task is: problems with prompts, and a verifier that turns a response into an outcome with a text. And how the rows
+of a data source are read."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from harness import hub
+
+NO_TEXTS = ("environment", "solution_first", "both")  # the feedback sources that want a verifier's text on a failure
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One prompt x. `messages` are chat messages ({"role", "content"}), the last one from the user; `reference` is what
+    a critique may see (never the student); `data` is whatever the task's own verifier needs; `part` names the benchmark
+    or domain that gets a row of its own in the results."""
+
+    id: str
+    messages: list[dict[str, str]]
+    reference: str = ""
+    data: Any = None
+    part: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The verifier's answer on one response: reward r in {0, 1}, a short verdict for the log, and the environment's
+    text on a failure (what was wrong, in words the model can use); empty on a success. The verdict "internal" says that
+    grading itself failed: such a row is no failure of the model and takes no part in training. `columns` are further
+    0-1 results that evaluation reports beside the reward."""
+
+    reward: int
+    verdict: str
+    feedback: str = ""
+    columns: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Task:
+    """Problems and verifier. `verify(problems, responses)` grades one response per problem, in order. `close` releases
+    what the verifier holds (worker processes). Without validation problems a run is watched on the test problems and
+    chooses nothing by them. `lacks`: the feedback sources that the task has not; `notes`: lines for the
+    start of a run."""
+
+    name: str
+    train: list[Problem]
+    validation: list[Problem]
+    test: list[Problem]
+    verify: Callable[[list[Problem], list[str]], list[Outcome]]
+    close: Callable[[], None] = lambda: None
+    lacks: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)
+
+    def splits(self) -> str:
+        train, validation, test = map(len, (self.train, self.validation, self.test))
+        return f"{self.name}: {train} train, {validation} validation, {test} test problems"
+
+class BadTask(ValueError):
+    """A task file's verifier does not do what a verifier does."""
+
+# ---- Reading sources -----------------------------------------------------------------------------------------
+
+SUFFIXES = (".jsonl", ".parquet", ".arrow")  # of a file that may lie in a folder given as --data
+
+
+def rows(path: str | Path) -> Iterable[dict]:
+    """The rows of a JSONL (one object per line, whatever its ending), parquet or arrow file, or of a folder: a data set
+    saved or cached by `datasets`, or files of those kinds."""
+    path = Path(path)
+    if path.is_dir():
+        import datasets
+
+        if (path / "state.json").exists():
+            return datasets.load_from_disk(str(path))
+        files = sorted(f for f in path.iterdir() if f.suffix in SUFFIXES)
+        if not files:
+            raise ValueError(f"{path} holds no .jsonl, .parquet or .arrow file")
+        return (row for file in files for row in rows(file))
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist")
+    if path.suffix in (".parquet", ".arrow"):
+        import datasets
+
+        datasets.disable_progress_bars()
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said here, in one line
+        read = datasets.Dataset.from_parquet if path.suffix == ".parquet" else datasets.Dataset.from_file
+        try:
+            return read(str(path))
+        except Exception as error:  # the library's and pyarrow's errors share no base
+            raise ValueError(f"{path} cannot be read: {one_line(error)}") from None
+    return _json_rows(path)
+
+
+def _json_rows(path: Path) -> Iterator[dict]:
+    number, row = 0, None
+    with path.open(encoding="utf-8-sig") as file:
+        try:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise ValueError(f"{path}, line {number} is no JSON object")
+                    yield row
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is no UTF-8 text: {one_line(error)}") from None
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number} is no JSON: {one_line(error)}") from None
+    if row is None:
+        raise ValueError(f"{path} is empty: it holds no row")
+
+
+def each(source: Iterable[dict], where: str, make: Callable[[dict, str], Any]) -> list:
+    """make(row, "FILE, row 3") for every row; whatever a row of another schema makes of it is one clear line."""
+    made, at = [], where
+    try:
+        for number, row in enumerate(source, 1):
+            at = f"{where}, row {number}"
+            made.append(make(row, at))
+    except (TypeError, AttributeError, KeyError, IndexError, RecursionError) as error:
+        raise ValueError(f"{at} is not in the schema of the source ({one_line(error)})") from error
+    return made
+
+
+def fetch(name: str, get: Callable[[], Any], reason: str = "") -> Any:
+    """get(), or one line that says what could not be fetched, and why: for `reason`, if it was known before."""
+    try:
+        return get()
+    except Exception as error:  # network, hub, cache and parsing errors share no base
+        raise ValueError(
+            f"{name} cannot be fetched ({reason or one_line(error)}): give a local copy with --data"
+        ) from None
+
+
+def hub_rows(repo: str, split: str) -> Iterable[dict]:
+    import datasets
+    import huggingface_hub
+
+    reason = hub.unreachable(repo, "README.md", "dataset")
+    places = (huggingface_hub.constants, datasets.config)
+    before = [place.HF_HUB_OFFLINE for place in places]
+    try:
+        for place in places if reason else ():
+            # A library that knows that it is offline reads what is in its cache, or says at once that it is not there.
+            place.HF_HUB_OFFLINE = True
+        return fetch(repo, lambda: datasets.load_dataset(repo, split=split), reason)
+    finally:
+        for place, was in zip(places, before):
+            place.HF_HUB_OFFLINE = was
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def get(row: dict, where: str, *names: str) -> Any:
+    """The first of the columns that is there. Raises ValueError when none is."""
+    for name in names:
+        if row.get(name) is not None:
+            return row[name]
+    raise ValueError(f"{where}: column {' or '.join(names)} is missing")

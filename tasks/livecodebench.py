@@ -1,0 +1,303 @@
+"""LiveCodeBench v6: programs run against tests; the feedback is what went wrong."""
+
+import base64
+import datetime
+import io
+import json
+import pickle
+import random
+import re
+import textwrap
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from functools import lru_cache
+
+from harness import hub
+from tasks.base import Outcome, Problem, Task, each, fetch, get, one_line, rows
+from tasks.sandbox import Result, Sandbox, loads
+
+# ---- LiveCodeBench -------------------------------------------------------------------------------------------
+
+LCB_FILE = ("livecodebench/code_generation_lite", "test6.jsonl")  # the v6 increment: 175 problems, 134 MB
+TIME_LIMIT = 6.0  # seconds per test, the official checker's
+FEEDBACK_CHARS = 2000
+MAX_TESTS_BYTES = 1 << 30  # of one problem, decompressed
+# Of several failures the first by this order is the verdict.
+RANKS = {"internal": 0, "error": 1, "memory": 1, "output limit": 1, "time-out": 2, "wrong answer": 3}
+STDIN_FORMAT = (
+    "{question}\n\nWrite a Python 3 program that reads the input from standard input and prints the answer to standard "
+    "output. Give the whole program in one ```python code block at the end of your answer."
+)
+FUNCTION_FORMAT = (
+    "{question}\n\nSolve it by completing this Python 3 code, with the names as they are:\n\n```python\n{starter}\n```\n\n"
+    "Give the whole code in one ```python code block at the end of your answer."
+)
+
+
+@dataclass(eq=False)
+class _Record:
+    """One problem of LiveCodeBench. Its tests weigh megabytes, so they stay as they came until somebody grades."""
+
+    id: str
+    question: str
+    starter: str
+    function: str  # "" for a program that reads standard input
+    public: str
+    private: str
+    train: tuple[int, ...] = ()  # of the private tests, those that give reward and feedback in training, by position
+
+
+class _StringUnpickler(pickle.Unpickler):
+    """A pickle can call anything; this one may only hold plain values."""
+
+    def find_class(self, module: str, name: str):
+        raise pickle.UnpicklingError(f"the pickle asks for {module}.{name}")
+
+
+def _unpacked(text: str) -> str:
+    """The JSON in base64 of zlib of a pickled string."""
+    unpacker = zlib.decompressobj()
+    raw = unpacker.decompress(base64.b64decode(text, validate=True), MAX_TESTS_BYTES)
+    if not unpacker.eof:
+        raise ValueError("the compressed tests are cut short or too long")
+    text = _StringUnpickler(io.BytesIO(raw)).load()
+    if not isinstance(text, str):
+        raise ValueError(f"the pickle holds {type(text).__name__}, not str")
+    return text
+
+
+@lru_cache(maxsize=128)  # both kinds for the problems of a batch
+def _decoded(record: _Record, kind: str) -> list[dict]:
+    """The "public" or "private" tests: JSON, as it is or packed. Raises ValueError naming the problem for others."""
+    text = getattr(record, kind)
+    try:
+        try:
+            tests = json.loads(text)
+        except ValueError:
+            tests = json.loads(_unpacked(text))
+        if not isinstance(tests, list):
+            raise ValueError(f"the tests are {type(tests).__name__}, not a list")
+        if not all(isinstance(test[key], str) for test in tests for key in ("input", "output")):
+            raise ValueError("a test's input or output is no text")
+    except Exception as error:  # whatever a damaged blob makes of base64, zlib, pickle and json
+        raise ValueError(f"lcb problem {record.id}: its tests cannot be decoded ({one_line(error)})") from None
+    return tests
+
+
+def _tests(record: _Record, use: str) -> list[dict]:
+    """The tests of a use (see `_problem`): public ones, private ones (the public ones of a record that has none), or
+    both."""
+    public = _decoded(record, "public") if use in ("public", "official") else []
+    private = _decoded(record, "private") if use != "public" else []
+    return public + private or _decoded(record, "public")
+
+
+def _record(row: dict, where: str, use: str) -> _Record:
+    """Decodes the tests of `use` (see `_problem`) once, so that a damaged one is found before training, and chooses
+    the half that trains, seeded by the problem's name, where private ones alone are used."""
+    name = str(get(row, where, "question_id"))
+    try:
+        function = json.loads(row.get("metadata") or "{}").get("func_name") or ""
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"lcb problem {name}: its metadata cannot be read ({one_line(error)})") from None
+    question, starter = get(row, where, "question_content"), row.get("starter_code") or ""
+    public, private = get(row, where, "public_test_cases"), row.get("private_test_cases") or "[]"
+    if not all(isinstance(text, str) for text in (question, starter, function, public, private)):
+        raise ValueError(f"lcb problem {name}: every column of the source is text")
+    record = _Record(name, question, starter, function, public, private)
+    tests = _tests(record, use)
+    if not tests:
+        raise ValueError(f"lcb problem {name}: it has no {'public tests' if use == 'public' else 'tests'}")
+    try:
+        for test in tests if function else ():
+            loads(test["output"])
+            _arguments(test["input"])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"lcb problem {name}: a test of a function is no JSON ({one_line(error)})") from None
+    if use in ("train", "all"):
+        half = random.Random(f"0/{name}").sample(range(len(tests)), max(1, len(tests) // 2))
+        record.train = tuple(sorted(half))
+    return record
+
+
+def _problem(record: _Record, use: str) -> Problem:
+    """use: the tests that grade it. "train" is the half, "all" the private tests, "public" the public ones, "official"
+    public and private ones together, as the official checker has it."""
+    template = FUNCTION_FORMAT if record.function else STDIN_FORMAT
+    text = template.replace("{starter}", record.starter.rstrip()).replace("{question}", record.question.strip())
+    return Problem(record.id, [{"role": "user", "content": text}], data=(record, use))
+
+
+def load(data: str, train_tests: str, since: str, until: str) -> Task:
+    """data: the JSONL file (test6.jsonl), or a folder with it or with a `datasets` cache."""
+    try:
+        since, until = (datetime.date.fromisoformat(day).isoformat() for day in (since, until))
+    except ValueError as error:
+        raise ValueError(f"--since and --until are dates such as 2025-02-01 ({error})") from None
+    if data:
+        source = rows(data)
+    else:
+        from huggingface_hub import hf_hub_download
+
+        def download() -> Iterable[dict]:
+            if not hub.cached(*LCB_FILE, "dataset") and (reason := hub.unreachable(*LCB_FILE, "dataset")):
+                raise ConnectionError(reason)
+            return rows(hf_hub_download(*LCB_FILE, repo_type="dataset"))
+
+        source = fetch("/".join(LCB_FILE), download)
+    use = "train" if train_tests == "private" else "public"
+    dates, lacking = [], 0
+
+    def record(row: dict, at: str) -> _Record | None:
+        nonlocal lacking
+        dates.append(str(get(row, at, "contest_date"))[:10])
+        if not since <= dates[-1] < until:
+            return None
+        made = _record(row, at, use)
+        lacking += not _decoded(made, "private")
+        return made
+
+    records = [r for r in each(source, data or LCB_FILE[1], record) if r]
+    notes = [f"lcb: {len(records)} of {len(dates)} problems, {since} <= contest_date < {until}"]
+    if not records:
+        raise ValueError(f"{notes[0]}: widen the window with --since and --until")
+    if lacking:
+        notes.append(f"lcb: {lacking} problems have no private tests; their public tests stand in for them")
+    train, test = ([_problem(r, u) for r in records] for u in (use, "all"))
+    return _task(train, test, notes)
+
+
+def read(source: list[dict], path: str, note: str, official: bool) -> Task:
+    """The problems of one file, as test problems. official: public and private tests together grade them."""
+    use = "official" if official else "all"
+    records = each(source, path, lambda row, at: _record(row, at, use))
+    notes = [note + (", public and private tests" if official else ", private tests")]
+    if lacking := sum(not _decoded(record, "private") for record in records):
+        notes.append(f"lcb: {lacking} problems have no private tests; their public tests alone grade them")
+    return _task([], [_problem(record, use) for record in records], notes)
+
+
+def _task(train: list[Problem], test: list[Problem], notes: list[str]) -> Task:
+    sandbox = Sandbox(time_limit=TIME_LIMIT, memory_mb=2048, output_bytes=32 << 20, preamble=True, packages=True)
+
+    def verify(problems: list[Problem], responses: list[str]) -> list[Outcome]:
+        pairs = list(zip(problems, responses, strict=True))
+        return sandbox.run_many(lambda pair: _grade_program(sandbox, *pair), pairs)
+
+    notes.append(f"sandbox: {sandbox.layers}")
+    return Task("lcb/v6", train, [], test, verify, sandbox.close, lacks=("critique",), notes=notes)  # no reference
+
+
+def code_block(response: str) -> str | None:
+    """The last complete fenced block that holds something and names Python or no language; None if there is none. A new
+    opening fence inside a block means that the one before was never finished."""
+    last, fence, language, lines = None, "", "", []  # fence: what opened the block that we are in
+    for line in response.split("\n"):
+        text = line.strip()
+        ticks = re.match(r"`{3,}|~{3,}|", text)[0]
+        rest = text.removeprefix(ticks)
+        if fence and ticks.startswith(fence) and not rest:
+            if re.match(r"(pypy3?|python3?(\.\d+)?|py)(?!\w)|$", language) and any(map(str.strip, lines)):
+                last = textwrap.dedent("\n".join(lines)) + "\n"
+            fence = ""
+        elif ticks and ticks[0] not in rest and not (fence and (not rest or ticks[0] != fence[0])):
+            fence, language, lines = ticks, rest.strip(" {.").lower(), []
+        else:
+            lines.append(line)
+    return last
+
+
+def same_output(printed: str, expected: str) -> bool:
+    """The official checker's rule: as many lines, each equal when stripped, or equal number by number (0.50 = 0.5,
+    1e3 = 1000, no tolerance); one word in a line and its text must be equal."""
+    lines, wanted = (text.strip().split("\n") for text in (printed, expected))
+    return len(lines) == len(wanted) and all(map(_same_line, lines, wanted))
+
+
+def _same_line(line: str, wanted: str) -> bool:
+    if line.strip() == wanted.strip():
+        return True
+    words, wanted_words = line.split(), wanted.split()
+    try:
+        return len(words) == len(wanted_words) and all(Decimal(a) == Decimal(b) for a, b in zip(words, wanted_words))
+    except InvalidOperation:
+        return False
+
+
+def _arguments(text: str) -> list:
+    """One JSON value per line; values hold spaces."""
+    return [loads(line) for line in text.split("\n") if line.strip()]
+
+
+def _run_test(sandbox: Sandbox, record: _Record, source: str, test: dict) -> tuple[str, Result]:
+    """Verdict and result of one test."""
+    if record.function:
+        args = _arguments(test["input"])
+        owner = "Solution." if re.search(r"^class Solution\b", source, re.MULTILINE) else ""
+        result = sandbox.call(source, owner + record.function, args)
+    else:
+        result = sandbox.run(source, test["input"])
+    if result.status != "ok":
+        return result.status.replace("timeout", "time-out"), result
+    try:
+        right = result.value == loads(test["output"]) if record.function else same_output(result.value, test["output"])
+    except RecursionError:  # a value nested deeper than Python compares
+        right = False
+    if not right and result.error:  # a thread died, and what it should have printed is missing
+        return "error", result
+    return "passed" if right else "wrong answer", result
+
+
+def _grade_program(sandbox: Sandbox, problem: Problem, response: str) -> Outcome:
+    """All tests of the problem's use, in order. A time-out or an error ends the half that it stands in: the verdict and
+    its text are settled, and one rollout must not cost 20 times the limit."""
+    record, use = problem.data
+    tests = _tests(record, use)
+    held_out = [i for i in range(len(tests)) if i not in record.train]
+    halves = {"train": [record.train], "all": [record.train, held_out]}.get(use, [range(len(tests))])
+    columns = {"held_out": 0} if use == "all" and held_out else {}
+    source = code_block(response)
+    if source is None:
+        return Outcome(0, "no code", "Your answer contains no complete ```python code block.", columns)
+    failed = []
+    for half in halves:
+        before = len(failed)
+        for i in half:
+            verdict, result = _run_test(sandbox, record, source, tests[i])
+            if verdict != "passed":
+                failed.append((verdict, result, tests[i]))
+            if verdict not in ("passed", "wrong answer"):
+                break
+        columns = dict.fromkeys(columns, int(len(failed) == before))  # in the end, of the held-out half
+    if not failed:
+        return Outcome(1, "passed", columns=columns)
+    worst = min(RANKS[verdict] for verdict, *_ in failed)
+    told = [item for item in failed if RANKS[item[0]] == worst]
+    return Outcome(0, told[0][0], _failure_text(told), columns)
+
+
+def _failure_text(failed: list[tuple[str, Result, dict]]) -> str:
+    """What an environment's feedback says: the first error or time-out, or the two shortest wrong answers."""
+    verdict, result, test = failed[0]
+    if verdict == "internal":
+        return ""
+    if verdict == "time-out":
+        text = f"Your program did not finish within {TIME_LIMIT:g} seconds on this input:\n{_cut(test['input'], 800)}"
+    elif verdict == "wrong answer":
+        shortest = sorted(failed, key=lambda item: len(item[2]["input"]) + len(item[2]["output"]))[:2]
+        text = "\n\n".join(
+            f"Wrong answer.\nInput:\n{_cut(t['input'])}\nYour output:\n{_cut(r.value)}\n"
+            f"Expected output:\n{_cut(t['output'])}"
+            for _, r, t in shortest
+        )
+    else:
+        what = {"memory": "ran out of memory", "output limit": "printed too much"}.get(verdict, "stopped with an error")
+        text = "\n".join([f"Your program {what}:", result.error, *result.frames, f"Input:\n{_cut(test['input'], 600)}"])
+    return text[:FEEDBACK_CHARS].encode("utf-8", "replace").decode()  # a lone surrogate is no text for a tokenizer
+
+
+def _cut(value: object, length: int = 260) -> str:
+    text = (value if isinstance(value, str) else json.dumps(value, default=str)).strip()
+    return text if len(text) <= length else f"{text[:length]} ... ({len(text) - length} characters more)"
