@@ -29,7 +29,8 @@ from study import tables
 import tasks
 from harness.command import CannotWrite, Parser, check_out, run, write
 from feedback import student_prompt
-from model.policy import Policy, World
+from model.parallel import World
+from model.policy import Policy
 from rollout import HFSampler, StaleEngine, VLLMSampler, check_sampler, open_sampler, seed_for
 from harness.settings import PRESETS, Config
 

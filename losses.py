@@ -1,7 +1,7 @@
 """Every objective of VPD (arXiv 2605.15113v1) and its baselines as a pure function of tensors.
 
-Nothing here knows a model, a setting or a file; torch is all that is needed, so a function can be copied into
-another project together with the helpers its docstring names. Symbols follow the paper:
+Nothing here knows a model, a setting or a file. To use a function in another project, copy it with the helpers that its
+docstring names; this file's three imports (math, torch, torch.nn.functional as F) are all that any of them needs.
 
     B sequences, T response tokens, V vocabulary, K top-k
     log p, log q    log-probabilities, normalised over the last axis
@@ -54,52 +54,50 @@ def token_logp(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return torch.log_softmax(logits, dim=-1, dtype=dtype).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
-def with_tail(log_head: torch.Tensor) -> torch.Tensor:
-    """Appends one bucket for all other tokens: log p_tail = log(1 − Σ_k p_k) = log(−expm1(min(log Σ_k p_k, −1e-7))).
-
-    log_head: (..., k) true log-probabilities of k tokens. Returns (..., k+1), tail last. Source: lasgroup/SDPO @0e6d510.
-    When the k tokens hold all the mass, the tail is pinned at 1e-7; there the clamp passes no gradient, so a full head
-    cannot push mass into the tail through this bucket.
-    """
-    tail = torch.log(-torch.expm1(torch.logsumexp(log_head, -1, keepdim=True).clamp(max=-1e-7)))
-    return torch.cat([log_head, tail], dim=-1)
-
-
 def top_k_with_tail(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities at the student's k likeliest tokens, and one bucket for all other tokens, for student and teacher.
 
-    student_logits, teacher_logits: (B, T, V). Returns two (B, T, k+1), tail last; the teacher's is detached, and so
-    is the choice of tokens. Half precision is taken, and given back, in float32. Source: lasgroup/SDPO @0e6d510. Needs
-    `with_tail`.
+    student_logits, teacher_logits: (B, T, V). Returns two (B, T, k+1), tail last; the teacher's is detached, and so is the
+    choice of tokens. Half precision is taken, and given back, in float32. The idea is SDPO's (lasgroup/SDPO @0e6d510); its
+    code forms the tail as 1 − Σ_k p_k (`clamped_tail`), here it is a logsumexp over the other tokens, exact however little
+    they hold.
     """
     assert student_logits.shape == teacher_logits.shape, (
         f"student_logits {tuple(student_logits.shape)} and teacher_logits {tuple(teacher_logits.shape)} differ"
     )
     assert 1 <= k <= student_logits.shape[-1], f"k = {k} is not in 1..{student_logits.shape[-1]}, the vocabulary"
     top = student_logits.detach().topk(k, dim=-1).indices  # (B, T, k)
-
     dtype = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
 
     def buckets(logits: torch.Tensor) -> torch.Tensor:
         log_p = torch.log_softmax(logits, dim=-1, dtype=dtype)  # over all of V: true probabilities
-        return with_tail(log_p.gather(-1, top))  # (B, T, k+1)
+        tail = log_p.scatter(-1, top, -math.inf).logsumexp(-1, keepdim=True)
+        return torch.cat([log_p.gather(-1, top), tail], dim=-1)  # (B, T, k+1)
 
     return buckets(student_logits), buckets(teacher_logits.detach())
 
 
+def clamped_tail(log_head: torch.Tensor) -> torch.Tensor:
+    """SDPO's own tail bucket, for comparisons: log p_tail = log(−expm1(min(log Σ_k p_k, −1e-7))).
+
+    log_head: (..., k) true log-probabilities of k tokens. Returns (..., 1). Source: lasgroup/SDPO @0e6d510. Where the k tokens
+    hold all but 1e-7 the tail is pinned there and has no gradient; in float32 it is coarse long before.
+    """
+    return torch.log(-torch.expm1(torch.logsumexp(log_head, -1, keepdim=True).clamp(max=-1e-7)))
+
+
 def divergence(log_s: torch.Tensor, log_t: torch.Tensor, kind: str) -> torch.Tensor:
-    """D(S, T) between student S and teacher T, per token. Eq. 10 of the paper is kl_student_teacher. Needs `kl`
-    and `cross_entropy`.
+    """D(S, T) between student S and teacher T, per token. Eq. 10 of the paper is kl_student_teacher. Needs `kl`.
 
     kl_student_teacher   KL(S‖T)                                (the paper's "reverse")
     kl_teacher_student   KL(T‖S)                                (the paper's "forward")
     js                   ½ KL(S‖M) + ½ KL(T‖M),  M = ½ S + ½ T
-    cross_entropy        H(T, S) = KL(T‖S) + H(T), DistIL's cost of a token: no divergence, it is H(T) where S = T
 
-    log_s, log_t: (B, T, V or K+1) log-probabilities. Returns (B, T). log_t carries no gradient. A new kind has to be a sum
-    over the last axis, of which head.py takes a block at a time (tests/test_head.py compares), and stand in DIVERGENCES.
+    log_s, log_t: (B, T, V or K+1) log-probabilities. Returns (B, T). log_t carries no gradient. A new kind is a branch here
+    and a name in DIVERGENCES; it has to be a sum over the last axis, since head.py takes a block of columns at a time.
+    Raises ValueError for an unknown kind.
     """
     assert log_s.shape == log_t.shape, f"log_s {tuple(log_s.shape)} and log_t {tuple(log_t.shape)} differ"
     log_t = log_t.detach()
@@ -107,17 +105,13 @@ def divergence(log_s: torch.Tensor, log_t: torch.Tensor, kind: str) -> torch.Ten
         return kl(log_s, log_t)
     if kind == "kl_teacher_student":
         return kl(log_t, log_s)
-    if kind == "cross_entropy":
-        return cross_entropy(log_t, log_s)
     if kind == "js":
         # log M − log S = log ½(1 + T/S), from u = log T − log S. −inf, a forbidden token, is cut where exp is 0 and softplus
         # linear or 0 anyway, so that neither inf · 0 nor −inf + inf turns up.
         u = log_t.clamp(min=-1e4) - log_s.clamp(min=-1e4)
         m_over_s = F.softplus(u, threshold=50) - math.log(2.0)
         return 0.5 * (log_t.exp() * (u - m_over_s) - log_s.exp() * m_over_s).sum(-1)
-    raise ValueError(
-        f"unknown divergence {kind!r}: choose one of kl_student_teacher, kl_teacher_student, js, cross_entropy"
-    )
+    raise ValueError(f"unknown divergence {kind!r}: choose one of kl_student_teacher, kl_teacher_student, js")
 
 
 def distillation_loss(
@@ -126,8 +120,8 @@ def distillation_loss(
     """The token-level loss of the M-step (Eq. 10) and of SDPO (Eq. 2): D(π(·|x,y_<t), sg q(·|x,C,y_<t)).
 
     student_logits, teacher_logits: (B, T, V); kind: see `divergence`; top_k: None compares whole vocabularies, else the
-    student's top_k tokens and the tail. Returns (B, T), at least float32, to be reduced by `sequence_mean`. Needs `divergence`, `kl`,
-    `cross_entropy`, `top_k_with_tail`, `with_tail`. The loop forms the same a chunk of tokens at a time (head.py).
+    student's top_k tokens and the tail. Returns (B, T), at least float32, to be reduced by `sequence_mean`. Needs `divergence`,
+    `kl`, `top_k_with_tail`. The loop forms the same, a chunk of tokens at a time (model/head.py).
 
     In expectation its gradient is that of the divergence with the visits to the prefixes y_<t frozen. The gradient of the
     sequence KL(π‖q) has the score-function term E Σₜ ∇log π(yₜ) Σ_{i>t} KLᵢ besides (tests/test_theory.py).
@@ -155,9 +149,9 @@ def truncated_ratio(logp: torch.Tensor, old_logp: torch.Tensor, limit: float) ->
 def sequence_weights(mask: torch.Tensor, num_sequences: int) -> torch.Tensor:
     """A token's share of `sequence_mean`: mask / (tokens of its row · N).
 
-    mask: (B, T); num_sequences: N. Returns (B, T), float64.
+    mask: (B, T); num_sequences: N. Returns (B, T), float64 (float32 on devices without it).
     """
-    mask = mask.double()
+    mask = mask.to(torch.float32 if mask.device.type == "mps" else torch.float64)
     return mask / (mask.sum(-1, keepdim=True).clamp(min=1) * num_sequences)
 
 
@@ -228,14 +222,14 @@ def reshaped_advantages(
 ) -> torch.Tensor:
     """Aₜ = w_rl A + w_opd A^SDPOₜ,  A^SDPOₜ = sg(log q(yₜ|x,C,y_<t) − log π(yₜ|x,y_<t)).  (B.24)
 
-    advantages: (B,); teacher_logp, student_logp: (B, T). Returns (B, T), detached. For a row without a context pass its
-    student_logp twice: A^SDPO = 0 and the row keeps its GRPO part.
+    advantages: (B,) or (B, T); teacher_logp, student_logp: (B, T), both at the weights that sampled the rollouts. Returns
+    (B, T), detached. For a row without a context pass its student_logp twice: A^SDPO = 0, and the row keeps its GRPO part.
     """
-    assert advantages.shape == teacher_logp.shape[:1], f"advantages {tuple(advantages.shape)} must be (B,)"
+    A = advantages if advantages.ndim == 2 else advantages.unsqueeze(-1)
     assert teacher_logp.shape == student_logp.shape, (
         f"teacher_logp {tuple(teacher_logp.shape)} and student_logp {tuple(student_logp.shape)} differ"
     )
-    return (w_rl * advantages.unsqueeze(-1) + w_opd * (teacher_logp - student_logp)).detach()
+    return (w_rl * A + w_opd * (teacher_logp - student_logp)).detach()
 
 
 def reweighted_advantages(
@@ -256,7 +250,7 @@ def reweighted_advantages(
 
 
 def cost_to_go(cost: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """cₜ = Σ_{i>t} costᵢ over the row's masked tokens, strictly later ones alone: a decision is charged with all that follows
+    """cₜ = Σ_{i>t} costᵢ over the row's masked tokens, strictly later ones only: a decision is charged with all that follows
     it, and what it costs itself has a gradient of its own. DistIL (2606.05152).
 
     cost, mask: (B, T). Returns (B, T), detached; 0 at a row's last token and on what follows it.
@@ -308,7 +302,7 @@ def reward_shift(implicit_rewards: torch.Tensor, rewards: torch.Tensor) -> torch
     """One batch's value for the shift δ: ½ (mean_{r=1} r̃ + mean_{r=0} r̃), detached.  (below Eq. 9)
 
     implicit_rewards: (B,); rewards: (B,) of 0 and 1. Returns (). Raises ValueError when a class is empty. δ itself is a moving
-    average of these values over E-steps, 0.9 δ + 0.1 value in the loop, and starts at the first.
+    average of these values (`moving_shift`).
     """
     assert implicit_rewards.shape == rewards.shape, (
         f"implicit_rewards {tuple(implicit_rewards.shape)} and rewards {tuple(rewards.shape)} differ"
@@ -320,6 +314,17 @@ def reward_shift(implicit_rewards: torch.Tensor, rewards: torch.Tensor) -> torch
     return 0.5 * (success.mean() + failure.mean())
 
 
+def moving_shift(last: float | None, value: float, rate: float) -> float:
+    """δₙ = (1 − rate) δₙ₋₁ + rate · value, starting at the first value.  (below Eq. 9; the paper gives no rate)
+
+    last: δ of the E-step before, None at the first; value: `reward_shift` of this batch. A value that is not finite moves
+    nothing: one overflow must not poison every later E-step.
+    """
+    if last is None:
+        return value
+    return (1 - rate) * last + rate * value if math.isfinite(value) else last
+
+
 def bco_loss(
     implicit_rewards: torch.Tensor,
     rewards: torch.Tensor,
@@ -329,10 +334,9 @@ def bco_loss(
 ) -> torch.Tensor:
     """L_E = −(1/n₊) Σ_{r=1} log σ(r̃ − δ) − (1/n₋) Σ_{r=0} log σ(−(r̃ − δ)).  (Eq. 9)
 
-    implicit_rewards: (B,), r̃ of `implicit_reward`; rewards: (B,) of 0 and 1; shift: δ, carries no gradient: a moving average
-    of `reward_shift` over E-steps; num_pos, num_neg: n₊ and n₋ of the
-    whole optimizer step when these rows are one of its micro-batches (default: of these rows). Returns (). A class
-    without rows adds nothing. This is a classifier's loss, not Eq. 5: over unrestricted q its infimum lies at
+    implicit_rewards: (B,), r̃ of `implicit_reward`; rewards: (B,) of 0 and 1; shift: δ of `moving_shift`, carries no gradient;
+    num_pos, num_neg: n₊ and n₋ of the whole optimizer step when these rows are one of its micro-batches (default: of these
+    rows). Returns (). A class without rows adds nothing. Needs nothing else of this file. This is a classifier's loss, not Eq. 5: over unrestricted q its infimum lies at
     q(failure) = 0. The gradient in r̃ is −σ(−(r̃−δ))/n₊ on a success and +σ(r̃−δ)/n₋ on a failure.
     """
     assert implicit_rewards.shape == rewards.shape, (

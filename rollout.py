@@ -19,7 +19,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
 from model import head
-from model.policy import Ids, Policy, whole
+from model.parallel import whole
+from model.policy import Ids, Policy
 
 
 def seed_for(*parts: int | str) -> int:

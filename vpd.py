@@ -51,7 +51,8 @@ import losses
 from harness import plan
 import tasks
 from harness.command import CannotWrite, fail, run
-from model.policy import Policy, World, ema_update
+from model.parallel import World
+from model.policy import Policy, ema_update
 from neighbours.reviews import Reviews, ServerSilent
 from rollout import StaleEngine, seed_for, weights_of
 from harness.session import Clock, Session, mean, open_run, rollout_figures

@@ -8,7 +8,7 @@ import logging
 import time
 from pathlib import Path
 
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, snapshot_download, try_to_load_from_cache
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every attempt; the outcome is enough
@@ -58,3 +58,8 @@ def unreachable(repo: str, file: str, kind: str = "model") -> str:
             reason = f"{constants.ENDPOINT} cannot be reached ({' '.join(str(error).split())})"
         time.sleep(wait)
     return reason
+
+
+def folder(model: str) -> Path:
+    """The folder of a model: itself, or where the library keeps what it has downloaded of the hub's."""
+    return Path(model) if Path(model).is_dir() else Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors"]))

@@ -25,7 +25,8 @@ from harness import plan
 import tasks
 from tasks import tiny
 from harness.command import CannotWrite, write
-from model.policy import Policy, World
+from model.parallel import World
+from model.policy import Policy
 from neighbours.reviews import Reviews, ServerSilent, reach
 from rollout import StaleEngine, check_sampler, open_sampler, seed_for, weights_of
 from harness.settings import METHODS, Config

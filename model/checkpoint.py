@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from harness.command import CannotWrite, write
-from model.policy import World
+from model.parallel import World
 
 KEPT = 2
 

@@ -3,31 +3,111 @@
 A logits tensor is the largest thing in training: 8,192 tokens of Qwen3 are 5 GB in float32, and plain autograd keeps
 several for student and teacher. Here a chunk of tokens is projected into a buffer, its loss and its gradient are taken on
 the spot, and the buffer serves the next chunk. The formulas stay in losses.py and are differentiated by autograd, on the
-few buckets of a chunk; only the step from log-probabilities to logits, the Jacobian of log softmax, is written out:
+few buckets of a chunk. Only the step from log-probabilities to logits, the Jacobian of log softmax, is written out:
 
     L = f(log p),  g = dL / d log p   =>   dL / d logits_j = g_j − p_j Σ_k g_k
 
-`losses.distillation_loss` and `losses.token_logp` on whole logits are the readable reference that tests compare with.
+`View.loss` returns what `losses.sequence_mean(objective(log p, losses.distillation_loss(...)), ...)` returns on whole logits,
+which is the readable reference that tests/test_head.py compares it with.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 
 import losses
 
-BUFFER_BYTES = 80 << 20  # of one buffer of logits on a CPU; on CUDA ten times as much
+BUFFER_BYTES = 80 << 20  # of the buffers of logits together on a CPU; on CUDA ten times as much
 COLUMNS = 4096  # of the vocabulary, compared at a time when all of it is
 
 
-def tokens_per_chunk(vocabulary: int, width: int, top_k: int | None, itemsize: int, device: str) -> int:
-    """Tokens whose logits, and the rows of the teacher's head at their top k, fill one buffer."""
-    per_token = max(itemsize, 4) * vocabulary + itemsize * (top_k or 0) * width
-    return max(1, BUFFER_BYTES * (10 if device == "cuda" else 1) // per_token)
+@dataclass
+class Scores:
+    """What a pass says of each response token, (B, T) each, detached, 0 on padding. logp: log p(y_t) of the student; entropy:
+    of the distribution y_t comes from, or None where nobody asked; D: D(student, teacher); teacher_logp: log p(y_t) of the
+    teacher; 0 without a teacher."""
+
+    logp: torch.Tensor
+    entropy: torch.Tensor | None = None
+    D: torch.Tensor | None = None
+    teacher_logp: torch.Tensor | None = None
+
+
+@dataclass
+class View:
+    """One micro-batch of responses under one prompt each, to be used before the next pass over shards. hidden: (B, T, H),
+    the state that predicts response token t; tokens: (B, T) response ids, 0 on padding; mask: (B, T), 1 on response
+    tokens incl. EOS; head: (V, H), a plain matrix (`Policy.load` refuses other heads). filled, padded: tokens that went
+    through the network, without and with padding."""
+
+    hidden: torch.Tensor
+    tokens: torch.Tensor
+    mask: torch.Tensor
+    head: torch.Tensor
+    filled: int = 0
+    padded: int = 0
+
+    def score(self) -> Scores:
+        """log p of each token and the entropy of the distribution it comes from, no gradient."""
+        kept = self.mask.bool()
+        return Scores(*map(self._spread, score(self.hidden[kept], self.head, self.tokens[kept])))
+
+    def loss(
+        self,
+        objective: Callable[[SimpleNamespace], torch.Tensor],
+        weights: torch.Tensor,
+        known: dict[str, torch.Tensor] | None = None,
+        teacher: "View | None" = None,
+        divergence: Callable | None = None,
+        top_k: int | None = None,
+        expert: torch.Tensor | None = None,
+        entropy: bool = False,
+    ) -> tuple[torch.Tensor, Scores]:
+        """L = Σ weights · objective(t) over response tokens, as `loss` below, with tensors of (B, T): weights, each of `known`,
+        expert. teacher: the same responses in the teacher's view. Returns L () and the pass's scores."""
+        kept = self.mask.bool()
+        taught = (teacher.hidden[kept].detach(), teacher.head.detach()) if teacher else None
+        total, scores = loss(
+            objective, weights[kept], self.hidden[kept], self.head, self.tokens[kept],
+            {name: x[kept] for name, x in (known or {}).items()}, taught, divergence, top_k,
+            None if expert is None else expert[kept], entropy,
+        )  # fmt: skip
+        return total, Scores(*(None if x is None else self._spread(x) for x in vars(scores).values()))
+
+    def draw(self, uniform: torch.Tensor) -> torch.Tensor:
+        """One token of the distribution at each place, from uniform numbers of (B, T); (B, T) ids, 0 on padding."""
+        kept = self.mask.bool()
+        return self._spread(draw(self.hidden[kept], self.head, uniform[kept]))
+
+    def _spread(self, values: torch.Tensor) -> torch.Tensor:
+        out = values.new_zeros(self.mask.shape)
+        out[self.mask.bool()] = values
+        return out
+
+
+# ---- Chunks ----------------------------------------------------------------------------------------------------
+
+
+def tokens_per_chunk(vocabulary: int, itemsize: int, device: str, buffers: int = 1) -> int:
+    """Tokens whose logits fill the buffers, one of the student and where there is a teacher one of the teacher."""
+    return max(1, BUFFER_BYTES * (10 if device == "cuda" else 1) // (max(itemsize, 4) * vocabulary * buffers))
+
+
+def _buffers(hidden: torch.Tensor, head: torch.Tensor, count: int = 1) -> list[torch.Tensor]:
+    n = tokens_per_chunk(len(head), head.element_size(), head.device.type, count)
+    dtype = torch.promote_types(head.dtype, torch.float32)
+    shape = max(1, min(n, len(hidden))), len(head)
+    return [torch.empty(shape, dtype=dtype, device=head.device) for _ in range(count)]
+
+
+def _slices(n: int, buffer: torch.Tensor):
+    return (slice(first, first + len(buffer)) for first in range(0, n, len(buffer)))
 
 
 def _project(hidden: torch.Tensor, head: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
-    """Logits (n, V) of a chunk, in the buffer, at least float32, so that what follows is: softmax over a large vocabulary
+    """Logits (c, V) of a chunk, in the buffer, at least float32, so that what follows is: softmax over a large vocabulary
     loses too much in bfloat16. Of a bfloat16 head the logits themselves are rounded, as in transformers and vLLM."""
     logits = buffer[: len(hidden)]
     if head.dtype == buffer.dtype:
@@ -36,22 +116,18 @@ def _project(hidden: torch.Tensor, head: torch.Tensor, buffer: torch.Tensor) -> 
 
 
 def _logsumexp(logits: torch.Tensor) -> torch.Tensor:
-    """(n, 1), without a second tensor of (n, V)."""
+    """(c, 1), without a second tensor of (c, V)."""
     parts = [block.logsumexp(-1, keepdim=True) for block in logits.split(COLUMNS, -1)]
     return torch.cat(parts, -1).logsumexp(-1, keepdim=True)
 
 
-def _exponentiate(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turns logits (c, V) into z · p in place, where p sums to 1. Returns z and their logsumexp, both (c, 1)."""
-    largest = logits.amax(-1, keepdim=True)
-    z = logits.sub_(largest).exp_().sum(-1, keepdim=True)
-    return z, largest + z.log()
-
-
-def _buffer(hidden: torch.Tensor, head: torch.Tensor, top_k: int | None = None) -> torch.Tensor:
-    n = tokens_per_chunk(*head.shape, top_k, head.element_size(), head.device.type)
-    dtype = torch.promote_types(head.dtype, torch.float32)
-    return torch.empty(max(1, min(n, len(hidden))), len(head), dtype=dtype, device=head.device)
+def _entropy(logits: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """(c,), a block of columns at a time. total: (c, 1), the logits' logsumexp."""
+    entropy = logits.new_zeros(len(logits))
+    for block in logits.split(COLUMNS, -1):
+        log_p = block - total
+        entropy -= (log_p.exp() * log_p).nan_to_num(0.0).sum(-1)  # p = 0 has no share: 0 · −inf
+    return entropy
 
 
 @torch.no_grad()
@@ -60,72 +136,25 @@ def score(hidden: torch.Tensor, head: torch.Tensor, tokens: torch.Tensor) -> tup
 
     hidden: (n, H); head: (V, H); tokens: (n,) ids. Returns two (n,).
     """
-    buffer = _buffer(hidden, head)
+    (buffer,) = _buffers(hidden, head)
     logp, entropy = buffer.new_zeros(len(hidden)), buffer.new_zeros(len(hidden))
-    for first in range(0, len(hidden), len(buffer)):
-        at = slice(first, first + len(buffer))
-        log_p = _project(hidden[at], head, buffer)
-        log_p -= _logsumexp(log_p)
-        logp[at] = log_p.gather(-1, tokens[at, None]).squeeze(-1)
-        for block in log_p.split(COLUMNS, -1):
-            entropy[at] -= (block.exp() * block).nan_to_num(0.0).sum(-1)  # p = 0 has no share: 0 · −inf
+    for at in _slices(len(hidden), buffer):
+        logits = _project(hidden[at], head, buffer)
+        total = _logsumexp(logits)
+        logp[at] = (logits.gather(-1, tokens[at, None]) - total).squeeze(-1)
+        entropy[at] = _entropy(logits, total)
     return logp, entropy
 
 
 @torch.no_grad()
 def choices(hidden: torch.Tensor, head: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """log p of each of a few tokens at each place. hidden: (n, H); head: (V, H); ids: (k,). Returns (n, k)."""
-    buffer = _buffer(hidden, head)
+    (buffer,) = _buffers(hidden, head)
     logp = buffer.new_zeros(len(hidden), len(ids))
-    for first in range(0, len(hidden), len(buffer)):
-        at = slice(first, first + len(buffer))
+    for at in _slices(len(hidden), buffer):
         logits = _project(hidden[at], head, buffer)
         logp[at] = logits[:, ids] - _logsumexp(logits)
     return logp
-
-
-def loss(
-    objective: Callable[..., torch.Tensor],
-    weights: torch.Tensor,
-    hidden: torch.Tensor,
-    head: torch.Tensor,
-    tokens: torch.Tensor,
-    given: Sequence[torch.Tensor] = (),
-    teacher: tuple[torch.Tensor, torch.Tensor] | None = None,
-    kind: str = "kl_student_teacher",
-    top_k: int | None = None,
-    expert: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """L = Σ_i weights_i · objective(log p(y_i), D_i, *given_i), differentiable in hidden and head, at O(chunk · V) memory.
-
-    objective: a function of each token by itself, (1, c) tensors in, (1, c) out; weights: (n,); hidden: (n, H) of the
-    student; head: (V, H); tokens: (n,) ids; given: tensors of (n,) that the objective wants beside, no gradient;
-    teacher: hidden states (n, H') and head (V, H') without gradient, or None, then D is 0; kind, top_k: of D as in
-    `losses.distillation_loss`; expert: (n,) ids in the teacher's place, one token that it took at each, and D is −log p of
-    that: of a black box there is no more. Returns L (), log p (n,) and D (n,), the last two detached.
-
-    The gradients of a chunk are taken while its logits stand in the buffer, in the forward pass, so no product is done
-    twice; backward only scales them. It can therefore run once.
-    """
-    n, need = len(hidden), torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
-    with torch.no_grad():
-        buffer = _buffer(hidden, head, top_k if teacher else None)
-        other = torch.empty_like(buffer) if teacher and top_k is None else None
-        d_hidden, d_head = (torch.zeros_like(hidden), torch.zeros_like(head)) if need else (None, None)
-        total, logp, apart = buffer.new_zeros(()), buffer.new_zeros(n), buffer.new_zeros(n)
-        for first in range(0, n, len(buffer)):
-            at = slice(first, first + len(buffer))
-            taught = (teacher[0][at], teacher[1]) if teacher else None
-            d_logits, value, logp[at], apart[at] = _chunk(
-                objective, weights[at], hidden[at], head, tokens[at], [x[at] for x in given], taught, kind, top_k,
-                None if expert is None else expert[at], need, buffer, other,
-            )  # fmt: skip
-            total += value
-            if need:
-                d_logits = d_logits.to(head.dtype)
-                torch.mm(d_logits, head, out=d_hidden[at])
-                d_head.addmm_(d_logits.T, hidden[at])
-    return _Known.apply(total, hidden, head, [d_hidden, d_head]) if need else total, logp, apart
 
 
 def invert(p: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
@@ -141,89 +170,142 @@ def draw(hidden: torch.Tensor, head: torch.Tensor, uniform: torch.Tensor) -> tor
 
     hidden: (n, H); head: (V, H); uniform: (n,) in [0, 1), float64. Returns (n,) ids.
     """
-    buffer = _buffer(hidden, head)
+    (buffer,) = _buffers(hidden, head)
     tokens = torch.zeros(len(hidden), dtype=torch.long, device=head.device)
-    for first in range(0, len(hidden), len(buffer)):
-        at = slice(first, first + len(buffer))
-        logits = _project(hidden[at], head, buffer)
-        tokens[at] = invert(logits.double().softmax(-1), uniform[at]).squeeze(-1)
+    for at in _slices(len(hidden), buffer):
+        tokens[at] = invert(_project(hidden[at], head, buffer).double().softmax(-1), uniform[at]).squeeze(-1)
     return tokens
 
 
-def _chunk(objective, weights, hidden, head, tokens, given, teacher, kind, top_k, expert, need, buffer, other):
-    """(dL/dlogits (c, V) in the buffer, L, log p (c,), D (c,)) of one chunk."""
-    given = [x.unsqueeze(0) for x in given]
+# ---- The loss --------------------------------------------------------------------------------------------------
+
+
+def loss(
+    objective: Callable[[SimpleNamespace], torch.Tensor],
+    weights: torch.Tensor,
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    tokens: torch.Tensor,
+    known: dict[str, torch.Tensor] | None = None,
+    teacher: tuple[torch.Tensor, torch.Tensor] | None = None,
+    divergence: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    top_k: int | None = None,
+    expert: torch.Tensor | None = None,
+    entropy: bool = False,
+) -> tuple[torch.Tensor, Scores]:
+    """L = Σ_i weights_i · objective(t_i), differentiable in hidden and head, at O(chunk · V) memory.
+
+    objective: a function of each token by itself. It gets t with t.logp and t.D, (1, c) and live, t.teacher_logp, and each of
+    `known` by name, (1, c) without gradient; it returns (1, c). weights: (n,); hidden: (n, H) of the student; head: (V, H);
+    tokens: (n,) ids; known: tensors of (n,). teacher: hidden states (n, H') and head (V, H') without gradient. divergence: D as
+    a function of (log_s, log_t), a sum over the last axis such as `losses.divergence` of a kind; None: D is 0. top_k: D over
+    the student's top k tokens and a tail bucket (`losses.top_k_with_tail`); None: over all of V. expert: (n,) ids, one token
+    that a black box took at each place, in the teacher's place: D is −log p of it. entropy: whether to measure it.
+    Returns L () and the scores (n,).
+
+    The gradients of a chunk are taken while its logits are in the buffer, in the forward pass, so no product is done
+    twice; backward only scales them. It can therefore run once.
+    """
+    n, need = len(hidden), torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
+    with torch.no_grad():
+        buffer, *other = _buffers(hidden, head, 2 if teacher else 1)
+        d_hidden, d_head = (torch.zeros_like(hidden), torch.zeros_like(head)) if need else (None, None)
+        total = buffer.new_zeros(())
+        scores = Scores(*(buffer.new_zeros(n) if wanted else None for wanted in (True, entropy, True, True)))
+        for at in _slices(n, buffer):
+            taught = _project(teacher[0][at], teacher[1], other[0]) if teacher else None
+            logits = _project(hidden[at], head, buffer)
+            taken = None if expert is None else expert[at]
+            here = {name: x[at].unsqueeze(0) for name, x in (known or {}).items()}
+            value, found = _chunk(objective, weights[at], logits, tokens[at], here, taught, divergence, top_k, taken, entropy, need)
+            total += value
+            for name, x in vars(found).items():
+                if x is not None:
+                    getattr(scores, name)[at] = x
+            if need:
+                d_logits = logits.to(head.dtype)
+                torch.mm(d_logits, head, out=d_hidden[at])
+                d_head.addmm_(d_logits.T, hidden[at])
+    return _Known.apply(total, hidden, head, [d_hidden, d_head]) if need else total, scores
+
+
+def _chunk(objective, weights, logits, tokens, known, taught, divergence, top_k, expert, entropy, need):
+    """Loss () and scores (c,) of one chunk. logits: (c, V), left holding dL / d logits if `need`; taught: the teacher's, which
+    are lost."""
     tokens = tokens.unsqueeze(-1)
-    if teacher and top_k is not None:
-        # One buffer for both: of the teacher's logits only the normaliser is kept, those at the student's top k are
-        # formed again from k rows of the head.
-        t_total = _exponentiate(_project(*teacher, buffer))[1]
-    logits = _project(hidden, head, buffer)
-    chosen = logits.gather(-1, tokens)  # (c, 1)
-    at_top = apart = log_t = None
-    if expert is not None:  # the one bucket that is known of the teacher's distribution
-        top = expert.unsqueeze(-1)
-        at_top = logits.gather(-1, top)
-    elif teacher and top_k is not None:
-        top = logits.topk(top_k, dim=-1).indices  # (c, k)
-        at_top = logits.gather(-1, top)
-        log_t = torch.einsum("ckh,ch->ck", teacher[1][top], teacher[0]).to(logits.dtype) - t_total
-    if teacher and top_k is None:
+    chosen, teacher_logp = logits.gather(-1, tokens), torch.zeros_like(logits[:, :1])  # (c, 1)
+    if taught is not None:
+        total_t = _logsumexp(taught)
+        teacher_logp = taught.gather(-1, tokens) - total_t
+    compares = taught is not None and divergence is not None
+    H = _entropy(logits, _logsumexp(logits)) if entropy else None
+    top = log_s = log_t = D = None
+    if compares and top_k is None:
         total = _logsumexp(logits)  # (c, 1)
-        # Slopes stand in logits afterwards, p in other.
-        apart, slope = _compare(logits, total, _project(*teacher, other), kind)
+        D, slope = _compare(logits, total, taught, total_t, divergence)  # dD / d log s in logits, p in taught
+    elif compares:
+        top = logits.topk(top_k, dim=-1).indices  # (c, k), the largest first
+        at_top, log_t = logits.gather(-1, top), taught.gather(-1, top) - total_t
+        tail_t = _logsumexp(taught.scatter_(-1, top, -torch.inf)) - total_t
+        log_t = torch.cat([log_t, tail_t], -1)  # (c, k + 1)
+        largest = at_top[:, :1].clone()
+        others = logits.scatter_(-1, top, -torch.inf).sub_(largest).exp_().sum(-1, keepdim=True)  # z p, 0 at the top k
+        z = others + (at_top - largest).exp().sum(-1, keepdim=True)
+        total = largest + z.log()
+        log_s = torch.cat([at_top - total, others.log() - z.log()], -1)  # (c, k + 1)
     else:
-        z, total = _exponentiate(logits)  # z p now stands in logits
+        at_expert = None if expert is None else logits.gather(-1, expert.unsqueeze(-1))
+        largest = logits.amax(-1, keepdim=True)
+        z = logits.sub_(largest).exp_().sum(-1, keepdim=True)  # z p is now in logits
+        total = largest + z.log()
+        log_s = None if expert is None else at_expert - total  # (c, 1), the one bucket that is known of the expert's
+    row = lambda x: x.squeeze(-1).unsqueeze(0)  # noqa: E731  (c, 1) to (1, c)
     with torch.enable_grad():
-        logp = (chosen - total).squeeze(-1).unsqueeze(0).requires_grad_()  # (1, c)
-        leaves = [logp]
-        if at_top is not None:
-            log_s = (at_top - total).requires_grad_()  # (c, k)
-            leaves.append(log_s)
-            apart = (
-                -log_s.squeeze(-1)
-                if expert is not None
-                else losses.divergence(losses.with_tail(log_s), losses.with_tail(log_t), kind)
-            ).unsqueeze(0)
+        logp = row(chosen - total).requires_grad_()
+        if log_s is not None:
+            log_s.requires_grad_()
+            D = (-log_s.squeeze(-1) if expert is not None else divergence(log_s, log_t)).unsqueeze(0)
+            leaf = log_s
         else:
-            apart = torch.zeros_like(logp) if apart is None else apart.unsqueeze(0)
-            leaves.append(apart.requires_grad_())
-        value = (weights * objective(logp, apart, *given).squeeze(0)).sum()
-        known = value.detach().to(logits.dtype), logp.detach().squeeze(0), apart.detach().squeeze(0)
+            leaf = D = (torch.zeros_like(logp.detach()) if D is None else D.unsqueeze(0)).requires_grad_()
+        t = SimpleNamespace(**known, logp=logp, D=D, teacher_logp=row(teacher_logp))
+        value = (weights * objective(t).squeeze(0)).sum()
+        scores = Scores(logp.detach().squeeze(0), H, D.detach().squeeze(0), teacher_logp.squeeze(-1))
         if not need:
-            return None, *known
-        by_logp, by_other = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
-    by_logp = by_logp.to(logits.dtype).T  # (c, 1)
-    by_other = by_other.to(logits.dtype)
-    if at_top is not None:  # by_other: dL / d log p at the top k
-        logits.mul_(-(by_logp + by_other.sum(-1, keepdim=True)) / z)
-        logits.scatter_add_(-1, top, by_other)
-    elif teacher:  # by_other: dL / dD
-        by_other, p = by_other.T, other[: len(logits)]
-        logits.mul_(by_other).addcmul_(p, by_logp + by_other * slope, value=-1)
+            return value.detach().to(logits.dtype), scores
+        by_logp, by_leaf = torch.autograd.grad(value, [logp, leaf], allow_unused=True, materialize_grads=True)
+    by_logp, by_leaf = by_logp.to(logits.dtype).T, by_leaf.to(logits.dtype)  # (c, 1), and dL / d log_s or dL / dD
+    if top is not None:
+        pull, tail = by_logp + by_leaf.sum(-1, keepdim=True), by_leaf[:, -1:]
+        share = torch.where(tail == 0, 0.0, tail / others)  # of the tail's own slope, p_j / p_tail
+        logits.mul_(share - pull / z)
+        logits.scatter_(-1, top, by_leaf[:, :-1] - (at_top - total).exp() * pull)
+    elif expert is not None:
+        logits.mul_(-(by_logp + by_leaf) / z)
+        logits.scatter_add_(-1, expert.unsqueeze(-1), by_leaf)
+    elif compares:
+        by_D = by_leaf.T
+        logits.mul_(by_D).addcmul_(taught, by_logp + by_D * slope, value=-1)
     else:
         logits.mul_(-by_logp / z)
     logits.scatter_add_(-1, tokens, by_logp)
-    return logits, *known
+    return value.detach().to(logits.dtype), scores
 
 
-def _compare(
-    logits: torch.Tensor, total: torch.Tensor, logits_t: torch.Tensor, kind: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _compare(logits, total, taught, total_t, divergence) -> tuple[torch.Tensor, torch.Tensor]:
     """D over the whole vocabulary, a block of columns at a time. logits: (c, V), left holding dD / d log s; total: (c, 1) their
-    logsumexp; logits_t: (c, V), left holding the student's probabilities. Returns D (c,) and Σ dD / d log s (c, 1)."""
-    total_t = _logsumexp(logits_t)
-    apart, slope = logits.new_zeros(len(logits)), logits.new_zeros(len(logits), 1)
-    for mine, theirs in zip(logits.split(COLUMNS, -1), logits_t.split(COLUMNS, -1)):
+    logsumexp; taught: the teacher's logits, left holding the student's probabilities. Returns D (c,) and Σ dD / d log s (c, 1)."""
+    D, slope = logits.new_zeros(len(logits)), logits.new_zeros(len(logits), 1)
+    for student, teacher in zip(logits.split(COLUMNS, -1), taught.split(COLUMNS, -1)):
         with torch.enable_grad():
-            log_s = (mine - total).requires_grad_()
-            part = losses.divergence(log_s, theirs - total_t, kind)
+            log_s = (student - total).requires_grad_()
+            part = divergence(log_s, teacher - total_t)
             (by_s,) = torch.autograd.grad(part.sum(), log_s)
-        apart += part.detach()
+        D += part.detach()
         slope += by_s.sum(-1, keepdim=True)
-        torch.exp(log_s.detach(), out=theirs)
-        mine.copy_(by_s)
-    return apart, slope
+        torch.exp(log_s.detach(), out=teacher)
+        student.copy_(by_s)
+    return D, slope
 
 
 class _Known(torch.autograd.Function):

@@ -7,219 +7,33 @@ Nothing after this file shifts anything. Only response places are projected on t
 
 import copy
 import math
-import os
 import shutil
-import socket
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import MethodType
 
 import torch
-import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from model import head
 from harness import hub
 from harness.command import CannotWrite
+from model import head
+from model.head import Scores, View
+from model.parallel import World, shard, states
 
 Ids = list[int]
 
 
-@dataclass(frozen=True)
-class World:
-    """The processes of a run. Each holds the whole batch as data, so the loop reads as if it were alone; sampling, grading
-    and forward passes are done on a share of the rows, and `collect` and `sum` bring the shares together. Both are
-    collective: every process calls them, in the same order. One process without a group is the default."""
-
-    rank: int = 0
-    size: int = 1
-    device: torch.device = torch.device("cpu")
-    sharded: bool = False  # is there a group?
-
-    @classmethod
-    def start(cls) -> "World":
-        """From the environment that torchrun sets. On CUDA even one process makes a group, so that one GPU and many run
-        the same code: sharded layers, float32 weights, bfloat16 compute. Only the first process's standard output is kept.
-        Raises ValueError for more processes than GPUs."""
-        cuda = torch.cuda.is_available()
-        if os.environ.get("RANK", "0") != "0":
-            sys.stdout = open(os.devnull, "w")
-        if "RANK" not in os.environ:
-            if not cuda:
-                return cls()
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = str(free.getsockname()[1])
-            os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-                           "MASTER_PORT": port}  # fmt: skip
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-        if cuda and device.index >= torch.cuda.device_count():
-            raise ValueError(f"more processes on this machine than its {torch.cuda.device_count()} GPUs")
-        if cuda:
-            torch.cuda.set_device(device)
-        if not dist.is_initialized():
-            # Processes wait for the slowest in sampling and grading, which may take longer than the library's ten minutes.
-            backend, device_id = ("cpu:gloo,cuda:nccl", device) if cuda else ("gloo", None)
-            dist.init_process_group(backend, timeout=timedelta(hours=2), device_id=device_id)
-        return cls(dist.get_rank(), dist.get_world_size(), device, sharded=True)
-
-    @staticmethod
-    def end() -> None:
-        """Leaves the group at a program's very end, unless vLLM lives in it: its engine does not outlive the group, and the exit
-        ends both. One of several processes ends here and now: while the interpreter takes itself down, threads of torch's
-        that are still alive abort a process now and then, and torchrun calls a run failed that has done everything."""
-        if dist.is_initialized() and "vllm" not in sys.modules:
-            several = dist.get_world_size() > 1
-            dist.destroy_process_group()
-            if several:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(0)
-
-    def share(self, n: int) -> range:
-        """The places in 0..n-1 that are this process's to do; `collect` puts the results back in order."""
-        return range(self.rank, n, self.size)
-
-    def collect(self, mine: list, n: int) -> list:
-        """The n results in order, from every process's results for its `share(n)`."""
-        if self.size == 1:
-            return mine
-        shares, out = [None] * self.size, [None] * n
-        dist.all_gather_object(shares, mine)
-        for rank, results in enumerate(shares):
-            out[rank :: self.size] = results
-        return out
-
-    def sum(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum over processes."""
-        if self.size > 1:
-            x = x.clone()
-            dist.all_reduce(x)
-        return x
-
-    def shared(self, function: Callable) -> Callable:
-        """`function` takes lists with an entry a row and returns one; the result does each row in one process."""
-
-        def divided(*columns: list) -> list:
-            n = len(columns[0])
-            return self.collect(function(*([column[i] for i in self.share(n)] for column in columns)), n)
-
-        return function if self.size == 1 else divided
-
-    def first(self, function: Callable):
-        """What `function()` returns in process 0, everywhere; the others do not call it."""
-        box = [function() if self.rank == 0 else None]
-        if self.size > 1:
-            dist.broadcast_object_list(box)
-        return box[0]
-
-    def wait(self) -> None:
-        """Until every process has come this far."""
-        self.first(lambda: None)
-
-    def most(self, n: float) -> float:
-        """The largest of the processes' numbers."""
-        if self.size == 1:
-            return n
-        numbers = [None] * self.size
-        dist.all_gather_object(numbers, n)
-        return max(numbers)
-
-
-def shard(model: nn.Module, compute: torch.dtype | None) -> nn.Module:
-    """FSDP2: every decoder layer a unit, and the root with embedding, norm and head. The shards stay in the model's dtype,
-    gradients are averaged in it, and compute is in `compute` (None: the same)."""
-    precision = (
-        MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32) if compute else MixedPrecisionPolicy()
-    )
-    for layer in model.base_model.layers:
-        fully_shard(layer, mp_policy=precision)
-    fully_shard(model, mp_policy=precision)
-    # The head is used outside of forward, on the states that this method returns: as a method of the root it gathers the
-    # root's weights, which stay gathered until the backward pass is over.
-    model.states = MethodType(_states, model)
-    register_fsdp_forward_method(model, "states")
-    return model
-
-
-def _states(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """(B, width) ids to the last layer's states, (B, width, H)."""
-    # Not by way of __call__, which vLLM replaces in the classes of some architectures (OLMo3) for its own use of them.
-    return model.base_model.forward(input_ids=ids, use_cache=False).last_hidden_state
-
-
-def whole(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, whole tensor) of each parameter, layer by layer, in `dtype` (default: its own). Collective: every process
-    runs through it to the end, whatever it does with the tensors. One tensor at a time is whole."""
-    if isinstance(model, FSDPModule):
-        model.reshard()  # a forward pass without gradients leaves the root gathered, in the compute dtype
-    for name, p in model.named_parameters():
-        p = p.detach().to(dtype or p.dtype)  # cast the shard first: half the traffic, the same bits
-        yield name, p.full_tensor() if isinstance(p, DTensor) else p
-
-
-@dataclass
-class View:
-    """One micro-batch of responses under one prompt each, to be used before the next pass over shards. hidden: (B, T, H),
-    the state that predicts response token t; tokens: (B, T) response ids, 0 on padding; mask: (B, T), 1 on response
-    tokens incl. EOS; head: (V, H), a plain matrix, as in Qwen3 and OLMo3: scaled or capped logits (Gemma 2, Cohere) are
-    not covered. filled, padded: tokens that went through the network, without and with padding."""
-
-    hidden: torch.Tensor
-    tokens: torch.Tensor
-    mask: torch.Tensor
-    head: torch.Tensor
-    filled: int = 0
-    padded: int = 0
-
-    def score(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """log p of each token and the entropy of the distribution it comes from, (B, T), 0 on padding, no gradient."""
-        kept = self.mask.bool()
-        return tuple(self._spread(x) for x in head.score(self.hidden[kept], self.head, self.tokens[kept]))
-
-    def loss(
-        self,
-        objective: Callable[..., torch.Tensor],
-        weights: torch.Tensor,
-        given: Sequence[torch.Tensor] = (),
-        teacher: "View | None" = None,
-        kind: str = "kl_student_teacher",
-        top_k: int | None = None,
-        expert: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """L = Σ weights · objective(log p, D, *given) over response tokens, as `head.loss`, with tensors of (B, T): weights
-        and each of `given`. teacher: the same responses in the teacher's view; expert: (B, T) tokens that it took, in its
-        place. Returns L (), log p and D (B, T)."""
-        kept = self.mask.bool()
-        taught = (teacher.hidden[kept].detach(), teacher.head.detach()) if teacher else None
-        total, logp, apart = head.loss(
-            objective, weights[kept], self.hidden[kept], self.head, self.tokens[kept], [x[kept] for x in given],
-            taught, kind, top_k, None if expert is None else expert[kept],
-        )  # fmt: skip
-        return total, self._spread(logp), self._spread(apart)
-
-    def draw(self, uniform: torch.Tensor) -> torch.Tensor:
-        """One token of the distribution at each place, from uniform numbers of (B, T); (B, T) ids, 0 on padding."""
-        kept = self.mask.bool()
-        return self._spread(head.draw(self.hidden[kept], self.head, uniform[kept]))
-
-    def _spread(self, values: torch.Tensor) -> torch.Tensor:
-        out = values.new_zeros(self.mask.shape)
-        out[self.mask.bool()] = values
-        return out
-
-
 class Policy:
     """The network with its tokenizer. `micro_batch_tokens` bounds rows x longest row of one forward pass. compute: dtype
-    of forward and backward passes over shards, bfloat16 on CUDA, else the weights' own. recompute: store a layer's input
-    alone and run the layer again in the backward pass (activation checkpointing); on CUDA by default."""
+    of forward and backward passes over shards, bfloat16 on CUDA, else the weights' own. recompute: of a micro-batch with more
+    tokens than this, only a layer's input is stored and the layer is run again in the backward pass (activation
+    checkpointing); default: never on a CPU, always on CUDA. temperature: that of the rollouts, at which tokens are scored."""
 
     def __init__(
         self,
@@ -228,22 +42,24 @@ class Policy:
         micro_batch_tokens: int = 16384,
         world: World = World(),
         compute: torch.dtype | None = None,
-        recompute: bool | None = None,
+        recompute: float | None = None,
+        placed: bool = False,
     ):
+        cuda = world.device.type == "cuda"
         self.tokenizer, self.micro_batch_tokens, self.world = tokenizer, micro_batch_tokens, world
-        self.recompute = world.device.type == "cuda" if recompute is None else recompute
+        self.recompute = (0 if cuda else math.inf) if recompute is None else recompute
         self.dtype = model.dtype  # of weights, gradients and optimizer
-        self.compute = torch.bfloat16 if compute is None and world.device.type == "cuda" else compute
+        self.compute = torch.bfloat16 if compute is None and cuda else compute
         # No dropout anywhere: the student that is scored is the student that sampled.
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
             if hasattr(module, "attention_dropout"):
                 module.attention_dropout = 0.0
-        if self.recompute:
+        if self.recompute < math.inf:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.eval()
-        self.model = self._placed(model)
+        self.model = model if placed else self._placed(model)
         eos = model.generation_config.eos_token_id
         eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
         own = [tokenizer.eos_token_id, _turn_end(tokenizer)]
@@ -252,26 +68,35 @@ class Policy:
             raise ValueError("neither the tokenizer nor the model's generation config names an end-of-sequence token")
 
     @classmethod
-    def load(cls, path: str, dtype: torch.dtype = torch.float32, **kwargs) -> "Policy":
-        """From a Hugging Face folder or hub id. Raises ValueError with one line when there is no model to be read."""
+    def load(cls, path: str, dtype: torch.dtype = torch.float32, world: World = World(), **kwargs) -> "Policy":
+        """From a Hugging Face folder or hub id. Over shards each process reads its own slices of the weights' files. Raises
+        ValueError with one line when there is no model to be read, or one that cannot be trained here."""
         try:
             hub.look(str(path))
             tokenizer = AutoTokenizer.from_pretrained(path)
             if not tokenizer("a").input_ids:  # what transformers makes of a folder without tokenizer files
                 raise ValueError("there is no tokenizer")
-            model, found = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-            )
-            # What the file lacks, or has in another size, the library makes up at random.
-            if wrong := [*sorted(found["mismatched_keys"]), *sorted(found["missing_keys"])]:
-                first = wrong[0] if isinstance(wrong[0], str) else " ".join(map(str, wrong[0]))
-                raise ValueError(
-                    f"its weights are not those of its config.json: {len(wrong)} tensors, {first} among them"
-                )
+            folder = hub.folder(str(path)) if world.sharded else None
+            sliced = folder is not None and any(folder.glob("*.safetensors"))
+            model = _sliced(folder, dtype, world, kwargs.get("compute")) if sliced else _whole(path, dtype)
+            _mend_generation_config(model)
+            policy = cls(model, tokenizer, world=world, placed=sliced, **kwargs)
+            policy._check_head()
         except Exception as error:  # whatever the libraries make of a damaged folder
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(f"cannot load a model and its tokenizer from {path!r}: {reason}") from None
-        return cls(model, tokenizer, **kwargs)
+        return policy
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """Raises ValueError for a head that is not a plain matrix (bias, scale, soft cap): log-probs would be wrong."""
+        ids = torch.arange(min(8, self.vocabulary), device=self.device)[None]
+        logits = self.model(input_ids=ids, use_cache=False).logits[0].float()
+        hidden = states(self.model, ids)[0]
+        plain = (hidden @ self.model.get_output_embeddings().weight.T.to(hidden.dtype)).float()
+        self._reshard()
+        if not (logits - plain).norm() <= 0.02 * plain.norm():
+            raise ValueError("its head is not a plain matrix on the last states (a bias, scale or cap on the logits)")
 
     def _placed(self, model: nn.Module) -> nn.Module:
         """On this process's device, in shards when there is a group."""
@@ -322,20 +147,20 @@ class Policy:
         # A sharded model cannot be copied whole. An empty twin takes no memory before it is cut to shards, which are filled.
         self.model.reshard()
         with torch.device("meta"):
-            twin = AutoModelForCausalLM.from_config(self.model.config).to(self.dtype)
-        twin = twin.to_empty(device="cpu")
+            twin = AutoModelForCausalLM.from_config(self.model.config, dtype=self.dtype)
+        twin = shard(twin.eval(), self.compute).to_empty(device=self.device)
         twin.tie_weights()
-        twin = self._placed(twin.eval()).requires_grad_(False)
+        twin.requires_grad_(False)
         with torch.no_grad():
-            for mine, own in zip(twin.parameters(), self.model.parameters(), strict=True):
-                mine.copy_(own)
-            for mine, own in zip(twin.buffers(), self.model.buffers(), strict=True):
-                mine.copy_(own)
+            for of in (nn.Module.parameters, nn.Module.buffers):
+                for copied, own in zip(of(twin), of(self.model), strict=True):
+                    copied.copy_(own)
         return twin
 
     def decode(self, response: Ids) -> str:
-        """The response as text, without special tokens."""
-        return self.tokenizer.decode(response, skip_special_tokens=True)
+        """The response as text without the token that ended it. What is spelled by special tokens inside stays: it is graded
+        as it was written."""
+        return self.tokenizer.decode(response[:-1] if response and response[-1] in self.eos_ids else response)
 
     # ---- Scoring -----------------------------------------------------------------------------------------
 
@@ -375,8 +200,9 @@ class Policy:
             # The one shift of the code base: the state at place j predicts token j + 1.
             places[i, : len(r)] = torch.arange(len(p) - 1, len(p) - 1 + len(r))
         ids, tokens, mask, places = (x.to(self.device) for x in (ids, tokens, mask, places))
-        model.train(self.recompute and torch.is_grad_enabled())  # the library recomputes in this mode alone
-        hidden = model.states(ids) if self.world.sharded else _states(model, ids)  # (B, width, H)
+        # The library recomputes in training mode only.
+        model.train(torch.is_grad_enabled() and ids.numel() > self.recompute)
+        hidden = states(model, ids)  # (B, width, H)
         model.eval()
         hidden = hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))  # (B, T, H)
         if empty:
@@ -398,33 +224,32 @@ class Policy:
             view = self.view([prompts[i] for i in batch], [responses[i] for i in batch], model)
             t = view.mask.shape[1]
             if batch:
-                logp[batch, :t], entropy[batch, :t] = (x.to(logp.dtype) for x in view.score())
+                scores = view.score()
+                logp[batch, :t], entropy[batch, :t] = scores.logp.to(logp.dtype), scores.entropy.to(logp.dtype)
         self._reshard(model)
         return self.world.sum(logp), self.world.sum(entropy)
 
     @torch.no_grad()
     def compare(
         self, prompts: Sequence[Ids], with_C: Sequence[Ids], responses: Sequence[Ids], rows: Iterable[int], model=None,
-        kind: str = "cross_entropy", top_k: int | None = None, expert: torch.Tensor | None = None,
+        **how,
     ) -> torch.Tensor:  # fmt: skip
         """D of each token between student and teacher at these weights, (N, T), 0 on padding and on rows not asked for.
-        prompts, with_C: the student's and the teacher's; model: the teacher's weights, None for our own; kind, top_k: as in
-        `head.loss`; expert: (N, T) ids in the teacher's place, D is −log p of those."""
-        N, T = len(responses), max(map(len, responses), default=0)
-        apart = torch.zeros(N, T, dtype=torch.promote_types(self.dtype, torch.float32), device=self.device)
+        prompts, with_C: the student's and the teacher's; model: the teacher's weights, None for our own; how: divergence and
+        top_k as in `head.loss`, or expert: (N, T) ids in the teacher's place."""
+        N, T, expert = len(responses), max(map(len, responses), default=0), how.pop("expert", None)
+        D = torch.zeros(N, T, dtype=torch.promote_types(self.dtype, torch.float32), device=self.device)
         longer = with_C if expert is None else prompts
         for batch in self.micro_batches(rows, [len(p) + len(r) for p, r in zip(longer, responses)]):
-            q, here = None, [responses[i] for i in batch]
-            if expert is None:
-                q = self.view([with_C[i] for i in batch], here, model)
+            here = [responses[i] for i in batch]
+            q = self.view([with_C[i] for i in batch], here, model) if expert is None else None
             view = self.view([prompts[i] for i in batch], here)
             t = view.mask.shape[1]
             if batch:
                 taken = None if expert is None else expert[batch, :t]
-                found = view.loss(lambda logp, d: d, view.mask, (), q, kind, top_k, taken)[2]
-                apart[batch, :t] = found.to(apart.dtype)
+                D[batch, :t] = view.loss(lambda t: t.D, view.mask, teacher=q, expert=taken, **how)[1].D.to(D.dtype)
         self._reshard(model)
-        return self.world.sum(apart)
+        return self.world.sum(D)
 
     @torch.no_grad()
     def draw(
@@ -451,9 +276,8 @@ class Policy:
         for batch in self.micro_batches(range(len(prompts)), [len(p) + 1 for p in prompts]):
             view = self.view([prompts[i] for i in batch], [ids[:1]] * len(batch))
             if batch:
-                logp[batch] = head.choices(view.hidden[:, 0], view.head, torch.tensor(ids, device=self.device)).to(
-                    dtype
-                )
+                of = torch.tensor(ids, device=self.device)
+                logp[batch] = head.choices(view.hidden[:, 0], view.head, of).to(dtype)
         self._reshard()
         return self.world.sum(logp)
 
@@ -516,6 +340,53 @@ def ema_update(teacher: nn.Module, student: nn.Module, rate: float) -> None:
             model.reshard()  # after a pass without gradients the root stands gathered
     for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
         t.copy_((1 - rate) * t + rate * s.to(t.dtype))
+
+
+# ---- Loading ---------------------------------------------------------------------------------------------------
+
+
+def _whole(path: str, dtype: torch.dtype) -> nn.Module:
+    model, found = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    # What the file lacks, or has in another size, the library makes up at random.
+    if wrong := [*sorted(found["mismatched_keys"]), *sorted(found["missing_keys"])]:
+        first = wrong[0] if isinstance(wrong[0], str) else " ".join(map(str, wrong[0]))
+        raise ValueError(f"its weights are not those of its config.json: {len(wrong)} tensors, {first} among them")
+    return model
+
+
+def _sliced(folder: Path, dtype: torch.dtype, world: World, compute: torch.dtype | None) -> nn.Module:
+    """The network in shards, each filled from its slices of the files: nobody holds the whole of it."""
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    compute = torch.bfloat16 if compute is None and world.device.type == "cuda" else compute
+    model = shard(model, compute).to_empty(device=world.device)
+    model.tie_weights()
+    try:
+        dcp.load(dict(model.named_parameters()), storage_reader=HuggingFaceStorageReader(folder))
+    except Exception as error:  # the library wraps the causes of all processes
+        why = " ".join(str(next(iter(getattr(error, "failures", {}).values()), [error])[0]).split())
+        raise ValueError(f"its weights are not those of its config.json: {why}") from None
+    for module in model.modules():  # buffers that no file holds, the rotary embedding's frequencies
+        if module._non_persistent_buffers_set:
+            model._init_weights(module)
+    with_generation = folder / "generation_config.json"
+    if with_generation.exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def _mend_generation_config(model: nn.Module) -> None:
+    """Some checkpoints' generation_config.json is one that transformers will not write (a temperature without do_sample,
+    say), so that the trained model could not be saved. Its token ids are kept."""
+    own = model.generation_config
+    try:
+        own.validate(strict=True)
+    except ValueError:
+        kept = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model.generation_config = GenerationConfig(**kept)
 
 
 def _turn_end(tokenizer) -> int | None:

@@ -19,7 +19,7 @@ from model import checkpoint
 import rollout
 from harness import session
 import vpd
-from model.policy import World
+from model.parallel import World
 
 torch.set_num_threads(1)
 ROOT, ALONE = Path(__file__).parent.parent, World()

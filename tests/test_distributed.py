@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 import rollout
 import vpd
-from model.policy import Policy, World
+from model.parallel import World
+from model.policy import Policy
 from neighbours.reviews import Reviews
 
 torch.set_num_threads(1)

@@ -200,7 +200,8 @@ sys.path.insert(0, sys.argv[1])
 from types import SimpleNamespace
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, Qwen3Config
-from model.policy import Policy, World, whole
+from model.parallel import World, whole
+from model.policy import Policy
 torch.set_num_threads(1)
 world = World.start()
 network = AutoModelForCausalLM.from_config(Qwen3Config(**json.loads(sys.argv[2])))

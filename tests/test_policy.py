@@ -18,7 +18,8 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import losses
-from model.policy import CannotWrite, Policy, World, ema_update
+from model.parallel import World
+from model.policy import CannotWrite, Policy, ema_update
 
 torch.set_num_threads(1)
 EOS, BETA = 2, 0.1

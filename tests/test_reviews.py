@@ -9,7 +9,7 @@ import torch
 
 import feedback
 from harness.settings import Config
-from model.policy import World
+from model.parallel import World
 from neighbours.reviews import FIRST, Reviews, ServedModel, ServerSilent, reach, read_score
 from tasks import Outcome, Problem
 

@@ -31,7 +31,8 @@ import tasks  # noqa: E402
 from tasks import tiny, toy
 from harness import settings
 import vpd  # noqa: E402
-from model.policy import Policy, World  # noqa: E402
+from model.parallel import World  # noqa: E402
+from model.policy import Policy  # noqa: E402
 from neighbours.reviews import Reviews  # noqa: E402
 from rollout import HFSampler, StaleEngine, VLLMSampler  # noqa: E402
 from test_rollout import nucleus, same  # noqa: E402

@@ -1,0 +1,143 @@
+"""The processes of a run: what each does of a batch, and the network in shards (FSDP2).
+
+A run with one process and no group is the default. torchrun's environment makes several; on CUDA one process makes a group
+as well, so that one GPU and eight run the same code.
+"""
+
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from types import MethodType
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run. Each holds the whole batch as data, so the loop reads as if it were alone; sampling, grading
+    and forward passes are done on a share of the rows, and `collect` and `sum` bring the shares together. Both are
+    collective: every process calls them, in the same order. One process without a group is the default."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+    sharded: bool = False  # is there a group?
+
+    @classmethod
+    def start(cls) -> "World":
+        """From the environment that torchrun sets. On CUDA even one process makes a group, so that one GPU and many run
+        the same code: sharded layers, float32 weights, bfloat16 compute. Only the first process's standard output is kept.
+        Raises ValueError for more processes than GPUs."""
+        cuda = torch.cuda.is_available()
+        if os.environ.get("RANK", "0") != "0":
+            sys.stdout = open(os.devnull, "w")
+        if "RANK" not in os.environ:
+            if not cuda:
+                return cls()
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = str(free.getsockname()[1])
+            os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+                           "MASTER_PORT": port}  # fmt: skip
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+        if cuda and device.index >= torch.cuda.device_count():
+            raise ValueError(f"more processes on this machine than its {torch.cuda.device_count()} GPUs")
+        if cuda:
+            torch.cuda.set_device(device)
+        if not dist.is_initialized():
+            # Processes wait for the slowest in sampling and grading, which may take longer than the library's ten minutes.
+            # No device_id: it would bind the group to the device, and vLLM makes subgroups of its own within it.
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+        return cls(dist.get_rank(), dist.get_world_size(), device, sharded=True)
+
+    def share(self, n: int) -> range:
+        """The places in 0..n-1 that are this process's to do; `collect` puts the results back in order."""
+        return range(self.rank, n, self.size)
+
+    def collect(self, mine: list, n: int) -> list:
+        """The n results in order, from every process's results for its `share(n)`."""
+        if self.size == 1:
+            return mine
+        shares, out = [None] * self.size, [None] * n
+        dist.all_gather_object(shares, mine)
+        for rank, results in enumerate(shares):
+            out[rank :: self.size] = results
+        return out
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over processes."""
+        if self.size > 1:
+            x = x.clone()
+            dist.all_reduce(x)
+        return x
+
+    def shared(self, function: Callable) -> Callable:
+        """`function` takes lists with an entry a row and returns one; the result does each row in one process."""
+
+        def divided(*columns: list) -> list:
+            n = len(columns[0])
+            return self.collect(function(*([column[i] for i in self.share(n)] for column in columns)), n)
+
+        return function if self.size == 1 else divided
+
+    def first(self, function: Callable):
+        """What `function()` returns in process 0, everywhere; the others do not call it."""
+        box = [function() if self.rank == 0 else None]
+        if self.size > 1:
+            dist.broadcast_object_list(box)
+        return box[0]
+
+    def wait(self) -> None:
+        """Until every process has come this far."""
+        self.first(lambda: None)
+
+    def most(self, n: float) -> float:
+        """The largest of the processes' numbers."""
+        if self.size == 1:
+            return n
+        numbers = [None] * self.size
+        dist.all_gather_object(numbers, n)
+        return max(numbers)
+
+
+def shard(model: nn.Module, compute: torch.dtype | None) -> nn.Module:
+    """FSDP2: every decoder layer a unit, and the root with embedding, norm and head. The shards stay in the model's dtype,
+    gradients are averaged in it, and compute is in `compute` (None: the same)."""
+    precision = (
+        MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32) if compute else MixedPrecisionPolicy()
+    )
+    for layer in model.base_model.layers:
+        fully_shard(layer, mp_policy=precision)
+    fully_shard(model, mp_policy=precision)
+    # The head is used outside of forward, on the states that this method returns: as a method of the root it gathers the
+    # root's weights, which stay gathered until the backward pass is over.
+    model.states = MethodType(_states, model)
+    register_fsdp_forward_method(model, "states")
+    return model
+
+
+def states(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """(B, width) ids to the last layer's states, (B, width, H)."""
+    return model.states(ids) if isinstance(model, FSDPModule) else _states(model, ids)
+
+
+def _states(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    # Not by way of __call__, which vLLM replaces in the classes of some architectures (OLMo3) for its own use of them.
+    return model.base_model.forward(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def whole(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, whole tensor) of each parameter, layer by layer, in `dtype` (default: its own). Collective: every process
+    runs through it to the end, whatever it does with the tensors. One tensor at a time is whole."""
+    if isinstance(model, FSDPModule):
+        model.reshard()  # a forward pass without gradients leaves the root gathered, in the compute dtype
+    for name, p in model.named_parameters():
+        p = p.detach().to(dtype or p.dtype)  # cast the shard first: half the traffic, the same bits
+        yield name, p.full_tensor() if isinstance(p, DTensor) else p
