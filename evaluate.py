@@ -10,29 +10,44 @@ unbiased estimator from n samples. Intervals are 95% bootstrap intervals over pr
 for new training runs, whose spread only seeds show.
 """
 
+import hashlib
 import json
 import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
 from math import comb, inf
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy import stats
-from transformers.utils import logging as hf_logging
 
-from harness import plan
-from study import tables
 import tasks
-from harness.command import CannotWrite, Parser, check_out, run, write
 from feedback import student_prompt
+from harness import plan
+from harness.command import CannotWrite, Parser, check_out, run, write
 from model.parallel import World
 from model.policy import Policy
 from rollout import HFSampler, StaleEngine, VLLMSampler, check_sampler, open_sampler, seed_for
-from harness.settings import PRESETS, Config
+
+
+class Protocol(NamedTuple):
+    """How a task is evaluated: n of avg@n, and how its samples are drawn."""
+
+    samples: int
+    temperature: float
+    top_p: float
+    max_tokens: int
+
+
+PROTOCOLS = {  # n is the paper's (Sec. 5), temperature and top_p are SDPO's
+    "toy": Protocol(4, 1.0, 1.0, 100),
+    "lcb": Protocol(4, 0.6, 0.95, 8192),
+    "sciknoweval": Protocol(16, 0.6, 0.95, 8192),
+    "math": Protocol(4, 0.6, 0.95, 8192),
+    "own": Protocol(4, 0.6, 0.95, 8192),
+}
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -45,6 +60,8 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     """95% percentile bootstrap interval of the mean over problems; fixed seed, so that a table can be made again."""
     if len(values) < 2 or np.ptp(values) == 0:
         return float(np.mean(values)), float(np.mean(values))
+    from scipy import stats  # most of a second, which training can do without
+
     found = stats.bootstrap((values,), np.mean, n_resamples=9999, method="percentile", rng=np.random.default_rng(0))
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
@@ -119,17 +136,27 @@ def line(result: dict) -> str:
     return "  ".join(cells) + (f"  grader failed on {result['internal']}" if result.get("internal") else "")
 
 
-def table(name: str, label: str, result: dict, paper: dict[str, float]) -> list[str]:
-    """The lines of one model: the whole benchmark, then its parts; the paper's figures in a column named so."""
-    beside = lambda part: f"  paper {paper[part] / 100:.4f}" if part in paper else ""  # noqa: E731
-    row = lambda first, second, figures, part: f"  {first:8s}{second:40s} {figures}{beside(part)}"  # noqa: E731
-    lines = [row(name, label, line(result), "")]
+def table(name: str, label: str, result: dict) -> list[str]:
+    """The lines of one model: the whole benchmark, then its parts."""
+    row = lambda first, second, figures: f"  {first:8s}{second:40s} {figures}"  # noqa: E731
+    lines = [row(name, label, line(result))]
     for part, figures in result["parts"].items():
-        lines.append(row("", f"  {part}, {figures['problems']} problems", line(figures), part))
+        lines.append(row("", f"  {part}, {figures['problems']} problems", line(figures)))
     if result["parts"] and result["task"].startswith("sciknoweval"):  # the paper's AVG: domains count alike
         mean = np.mean([figures["avg"] for figures in result["parts"].values()])
-        lines.append(row("", "  mean of the domains", f"avg@{result['n']} {mean:.3f}", "average"))
+        lines.append(row("", "  mean of the domains", f"avg@{result['n']} {mean:.3f}"))
     return lines
+
+
+def fingerprint(model: str) -> str:
+    """Of the weights' files in a folder, by their sizes and their ends; "" for a hub id."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(model).glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(1 << 20))
+            file.seek(max(0, path.stat().st_size - (1 << 20)))
+            digest.update(file.read())
+    return digest.hexdigest()[:16] if Path(model).is_dir() else ""
 
 
 def settings_of(run: Path) -> dict:
@@ -137,8 +164,8 @@ def settings_of(run: Path) -> dict:
     if not (run / "config.json").is_file() or not (run / "model").is_dir():
         raise ValueError(f"--run {run} is no finished run directory: config.json or model/ is missing")
     path, number = run / "config.json", (int, float)
-    needed = {"task": str, "model": str, "method": str, "feedback": str, "e_step_every": int, "prior": str, "eval_samples": int,
-              "eval_temperature": number, "eval_top_p": number, "max_response_tokens": int}  # fmt: skip
+    needed = {"task": str, "model": str, "method": str, "eval_samples": int, "eval_temperature": number, "eval_top_p": number,
+              "max_response_tokens": int}  # fmt: skip
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
@@ -151,10 +178,14 @@ def settings_of(run: Path) -> dict:
 
 
 def first_weights(run: Path, config: dict) -> str:
-    """The model that a run started from. Its config.json names a folder as it was called where the run was made."""
+    """The model that a run started from; of a run that was moved with its model, beside it. Raises ValueError for one that
+    has been changed since."""
     model = config["model"]
-    beside = [run / "base"] if config.get("smoke") else [] if Path(model).is_dir() else [Path(__file__).parent / model]
-    return next((str(folder) for folder in beside if folder.is_dir()), model)
+    beside = [Path(model), run / Path(model).name, Path(__file__).parent / "tasks" / "toy_models" / Path(model).name]
+    found = next((str(folder) for folder in beside if folder.is_dir()), model)
+    if config.get("model_files") and fingerprint(found) != config["model_files"]:
+        raise ValueError(f"{found} no longer holds the weights that {run} started from: evaluate {run}/model by --model")
+    return found
 
 
 def stopped(run: Path, config: dict, task: tasks.Task) -> list[str]:
@@ -224,8 +255,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--engine_memory", type=float, default=0.6, help="vLLM's share of the GPU's memory")
     parser.add_argument("--out", type=Path, help="file for every problem's rewards, or every response's grade")
     args = parser.parse_args(argv)
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
     given = lambda *flags: [f"--{f}" for f in flags if getattr(args, f) is not parser.get_default(f)]  # noqa: E731
     if args.run and (unused := given("task", "subset")):
         parser.error(f"--run goes without {' and '.join(unused)}: a run has its own")
@@ -235,15 +264,16 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--greedy is one sample at temperature 0: it goes without another --n or --temperature")
     args.task, args.split = args.task or "toy", args.split or "test"
     try:
-        # Of a run its own settings, else the task's preset; flags go over both.
-        config = settings_of(args.run) if args.run else asdict(Config()) | PRESETS[args.task] | {"model": args.model}
+        # Of a run its own settings, else the task's protocol; flags go over both.
+        config = settings_of(args.run) if args.run else {}
+        own = [config.get(name) for name in ("eval_samples", "eval_temperature", "eval_top_p", "max_response_tokens")]
+        protocol = Protocol(*own) if args.run else PROTOCOLS[args.task]
         first = first_weights(args.run, config) if args.run else args.model
         models = {"before": first, "after": str(args.run / "model")} if args.run else {"model": first}
         out = args.out or (args.run / "evaluation.json" if args.run else None)
-        flag_or = lambda flag, name: config[name] if flag is None else flag  # noqa: E731
-        n, temperature = flag_or(args.n, "eval_samples"), flag_or(args.temperature, "eval_temperature")
+        flags = (args.n, args.temperature, args.top_p, args.max_tokens)
+        n, temperature, top_p, limit = (own if flag is None else flag for flag, own in zip(flags, protocol))
         n, temperature = (1, 0.0) if args.greedy else (n, temperature)
-        top_p, limit = flag_or(args.top_p, "eval_top_p"), flag_or(args.max_tokens, "max_response_tokens")
         if n < 1 or limit < 1 or not 0 <= temperature < inf or not 0 < top_p <= 1:
             raise ValueError("--n and --max_tokens must be at least 1, --temperature at least 0, --top_p in (0, 1]")
         if not 0 < args.engine_memory <= 1:
@@ -275,6 +305,10 @@ def main(argv: list[str] | None = None) -> None:
             return
         if not torch.cuda.is_available():
             torch.set_num_threads(1)
+        from transformers.utils import logging as hf_logging
+
+        hf_logging.set_verbosity_error()
+        hf_logging.disable_progress_bar()
         for path in models.values():
             plan.read(path)
         world = World.start()
@@ -314,8 +348,7 @@ def main(argv: list[str] | None = None) -> None:
         seed = seed_for(args.seed, "evaluation")
         result = measure(policy, sampler, task.verify, problems, n, seed, limit, temperature, top_p)
         results[name] = {"model": models[name], **settings, **result}
-        paper = {} if whole else tables.beside(config, results[name], "after" if name == "after" else "before")
-        print("\n".join(table(name, models[name], results[name], paper)))
+        print("\n".join(table(name, models[name], results[name])))
     task.close()
     if out and world.rank == 0:
         write(out, json.dumps(results["model"] if args.model else results, indent=1) + "\n")
@@ -323,4 +356,3 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     run(main, tasks.BadTask)
-    World.end()

@@ -1,8 +1,7 @@
-"""The teacher's context C: where it comes from, and how it stands in the teacher's prompt.
+"""The teacher's context C: where it comes from, and how it looks in the teacher's prompt.
 
 `contexts` is a pure function from one group of rollouts to one context (or none) per rollout; `teacher_prompt` is a pure
-function from a problem and a context to token ids. Section numbers refer to the paper, arXiv 2605.15113v1. The other thing
-that a model can say of a rollout is a judge's score, one digit (OVD, 2601.21968): its request and its reading stand last.
+function from a problem and a context to token ids. Section numbers refer to the paper, arXiv 2605.15113v1.
 
 sources   environment     the verifier's text on a failed rollout
           sibling         another, successful rollout of the same group
@@ -14,16 +13,20 @@ A success needs a context as well, or the E-step has no positives. With sibling 
 With environment and critique the paper is silent; here a success borrows the text of a random failure of its own group,
 because any text that only successes see ("all tests passed") tells the teacher the label and nothing else.
 
-A new source, say "hint", that has a text of its own on each failure: its name in TEXTS here, and the line that makes the texts
-where `reviews.Reviews.contexts` has them made (it sees problems, responses and outcomes). The flag, borrowing, the kind in the log
-and what cannot go together follow; a task that cannot have it says so in its `lacks`. One that combines what is there: its name
-in SOURCES and its branch in `contexts`.
+A new source, say "hint", that has a text of its own on each failure: its name in TEXTS, and a line in `batch_contexts` that
+makes the texts (it sees problems, responses and outcomes). The flag, borrowing, the kind in the log and what cannot go together
+follow; a task that cannot have it says so in its `lacks`. One that combines what is there: its name in SOURCES and a branch in
+`contexts`.
 """
 
 import random
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from rollout import seed_for
 
 TEXTS = ("environment", "critique")  # a text on each failure, which a success borrows
 SOURCES = (*TEXTS, "sibling", "solution_first", "both")
@@ -39,10 +42,6 @@ CRITIQUE_REQUEST = (
     "{reference}\n\nIn two or three sentences, say where the attempt went wrong and what to look at again. "
     "Do not reveal the reference answer."
 )
-JUDGE_REQUEST = (
-    "{question}\n\nA proposed answer:\n\n{attempt}\n\nHow good is this answer? Reply with a single digit and nothing else, "
-    "from 0 (certainly wrong) to 9 (certainly right)."
-)
 
 
 @dataclass(frozen=True)
@@ -52,14 +51,18 @@ class Templates:
     critique: str = CRITIQUE_TEMPLATE
     closing: str = CLOSING
     request: str = CRITIQUE_REQUEST
-    judge: str = JUDGE_REQUEST
 
     def __post_init__(self):
         holes = {"solution": ("solution",), "feedback": ("feedback",), "critique": ("critique",)}
-        holes |= {"request": ("question", "attempt", "reference"), "judge": ("question", "attempt")}
-        for name, hole in ((name, hole) for name in holes for hole in holes[name]):
-            if getattr(self, name).count("{" + hole + "}") != 1:
-                raise ValueError(f"the {name} template must contain {{{hole}}} exactly once")
+        for name, wanted in (holes | {"request": ("question", "attempt", "reference")}).items():
+            check_template(name, getattr(self, name), wanted)
+
+
+def check_template(name: str, text: str, holes: Sequence[str]) -> None:
+    """Raises ValueError for a template without one of its holes."""
+    for hole in holes:
+        if text.count("{" + hole + "}") != 1:
+            raise ValueError(f"the {name} template must contain {{{hole}}} exactly once")
 
 
 @dataclass(frozen=True)
@@ -128,14 +131,14 @@ def contexts(
         if solution is None and row is None:
             out.append(None)
             continue
-        said = "" if row is None else texts[row]
+        shown = "" if row is None else texts[row]
         kinds = ("sibling", solution), (source if source in TEXTS else "environment", row)
         out.append(
             Context(
                 kind="+".join(name for name, j in kinds if j is not None),
                 solution="" if solution is None else solutions[solution],
-                feedback="" if source == "critique" else said,
-                critique=said if source == "critique" else "",
+                feedback="" if source == "critique" else shown,
+                critique=shown if source == "critique" else "",
                 rows=tuple(j for j in (solution, row) if j is not None),
             )
         )
@@ -162,9 +165,17 @@ def render(tokenizer, messages: list[dict[str, str]]) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
 
 
+def begins(tokenizer) -> list[int]:
+    """The BOS token that the tokenizer itself puts before a text, if it does (Llama; neither Qwen3 nor OLMo3)."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []
+
+
 def student_prompt(tokenizer, messages: list[dict[str, str]]) -> list[int]:
     """Token ids of x: the task's messages and the generation header."""
-    return tokenizer(render(tokenizer, messages), add_special_tokens=False).input_ids
+    ids = tokenizer(render(tokenizer, messages), add_special_tokens=False).input_ids
+    first = begins(tokenizer)
+    return ids if ids[: len(first)] == first else first + ids  # a template without BOS, or no template
 
 
 def encode(tokenizer, messages: list[dict[str, str]], parts: list[str], max_tokens: int) -> tuple[list[int], int]:
@@ -176,8 +187,8 @@ def encode(tokenizer, messages: list[dict[str, str]], parts: list[str], max_toke
     ValueError if the prompt is too long even without any text.
     """
     # A private-use character that occurs nowhere marks where the texts go while the chat template is rendered.
-    said = "".join([*parts, *(m["content"] for m in messages)])
-    mark = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in said)
+    everything = "".join([*parts, *(m["content"] for m in messages)])
+    mark = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in everything)
     marked = "".join(f"{mark}{i}{mark}" if i % 2 else part for i, part in enumerate(parts))
     rendered = render(tokenizer, [*messages[:-1], {**messages[-1], "content": marked}])
     pieces = [
@@ -186,6 +197,8 @@ def encode(tokenizer, messages: list[dict[str, str]], parts: list[str], max_toke
         else tokenizer(piece, add_special_tokens=False).input_ids
         for i, piece in enumerate(re.split(f"{mark}(\\d+){mark}", rendered))
     ]
+    if pieces[0][: len(begins(tokenizer))] != begins(tokenizer):
+        pieces[0] = begins(tokenizer) + pieces[0]
     excess = over = max(0, sum(map(len, pieces)) - max_tokens)
     for i in sorted(range(1, len(pieces), 2), key=lambda i: -len(pieces[i])):
         cut = min(over, len(pieces[i]))
@@ -203,6 +216,11 @@ def teacher_prompt(
     System messages unchanged, then one user message: question, solution section, feedback or critique section, closing
     line. The student's attempt is not quoted: it is the continuation that is scored.
     """
+    return encode(tokenizer, messages, teacher_parts(messages, context, templates), max_tokens)
+
+
+def teacher_parts(messages: list[dict[str, str]], context: Context, templates: Templates) -> list[str]:
+    """The teacher's message, the context's texts at the odd places."""
     parts = [messages[-1]["content"]]
     for section in ("solution", "feedback", "critique"):
         if text := getattr(context, section):
@@ -210,17 +228,46 @@ def teacher_prompt(
             parts[-1] += before
             parts += [text, after]
     parts[-1] += templates.closing
-    return encode(tokenizer, messages, parts, max_tokens)
+    return parts
+
+
+def check_prompts(tokenizer, problems: list, cfg) -> list[int]:
+    """Tokens of each problem's student prompt. Raises ValueError with one line for a chat template or a tokenizer with which
+    prompts cannot be built, and for a problem whose teacher prompt is too long even without a context."""
+    lengths, teacher = [], bool(cfg.reader())
+    for problem in problems:
+        if problem.messages[-1]["role"] != "user":
+            raise ValueError(f"problem {problem.id}: its last message is not the user's")
+        try:
+            lengths.append(len(student_prompt(tokenizer, problem.messages)))
+        except Exception as error:  # a template's own
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"the chat template of {cfg.model} cannot render problem {problem.id} ({why})") from None
+        if teacher and lengths[-1] <= cfg.max_prompt_tokens and 2 * lengths[-1] + 1000 > cfg.max_teacher_tokens:
+            empty = Context("", *(["-"] * 3))
+            try:
+                teacher_prompt(tokenizer, problem.messages, empty, cfg.templates(), cfg.max_teacher_tokens)
+            except ValueError as error:
+                raise ValueError(f"problem {problem.id}: {error} (--max_teacher_tokens)") from None
+    if teacher and problems:
+        context, messages = Context("", "1 + 1", "two", "2 is"), problems[0].messages
+        ids, _ = teacher_prompt(tokenizer, messages, context, cfg.templates(), 10**9)
+        text = "".join(teacher_parts(messages, context, cfg.templates()))
+        plain = student_prompt(tokenizer, [*messages[:-1], {**messages[-1], "content": text}])
+        if tokenizer.decode(ids) != tokenizer.decode(plain):
+            raise ValueError(f"the tokenizer of {cfg.model} adds blanks where the texts of a prompt are joined")
+    return lengths
 
 
 def critique_parts(messages: list[dict[str, str]], attempt: str, reference: str, templates: Templates) -> list[str]:
     """The request for a critique, problem, attempt and reference answer at the odd places (Sec. 4.2); joined, it is the
     message for a served model."""
     texts = {"question": messages[-1]["content"], "attempt": strip_thinking(attempt), "reference": reference}
-    return _filled(templates.request, texts)
+    return filled(templates.request, texts)
 
 
-def _filled(request: str, texts: dict[str, str]) -> list[str]:
+def filled(request: str, texts: dict[str, str]) -> list[str]:
+    """A request with its holes filled, the texts at the odd places."""
     parts = re.split(r"\{(" + "|".join(texts) + r")\}", request)
     parts[1::2] = [texts[hole] for hole in parts[1::2]]
     return parts
@@ -233,41 +280,63 @@ def critique_prompt(
     return encode(tokenizer, messages[-1:], critique_parts(messages, attempt, reference, templates), max_tokens)
 
 
-# ---- A judge's score -------------------------------------------------------------------------------------
+# ---- A batch -----------------------------------------------------------------------------------------------------
 
 
-def judge_parts(messages: list[dict[str, str]], attempt: str, templates: Templates) -> list[str]:
-    """The request for a score, problem and attempt at the odd places; joined, it is the message for a served model."""
-    return _filled(templates.judge, {"question": messages[-1]["content"], "attempt": strip_thinking(attempt)})
+class Critic:
+    """Who writes critiques (Sec. 4.2): the student itself, by way of its sampler, or a model behind a server. cfg: vpd.Config.
+    What could not be had is counted in `missing`, never invented. Every process calls `write`; a server is asked by one."""
+
+    def __init__(self, cfg, policy, sampler=None):
+        self.cfg, self.policy, self.sampler, self.missing = cfg, policy, sampler, Counter()
+        self.server = None
+        if cfg.critic_url:
+            from neighbours.served import Asked  # openai, which only its users need
+
+            self.server = Asked("critic", cfg.critic_url, cfg.critic_model, cfg.server_timeout, policy.world, self.missing)
+
+    def write(self, problems: list, responses: list[str], outcomes: list, step: int) -> list[str]:
+        """A review of each failure, with the reference answer in view; "" on successes and where none came."""
+        cfg, seed, templates = self.cfg, seed_for(self.cfg.seed, step, "critiques"), self.cfg.templates()
+        failed = [i for i, o in enumerate(outcomes) if o.reward == 0 and o.verdict != "internal"]
+        attempts = [(problems[i].messages, responses[i], problems[i].reference, templates) for i in failed]
+        settings = seed, cfg.max_critique_tokens, cfg.temperature, cfg.top_p
+        if self.server:
+            asked = [[{"role": "user", "content": "".join(critique_parts(*attempt))}] for attempt in attempts]
+            replies = self.server.ask(lambda server: server.reply(asked, *settings))
+        else:
+            tokenizer, limit = self.policy.tokenizer, cfg.max_teacher_tokens
+            prompts = [critique_prompt(tokenizer, *attempt, limit)[0] for attempt in attempts]
+            replies = [self.policy.decode(rollout.tokens) for rollout in self.sampler.sample(prompts, 1, *settings)]
+        texts = {i: strip_thinking(reply or "") for i, reply in zip(failed, replies)}
+        return [texts.get(i, "") for i in range(len(outcomes))]
 
 
-def judge_prompt(
-    tokenizer, messages: list[dict[str, str]], attempt: str, templates: Templates, max_tokens: int
-) -> tuple[list[int], int]:
-    """Token ids of the request as one user message, and how many tokens of its texts were cut."""
-    return encode(tokenizer, messages[-1:], judge_parts(messages, attempt, templates), max_tokens)
+def batch_contexts(
+    cfg, problems: list, responses: list[str], outcomes: list, step: int, critic: Critic
+) -> list[Context | None]:
+    """The context of each rollout of a batch, None for those without one; a row that the grader failed on has none."""
+    C, texts = [], [o.feedback for o in outcomes]  # a text on each failure, TEXTS
+    if cfg.feedback == "critique":
+        texts = critic.write(problems, responses, outcomes, step)
+    # Where the grader failed there is no failure to speak of, nor to lend to a success.
+    texts = ["" if o.verdict == "internal" else text for o, text in zip(outcomes, texts)]
+    for first in range(0, len(responses), cfg.group_size):
+        group = slice(first, first + cfg.group_size)
+        rng = random.Random(seed_for(cfg.seed, step, "contexts", first // cfg.group_size))
+        rewards = [o.reward for o in outcomes[group]]
+        C += contexts(cfg.feedback, rewards, responses[group], texts[group], rng, cfg.borrow, cfg.passed_text)
+    return [c if o.verdict != "internal" else None for c, o in zip(C, outcomes)]
 
 
-def digit_tokens(tokenizer) -> list[int]:
-    """The ids of 0 to 9. Raises ValueError for a tokenizer that has no token of its own for each."""
-    ids = [tokenizer(str(digit), add_special_tokens=False).input_ids for digit in range(10)]
-    if any(len(found) != 1 for found in ids) or len({found[0] for found in ids}) < 10:
+def check_server(who: str, url: str, model: str) -> None:
+    """Raises ValueError with one line for a server's address that cannot be one, or holds a secret."""
+    if bool(url) != bool(model):
+        raise ValueError(f"--{who}_url and --{who}_model go together: the server's base URL and the model it serves")
+    parts = urlsplit(url)
+    if url and parts.scheme not in ("http", "https"):
+        raise ValueError(f"--{who}_url must begin with http:// or https://, not {url!r}")
+    if parts.username or parts.password or parts.query or parts.fragment:
         raise ValueError(
-            "the tokenizer has no token of its own for each digit, so this network cannot judge: --judge_url"
+            f"--{who}_url holds a secret, which would be saved with the run: put the key into OPENAI_API_KEY"
         )
-    return [found[0] for found in ids]
-
-
-def expected_digit(p: Sequence[float], least: float = 0.0) -> float | None:
-    """S = E[digit], from the probabilities of 0 to 9 as the reply's digit, rescaled to sum to 1; None where they sum to
-    `least` or less: this judge would rather have said something else."""
-    return sum(digit * share for digit, share in enumerate(p)) / sum(p) if sum(p) > least else None
-
-
-def find_digit(reply: str) -> int | None:
-    """The place of the first digit that stands alone, outside of <think>…</think>: not in 10, in 7.5 (but in 7.0), nor in
-    0-9 or 0 (wrong) to 9 (right), which repeat the scale. None where there is none."""
-    scale = r"\b0\s*(?:\([^)]*\))?\s*(?:-|–|to)\s*9\b(?:\s*\([^)]*\))?"
-    rest = re.sub(f"{THOUGHT}|{scale}", lambda found: " " * len(found[0]), reply, flags=re.DOTALL)
-    found = re.search(r"(?<![0-9.])[0-9](?:\.0+)?(?!\.?[0-9])", rest)
-    return found.start() if found else None

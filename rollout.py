@@ -1,5 +1,4 @@
-"""Samplers behind one small interface: `sample` draws rollouts from the student, `choose` scores a few tokens as the next
-one, `sync` hands over the student's weights.
+"""Samplers behind one small interface: `sample` draws rollouts from the student, `sync` hands over the student's weights.
 
 Every random number is a function of (seed, row, t), where a row is one rollout of one call: a rerun gives the same
 rollouts, however the rows were grouped into batches.
@@ -15,9 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
-from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
+from harness.command import Stopped
 from model import head
 from model.parallel import whole
 from model.policy import Ids, Policy
@@ -40,7 +38,7 @@ class Rollout:
     finish: str
 
 
-class _Draw(LogitsProcessor):
+class _Draw:
     """Draws the next token by inverting the cumulative distribution at one uniform number per (seed, row, t), notes its
     log-probability, and leaves it as the only choice, so that the library's greedy search follows."""
 
@@ -52,7 +50,7 @@ class _Draw(LogitsProcessor):
         self.greedy, self.logp = greedy, []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        log_p = torch.log_softmax(scores.float(), -1)  # (rows, V)
+        log_p = torch.log_softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))  # (rows, V)
         if self.greedy:
             token = log_p.argmax(-1, keepdim=True)
         else:
@@ -104,13 +102,11 @@ class HFSampler:
             rollouts.update(zip(rows, drawn))
         return world.collect([rollouts[row] for row in world.share(count)], count)
 
-    def choose(self, prompts: list[Ids], ids: Ids) -> torch.Tensor:
-        """log p of each of `ids` as the token after each prompt, (N, len(ids)), at temperature 1."""
-        return self.policy.choose(prompts, ids)
-
     def _generate(
         self, prompts: list[Ids], seeds: list[int], max_tokens: int, temperature: float, top_p: float
     ) -> list[Rollout]:
+        from transformers import GenerationConfig, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
         policy, width = self.policy, max(map(len, prompts))
         pad = policy.eos_ids[0]
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=policy.device)
@@ -142,7 +138,7 @@ class HFSampler:
         return rollouts
 
 
-class StaleEngine(RuntimeError):
+class StaleEngine(Stopped):
     """The engine does not compute the trainer's distribution."""
 
 
@@ -154,8 +150,8 @@ class VLLMSampler:
 
     path: a Hugging Face folder or hub id, of which the configuration alone is read. max_model_len: tokens of prompt and
     response; a response that reaches it is cut, as at max_tokens. memory_share: the engine's part of the device's whole
-    memory. gap_limit: `sync` raises above it; by default 1e-3 in float32, and in bfloat16 0.1, where rounding makes 0.01
-    to 0.02 and weights left over from an earlier update 0.2 or more."""
+    memory. gap_limit: `sync` raises above it; by default 1e-3 in float32, and in bfloat16 0.5: rounding alone reaches 0.06
+    nats on text of high entropy, and an engine with other weights, or with a cache that outlived them, is nats away."""
 
     # A run ends by returning from main with engine and process group alive. Destroying the group under a living engine
     # breaks the exit; llm.llm_engine.engine_core.shutdown() takes the group along, so nothing collective can follow it.
@@ -170,7 +166,7 @@ class VLLMSampler:
 
         self.policy, self.max_model_len, self.params = policy, max_model_len, SamplingParams
         self.dtype = policy.compute or (torch.float32 if policy.dtype == torch.float64 else policy.dtype)
-        self.gap_limit = (1e-3 if self.dtype == torch.float32 else 0.1) if gap_limit is None else gap_limit
+        self.gap_limit = (1e-3 if self.dtype == torch.float32 else 0.5) if gap_limit is None else gap_limit
         self.gap, self.probes = float("nan"), [[policy.eos_ids[0]]]
         cuda = policy.device.type == "cuda"
         # The engine seeds every generator of the process; the trainer's are put back.
@@ -182,6 +178,8 @@ class VLLMSampler:
             self.llm = LLM(
                 path, dtype=self.dtype, load_format="dummy", max_model_len=max_model_len,
                 gpu_memory_utilization=memory_share, enable_sleep_mode=cuda, enforce_eager=not cuda,
+                # What rollouts need: the defaults for a large GPU, 1024 rows and 16384 tokens, take GBs of tables and graphs.
+                max_num_seqs=128, max_num_batched_tokens=max(8192, max_model_len),
                 distributed_executor_backend="external_launcher" if policy.world.sharded else None,
                 tensor_parallel_size=1, logprobs_mode="processed_logprobs", skip_tokenizer_init=True,
                 enable_chunked_prefill=cuda,  # vLLM's CPU code cannot draw from a seed after a prompt read in pieces
@@ -220,24 +218,21 @@ class VLLMSampler:
         prompts of the last call, so that a cache that outlived its weights shows as well."""
         world = self.policy.world
         prompts = [self.probes[i % len(self.probes)] for i in range(2 * world.size)]
-        drawn = self.sample(prompts, n=1, seed=0, max_tokens=32)
+        drawn = self.sample(prompts, n=1, seed=0, max_tokens=32, temperature=self.policy.temperature)
         scored = self.policy.score(prompts, [r.tokens for r in drawn])[0].cpu()
         gaps = [(scored[i, : len(r.logp)] - torch.tensor(r.logp)).abs() for i, r in enumerate(drawn)]
         # Everybody has all the numbers, so everybody comes to the same conclusion.
         return torch.stack([torch.cat(gaps[rank :: world.size]).mean() for rank in range(world.size)]).max().item()
-
-    def _ready(self, prompts: list[Ids]) -> None:
-        if not self.awake:
-            raise RuntimeError("vLLM has no weights before the first sync(policy), nor between sleep() and the next")
-        if (longest := max(map(len, prompts), default=0)) >= self.max_model_len:
-            raise ValueError(f"a prompt of {longest} tokens leaves no room within max_model_len {self.max_model_len}")
 
     def sample(
         self, prompts: list[Ids], n: int, seed: int, max_tokens: int, temperature: float = 1.0, top_p: float = 1.0
     ) -> list[Rollout]:
         """As HFSampler's. All rows of a prompt are drawn in one process, which then reads the prompt once. Raises
         ValueError if a prompt leaves no room for a response, RuntimeError while the engine sleeps."""
-        self._ready(prompts)
+        if not self.awake:
+            raise RuntimeError("vLLM has no weights before the first sync(policy), nor between sleep() and the next")
+        if (longest := max(map(len, prompts), default=0)) >= self.max_model_len:
+            raise ValueError(f"a prompt of {longest} tokens leaves no room within max_model_len {self.max_model_len}")
         world = self.policy.world
         self.probes = prompts[: 2 * world.size] or self.probes
         rows = [i * n + j for i in world.share(len(prompts)) for j in range(n)]
@@ -256,16 +251,6 @@ class VLLMSampler:
             drawn.append(Rollout(list(answer.token_ids), logp, answer.finish_reason))
         groups = world.collect([drawn[k : k + n] for k in range(0, len(drawn), n)], len(prompts))
         return [rollout for group in groups for rollout in group]
-
-    def choose(self, prompts: list[Ids], ids: Ids) -> torch.Tensor:
-        """As HFSampler's. Raises as `sample`."""
-        self._ready(prompts)
-        world = self.policy.world
-        params = self.params(max_tokens=1, seed=0, logprob_token_ids=ids, detokenize=False)
-        asked = [{"prompt_token_ids": prompts[i]} for i in world.share(len(prompts))]
-        first = [answer.outputs[0].logprobs[0] for answer in self.llm.generate(asked, params, use_tqdm=False)]
-        rows = world.collect([[at[token].logprob for token in ids] for at in first], len(prompts))
-        return torch.tensor(rows).reshape(len(prompts), len(ids))
 
 
 @contextmanager

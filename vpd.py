@@ -1,7 +1,7 @@
 """Variational Policy Distillation (VPD, arXiv 2605.15113v1): the EM loop, and the baselines that share it.
 
 One network, two prompts: the student pi_theta(y|x), and the teacher q_phi(y|x,C), the same weights shown the feedback C.
-Per rollout batch k = 0, 1, 2, ... (Algorithm 1, App. D.6; the banners below carry the same numbers):
+Per rollout batch k = 0, 1, 2, ... (Algorithm 1, App. D.6; the banners of `train` carry the same numbers):
 
     1. y ~ pi_theta(.|x), G rollouts for each of B prompts
     2. outcome r(x, y) in {0, 1} from the verifier, context C from a feedback source
@@ -13,7 +13,7 @@ Per rollout batch k = 0, 1, 2, ... (Algorithm 1, App. D.6; the banners below car
            L_M = E_y sum_t KL(pi_theta(.|x,y_<t) || sg q_phi(.|x,C,y_<t))                                  (Eq. 10)
     6. push the weights to the sampler
 
-What carries a gradient: in 4 log q_phi alone (log pi_theta, delta, n+ and n- are numbers by then), in 5 log pi_theta alone (the
+What carries a gradient: in 4 only log q_phi (log pi_theta, delta, n+ and n- are numbers by then), in 5 only log pi_theta (the
 teacher's view runs under no_grad; pi_old, advantages and every weight of a token are numbers). losses.py detaches once more.
 
 Where we depart from the paper's text, or had to choose:
@@ -28,37 +28,262 @@ Where we depart from the paper's text, or had to choose:
     8. An update in which no row takes part (no context, no advantage) is left out, momentum and weight decay included.
     9. Where vLLM samples, a token of the M-step weighs min(pi_old/pi_sampler, 2) for the gap between the two engines, as in
        SDPO's code; --mismatch_limit none turns it off.
-   10. OVD: the threshold is 5; a demonstration is graded like a rollout and counts if it fails (--no_ovd_failed); a judge
-       that gives a digit no more than half of its probability has named none, and the rollout stays.
 """
 
 import math
 import random
-import signal
-import sys
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
 
 import torch
-from scipy import stats
-from transformers.utils import logging as hf_logging
 
-from model import checkpoint
 import feedback
 import losses
-from harness import plan
-import tasks
-from harness.command import CannotWrite, fail, run
-from model.parallel import World
+from evaluate import PROTOCOLS
+from feedback import SOURCES, TEXTS, Templates
+from harness import presets, session
+from harness.settings import Group, check_fields, parse, read_by
+from losses import DIVERGENCES
 from model.policy import Policy, ema_update
-from neighbours.reviews import Reviews, ServerSilent
-from rollout import StaleEngine, seed_for, weights_of
-from harness.session import Clock, Session, mean, open_run, rollout_figures
-from harness.settings import METHODS, Config, check, parse
+from rollout import Rollout, seed_for
+from tasks import TASKS
 
-# ---- Pieces of a batch ---------------------------------------------------------------------------------------
+# ---- What the M-step minimises, per token ----------------------------------------------------------------------
+# t holds what is known of a token, (1, n) tensors: logp = log pi_theta(y_t) and D = D(student, teacher) are live, D is 0 in rows
+# without a context; old_logp and teacher_logp are log pi_theta(y_t) and log q(y_t) at the weights that sampled the batch, equal
+# where there is no context; A is the row's advantage. t.step is the batch's number.
+
+
+def vpd(t, cfg):  # Eq. 10
+    return t.D
+
+
+def sdpo(t, cfg):  # Eq. 2
+    return losses.truncated_ratio(t.logp, t.old_logp, cfg.ratio_limit) * t.D
+
+
+def grpo(t, cfg):
+    return losses.grpo_loss(t.logp, t.old_logp, t.A, cfg.clip_low, cfg.clip_high, cfg.dual_clip)
+
+
+def joint(t, cfg):  # B.23
+    return cfg.w_opd * sdpo(t, cfg) + cfg.w_rl * grpo(t, cfg)
+
+
+def reshape(t, cfg):  # B.24
+    t.A = losses.reshaped_advantages(t.A, t.teacher_logp, t.old_logp, cfg.w_rl, cfg.w_opd)
+    return grpo(t, cfg)
+
+
+def reweight(t, cfg):  # B.26 to B.28; lambda falls linearly to 0
+    lam = cfg.reweight_lam * max(0.0, 1 - t.step / cfg.reweight_steps) if cfg.reweight_steps else 0.0
+    t.A = losses.reweighted_advantages(t.A, t.teacher_logp, t.old_logp, lam, cfg.reweight_clip)
+    return grpo(t, cfg)
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method is. objective: what the M-step minimises, one of the functions above; teacher: whose weights read the context
+    by default ("": nobody's); rows: which rollouts take part, those with a context, with an advantage, or with either; e_step:
+    whether the teacher is trained; distils: whether the objective reads t.D; reinforces: whether it reads t.A."""
+
+    objective: Callable
+    teacher: Literal["", "live", "ema"]
+    rows: Literal["context", "advantage", "either"]
+    e_step: bool = False
+    distils: bool = False
+    reinforces: bool = False
+
+
+METHODS = {
+    "vpd": Method(vpd, "live", "context", e_step=True, distils=True),
+    "sdpo": Method(sdpo, "ema", "context", distils=True),
+    "grpo": Method(grpo, "", "advantage", reinforces=True),
+    "joint": Method(joint, "ema", "either", distils=True, reinforces=True),
+    "reshape": Method(reshape, "ema", "either", reinforces=True),
+    "reweight": Method(reweight, "ema", "advantage", reinforces=True),
+}
+
+# ---- Settings ----------------------------------------------------------------------------------------------------
+
+LCB, WORDS = PROTOCOLS["lcb"], Templates()
+RUN, PLAN, WATCH = Group("Run"), Group("Plan"), Group("Evaluation on validation problems")
+MODEL, ROLLOUTS, ADAMW = Group("Model"), Group("Rollouts"), Group("Optimizer (AdamW)")
+LCB_ONLY = dict(need="--task lcb", reads=lambda c: c.task == "lcb")
+FEEDBACK = Group("Feedback", "a method with a teacher", lambda c: c.row().teacher)
+CRITIQUE = dict(need="--feedback critique and a teacher", reads=lambda c: c.row().teacher and c.feedback == "critique")
+E_STEP = Group("E-step", "a method with an E-step", lambda c: c.row().e_step)
+DISTIL = Group("Distillation", "a method that distils (its loss reads D)", lambda c: c.row().distils)
+GRADIENT = Group("Policy gradient and hybrids", "a method with a policy gradient", lambda c: c.row().reinforces)
+
+
+def objective_reads(name: str) -> dict:
+    return dict(need="methods whose objective reads it", reads=lambda c: read_by(c.row().objective, name))
+
+
+@dataclass
+class Config:
+    """Every setting, with the value of the paper's Table D.1 (lcb) as its default. PRESETS holds what other tasks change;
+    a flag overrides both. What differs from the preset is printed at the start; all of it is saved as config.json."""
+
+    task: Literal[*TASKS] = RUN("toy", "picks a preset; own: --data FILE.py")
+    subset: str = RUN("", "of toy or sciknoweval; the task's first by default")
+    data: str = RUN("", "file or folder of the task's source; the hub by default")
+    train_tests: Literal["private", "public"] = RUN("private", "lcb: SDPO's seeded half, or the paper's words", **LCB_ONLY)
+    since: str = RUN("2025-02-01", "lcb: problems from this contest date on", **LCB_ONLY)
+    until: str = RUN("2025-05-01", "lcb: problems before this contest date", **LCB_ONLY)
+    smoke: Literal["", "qwen3", "olmo3"] = RUN("", "[optional]2 batches of a tiny random model on the project's own records")
+    method: Literal[*METHODS] = RUN("vpd", "what is minimised; METHODS in vpd.py says what each needs")
+    seed: int = RUN(0, "of the order of problems, rollouts, contexts and evaluation")
+    out: str = RUN("", "run directory; by default runs/TASK-METHOD-seedN and the time")
+    overwrite: bool = RUN(False, "delete the run directory if it exists")
+    resume: bool = RUN(False, "go on from the last checkpoint in --out; starts the run if there is none")
+    checkpoint_every: int = RUN(10, "rollout batches between checkpoints, of which two are kept; 0: only at the end", least=0)
+    epochs: int = RUN(30, "passes over the training problems, when --steps is 0", least=0)
+    steps: int = RUN(0, "rollout batches; 0: by --epochs", least=0)
+    log_samples: int = RUN(8, "rollouts of each batch that go to samples.jsonl", least=0)
+    unsafe_sandbox: bool = RUN(False, "run programs although this machine lacks a layer of the sandbox")
+    plan: bool = PLAN(False, "print what the run needs, check this machine, and end")
+    gpus: int = PLAN(0, "with --plan: GPUs to plan for; 0: those here", least=0, need="--plan", reads=lambda c: c.plan)
+    gpu_memory: float = PLAN(0.0, "with --plan: GB of each; 0: as here", least=0, need="--plan", reads=lambda c: c.plan)
+
+    eval_every: int = WATCH(10, "rollout batches between evaluations; 0: never", least=0)
+    eval_samples: int = WATCH(LCB.samples, "n of avg@n: samples of each problem", above=0)
+    eval_temperature: float = WATCH(LCB.temperature, "SDPO's 0.6 on the paper's tasks", least=0)
+    eval_top_p: float = WATCH(LCB.top_p, "SDPO's 0.95 on the paper's tasks", above=0, most=1)
+    teacher_probe: int = WATCH(0, "base failures on which the teacher's pass rate is measured at every evaluation", least=0,
+                               need="a method with a teacher", reads=lambda c: c.row().teacher)  # fmt: skip
+
+    model: str = MODEL("Qwen/Qwen3-8B", "folder or hub id")
+    dtype: Literal["float32", "float64"] = MODEL("float32", "of the weights")
+    micro_batch_tokens: int = MODEL(20480, "padded tokens of a forward pass; changes speed and memory, no update", above=0)
+
+    prompts_per_batch: int = ROLLOUTS(32, "B, problems in a rollout batch", above=0)
+    group_size: int = ROLLOUTS(8, "G, rollouts per prompt", above=0)
+    max_prompt_tokens: int = ROLLOUTS(2048, "longer problems are dropped and counted", above=0)
+    max_response_tokens: int = ROLLOUTS(LCB.max_tokens, "a longer response is cut, and graded as it is", above=0)
+    temperature: float = ROLLOUTS(1.0, "of rollouts, at which the trainer scores as well", above=0)
+    top_p: float = ROLLOUTS(1.0, "of rollouts", above=0, most=1)
+    sampler: Literal["", "vllm", "hf"] = ROLLOUTS("", "vLLM on a GPU and transformers' generate on a CPU by default")
+    engine_memory: float = ROLLOUTS(0.0, "vLLM's share of the GPU while it samples; 0: by the plan", least=0, most=1)
+
+    lr: float = ADAMW(1e-6, "learning rate of the M-step", above=0)
+    warmup_steps: int = ADAMW(0, "rollout batches over which the learning rate rises", least=0)
+    schedule: Literal["constant", "linear"] = ADAMW("constant", "linear: the learning rate falls to 0 over the run")
+    adam_beta1: float = ADAMW(0.9, "AdamW's decay of the gradient's average", least=0, below=1)
+    adam_beta2: float = ADAMW(0.999, "AdamW's decay of the squared gradient's average", above=0, below=1)
+    weight_decay: float = ADAMW(0.01, "decoupled", least=0)
+    max_grad_norm: float = ADAMW(1.0, "gradients are clipped to this norm", above=0)
+    minibatch_prompts: int = ADAMW(1, "prompts per M-step update; at 1 a batch of 32 prompts makes 32 updates", above=0)
+
+    feedback: Literal[*SOURCES] = FEEDBACK("solution_first", "where C comes from (feedback.py)")
+    borrow: bool = FEEDBACK(True, "a success borrows a failing sibling's text")
+    passed_text: str = FEEDBACK("", "a success sees this text instead, which gives its label away (ablation)")
+    max_teacher_tokens: int = FEEDBACK(10240, "of the teacher's prompt; beyond it the context is cut", above=0)
+    max_critique_tokens: int = FEEDBACK(512, "of a critique", above=0, **CRITIQUE)
+    critic_url: str = FEEDBACK("", "critiques from an OpenAI-compatible server (key: OPENAI_API_KEY), not the student", **CRITIQUE)
+    critic_model: str = FEEDBACK("", "the name it serves", **CRITIQUE)
+    server_timeout: float = FEEDBACK(60.0, "seconds to wait for a server, three times", above=0)
+    solution_template: str = FEEDBACK(WORDS.solution, "section of the teacher's prompt, with {solution}")
+    feedback_template: str = FEEDBACK(WORDS.feedback, "section of the teacher's prompt, with {feedback}")
+    critique_template: str = FEEDBACK(WORDS.critique, "section of the teacher's prompt, with {critique}")
+    closing_line: str = FEEDBACK(WORDS.closing, "end of the teacher's prompt")
+    critique_request: str = FEEDBACK(WORDS.request, "what a critic is asked: {question}, {attempt}, {reference}", **CRITIQUE)
+
+    e_step_every: int = E_STEP(5, "F: an E-step on every F-th rollout batch", above=0)
+    e_minibatch_prompts: int = E_STEP(32, "prompts per E-step update; the whole batch makes one update", above=0)
+    e_lr: float = E_STEP(0.0, "learning rate of the E-step; 0: --lr", least=0)
+    e_optimizer: Literal["shared", "own"] = E_STEP("shared", "whose AdamW state; the paper has one network and one optimizer")
+    e_groups: Literal["mixed", "all"] = E_STEP("mixed", "mixed: groups in which both outcomes have a context")
+    beta: float = FEEDBACK(0.1, "of the implicit reward, Eq. 7", above=0)
+    shift_rate: float = E_STEP(0.1, "delta <- (1 - rate) delta + rate value; the paper gives none", above=0, most=1)
+    prior: Literal["dynamic", "fixed"] = E_STEP("dynamic", "what r~ is measured from; fixed: the initial weights (ablation)")
+
+    divergence: Literal[*DIVERGENCES] = DISTIL("kl_student_teacher", "D of the M-step, Eq. 10")
+    top_k: int = DISTIL(20, "D over the student's top K tokens and a tail bucket; 0: all of V", least=0)
+    teacher: Literal["", "live", "ema"] = FEEDBACK("", "whose weights read C; the method's own by default")
+    ema_rate: float = FEEDBACK(0.01, "teacher <- (1 - rate) teacher + rate student, per rollout batch", least=0, most=1,
+                               need="an EMA teacher", reads=lambda c: c.reader() == "ema")  # fmt: skip
+    ratio_limit: float = DISTIL(2.0, "SDPO's token weight min(pi / pi_old, limit)", above=0, **objective_reads("ratio_limit"))
+    mismatch_limit: str = ROLLOUTS("2", "SDPO's token weight min(pi_old / pi_sampler, limit) when vLLM samples; none: off")
+
+    divide_by_std: bool = GRADIENT(False, "advantages over their group's standard deviation; SDPO's code does not")
+    clip_low: float = GRADIENT(0.2, "the ratio pi / pi_old is clipped to 1 - clip_low", above=0)
+    clip_high: float = GRADIENT(0.28, "the ratio pi / pi_old is clipped to 1 + clip_high", above=0)
+    dual_clip: float = GRADIENT(3.0, "where A < 0 the loss is at most this times |A|", above=0)
+    w_opd: float = GRADIENT(1.0, "hybrids' weight of the teacher's part; the paper gives none", least=0, **objective_reads("w_opd"))
+    w_rl: float = GRADIENT(1.0, "hybrids' weight of the policy gradient", least=0, **objective_reads("w_rl"))
+    reweight_lam: float = GRADIENT(0.5, "reweight's lambda at first (RLSD's)", least=0, most=1, **objective_reads("reweight_lam"))
+    reweight_steps: int = GRADIENT(50, "rollout batches until lambda is 0", least=0, **objective_reads("reweight_steps"))
+    reweight_clip: float = GRADIENT(0.2, "reweight's eps_w (RLSD's)", above=0, **objective_reads("reweight_clip"))
+
+    def row(self) -> Method:
+        return METHODS[self.method]
+
+    def reader(self) -> str:
+        """Whose weights read the context: live, ema, or "" for nobody's."""
+        return self.teacher or self.row().teacher
+
+    def templates(self) -> Templates:
+        texts = (self.solution_template, self.feedback_template, self.critique_template)
+        return Templates(*texts, self.closing_line, self.critique_request)
+
+
+PRESETS = {
+    "lcb": {},  # Table D.1
+    "sciknoweval": dict(  # Table D.2; OLMo3-7B: --lr 5e-6
+        lr=1e-5, epochs=0, steps=500, warmup_steps=10, minibatch_prompts=32, top_k=100, divergence="js", ema_rate=0.05,
+        feedback="sibling", eval_every=25, eval_samples=PROTOCOLS["sciknoweval"].samples,
+    ),
+    "math": dict(  # Table D.4
+        lr=5e-6, epochs=0, steps=200, warmup_steps=10, minibatch_prompts=32, top_k=0, divergence="kl_teacher_student",
+        ema_rate=0.05, feedback="sibling", eval_every=20,
+    ),
+    "own": {},  # Table D.1's; --data FILE.py
+    "toy": presets.TOY,
+}  # fmt: skip
+
+
+# ---- A batch -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """One rollout batch. Row i * G + j is rollout j of problem i; B rows, T tokens of the longest response."""
+
+    step: int
+    problems: list  # of each row
+    x: list[list[int]]  # the student's prompt
+    rollouts: list[Rollout]
+    y: list[list[int]]  # response tokens
+    texts: list[str]
+    mask: torch.Tensor  # (B, T), 1 on response tokens including EOS
+    sampler_logp: torch.Tensor  # (B, T), log-probs as the sampler's engine gave them
+    outcomes: list = field(default_factory=list)
+    r: torch.Tensor | None = None  # (B,), rewards
+    graded: torch.Tensor | None = None  # (B,), False where grading itself failed
+    C: list[feedback.Context | None] = field(default_factory=list)
+    xC: list[list[int]] = field(default_factory=list)  # the teacher's prompt; x where there is no context
+    has_C: torch.Tensor | None = None  # (B,)
+    contexts_cut: int = 0
+    old_logp: torch.Tensor | None = None  # (B, T), log pi_theta(y_t) at the weights that sampled the batch, if frozen
+    teacher_logp: torch.Tensor | None = None  # (B, T), log q(y_t) at the same weights, old_logp where there is no context
+
+    def lengths(self) -> list[int]:
+        """Tokens of each row through the network, in the longer of its two views."""
+        return [max(len(x), len(xC)) + len(y) for x, xC, y in zip(self.x, self.xC, self.y)]
+
+    def student(self, policy: Policy, rows: list[int]):
+        """The rows under the student's prompt, pi_theta(.|x)."""
+        return policy.view([self.x[i] for i in rows], [self.y[i] for i in rows])
+
+    def reader(self, policy: Policy, rows: list[int], teacher=None):
+        """The rows under the teacher's prompt, q(.|x,C)."""
+        return policy.view([self.xC[i] for i in rows], [self.y[i] for i in rows], teacher)
 
 
 def batches(problems: list, size: int, steps: int, seed: int):
@@ -71,402 +296,254 @@ def batches(problems: list, size: int, steps: int, seed: int):
         yield order[start : start + size]
 
 
-def demonstrations(
-    cfg: Config,
-    policy: Policy,
-    sampler,
-    teacher,
-    task: tasks.Task,
-    problems: list,
-    xC: list,
-    scores: list,
-    has_C,
-    step: int,
-) -> tuple[dict, Counter]:
-    """OVD: {row: (Rollout, Outcome)}, one response of the teacher to (x, C), verified like a rollout, for each row that the
-    judge rejects and that has a context; and the rejected rows whose own rollout stays, counted by reason."""
-    rejected = [i for i, score in enumerate(scores) if score is not None and score < cfg.ovd_threshold]
-    asked = [i for i in rejected if has_C[i]]
-    kept = Counter({"rejected without a context, kept": len(rejected) - len(asked)})
-    seed = seed_for(cfg.seed, step, "demonstrations")
-    with weights_of(teacher if asked else None, sampler, policy):
-        drawn = sampler.sample([xC[i] for i in asked], 1, seed, cfg.max_response_tokens, cfg.temperature, cfg.top_p)
-    outcomes = task.verify([problems[i] for i in asked], [policy.decode(rollout.tokens) for rollout in drawn])
-    shown = {}
-    for i, rollout, outcome in zip(asked, drawn, outcomes):
-        if outcome.verdict == "internal":
-            kept["demonstration without a grade, rollout kept"] += 1
-        elif not outcome.reward and not cfg.ovd_failed:
-            kept["demonstration failed, rollout kept"] += 1
-        else:
-            shown[i] = rollout, outcome
-    return shown, kept
+def roll_out(cfg: Config, policy: Policy, sampler, problems: list, step: int) -> Batch:
+    """y ~ pi_theta(.|x): G rollouts of each problem."""
+    G, x = cfg.group_size, [feedback.student_prompt(policy.tokenizer, p.messages) for p in problems]
+    seed = seed_for(cfg.seed, step, "rollouts")
+    rollouts = sampler.sample(x, G, seed, cfg.max_response_tokens, cfg.temperature, cfg.top_p)
+    y, x = [rollout.tokens for rollout in rollouts], [prompt for prompt in x for _ in range(G)]
+    mask = policy.mask(y)  # (B, T)
+    sampler_logp = torch.zeros(mask.shape, dtype=policy.score_dtype, device=policy.device)
+    for i, rollout in enumerate(rollouts):
+        sampler_logp[i, : len(rollout.logp)] = torch.tensor(rollout.logp)
+    problems = [p for p in problems for _ in range(G)]
+    return Batch(step, problems, x, rollouts, y, [policy.decode(tokens) for tokens in y], mask, sampler_logp, xC=x)
 
 
-def judge_figures(scores: list, outcomes: list, threshold: float) -> dict:
-    """OVD's judge over a batch: how many scores round to 0, 1, ... 9, the share accepted, and the AUC: the chance that a success
-    has a higher score than a failure, ties counting one half."""
-    known = [(score, o.reward) for score, o in zip(scores, outcomes) if score is not None and o.verdict != "internal"]
-    good, bad = ([score for score, reward in known if reward == which] for which in (1, 0))
-    counts = Counter(math.floor(score + 0.5) for score in scores if score is not None)
-    return {
-        "scores": [counts[digit] for digit in range(10)],
-        "accepted": mean([float(score is None or score >= threshold) for score in scores]),
-        "judge_auc": stats.mannwhitneyu(good, bad).statistic / (len(good) * len(bad)) if good and bad else None,
-    }
+def grade(batch: Batch, task, policy: Policy) -> None:
+    """Outcomes r in {0, 1}."""
+    batch.outcomes = task.verify(batch.problems, batch.texts)
+    batch.r = torch.tensor([o.reward for o in batch.outcomes], dtype=policy.score_dtype, device=policy.device)
+    batch.graded = torch.tensor([o.verdict != "internal" for o in batch.outcomes], device=policy.device)
+    batch.has_C = torch.zeros_like(batch.graded)
 
 
-def e_step_groups(which: str, r: torch.Tensor, has_C: torch.Tensor, group_size: int) -> tuple[list[list[int]], int]:
-    """The rows of each group that take part in the E-step, and the number of rows left out. Only rows with a context
-    do. "mixed" further asks that both outcomes have one: a kind of context that goes with one label gives it away."""
+def give_contexts(cfg: Config, batch: Batch, policy: Policy, critic: feedback.Critic) -> None:
+    """A context C, or none, for each rollout, and the teacher's prompts."""
+    batch.C = feedback.batch_contexts(cfg, batch.problems, batch.texts, batch.outcomes, batch.step, critic)
+    batch.has_C = torch.tensor([c is not None for c in batch.C], device=policy.device)  # (B,)
+    batch.xC = list(batch.x)
+    for i, C in enumerate(batch.C):
+        if C is not None:
+            batch.xC[i], cut = feedback.teacher_prompt(
+                policy.tokenizer, batch.problems[i].messages, C, cfg.templates(), cfg.max_teacher_tokens
+            )
+            batch.contexts_cut += cut > 0
+
+
+def freeze(batch: Batch, policy: Policy, teacher, with_teacher: bool) -> torch.Tensor:
+    """log pi_theta(y|x), and log q(y|x,C) where somebody needs it, at the weights that sampled the batch. Returns the entropy of
+    the student at each token, (B, T)."""
+    batch.old_logp, entropy = policy.score(batch.x, batch.y)
+    if with_teacher:
+        logp, _ = policy.score(batch.xC, batch.y, batch.has_C.nonzero().flatten().tolist(), teacher)
+        batch.teacher_logp = torch.where(batch.has_C[:, None], logp, batch.old_logp)
+    return entropy
+
+
+def e_step_groups(which: str, r: torch.Tensor, has_C: torch.Tensor, group_size: int) -> list[list[int]]:
+    """The rows of each group that take part in the E-step. Only rows with a context do. "mixed" further asks that both
+    outcomes have one: a kind of context that goes with one label gives it away."""
     groups = []
     for first in range(0, len(r), group_size):
         rows = [i for i in range(first, first + group_size) if has_C[i]]
         if rows and (which == "all" or 0 < sum(r[rows].tolist()) < len(rows)):
             groups.append(rows)
-    return groups, len(r) - sum(map(len, groups))
+    return groups
 
 
-def fill_ungraded(r: torch.Tensor, graded: torch.Tensor, group_size: int) -> torch.Tensor:
-    """r with the rows that the grader failed on at their group's mean: advantage 0, and no pull on the others."""
-    groups, known = r.view(-1, group_size), graded.view(-1, group_size)
+def e_step_minibatches(cfg: Config, batch: Batch, skip: Callable) -> list[list[int]]:
+    """The rows of each E-step update; skip(reason, rows) counts those left out."""
+    groups = e_step_groups(cfg.e_groups, batch.r, batch.has_C, cfg.group_size)
+    skip("e_step: no context, or one outcome only", len(batch.y) - sum(map(len, groups)))
+    size, minibatches = cfg.e_minibatch_prompts, []
+    for first in range(0, len(groups), size):
+        rows = [i for group in groups[first : first + size] for i in group]
+        if 0 < batch.r[rows].sum() < len(rows):
+            minibatches.append(rows)
+        else:  # only with --e_groups all
+            skip("e_step: minibatch of one outcome", len(rows))
+    return minibatches
+
+
+def advantages(cfg: Config, batch: Batch) -> torch.Tensor:
+    """A of each row, (B,). Rows that the grader failed on have the mean of their group: no advantage, no pull on the others."""
+    groups, known = batch.r.view(-1, cfg.group_size), batch.graded.view(-1, cfg.group_size)
     means = (groups * known).sum(1, keepdim=True) / known.sum(1, keepdim=True).clamp(min=1)
-    return torch.where(known, groups, means).reshape(-1)
+    r = torch.where(known, groups, means).reshape(-1)
+    return losses.group_advantages(r, cfg.group_size, cfg.divide_by_std) * batch.graded
 
 
-def engine_gap(
-    logp: torch.Tensor, drawn_logp: torch.Tensor, sampled: torch.Tensor, demonstrated: torch.Tensor, limit: float | None
-) -> tuple[torch.Tensor, dict]:
-    """What a token of the M-step weighs, (B, T), min(pi_old / pi_sampler, limit) for the gap between trainer and sampler (1
-    where `limit` is None), and figures of it; of demonstrations' tokens, which weigh 1, what the student makes of them."""
-    weight, rho = torch.ones_like(logp), (logp - drawn_logp)[demonstrated].exp()  # pi / q
-    if limit is not None:
-        weight[sampled] = losses.truncated_ratio(logp, drawn_logp, limit)[sampled]
-    figures = {
-        "sampler_gap": mean((logp - drawn_logp)[sampled].abs()),
-        "mismatch_truncated": None if limit is None else mean(weight[sampled] == limit),
-    }
-    if demonstrated.any():
-        figures |= {"demonstration_ratio": mean(rho), "demonstration_lacked": mean(rho < 0.5)}
-    return weight, figures
+# ---- The loop ----------------------------------------------------------------------------------------------------
 
 
-def moving_shift(last: float | None, value: float, rate: float) -> float:
-    """delta after an E-step whose batch gives `value`: the first one, then a moving average. One overflow must not poison every
-    later E-step, so a value that is not finite moves nothing."""
-    if last is None:
-        return value
-    return (1 - rate) * last + rate * value if math.isfinite(value) else last
+def adamw(cfg: Config, policy: Policy) -> torch.optim.AdamW:
+    betas = cfg.adam_beta1, cfg.adam_beta2
+    return torch.optim.AdamW(policy.model.parameters(), cfg.lr, betas, weight_decay=cfg.weight_decay)
 
 
-def margin_figures(implicit: torch.Tensor, r: torch.Tensor, lengths: torch.Tensor) -> dict:
-    """Fig. 1's reward margin, mean r~ on successes minus mean r~ on failures, and whether |r~| merely tracks length."""
-    both = 0 < r.sum() < len(r)
-    varied = len(r) > 2 and implicit.abs().std() > 0 and lengths.double().std() > 0
-    correlation = torch.corrcoef(torch.stack([implicit.abs().double(), lengths.double()]))[0, 1] if varied else None
-    return {
-        "margin": (implicit[r == 1].mean() - implicit[r == 0].mean()).item() if both else None,
-        "length_correlation": correlation.item() if varied else None,
-    }
+def train(cfg: Config, run: session.Run) -> None:
+    """Algorithm 1, and the baselines' loops, which differ from it by a row of METHODS."""
+    method, policy, sampler, G = cfg.row(), run.policy, run.sampler, cfg.group_size
+    teacher = policy.frozen_copy() if cfg.reader() == "ema" else None  # None: the live weights
+    initial = policy.frozen_copy() if method.e_step and cfg.prior == "fixed" else None
+    optimizer = adamw(cfg, policy)
+    e_optimizer = adamw(cfg, policy) if method.e_step and cfg.e_optimizer == "own" else optimizer
+    D = partial(losses.divergence, kind=cfg.divergence)
+    limit = run.mismatch_limit()
+    size = cfg.minibatch_prompts * G  # rows of an M-step update
+    with run.started(teacher, {"shared": optimizer, "e_step": e_optimizer}):
+        for step, problems in run.batches(batches):
+            log, rate = run.batch(step), run.rate(step)
 
+            # ---- 1. Rollouts y ~ pi_theta(.|x)
+            batch = roll_out(cfg, policy, sampler, problems, step)
+            log.lap("rollout")
+            run.leave_if_told(step)
 
-# ---- The loop ------------------------------------------------------------------------------------------------
+            # ---- 2. Outcomes r in {0, 1}, and contexts C (or none)
+            grade(batch, run.task, policy)
+            log.skip("grader failed", int((~batch.graded).sum()))
+            log.lap("verify")
+            if cfg.reader():
+                give_contexts(cfg, batch, policy, run.critic)
+            log.lap("feedback")
+            run.leave_if_told(step)
 
-
-def train(
-    cfg: Config, policy: Policy, sampler, task: tasks.Task, out: Path, record: dict, stop_signals: Callable = lambda: 0
-) -> None:
-    """Runs the EM loop and writes the run directory, whose config.json is `record`. stop_signals: how many signals to stop
-    this process has had."""
-    method, templates, G, world = METHODS[cfg.method], cfg.templates(), cfg.group_size, policy.world
-    tokenizer, reviews = policy.tokenizer, Reviews(cfg, policy, sampler)
-    teacher = policy.frozen_copy() if record["teacher"] == "ema" else None  # None: the live weights
-    reference = policy.frozen_copy() if cfg.method == "vpd" and cfg.prior == "fixed" else None
-    D = dict(kind="cross_entropy" if cfg.method == "distil" else cfg.divergence, top_k=cfg.top_k or None)
-    betas = (cfg.adam_beta1, cfg.adam_beta2)
-    adamw = lambda: torch.optim.AdamW(policy.model.parameters(), cfg.lr, betas, weight_decay=cfg.weight_decay)  # noqa: E731
-    optimizers = {"shared": adamw()}
-    if cfg.method == "vpd" and cfg.e_optimizer == "own":
-        optimizers["e_step"] = adamw()
-    optimizer, e_optimizer = optimizers["shared"], optimizers.get("e_step", optimizers["shared"])
-    session = Session(cfg, policy, sampler, reviews, task, out, record, teacher, optimizers, stop_signals)
-    with session:
-        session.begin()
-        for step, problems in enumerate(batches(task.train, cfg.prompts_per_batch, session.steps, cfg.seed)):
-            if step < session.first_step:
-                continue
-            clock, skipped = Clock(), Counter()
-            figures = dict.fromkeys(
-                ("margin", "length_correlation", "e_loss", "e_grad_norm", "shift", "e_rows", "e_died")
-            )
-            e_losses, e_norms, m_losses, m_norms, d_mean = [], [], [], [], 0.0
-            packing = torch.zeros(2, dtype=torch.long)
-            warmup = min(1.0, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else 1.0
-            rate = warmup * (1 - step / session.steps if cfg.schedule == "linear" else 1.0)
-
-            # ---- 1. Rollouts y ~ pi_theta(.|x); row i * G + j is rollout j of problem i
-            x = [feedback.student_prompt(tokenizer, p.messages) for p in problems]
-            rollouts = sampler.sample(
-                x, G, seed_for(cfg.seed, step, "rollouts"), cfg.max_response_tokens, cfg.temperature, cfg.top_p
-            )
-            y, texts = [r.tokens for r in rollouts], [policy.decode(r.tokens) for r in rollouts]
-            rows = range(len(y))
-            x, row_problems = [x[i // G] for i in rows], [problems[i // G] for i in rows]
-            clock.lap("rollout")
-            session.leave_if_told(step)
-
-            # ---- 2. Outcomes r in {0, 1} and contexts C (or none) per rollout
-            outcomes = task.verify(row_problems, texts)
-            if any(o.reward not in (0, 1) for o in outcomes):
-                fail(f"the verifier of {task.name} gave a reward that is neither 0 nor 1")
-            clock.lap("verify")
-            r = torch.tensor([float(o.reward) for o in outcomes], device=policy.device)  # (B,)
-            graded = torch.tensor([o.verdict != "internal" for o in outcomes], device=policy.device)
-            skipped["grader failed"] += int((~graded).sum())
-            C, xC, cut = [None] * len(y), list(x), 0
-            if method.teacher:
-                C = reviews.contexts(row_problems, texts, outcomes, step)
-                for i in rows:
-                    if C[i] is not None:
-                        xC[i], tokens_cut = feedback.teacher_prompt(
-                            tokenizer, row_problems[i].messages, C[i], templates, cfg.max_teacher_tokens
-                        )
-                        cut += tokens_cut > 0
-            has_C = torch.tensor([c is not None for c in C], device=policy.device)  # (B,) rows with a context
-            rows_C = has_C.nonzero().flatten().tolist()
-            clock.lap("feedback")
-
-            # OVD: what the judge rejects gives way to a demonstration by the teacher, which is verified as well
-            own, shown = torch.ones_like(has_C), {}  # (B,) rows that the student wrote; the others' (Rollout, Outcome)
-            if method.replaces:
-                scores = reviews.scores(row_problems, texts, step)
-                shown, kept = demonstrations(cfg, policy, sampler, teacher, task, row_problems, xC, scores, has_C, step)
-                skipped.update(kept)
-                for i, (demonstration, outcome) in shown.items():
-                    y[i], r[i], own[i] = demonstration.tokens, outcome.reward, False
-                figures |= judge_figures(scores, outcomes, cfg.ovd_threshold)
-                figures["demonstrations"] = mean(~own)
-                figures["demonstration_reward"] = mean([outcome.reward for _, outcome in shown.values()])
-                clock.lap("judge")
-            # DistIL: tokens of a black box; for all methods what D counts for at each place, (B, T).
-            mask, expert, d_weight = policy.mask(y), None, has_C[:, None]
-            if cfg.expert == "served":
-                expert, d_weight = reviews.expert_tokens(xC, y, rows_C, step)
-                clock.lap("expert")
-            d_weight = d_weight.expand_as(mask)
-            # What goes through the network: the teacher's prompts as well, where it scores the student's rollouts.
-            scores_rollouts = bool(record["teacher"]) and not method.replaces
-            longer = xC if scores_rollouts else x
-            lengths = [len(longer[i]) + len(y[i]) for i in rows]
-
-            # ---- 3. Freeze log pi_theta(y|x); the teacher's log-probs at the same weights give the reward margin
-            session.leave_if_told(step)
+            # ---- 3. Freeze log pi_theta(y|x). Where one update follows at these weights, its own pass gives the same numbers
             sampler.sleep()
-            old_logp, entropy = policy.score(x, y)  # (B, T)
-            drawn_logp = torch.zeros_like(old_logp)  # log-probs as the sampler's engine gave them
-            for i in rows:
-                drawn_logp[i, : len(y[i])] = torch.tensor(shown[i][0].logp if i in shown else rollouts[i].logp)
-            sampled = mask.bool() & own[:, None]  # (B, T) the student's tokens
-            limit = float(cfg.mismatch_limit) if sampler.other_engine and cfg.mismatch_limit != "none" else None
-            mismatch, said = engine_gap(old_logp, drawn_logp, sampled, mask.bool() & ~sampled, limit)  # (B, T)
-            figures |= said | {"entropy": mean(entropy[sampled])}
-            if cfg.ovd_ratio == "teacher":
-                old_logp[~own] = drawn_logp[~own]  # whose tokens the teacher drew
-            if scores_rollouts:
-                teacher_logp, _ = policy.score(xC, y, rows_C, teacher)
-                teacher_logp = torch.where(has_C[:, None], teacher_logp, old_logp)  # no context: A^SDPO = 0
-                r_tilde = losses.implicit_reward(teacher_logp, old_logp, mask, cfg.beta)  # Eq. 7
-                figures |= margin_figures(r_tilde[has_C], r[has_C], mask.sum(1)[has_C])
-            clock.lap("freeze")
+            e_due = method.e_step and step % cfg.e_step_every == 0
+            frozen = e_due or size < len(batch.y)
+            if frozen:
+                hybrid = bool(cfg.reader()) and not method.distils
+                log.frozen(batch, freeze(batch, policy, teacher, with_teacher=e_due or hybrid))
+            log.lap("freeze")
 
-            # ---- 4. E-step: refine the teacher on this batch (Eq. 9), every F-th batch
-            if cfg.method == "vpd" and step % cfg.e_step_every == 0:
-                groups, out_of_e = e_step_groups(cfg.e_groups, r, has_C, G)
-                skipped["e_step: no context, or one outcome only"] += out_of_e
-                prior_logp = old_logp if reference is None else policy.score(x, y, model=reference)[0]
-                slopes = []
-                for first in range(0, len(groups), cfg.e_minibatch_prompts):
-                    minibatch = [i for group in groups[first : first + cfg.e_minibatch_prompts] for i in group]
-                    if not 0 < r[minibatch].sum() < len(minibatch):  # only with --e_groups all
-                        skipped["e_step: minibatch of one outcome"] += len(minibatch)
-                        continue
-                    # First pass, no gradient: every r~ of the minibatch, hence delta before it is used. The first
-                    # minibatch meets the weights of the freeze, whose pass serves when it read the live teacher.
-                    q_logp = teacher_logp if teacher is None and first == 0 else policy.score(xC, y, minibatch)[0]
-                    q_logp = q_logp[minibatch].requires_grad_()  # (n, T)
-                    r_tilde = losses.implicit_reward(q_logp, prior_logp[minibatch], mask[minibatch], cfg.beta)  # Eq. 7
-                    value = losses.reward_shift(r_tilde, r[minibatch]).item()
-                    delta = moving_shift(session.shift, value, cfg.shift_rate)
-                    e_loss = losses.bco_loss(r_tilde, r[minibatch], delta)  # Eq. 9
-                    session.shift = delta if math.isfinite(delta) else None
-                    # c = dL_E / d log q(y_t|x,C,y_<t), the same for every token of a row: with it fixed, the second pass
-                    # sums c log q, in any micro-batches.
-                    c = torch.zeros_like(old_logp)  # (B, T)
-                    (c[minibatch],) = torch.autograd.grad(e_loss, q_logp)
-                    for part in policy.micro_batches(minibatch, lengths):
-                        view = policy.view([xC[i] for i in part], [y[i] for i in part])
-                        given = c[part, : view.mask.shape[1]]
-                        policy.backward(view.loss(lambda log_q, _, c: c * log_q, view.mask, [given])[0])
-                        packing += torch.tensor([view.filled, view.padded])
-                    e_norms.append(session.update(e_optimizer, (cfg.e_lr or cfg.lr) * rate, e_loss.item()))
-                    e_losses.append(e_loss.item())
-                    u = r_tilde.detach() - delta
-                    slopes.append(torch.sigmoid(u) * torch.sigmoid(-u))
-                died = torch.cat(slopes) < 0.01 if slopes else []
-                figures |= {"e_loss": mean(e_losses), "e_grad_norm": mean(e_norms), "shift": session.shift,
-                            "e_rows": len(died), "e_died": mean(died)}  # fmt: skip
-                clock.lap("e_step")
+            # ---- 4. E-step: refine the teacher (Eq. 9), every F-th batch
+            if e_due:
+                prior_logp = batch.old_logp if initial is None else policy.score(batch.x, batch.y, model=initial)[0]
+                for n, rows in enumerate(e_step_minibatches(cfg, batch, log.skip)):
+                    # First pass, no gradient: every r~ of the minibatch, hence delta before it is used. The first minibatch
+                    # meets the weights of the freeze, whose pass serves when it read the live teacher.
+                    serves = teacher is None and n == 0
+                    q_logp = batch.teacher_logp if serves else policy.score(batch.xC, batch.y, rows)[0]
+                    q_logp = q_logp[rows].requires_grad_()  # (n, T)
+                    r_tilde = losses.implicit_reward(q_logp, prior_logp[rows], batch.mask[rows], cfg.beta)  # Eq. 7
+                    delta = losses.moving_shift(
+                        run.shift, losses.reward_shift(r_tilde, batch.r[rows]).item(), cfg.shift_rate
+                    )
+                    e_loss = losses.bco_loss(r_tilde, batch.r[rows], delta)  # Eq. 9
+                    # dL_E / d log q(y_t|x,C,y_<t) = c, one number for all tokens of a row. With c fixed, the second pass sums
+                    # c log q over any micro-batches, and has the gradient of Eq. 9 over the whole minibatch.
+                    c = torch.zeros_like(batch.old_logp)  # (B, T)
+                    (c[rows],) = torch.autograd.grad(e_loss, q_logp)
+                    for part in policy.micro_batches(rows, batch.lengths()):
+                        q = batch.reader(policy, part)
+                        loss, _ = q.loss(lambda t: t.c * t.logp, q.mask, {"c": c[part, : q.mask.shape[1]]})
+                        policy.backward(loss)
+                        log.passed(q)
+                    run.shift = delta if math.isfinite(delta) else None
+                    norm = run.update(e_optimizer, (cfg.e_lr or cfg.lr) * rate, e_loss.item())
+                    log.e_update(e_loss.item(), norm, r_tilde.detach() - delta, batch.r[rows])
+                log.note(shift=run.shift)
+                log.lap("e_step")
 
-            # ---- 5. M-step: distil the teacher into the student (Eq. 10); the baselines' losses stand here too
-            A = torch.zeros_like(r)  # (B,)
-            if method.reinforces:
-                A = losses.group_advantages(fill_ungraded(r, graded, G), G, cfg.divide_by_std) * graded
-            active = (A != 0) | (has_C if method.distils or cfg.method == "reshape" else False)
-            if cfg.method == "reshape":
-                A = losses.reshaped_advantages(A, teacher_logp, old_logp, cfg.w_rl, cfg.w_opd)  # (B, T), B.24
-            if cfg.method == "reweight":
-                lam = cfg.reweight_lam * max(0.0, 1 - step / cfg.reweight_steps) if cfg.reweight_steps else 0.0
-                A = losses.reweighted_advantages(A, teacher_logp, old_logp, lam, cfg.reweight_clip)  # (B, T), B.28
-            if cfg.method == "distil":
-                if cfg.expert == "samples":
-                    expert = policy.draw(xC, y, rows_C, teacher, [seed_for(cfg.seed, step, "expert", i) for i in rows])
-                active = d_weight.any(1)
-                cost = d_weight * policy.compare(x, xC, y, rows_C, teacher, **D, expert=expert)  # (B, T)
-                A = cfg.future * losses.future_advantages(cost, mask, G, active)  # (B, T)
-                A = A / mask.sum(1, keepdim=True) if cfg.distil_norm == "length" else A
-            heard_rows = int(d_weight.any(1).sum())  # rows with a distance
-            why = "no expert's token" if cfg.expert == "served" else "no signal" if method.reinforces else "no context"
-            skipped[f"m_step: {why}"] += int((~active).sum())
-            size = cfg.minibatch_prompts * G
-            # pi_old is the student as it now is: exactly, where one update follows a batch, and for OVD's sg pi.
-            old_is_now = own if size == len(y) else torch.zeros_like(own)
-            old_is_now = old_is_now | ~own if cfg.ovd_ratio == "one" else old_is_now  # (B,)
+            # ---- 5. M-step: distil the teacher into the student (Eq. 10); what is minimised is METHODS' objective
+            A = advantages(cfg, batch) if method.reinforces else torch.zeros_like(batch.r)  # (B,)
+            takes_part = {"context": batch.has_C, "advantage": A != 0, "either": batch.has_C | (A != 0)}[method.rows]
+            log.skip("m_step: no signal" if method.reinforces else "m_step: no context", int((~takes_part).sum()))
+            known = {"sampler_logp": batch.sampler_logp, "A": A, "has_C": batch.has_C}
+            known |= {"old_logp": batch.old_logp} if frozen else {}
+            known |= {"teacher_logp": batch.teacher_logp} if batch.teacher_logp is not None else {}
+            known = {name: v if v.ndim == 2 else v[:, None].expand_as(batch.mask) for name, v in known.items()}  # (B, T)
+            reads = bool(cfg.reader()) and (method.distils or not frozen)
 
-            def per_token(logp, d, pi_old, old_is_now, A, d_weight, mismatch):
-                """The M-step's loss of a chunk of tokens, (1, n) all of them. d is D(student, teacher), `losses.divergence`,
-                which head.py forms with logp from one set of logits."""
-                pi_old = torch.where(old_is_now, logp.detach(), pi_old)
-                loss = torch.zeros_like(logp)
-                if method.distils:  # Eq. 10, Eq. 2
-                    ratio = 1.0 if cfg.method == "vpd" else losses.truncated_ratio(logp, pi_old, cfg.ratio_limit)
-                    loss = loss + (cfg.w_opd if cfg.method == "joint" else 1.0) * ratio * d * d_weight
-                if method.reinforces or cfg.method == "distil":
-                    pg = losses.grpo_loss(logp, pi_old, A, cfg.clip_low, cfg.clip_high, cfg.dual_clip)
-                    loss = loss + (cfg.w_rl if cfg.method == "joint" else 1.0) * pg
-                return loss * mismatch
+            def per_token(t):
+                """The M-step's loss of each token: the objective, weighed for the gap between trainer and sampler."""
+                if size == len(batch.y):  # pi_old is the student as it is now
+                    t.frozen_logp, t.old_logp = t.old_logp if frozen else t.logp.detach(), t.logp.detach()
+                else:
+                    t.frozen_logp = t.old_logp
+                if reads and batch.teacher_logp is None:
+                    t.teacher_logp = torch.where(t.has_C, t.teacher_logp, t.old_logp)  # no context: A^SDPO = 0
+                t.D, t.step = t.D * t.has_C, step
+                mismatch = 1.0 if limit is None else losses.truncated_ratio(t.frozen_logp, t.sampler_logp, limit)
+                return method.objective(t, cfg) * mismatch
 
-            A, old_is_now = (v if v.ndim == 2 else v[:, None].expand_as(mask) for v in (A, old_is_now))  # (B, T)
-            for first in range(0, len(y), size):
-                minibatch = [i for i in range(first, first + size) if active[i]]
-                if not minibatch:
-                    skipped["m_step: whole update"] += 1
+            for first in range(0, len(batch.y), size):
+                rows = [i for i in range(first, first + size) if takes_part[i]]
+                if not rows:
+                    log.skip("m_step: whole update")
                     continue
-                total = torch.zeros(2, dtype=torch.float64, device=policy.device)
-                for part in policy.micro_batches(minibatch, lengths):
+                for part in policy.micro_batches(rows, batch.lengths()):
                     q = None
-                    if method.distils and expert is None:
+                    if reads:
                         with torch.no_grad():  # sg q_phi
-                            q = policy.view([xC[i] for i in part], [y[i] for i in part], teacher)
-                    view = policy.view([x[i] for i in part], [y[i] for i in part])
-                    t = view.mask.shape[1]
+                            q = batch.reader(policy, part, teacher)
+                    view = batch.student(policy, part)
+                    here = {name: v[part, : view.mask.shape[1]] for name, v in known.items()}
                     weights = losses.sequence_weights(view.mask, size)
-                    if cfg.method == "distil" and cfg.distil_norm == "constant":
-                        weights = view.mask.double() / (size * cfg.max_response_tokens)
-                    taken = None if expert is None else expert[part, :t]
-                    given = [v[part, :t] for v in (old_logp, old_is_now, A, d_weight, mismatch)]
-                    loss, _, d = view.loss(per_token, weights, given, q, **D, expert=taken)
+                    loss, scores = view.loss(
+                        per_token, weights, here, q, D if method.distils else None, cfg.top_k or None, entropy=not frozen
+                    )
                     policy.backward(loss)
-                    d_here = losses.sequence_mean(d * d_weight[part, :t], view.mask, max(1, heard_rows))
-                    total += torch.stack([loss.detach(), d_here]).double()
-                    packing += torch.tensor([view.filled, view.padded])
-                loss, d = policy.world.sum(total).tolist()
-                m_norms.append(session.update(optimizer, cfg.lr * rate, loss))
-                m_losses.append(loss)
-                d_mean += d
+                    log.m_pass(part, view, loss, scores, batch.has_C, measures=not frozen)
+                log.m_norms.append(run.update(optimizer, cfg.lr * rate, log.m_loss()))
+            if not frozen:
+                log.from_passes(batch, takes_part, has_teacher=reads)
             if teacher is not None:
-                # Once per rollout batch: teacher <- (1 - rate) teacher + rate student.
-                ema_update(teacher, policy.model, cfg.ema_rate)
-            clock.lap("m_step")
+                ema_update(teacher, policy.model, cfg.ema_rate)  # once per rollout batch
+            log.lap("m_step")
 
             # ---- 6. Push the weights to the sampler
             sampler.sync(policy)
-            clock.lap("sync")
-
-            skipped.update(reviews.not_had())
-            filled, padded = world.sum(packing).tolist()
-            seconds = {phase: round(value, 4) for phase, value in clock.seconds.items()}
-            row = {
-                "kind": "train", "step": step, **rollout_figures(rollouts, outcomes, C), **figures,
-                "m_loss": mean(m_losses), "m_grad_norm": mean(m_norms),
-                "divergence": d_mean if method.distils and heard_rows else None, "lr": cfg.lr * rate, "contexts_cut": cut,
-                "left_out": {why: count for why, count in skipped.items() if count},
-                "updates_not_finite": sum(not math.isfinite(norm) for norm in e_norms + m_norms),
-                "padding": 1 - filled / padded if padded else None, "seconds": seconds,
-                "tokens_per_second": sum(len(rollout.tokens) for rollout in rollouts) / sum(seconds.values()),
-            }  # fmt: skip
-            samples = [
-                {"step": step, "id": row_problems[i].id, "prompt": tokenizer.decode(x[i]), "response": texts[i],
-                 "finish": rollouts[i].finish, **asdict(outcomes[i]), "context": asdict(C[i]) if C[i] else None,
-                 **({"score": scores[i], "demonstration": policy.decode(y[i]) if i in shown else None,
-                     "demonstration_reward": shown[i][1].reward if i in shown else None} if method.replaces else {})}
-                for i in list(rows)[: cfg.log_samples]
-            ]  # fmt: skip
-            session.end_of_batch(row, samples)
+            log.lap("sync")
+            run.end_of_batch(log, batch)
 
 
-# ---- The command ---------------------------------------------------------------------------------------------
+# ---- The command -------------------------------------------------------------------------------------------------
+
+
+def check(cfg: Config) -> None:
+    """Raises ValueError with one line for settings that cannot work together."""
+    check_fields(cfg)
+    method = cfg.row()
+    if cfg.steps == 0 and cfg.epochs == 0:
+        raise ValueError("--steps and --epochs are both 0: there is nothing to do")
+    for name in ("minibatch_prompts", "e_minibatch_prompts") if method.e_step else ("minibatch_prompts",):
+        if cfg.prompts_per_batch % getattr(cfg, name):
+            raise ValueError(
+                f"--{name} {getattr(cfg, name)} does not divide --prompts_per_batch {cfg.prompts_per_batch}"
+            )
+    if cfg.group_size < 2 and method.reinforces:
+        raise ValueError(f"--method {cfg.method} compares rollouts of one prompt: --group_size 1 gives no advantage")
+    if cfg.group_size < 2 and method.teacher and cfg.feedback == "sibling":
+        raise ValueError("--feedback sibling needs a second rollout of the prompt: --group_size must be at least 2")
+    never = cfg.group_size < 2 or (not cfg.borrow and not cfg.passed_text and cfg.feedback in TEXTS)
+    if method.e_step and cfg.e_groups == "mixed" and never:
+        raise ValueError(
+            "no success would ever have a context, so the E-step would never run: drop --no_borrow, raise --group_size, "
+            "or take --method sdpo --teacher live for the M-step only"
+        )
+    if method.teacher and cfg.max_teacher_tokens <= cfg.max_prompt_tokens:
+        raise ValueError("--max_teacher_tokens must exceed --max_prompt_tokens: the context needs room")
+    if method.e_step and cfg.feedback == "both" and not cfg.borrow:
+        raise ValueError(
+            "--feedback both with --no_borrow gives failures a text and successes none: the label is given away"
+        )
+    feedback.check_server("critic", cfg.critic_url, cfg.critic_model)
+    if cfg.passed_text and cfg.feedback not in TEXTS:
+        raise ValueError(f"--passed_text takes the place of a borrowed text: it needs --feedback {' or '.join(TEXTS)}")
+    if cfg.teacher and not method.teacher:
+        raise ValueError(f"--teacher {cfg.teacher} means nothing to --method {cfg.method}, which has no teacher")
+    cfg.templates()  # raises ValueError for a template without its hole
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = parse(argv)
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    if not torch.cuda.is_available():
-        torch.set_num_threads(1)  # threads that fight for a busy core cost more than they bring
-    out = Path(cfg.out)
-    try:
-        check(cfg)
-        if cfg.plan:
-            plan.show(cfg, METHODS[cfg.method], cfg.model, torch.cuda.device_count() or 1)
-            return
-        policy, sampler, task, record = open_run(cfg, out, World.start())
-    except CannotWrite as error:
-        fail(f"cannot write {error}", status=1)
-    except (ValueError, OSError, ImportError) as error:
-        fail(error)
-    print(" ".join(f"{f.name}={record[f.name]!r}" for f in fields(cfg)))
-    for note in task.notes:
-        print(note)
-    print(f"{task.splits()}; {record['prompts_dropped']} training prompts over {cfg.max_prompt_tokens} tokens dropped")
-    received = []
-    # Of several processes none can save alone, so that Ctrl-C is taken there like SIGTERM: they stop together.
-    signals = [signal.SIGTERM] + [signal.SIGINT] * (policy.world.size > 1)
-    before = {number: signal.signal(number, lambda *_: received.append(1)) for number in signals}
-    try:
-        train(cfg, policy, sampler, task, out, record, stop_signals=lambda: len(received))
-    except SystemExit as stop:
-        if stop.code == 143 and policy.world.rank == 0:
-            print(f"told to stop: the state is in {out}/checkpoints; --resume goes on from it", file=sys.stderr)
-        raise
-    except KeyboardInterrupt:
-        if policy.world.rank == 0:
-            print(f"stopped; the log and the weights so far are in {out}; {checkpoint.last(out)}", file=sys.stderr)
-        sys.exit(130)
-    except (checkpoint.Damaged, tasks.BadTask) as error:
-        fail(error)
-    except CannotWrite as error:
-        fail(f"cannot write {error}; {checkpoint.last(out)}", status=1)
-    except (FloatingPointError, StaleEngine, ServerSilent) as error:
-        if policy.world.rank == 0:
-            print(f"vpd.py: {error}; the log and the last finite weights are in {out}", file=sys.stderr)
-        sys.exit(1)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    best = f", {out}/best the best on validation problems" if (out / "best").exists() else ""
-    print(f"done: {out}/model is the last model{best}")
+    preset = partial(presets.of, PRESETS)
+    cfg = parse(argv, Config, "python vpd.py", "Variational Policy Distillation and its baselines.", preset)
+    session.launch(cfg, check, train)
 
 
 if __name__ == "__main__":
-    run(main)
-    World.end()
+    session.program(main)

@@ -1,12 +1,13 @@
-"""How a command ends and what it leaves: what was wrong with its input is one line on stderr and exit status 2, a disk that
-takes no more 1, Ctrl-C 130; a file is written whole or not at all.
+"""How a command ends and what it leaves: what was wrong with its input is one line on stderr and exit status 2, a run that
+cannot go on 1, Ctrl-C 130; a file is written whole or not at all.
 
-Nothing heavy is imported here: figures.py and study.py do without torch.
+Nothing heavy is imported here: figures do without torch.
 """
 
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,10 @@ from pathlib import Path
 
 class CannotWrite(OSError):
     """What cannot be written, and why: "FILE: no space left", say."""
+
+
+class Stopped(RuntimeError):
+    """A run cannot go on, for a reason that is the same in every process; its weights are saved."""
 
 
 def write(path: Path, content: str | bytes) -> None:
@@ -39,24 +44,46 @@ def check_out(out: Path) -> None:
 
 
 def run(main: Callable[[], None], *refused: type[Exception]) -> None:
-    """A command as a program: Ctrl-C is exit status 130 without a traceback, what `refused` names is bad input."""
-    name = Path(sys.argv[0]).name
+    """A command as a program: Ctrl-C is exit status 130 without a traceback, what `refused` names is bad input. One of several
+    processes leaves at once, whatever happened: while the interpreter takes itself down, threads of torch's abort a finished
+    process now and then, and vLLM waits for the process group, which the other processes may never leave."""
+    name, several, status = Path(sys.argv[0]).name, int(os.environ.get("WORLD_SIZE", 1)) > 1, 0
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
+    except SystemExit as error:
+        if not isinstance(error.code, int | None):
+            raise
+        status = error.code or 0
     except CannotWrite as error:
-        fail(f"cannot write {error}", name, 1)
+        status = say(f"cannot write {error}", name, 1)
     except refused as error:
-        fail(error, name)
+        status = say(error, name)
+    except BaseException:
+        if not several:
+            raise
+        traceback.print_exc()
+        status = 1
+    if several or "vllm" in sys.modules:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    if status:
+        sys.exit(status)
 
 
-def fail(message: object, command: str = "vpd.py", status: int = 2) -> None:
-    """One line on what was wrong, and the exit status."""
+def say(message: object, command: str, status: int = 2) -> int:
+    """One line on what was wrong. Returns the exit status."""
     rank = os.environ.get("RANK", "0")
     process = f"process {rank}: " if rank != "0" else ""
     print(f"{command}: error: {process}{' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(status)
+    return status
+
+
+def fail(message: object, command: str = "", status: int = 2) -> None:
+    """One line on what was wrong, and the exit status."""
+    sys.exit(say(message, command or Path(sys.argv[0]).name, status))
 
 
 class Parser(argparse.ArgumentParser):

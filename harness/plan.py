@@ -9,10 +9,9 @@ policy.py and head.py hold them; the three constants below are assumptions. GB i
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from model import head
 from harness import hub
+from model import head
 
 FRAMEWORK = 4.0e9  # assumed: CUDA context, NCCL's buffers, and what the allocator holds but cannot use
 ENGINE = 3.0e9  # assumed: CUDA graphs and activations of an engine awake
@@ -58,6 +57,8 @@ class Plan:
 
 def read(path: str):
     """The config of a folder or hub id; ValueError with one line when there is none."""
+    from transformers import AutoConfig
+
     try:
         hub.look(path)
         return AutoConfig.from_pretrained(path)
@@ -68,6 +69,8 @@ def read(path: str):
 
 def shapes(config) -> tuple[list[list[torch.Size]], list[torch.Size]]:
     """Shapes of the parameters of every decoder layer, and of the root's (embedding, norm, head; tied ones once)."""
+    from transformers import AutoModelForCausalLM
+
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
@@ -81,13 +84,18 @@ def shapes(config) -> tuple[list[list[torch.Size]], list[torch.Size]]:
     return [[p.shape for p in layer] for layer in layers], root
 
 
+def writes_responses(method) -> bool:
+    """Whether the teacher writes whole responses and scores none (OVD)."""
+    return getattr(method, "replaces", False)
+
+
 def tokens(cfg, method) -> tuple[int, int, int]:
     """At most: of a student's row, of a teacher's (0 without one), of a sequence that is sampled."""
     student = cfg.max_prompt_tokens + cfg.max_response_tokens
     reviewed = method.teacher and cfg.feedback == "critique" and not cfg.critic_url
     review = cfg.max_teacher_tokens + cfg.max_critique_tokens if reviewed else 0
     taught = cfg.max_teacher_tokens + cfg.max_response_tokens if cfg.reader() else 0
-    writes = method.replaces or cfg.teacher_probe and cfg.eval_every
+    writes = writes_responses(method) or cfg.teacher_probe and cfg.eval_every
     return student, taught, max(student, review, taught if writes else 0)
 
 
@@ -106,9 +114,9 @@ def memory(config, cfg, method, processes: int, gpu_bytes: float = 0) -> Plan:
         max(map(count, layers)),
     )
     master, compute = getattr(torch, cfg.dtype).itemsize, BF16 if gpu_bytes else getattr(torch, cfg.dtype).itemsize
-    teacher, vpd = cfg.reader(), cfg.method == "vpd"
-    optimizers = 2 if vpd and cfg.e_optimizer == "own" else 1
-    copies = ["EMA teacher"] * (teacher == "ema") + ["initial weights"] * (vpd and cfg.prior == "fixed")
+    teacher, e_step = cfg.reader(), method.e_step
+    optimizers = 2 if e_step and cfg.e_optimizer == "own" else 1
+    copies = ["EMA teacher"] * (teacher == "ema") + ["initial weights"] * (e_step and cfg.prior == "fixed")
     kept = {"weights": shard * master, "AdamW's moments": 2 * optimizers * shard * master}
     kept |= {name: shard * master for name in copies}
     state = {**kept, "gradients": shard * master}
@@ -121,9 +129,9 @@ def memory(config, cfg, method, processes: int, gpu_bytes: float = 0) -> Plan:
     student, taught, longest = tokens(cfg, method)
     moments, sampling = {}, {}
     if gpu_bytes:
-        # A micro batch fills micro_batch_tokens or is one longer row. Only VPD's E-step goes backward through the
-        # teacher's rows.
-        n = max(cfg.micro_batch_tokens, taught if vpd else student)
+        # A micro-batch fills micro_batch_tokens or is one longer row. Only the E-step goes backward through the teacher's
+        # rows.
+        n = max(cfg.micro_batch_tokens, taught if e_step else student)
         recomputed = n * (
             2 * (F32 + 2 * BF16) * H  # two norms: input in float32, normalised, output
             + (F32 + BF16) * (heads + kv_heads) * d  # norms of queries and keys
@@ -132,13 +140,12 @@ def memory(config, cfg, method, processes: int, gpu_bytes: float = 0) -> Plan:
             + BF16 * 4 * inner  # MLP: gate, its activation, up, their product
             + BF16 * (3 * inner + 3 * H)  # gradients on their way: three of the MLP, three of states
         )
-        compares = method.distils and cfg.expert == "probabilities"  # the teacher's states meet the student's
-        full = compares and not cfg.top_k
-        top_k = cfg.top_k if compares else 0
-        chunk = min(n, head.tokens_per_chunk(V, H, top_k or None, compute, "cuda"))
-        # Logits in float32, for all of V the teacher's beside; one bfloat16 copy on the way in or out; K rows of the
-        # teacher's head a token; six blocks of columns where all of V is compared.
-        chunks = chunk * ((F32 * (2 if full else 1) + BF16) * V + BF16 * top_k * H + F32 * 6 * full * head.COLUMNS)
+        compares = bool(teacher) and not writes_responses(method)  # the teacher's states meet the student's
+        full = method.distils and not cfg.top_k
+        chunk = min(n, head.tokens_per_chunk(V, compute, "cuda", 1 + compares))
+        # Logits in float32, the teacher's beside; one bfloat16 copy on the way in or out; six blocks of columns where all
+        # of V is compared.
+        chunks = chunk * ((F32 * (1 + compares) + BF16) * V + F32 * 6 * full * head.COLUMNS)
         # Of the student: the last norm's input in float32 and normalised, the responses' states, those without padding,
         # their gradient; of the teacher, two of these.
         standing = {
@@ -147,7 +154,7 @@ def memory(config, cfg, method, processes: int, gpu_bytes: float = 0) -> Plan:
             "root gathered": root_size * compute,
             "gradient of the head": V * H * compute,
         }
-        if teacher == "ema" and not method.replaces:
+        if teacher == "ema" and compares:
             standing["EMA teacher, root gathered"] = root_size * compute
         moments = {
             "the loss head": {**standing, "logits in chunks": chunks},
@@ -180,7 +187,7 @@ def refuse(plan: Plan, cfg) -> None:
     state, room = sum(plan.state.values()), plan.gpu - sum(plan.sampling.values())
     here = f"on each of {plan.processes} GPUs of {size(plan.gpu)}"
     helps = "what helps: more GPUs" + ", --teacher live" * ("EMA teacher" in plan.state)
-    helps += ", --e_optimizer shared" * (cfg.method == "vpd" and cfg.e_optimizer == "own")
+    helps += ", --e_optimizer shared" * (cfg.row().e_step and cfg.e_optimizer == "own")
     helps += ", --prior dynamic" * ("initial weights" in plan.state)
     if plan.gpu and plan.training > plan.gpu:
         helps += ", smaller --micro_batch_tokens, --max_teacher_tokens, --max_response_tokens" * (state < plan.gpu)
@@ -228,8 +235,8 @@ def lines(plan: Plan, cfg, method) -> list[str]:
         f"{B * G} rollouts per batch; M-step: {B // cfg.minibatch_prompts} updates per batch, {m_rows} sequences each"
     )
     most = f"tokens at most: {student} a student's row" + f", {taught} a teacher's" * bool(taught)
-    most += f", {max(cfg.micro_batch_tokens, student, 0 if method.replaces else taught)} a micro batch, {m_rows * student} an M-step update"
-    if cfg.method == "vpd":
+    most += f", {max(cfg.micro_batch_tokens, student, 0 if writes_responses(method) else taught)} a micro batch, {m_rows * student} an M-step update"
+    if method.e_step:
         rows += f"; E-step: {B // cfg.e_minibatch_prompts} every {cfg.e_step_every} batches, {e_rows} sequences each"
         most += f", {e_rows * taught} an E-step update"
     end = f"host memory to load the weights {size(plan.host)}; on disk: model {size(plan.model)}, "

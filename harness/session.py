@@ -1,35 +1,38 @@
-"""What surrounds the loop of vpd.py: opening a run, its directory with the logs, the state on disk, evaluation by the way, the
-end."""
+"""What surrounds a training loop: opening a run, its directory, checkpoints, evaluation by the way, signals, the end.
 
+`launch` takes settings and a loop, `train(cfg, run)`. `Run` is what the loop sees.
+"""
+
+import fcntl
+import hashlib
 import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from model import checkpoint
 import evaluate
 import feedback
-from harness import plan
 import tasks
-from tasks import tiny
-from harness.command import CannotWrite, write
+from harness import command, hub, machine, plan
+from harness.command import CannotWrite, Stopped, fail, write
+from harness.log import BatchLog, terminal_line
+from harness.settings import differing
+from model import checkpoint
 from model.parallel import World
 from model.policy import Policy
-from neighbours.reviews import Reviews, ServerSilent, reach
-from rollout import StaleEngine, check_sampler, open_sampler, seed_for, weights_of
-from harness.settings import METHODS, Config
+from rollout import check_sampler, open_sampler, seed_for, weights_of
 
 
 def watch(task: tasks.Task) -> tuple[list, str]:
@@ -37,70 +40,134 @@ def watch(task: tasks.Task) -> tuple[list, str]:
     return (task.validation, "validation") if task.validation else (task.test, "test")
 
 
-def open_directory(out: Path, overwrite: bool, record: dict) -> None:
-    """Makes the run directory with its config.json; one that is there is deleted if `overwrite`, else left as it is."""
-    if overwrite and out.exists():
+# ---- The run directory -------------------------------------------------------------------------------------------
+
+
+def check_directory(cfg) -> None:
+    """Raises ValueError with one line where --out cannot be this run's directory."""
+    if cfg.resume and not cfg.out:
+        raise ValueError("--resume needs --out, the run directory to go on with")
+    if cfg.resume and cfg.overwrite:
+        raise ValueError("--resume goes on with a run directory and --overwrite deletes it: give one of them")
+    out = Path(cfg.out)
+    if not cfg.out or not out.exists() or cfg.resume:
+        return
+    if not cfg.overwrite:
+        raise ValueError(f"{out} exists: give another --out, --resume to go on with it, or --overwrite to delete it")
+    try:
+        record = json.loads((out / "config.json").read_text())
+        ours = {"task", "method", "seed", "command"} <= record.keys()
+    except (OSError, ValueError, AttributeError):
+        ours = False
+    if not ours:
+        raise ValueError(f"{out} is no run directory (its config.json is not a run's): --overwrite will not delete it")
+    for flag in ("model", "data"):
+        path = Path(getattr(cfg, flag) or "/").resolve()
+        if path.exists() and path.is_relative_to(out.resolve()):
+            raise ValueError(f"--overwrite would delete {path}, this run's own --{flag}")
+
+
+def open_directory(cfg, out: Path, record: dict):
+    """Makes the run directory with its config.json; one that is there is deleted if --overwrite. Returns the file that locks it
+    for this run. Raises ValueError where another run holds it."""
+    if cfg.overwrite and out.exists():
+        _lock(out).close()
         shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=cfg.resume)
+    except FileExistsError:
+        raise ValueError(f"{out} was made by another run a moment ago: give another --out") from None
+    lock = _lock(out)
     if not (out / "config.json").exists():
         write(out / "config.json", json.dumps(record, indent=1) + "\n")
+    return lock
+
+
+def _lock(out: Path):
+    file = (out / "lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"{out} belongs to a run that is still going on") from None
+    return file
 
 
 def git_commit() -> str:
     """The commit of this code, marked when the tree differs from it; "unknown" outside a repository."""
     here = Path(__file__).parents[1]
-    run = lambda *args: subprocess.run(["git", *args], cwd=here, capture_output=True, text=True)  # noqa: E731
+    git = lambda *args: subprocess.run(["git", *args], cwd=here, capture_output=True, text=True)  # noqa: E731
     try:
-        head = run("rev-parse", "HEAD")
+        head = git("rev-parse", "HEAD")
     except OSError:  # no git on this machine
         return "unknown"
     if head.returncode:
         return "unknown"
-    return head.stdout.strip() + ("+changes" if run("status", "--porcelain", "-uno").stdout else "")
+    return head.stdout.strip() + ("+changes" if git("status", "--porcelain", "-uno").stdout else "")
 
 
-def open_run(cfg: Config, out: Path, world: World) -> tuple:
-    """What the loop needs: policy, sampler, task, and the record that config.json holds. The run directory `out` is made when
-    nothing else can be wrong with the settings. Raises ValueError, OSError or ImportError with one line."""
-    method = METHODS[cfg.method]
-    if out.exists() and not cfg.overwrite and not cfg.resume:
-        raise ValueError(f"{out} exists: give another --out, --resume to go on with it, or --overwrite to delete it")
-    if cfg.overwrite and out.exists() and not (out / "config.json").exists():
-        raise ValueError(f"{out} is no run directory (no config.json): --overwrite will not delete it")
-    if cfg.task != "toy" and not torch.cuda.is_available() and not cfg.smoke and not Path(cfg.model).is_dir():
-        run = f"run `bash run.sh {cfg.task} --smoke` or `bash run.sh toy`"
-        here = "name a small model's folder, --model tasks/toy_models/trace say" if cfg.task == "own" else run
-        raise ValueError(f"--task {cfg.task} with {cfg.model} needs CUDA GPUs: on this machine {here}")
+def fingerprint(problems: list) -> str:
+    """Of problems, so that a run is not resumed on others."""
+    text = json.dumps([(p.id, p.messages, p.reference) for p in problems])
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
+
+
+# ---- Opening -----------------------------------------------------------------------------------------------------
+
+
+def check_model(cfg) -> None:
+    """Raises ValueError with one line where the model is no folder and this machine cannot train one of the hub's."""
+    if cfg.task == "toy" and not Path(cfg.model).is_dir():  # started from another folder
+        cfg.model = str(Path(__file__).parents[1] / cfg.model)
+    if Path(cfg.model).is_dir():
+        cfg.model = str(Path(cfg.model).resolve())  # --resume and evaluation may start from another folder
+    elif not torch.cuda.is_available() and not cfg.smoke:
+        raise ValueError(
+            f"--model {cfg.model} is no folder here, and to train a model of the hub needs CUDA GPUs: name a folder "
+            "(tasks/toy_models/trace, say), or try --smoke"
+        )
+
+
+def open_run(cfg, world: World, also: Callable = lambda *_: None) -> "Run":
+    """A run ready for its loop. The directory is made when nothing else can be wrong with the settings. also(cfg, policy, task):
+    what else a loop needs, `Run.also`; it may raise ValueError. Raises ValueError, OSError or ImportError with one line."""
+    method = cfg.row()
+    world.first(lambda: check_directory(cfg))
+    check_model(cfg)
     check_sampler(cfg.sampler)
-
     task = tasks.load(cfg.task, cfg.subset, cfg.data, cfg.train_tests, cfg.since, cfg.until)
+    cfg.data = str(Path(cfg.data).resolve()) if cfg.data else ""
     task.verify = world.shared(task.verify)
     if method.teacher and cfg.feedback in task.lacks:
         has = ", ".join(source for source in feedback.SOURCES if source not in task.lacks)
         raise ValueError(f"--feedback {cfg.feedback}: {task.name} has {has}")
+    out = Path(world.first(lambda: cfg.out or f"runs/{cfg.task}-{cfg.method}-seed{cfg.seed}-{time.strftime('%Y%m%d-%H%M%S')}"))
 
     with tempfile.TemporaryDirectory() as made:
-        # A smoke run that goes on has its model there.
+        # A smoke run that is resumed has its model there.
         making = cfg.smoke and not (cfg.resume and (out / "base" / "config.json").exists())
         made = world.first(lambda: made)  # one process makes the model, on this machine
         if making:
+            from tasks import tiny
+
             world.first(lambda: tiny.smoke_model(cfg.task, cfg.smoke, Path(made)))
         path = made if making else cfg.model
         found = plan.show(cfg, method, path, world.size)
-        policy = Policy.load(path, getattr(torch, cfg.dtype), micro_batch_tokens=cfg.micro_batch_tokens, world=world)
+        policy = Policy.load(
+            path, getattr(torch, cfg.dtype), world, micro_batch_tokens=cfg.micro_batch_tokens, temperature=cfg.temperature
+        )
         world.wait()  # everybody has read it
-    if cfg.top_k > policy.vocabulary:
+    if method.distils and cfg.top_k > policy.vocabulary:
         raise ValueError(f"--top_k {cfg.top_k} exceeds the vocabulary of {policy.vocabulary} tokens")
 
-    tokens = lambda p: len(feedback.student_prompt(policy.tokenizer, p.messages))  # noqa: E731
-    fits = [p for p in task.train if tokens(p) <= cfg.max_prompt_tokens]
+    lengths = feedback.check_prompts(policy.tokenizer, task.train, cfg)
+    fits = [p for p, length in zip(task.train, lengths) if length <= cfg.max_prompt_tokens]
     dropped, task.train = len(task.train) - len(fits), fits
     watched, _ = watch(task)
     if cfg.eval_every and not watched:
         raise ValueError(f"{task.name} has neither validation nor test problems to watch: --eval_every 0")
     # The longest sequence that is sampled, evaluation's included.
-    sampled = [tokens(p) + cfg.max_response_tokens for p in watched] if cfg.eval_every else []
-    found = replace(found, longest=max([found.longest, *sampled]))
+    tokens = lambda p: len(feedback.student_prompt(policy.tokenizer, p.messages)) + cfg.max_response_tokens  # noqa: E731
+    found = replace(found, longest=max([found.longest, *(map(tokens, watched) if cfg.eval_every else [])]))
     plan.refuse(found, cfg)
     if len(fits) < cfg.prompts_per_batch:
         left_out = f" ({dropped} more have prompts over --max_prompt_tokens {cfg.max_prompt_tokens})" if dropped else ""
@@ -109,154 +176,185 @@ def open_run(cfg: Config, out: Path, world: World) -> tuple:
         )
     positions = getattr(policy.model.config, "max_position_embeddings", None)
     if positions and found.longest > positions:
-        task.notes.append(
-            f"prompt and response may take {found.longest} tokens, and the model was made for {positions}"
-        )
+        task.notes.append(f"prompt and response may take {found.longest} tokens; the model was made for {positions}")
     if not task.test:
         task.notes.append(f"{task.name} has no test problems: evaluate.py will have nothing to measure after the run")
+    if cfg.top_p < 1:
+        task.notes.append("--top_p below 1: rollouts come from a cut distribution, and the trainer scores the whole one")
     if method.teacher and cfg.feedback == "critique" and not all(p.reference for p in fits):
         raise ValueError(f"--feedback critique needs a reference answer for every problem of {task.name}")
-    if cfg.method == "ovd" and not cfg.judge_url:
-        feedback.digit_tokens(policy.tokenizer)  # raises ValueError where a score cannot be read
-        if cfg.task == "toy" and cfg.subset != "code-judge":
-            task.notes.append(f"{task.name}: its model was never taught to judge; --subset code-judge has one that was")
-    if why := world.first(lambda: reach(cfg)):
-        raise ValueError(why)
+    critic, others = feedback.Critic(cfg, policy), also(cfg, policy, task)
+    task.notes += [f"{dropped} training prompts over {cfg.max_prompt_tokens} tokens dropped"] if dropped else []
 
     if making:  # the model was made on the spot; evaluation will want it again
-        cfg.model = str(out / "base")
+        cfg.model = str(out.resolve() / "base")
+        task.notes.append("smoke run: the weights are random, and no number it gives means anything")
     record = {**asdict(cfg), "out": str(out), "teacher": cfg.reader(), "commit": git_commit(), "processes": world.size,
               "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-              "torch": torch.__version__, "command": " ".join(["python", *sys.argv]), "prompts_dropped": dropped}  # fmt: skip
+              "torch": torch.__version__, "command": " ".join(["python", *sys.argv]), "prompts_dropped": dropped,
+              "model_files": evaluate.fingerprint(path)}  # fmt: skip
     world.wait()  # everybody has looked
-    world.first(lambda: open_directory(out, cfg.overwrite, record))
+    lock = open_directory(cfg, out, record) if world.rank == 0 else None
+    world.wait()
     if making:
         policy.save(cfg.model)
-    return policy, open_sampler(cfg.sampler, policy, cfg.model, found.longest, found.share), task, record
+    sampler = open_sampler(cfg.sampler, policy, cfg.model, found.longest, found.share)
+    critic.sampler = sampler
+    return Run(cfg, policy, sampler, task, out, record, lock, critic, others)
 
 
-# ---- Figures -------------------------------------------------------------------------------------------------
+def launch(cfg, check: Callable, train: Callable, also: Callable = lambda *_: None) -> None:
+    """A run from its settings to its end. check(cfg) raises ValueError for settings that cannot work together; train(cfg, run)
+    is the loop; also: see `open_run`."""
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)  # threads that fight for a busy core cost more than they bring
+    try:
+        check(cfg)
+        if cfg.smoke and cfg.task in ("toy", "own"):
+            raise ValueError(f"--smoke is for lcb, sciknoweval and math: --task {cfg.task} runs here as it is")
+        if cfg.smoke and cfg.plan:
+            raise ValueError("--plan is for the task's own model, which --smoke replaces by a tiny one")
+        if cfg.plan:
+            plan.show(cfg, cfg.row(), cfg.model, torch.cuda.device_count() or 1)
+            machine.check(cfg)
+            return
+        from transformers.utils import logging as hf_logging
+
+        hf_logging.set_verbosity_error()
+        hf_logging.disable_progress_bar()
+        run = open_run(cfg, World.start(), also)
+    except CannotWrite as error:
+        fail(f"cannot write {error}", status=1)
+    except (ValueError, OSError, ImportError) as error:
+        fail(error)
+    out, first = run.out, run.policy.world.rank == 0
+    if where := os.environ.get("VPD_OUT_FILE"):  # of a script that goes on with this run's directory
+        Path(where).write_text(str(out))
+    changed = " ".join(f"--{name} {value!r}" for name, value in differing(cfg).items())
+    print(f"{out}: {cfg.method} on {run.task.splits()}\nbeside the preset: {changed or 'nothing'}")
+    for note in run.task.notes:
+        print(note)
+    # Of several processes none can save by itself, so that Ctrl-C is taken there like SIGTERM: they stop together.
+    signals = [signal.SIGTERM, signal.SIGHUP] + [signal.SIGINT] * (run.policy.world.size > 1)
+    before = {number: signal.signal(number, lambda *_: run.signals.append(1)) for number in signals}
+    try:
+        train(cfg, run)
+    except SystemExit as stop:
+        if stop.code == 143 and first:
+            print(f"stopped by a signal; checkpoint saved in {out}/checkpoints; resume with --resume", file=sys.stderr)
+        raise
+    except KeyboardInterrupt:
+        if first:
+            print(f"stopped; the log and the weights so far are in {out}; {checkpoint.last(out)}", file=sys.stderr)
+        sys.exit(130)
+    except (checkpoint.Damaged, tasks.BadTask) as error:
+        fail(error)
+    except CannotWrite as error:
+        fail(f"cannot write {error}; {checkpoint.last(out)}", status=1)
+    except Stopped as error:
+        if first:
+            print(f"{error}; the log and the last finite weights are in {out}", file=sys.stderr)
+        sys.exit(1)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    best = f", {out}/best the best on validation problems" if (out / "best").exists() else ""
+    print(f"done: {out}/model is the last model{best}")
 
 
-def mean(values) -> float | None:
-    """The mean of a tensor's or list's finite values, or None if there are none."""
-    values = torch.as_tensor(values, dtype=torch.float64)
-    values = values[values.isfinite()]
-    return values.mean().item() if values.numel() else None
+def program(main: Callable[[], None]) -> None:
+    """main() as a program."""
+    command.run(main)
 
 
-def rollout_figures(rollouts: list, outcomes: list, C: list) -> dict:
-    """What the log says of the student's rollouts."""
-    kinds = Counter(c.kind for c in C if c)
-    wins = Counter(c.kind for c, o in zip(C, outcomes) if c and o.reward)
-    return {
-        "reward": mean([o.reward for o in outcomes if o.verdict != "internal"]),
-        "response_length": sum(len(rollout.tokens) for rollout in rollouts) / len(rollouts),
-        "truncated": mean([float(rollout.finish == "length") for rollout in rollouts]),
-        "with_context": mean([c is not None for c in C]),
-        "verdicts": dict(Counter(o.verdict for o in outcomes).most_common()),
-        "success_given_context": {kind: wins[kind] / count for kind, count in sorted(kinds.items())},
-    }
+# ---- The run -----------------------------------------------------------------------------------------------------
 
 
-def terminal_line(row: dict) -> str:
-    """At most 12 figures of a step; every one is explained in the README."""
-    show = {"reward": "reward", "margin": "margin", "divergence": "div", "e_loss": "E-loss", "shift": "delta",
-            "m_loss": "M-loss", "m_grad_norm": "|g|", "entropy": "entropy", "response_length": "length",
-            "with_context": "with C", "accepted": "accepted"}  # fmt: skip
-    cells = [f"{name} {row[key]:.3f}" for key, name in show.items() if row.get(key) is not None]
-    return f"{row['step']:4d}  " + "  ".join(cells) + f"  {sum(row['seconds'].values()):.1f} s"
+class Run:
+    """A run while its loop goes. cfg: the settings; record: what config.json holds; critic: feedback.Critic. `shift` is delta; it and the batch to begin
+    with come from the last checkpoint of a run that is resumed."""
 
-
-class Clock:
-    """Seconds per phase of one step."""
-
-    def __init__(self):
-        self.seconds, self.last = {}, time.perf_counter()
-
-    def lap(self, phase: str) -> None:
-        now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
-        self.last = now
-
-
-# ---- The run -------------------------------------------------------------------------------------------------
-
-
-def base_failures(cfg, policy: Policy, sampler, reviews: Reviews, task: tasks.Task) -> list[dict]:
-    """{"id", "context"} of one failure of the first weights for each of the first `teacher_probe` problems that training
-    is watched by, where there is a failure with a context. What the teacher makes of them tells over the run whether it
-    still reads."""
-    problems, G = watch(task)[0][: cfg.teacher_probe], cfg.group_size
-    prompts = [feedback.student_prompt(policy.tokenizer, p.messages) for p in problems]
-    seed = seed_for(cfg.seed, "base failures")
-    drawn = sampler.sample(prompts, G, seed, cfg.max_response_tokens, cfg.temperature, cfg.top_p)
-    rows, texts = [p for p in problems for _ in range(G)], [policy.decode(roll.tokens) for roll in drawn]
-    outcomes = task.verify(rows, texts)
-    found = {}
-    for problem, outcome, context in zip(rows, outcomes, reviews.contexts(rows, texts, outcomes, -1)):
-        if outcome.reward == 0 and context:
-            found.setdefault(problem.id, {"id": problem.id, "context": asdict(context)})
-    return list(found.values())
-
-
-class Session:
-    """A run while the loop goes. cfg: settings.Config; record: what config.json holds; teacher: the copy that reads contexts,
-    or None; optimizers: by name; stop_signals: how many signals to stop this process has had. `shift` is delta and `first_step`
-    the batch to begin with: both come from the last checkpoint of a run that goes on.
-
-    Used as a context: it closes the files, and saves the weights at the end and after an error.
-    """
-
-    def __init__(
-        self, cfg, policy: Policy, sampler, reviews: Reviews, task: tasks.Task, out: Path, record: dict, teacher,
-        optimizers: dict[str, torch.optim.Optimizer], stop_signals: Callable,
-    ):  # fmt: skip
-        self.cfg, self.policy, self.sampler, self.reviews, self.task = cfg, policy, sampler, reviews, task
-        self.out, self.record, self.teacher, self.stop_signals = out, record, teacher, stop_signals
+    def __init__(self, cfg, policy: Policy, sampler, task: tasks.Task, out: Path, record: dict, lock, critic, also):
+        self.cfg, self.policy, self.sampler, self.task = cfg, policy, sampler, task
+        self.out, self.record, self.lock, self.critic, self.also, self.signals = out, record, lock, critic, also, []
         self.steps = cfg.steps or cfg.epochs * (len(task.train) // cfg.prompts_per_batch)
         self.watched, self.split = watch(task)
-        self.shift, self.bad_in_a_row, self.best = None, 0, -1.0
+        self.shift, self.bad_in_a_row, self.idle, self.made, self.best = None, 0, 0, 0, -1.0
         self.first_step, self.saved, self.probe = 0, None, []
-        self.models = {"policy": policy.model} | ({"teacher": teacher} if teacher is not None else {})
-        self.optimizers = {name: (policy.model, optimizer) for name, optimizer in optimizers.items()}
-        folder, first = out / "checkpoints", policy.world.rank == 0
-        self.kept = checkpoint.restore(folder, self.models, self.optimizers, policy.world) if cfg.resume else None
-        if self.kept:
-            self.first_step, self.shift = self.kept["step"], self.kept["shift"]
-            self.bad_in_a_row, self.best = self.kept["bad_in_a_row"], self.kept["best"]
-        if cfg.resume and first:
-            last = self.first_step if self.kept else -1
+
+    @contextmanager
+    def started(self, teacher, optimizers: dict[str, torch.optim.Optimizer]) -> Iterator[None]:
+        """Restores a run that is resumed, opens the logs, hands the weights to the sampler and measures them; at the end, and after
+        an error, saves the weights and closes the files. teacher: the copy that reads contexts, or None; optimizers: by name, one
+        may be there under two."""
+        self.teacher = teacher
+        self.models = {"policy": self.policy.model} | ({"teacher": teacher} if teacher is not None else {})
+        shared = len({id(optimizer) for optimizer in optimizers.values()}) == 1
+        names = list(optimizers)[:1] if shared else list(optimizers)
+        self.optimizers = {name: (self.policy.model, optimizers[name]) for name in names}
+        self.log, self.samples = None, None
+        try:
+            restored = self._restore() if self.cfg.resume else None
+            first = self.policy.world.rank == 0
+            try:
+                self.log, self.samples = (
+                    (self.out / name if first else Path(os.devnull)).open("a") for name in ("log.jsonl", "samples.jsonl")
+                )
+            except OSError as error:
+                raise CannotWrite(f"{error.filename}: {error.strerror}") from error
+            self._begin(restored)
+            yield
+            if not self.made:
+                raise Stopped("no update was made: no rollout had a signal (left_out in log.jsonl says why)")
+        except (Exception, KeyboardInterrupt) as error:
+            # The weights as they were, where nobody else is needed to gather them or everybody is here for the same reason.
+            # Who was stopped by a signal has saved them; a disk that is full stays full.
+            alone = self.policy.world.size == 1 and not isinstance(error, OSError)
+            if self.log and (isinstance(error, Stopped) or alone):
+                self.policy.save(self.out / "model")
+            raise
+        else:
+            self.policy.save(self.out / "model")
+        finally:
+            for each in (self.log, self.samples):
+                with suppress(OSError, AttributeError):  # whatever could not be written has been told
+                    each.close()
+            self.task.close()
+
+    def _restore(self) -> dict | None:
+        out, world = self.out, self.policy.world
+        kept = checkpoint.restore(out / "checkpoints", self.models, self.optimizers, world)
+        if kept:
+            if kept.get("problems") != fingerprint(self.task.train):
+                raise checkpoint.Damaged("the training problems are not those that the run began with: start a new run")
+            self.first_step, self.shift, self.best = kept["step"], kept["shift"], kept["best"]
+            self.bad_in_a_row, self.idle, self.made = kept["bad_in_a_row"], kept["idle"], kept["made"]
+        if world.rank == 0:
+            last = self.first_step if kept else -1
             dropped = sum(checkpoint.cut_log(out / name, last) for name in ("log.jsonl", "samples.jsonl"))
             print(f"going on after {self.first_step} batches; {dropped} later lines dropped from the logs")
             known = (out / "log.jsonl").read_text().count('"kind": "train"') if (out / "log.jsonl").exists() else 0
             if known < self.first_step:
-                print(f"{out}/log.jsonl tells of {known} of the {self.first_step} batches done", file=sys.stderr)
-        try:
-            self.log, self.samples = (
-                (out / name if first else Path(os.devnull)).open("a") for name in ("log.jsonl", "samples.jsonl")
-            )
-        except OSError as error:
-            raise CannotWrite(f"{error.filename}: {error.strerror}") from error
+                print(f"{out}/log.jsonl has {known} of the {self.first_step} batches done", file=sys.stderr)
+        return kept
 
-    def __enter__(self) -> "Session":
-        return self
+    def _begin(self, restored: dict | None) -> None:
+        cfg, probe = self.cfg, self.out / "base_failures.json"
+        self.sampler.sync(self.policy)
+        if restored:
+            now = {"commit": self.record["commit"], "processes": self.policy.world.size}
+            self._write(self.log, {"kind": "resume", "step": self.first_step, **now})
+            self.probe = json.loads(probe.read_text()) if probe.exists() else []
+        elif cfg.eval_every:
+            if cfg.teacher_probe and self.record["teacher"]:
+                self.probe = self._base_failures()
+                self.policy.world.first(lambda: write(probe, json.dumps(self.probe, indent=1) + "\n"))
+            self.validate(0)
+        self.critic.missing.clear()  # the first batch counts its own
+        quiet = None if self.policy.world.rank == 0 else True
+        self.bar = tqdm(total=self.steps, initial=self.first_step, disable=quiet, unit="batch", dynamic_ncols=True)
 
-    def __exit__(self, kind, error, trace) -> None:
-        # After an error the weights as they were, where nobody else is needed to gather them or everybody is here for the
-        # same reason. Who was told to stop has saved them.
-        together = isinstance(error, (FloatingPointError, StaleEngine, ServerSilent))
-        alone = self.policy.world.size == 1 and isinstance(error, (Exception, KeyboardInterrupt))
-        try:
-            if error is None or together or alone and not isinstance(error, OSError):  # a disk that is full stays full
-                self.policy.save(self.out / "model")
-        finally:
-            for each in (self.log, self.samples):
-                with suppress(OSError):  # whatever could not be written has been told
-                    each.close()
-            self.task.close()
-
-    def write(self, file, row: dict) -> None:
+    def _write(self, file, row: dict) -> None:
         finite = lambda v: None if isinstance(v, float) and not math.isfinite(v) else v  # noqa: E731
         try:
             file.write(json.dumps({k: finite(v) for k, v in row.items()}) + "\n")  # JSON has no nan
@@ -264,58 +362,71 @@ class Session:
         except OSError as error:
             raise CannotWrite(f"{file.name}: {error.strerror}") from error
 
-    # ---- Beginning and end of a batch ------------------------------------------------------------------------
+    # ---- A batch -----------------------------------------------------------------------------------------------
 
-    def begin(self) -> None:
-        """Hands the weights to the sampler, and measures them before the first batch."""
-        cfg, probe = self.cfg, self.out / "base_failures.json"
-        self.sampler.sync(self.policy)
-        if self.kept:
-            now = {"commit": self.record["commit"], "processes": self.policy.world.size}
-            self.write(self.log, {"kind": "resume", "step": self.first_step, **now})
-            self.probe = json.loads(probe.read_text()) if probe.exists() else []
-        elif cfg.eval_every:
-            if cfg.teacher_probe and self.record["teacher"]:
-                self.probe = base_failures(cfg, self.policy, self.sampler, self.reviews, self.task)
-                self.policy.world.first(lambda: write(probe, json.dumps(self.probe, indent=1) + "\n"))
-            self.validate(0)
-        self.reviews.not_had()  # the first batch counts its own
-        quiet = None if self.policy.world.rank == 0 else True
-        self.bar = tqdm(total=self.steps, initial=self.first_step, disable=quiet, unit="batch", dynamic_ncols=True)
+    def batches(self, draw: Callable) -> Iterator[tuple[int, list]]:
+        """(step, problems) of every batch that is still to be done, of draw(problems, size, steps, seed)."""
+        order = draw(self.task.train, self.cfg.prompts_per_batch, self.steps, self.cfg.seed)
+        return ((step, problems) for step, problems in enumerate(order) if step >= self.first_step)
 
-    def end_of_batch(self, row: dict, samples: list[dict]) -> None:
-        """Writes the batch's row and samples; evaluates, saves the state and leaves where it is time for it."""
-        cfg, done = self.cfg, row["step"] + 1
-        self.write(self.log, row)
-        for sample in samples:
-            self.write(self.samples, sample)
-        tqdm.write(terminal_line(row))
-        self.bar.update()
-        if cfg.eval_every and (done % cfg.eval_every == 0 or done == self.steps):
-            self.validate(done)
-        if done == self.steps or cfg.checkpoint_every and done % cfg.checkpoint_every == 0:
-            self.save_state(done)
-        self.leave_if_told(done)
+    def rate(self, step: int) -> float:
+        """What the learning rates are multiplied with at a batch."""
+        warmup = min(1.0, (step + 1) / self.cfg.warmup_steps) if self.cfg.warmup_steps else 1.0
+        return warmup * (1 - step / self.steps if self.cfg.schedule == "linear" else 1.0)
 
-    def save_state(self, step: int) -> None:
-        self.saved, state = step, {"shift": self.shift, "bad_in_a_row": self.bad_in_a_row, "best": self.best}
-        checkpoint.save(self.out / "checkpoints", step, self.models, self.optimizers, state, self.policy.world)
+    def mismatch_limit(self) -> float | None:
+        """The limit of min(pi_old / pi_sampler, limit), None where no other engine samples or nobody wants it."""
+        return float(self.cfg.mismatch_limit) if self.sampler.other_engine and self.cfg.mismatch_limit != "none" else None
 
-    def leave_if_told(self, step: int) -> None:
-        """After a SIGTERM: saves the state after `step` batches, which are whole at every place this is called from."""
-        if self.policy.world.most(self.stop_signals()):
-            if self.saved != step:
-                self.save_state(step)
-            self.policy.save(self.out / "model")
-            raise SystemExit(143)
+    def batch(self, step: int) -> BatchLog:
+        return BatchLog(step, self.policy.world, self.cfg.beta, self.mismatch_limit())
 
     def update(self, optimizer: torch.optim.Optimizer, lr: float, loss: float) -> float:
         """One optimizer step; a loss or gradient that is not finite skips it, five in a row end the run. Returns the norm."""
         norm = self.policy.step(optimizer, lr, self.cfg.max_grad_norm, skip=not math.isfinite(loss))
         self.bad_in_a_row = 0 if math.isfinite(norm) else self.bad_in_a_row + 1
         if self.bad_in_a_row == 5:
-            raise FloatingPointError("five updates in a row had a loss or gradient that is not finite")
+            raise Stopped("five updates in a row had a loss or gradient that is not finite")
         return norm
+
+    def end_of_batch(self, log: BatchLog, batch) -> None:
+        """Writes the batch's row and samples; evaluates, saves the state and leaves where it is time for it."""
+        cfg, done = self.cfg, log.step + 1
+        log.left_out.update(self.critic.missing)
+        self.critic.missing.clear()
+        row = log.row(batch, cfg.lr * self.rate(log.step), cfg.row().distils)
+        self._write(self.log, row)
+        for i in range(min(cfg.log_samples, len(batch.y))):
+            context = asdict(batch.C[i]) if batch.C and batch.C[i] else None
+            prompt = self.policy.tokenizer.decode(batch.x[i])
+            sample = {"step": log.step, "id": batch.problems[i].id, "prompt": prompt, "response": batch.texts[i],
+                      "finish": batch.rollouts[i].finish, **asdict(batch.outcomes[i]), "context": context}  # fmt: skip
+            self._write(self.samples, sample | log.samples.get(i, {}))
+        tqdm.write(terminal_line(row))
+        self.bar.update()
+        self.made += log.updates()
+        self.idle = 0 if log.e_norms or log.m_norms else self.idle + 1
+        if cfg.eval_every and (done % cfg.eval_every == 0 or done == self.steps):
+            self.validate(done)
+        if done == self.steps or cfg.checkpoint_every and done % cfg.checkpoint_every == 0:
+            self.save_state(done)
+        if self.idle == 3:
+            raise Stopped(f"three batches in a row made no update: {row['left_out']}")
+        self.leave_if_told(done)
+
+    def save_state(self, step: int) -> None:
+        self.saved = step
+        state = {name: getattr(self, name) for name in ("shift", "bad_in_a_row", "idle", "made", "best")}
+        state["problems"] = fingerprint(self.task.train)
+        checkpoint.save(self.out / "checkpoints", step, self.models, self.optimizers, state, self.policy.world)
+
+    def leave_if_told(self, step: int) -> None:
+        """After a signal to stop: saves the state after `step` batches, which are whole at every place this is called from."""
+        if self.policy.world.most(len(self.signals)):
+            if self.saved != step:
+                self.save_state(step)
+            self.policy.save(self.out / "model")
+            raise SystemExit(143)
 
     # ---- Evaluation by the way ---------------------------------------------------------------------------------
 
@@ -334,17 +445,34 @@ class Session:
         if self.probe:
             figures["teacher_avg"] = self.teacher_pass_rate()
         seconds = {"eval": round(time.perf_counter() - start, 4)}
-        self.write(self.log, {"kind": "eval", "step": step, "split": self.split, **figures, "seconds": seconds})
-        told = f"  teacher on {len(self.probe)} base failures {figures['teacher_avg']:.3f}" if self.probe else ""
-        tqdm.write(f"{self.split} after {step:4d} batches: {evaluate.line(result)}{told}")
+        self._write(self.log, {"kind": "eval", "step": step, "split": self.split, **figures, "seconds": seconds})
+        teacher = f"  teacher on {len(self.probe)} base failures {figures['teacher_avg']:.3f}" if self.probe else ""
+        tqdm.write(f"{self.split} after {step:4d} batches: {evaluate.line(result)}{teacher}")
         if self.task.validation and result["avg"] > self.best:  # nothing is chosen by test problems
             self.best = result["avg"]
             self.policy.save(self.out / "best")
 
+    def _base_failures(self) -> list[dict]:
+        """{"id", "context"} of one failure of the first weights for each of the first `teacher_probe` problems that training is
+        watched by, where there is a failure with a context. What the teacher makes of them tells whether it still reads."""
+        cfg, policy = self.cfg, self.policy
+        problems, G = self.watched[: cfg.teacher_probe], cfg.group_size
+        prompts = [feedback.student_prompt(policy.tokenizer, p.messages) for p in problems]
+        seed = seed_for(cfg.seed, "base failures")
+        rollouts = self.sampler.sample(prompts, G, seed, cfg.max_response_tokens, cfg.temperature, cfg.top_p)
+        rows, texts = [p for p in problems for _ in range(G)], [policy.decode(rollout.tokens) for rollout in rollouts]
+        outcomes = self.task.verify(rows, texts)
+        contexts = feedback.batch_contexts(cfg, rows, texts, outcomes, -1, self.critic)
+        failures = {}
+        for problem, outcome, context in zip(rows, outcomes, contexts):
+            if outcome.reward == 0 and context:
+                failures.setdefault(problem.id, {"id": problem.id, "context": asdict(context)})
+        return list(failures.values())
+
     def teacher_pass_rate(self) -> float:
         """Pass rate of the teacher, as it now is, on the failures in `probe`."""
-        cfg, problems = self.cfg, {p.id: p for p in self.watched}
-        problems = [problems[row["id"]] for row in self.probe]
+        cfg, by_id = self.cfg, {p.id: p for p in self.watched}
+        problems = [by_id[row["id"]] for row in self.probe]
         prompts = [
             feedback.teacher_prompt(
                 self.policy.tokenizer, problem.messages, feedback.Context(**row["context"]), cfg.templates(), cfg.max_teacher_tokens

@@ -16,15 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 
 from harness.command import CannotWrite, write
 from model.parallel import World
@@ -51,6 +43,9 @@ def save(
             shutil.rmtree(left)
         part.mkdir(parents=True)
 
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+
     try:
         world.first(clear)
     except OSError as error:
@@ -63,7 +58,7 @@ def save(
         warnings.simplefilter("ignore")  # that one process by itself has no group is no news
         try:
             dcp.save(tensors, checkpoint_id=part)
-        except (Exception, CheckpointException) as error:
+        except BaseException as error:  # the library's own is no Exception
             _give_up(error, part, final)
     mine = {path.name: _sum(path) for path in part.glob(f"__{world.rank}_*")}
     sums = world.collect([mine], world.size)
@@ -94,7 +89,7 @@ def save(
 def _give_up(error: BaseException, part: Path, final: Path) -> None:
     """Removes what was written of a checkpoint and raises CannotWrite, in one line, or KeyboardInterrupt where that is what came
     between: the library has its own wrapping for both, which is no Exception."""
-    causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    causes = [cause for cause, _ in error.failures.values()] if hasattr(error, "failures") else [error]
     full = shutil.disk_usage(part.parent).free < 1 << 20  # of which the library's errors say nothing
     shutil.rmtree(part, ignore_errors=True)
     if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
@@ -115,6 +110,11 @@ def restore(folder: Path, models: dict[str, nn.Module], optimizers: Optimizers, 
     """Loads the newest whole checkpoint of `folder` into models and optimizers. Returns what `save` was given as state, with
     "step"; None if there is no checkpoint. A damaged one is named on standard error and the one before it taken. Raises
     Damaged when every one is damaged. Collective."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import (
+        get_model_state_dict, get_optimizer_state_dict, set_model_state_dict, set_optimizer_state_dict,
+    )  # fmt: skip
+
     found = world.first(lambda: sorted(folder.glob("step-*"), reverse=True) or sorted(folder.glob("part-gone-*")))
     for checkpoint in found:
         damage = world.first(lambda: _damage(checkpoint))

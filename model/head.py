@@ -130,6 +130,12 @@ def _entropy(logits: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
     return entropy
 
 
+def _entropy_of_parts(z: torch.Tensor, *parts: torch.Tensor) -> torch.Tensor:
+    """(c,), from z p in several parts: log z − (1/z) Σ z p log(z p). z: (c, 1)."""
+    blocks = (block for part in parts for block in part.split(COLUMNS, -1))
+    return (z.log() + sum(torch.special.entr(block).sum(-1, keepdim=True) for block in blocks) / z).squeeze(-1)
+
+
 @torch.no_grad()
 def score(hidden: torch.Tensor, head: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """log p of each token and the entropy of the distribution it comes from, no gradient.
@@ -238,10 +244,11 @@ def _chunk(objective, weights, logits, tokens, known, taught, divergence, top_k,
         total_t = _logsumexp(taught)
         teacher_logp = taught.gather(-1, tokens) - total_t
     compares = taught is not None and divergence is not None
-    H = _entropy(logits, _logsumexp(logits)) if entropy else None
+    H = None
     top = log_s = log_t = D = None
     if compares and top_k is None:
         total = _logsumexp(logits)  # (c, 1)
+        H = _entropy(logits, total) if entropy else None
         D, slope = _compare(logits, total, taught, total_t, divergence)  # dD / d log s in logits, p in taught
     elif compares:
         top = logits.topk(top_k, dim=-1).indices  # (c, k), the largest first
@@ -251,12 +258,14 @@ def _chunk(objective, weights, logits, tokens, known, taught, divergence, top_k,
         largest = at_top[:, :1].clone()
         others = logits.scatter_(-1, top, -torch.inf).sub_(largest).exp_().sum(-1, keepdim=True)  # z p, 0 at the top k
         z = others + (at_top - largest).exp().sum(-1, keepdim=True)
+        H = _entropy_of_parts(z, logits, (at_top - largest).exp()) if entropy else None
         total = largest + z.log()
         log_s = torch.cat([at_top - total, others.log() - z.log()], -1)  # (c, k + 1)
     else:
         at_expert = None if expert is None else logits.gather(-1, expert.unsqueeze(-1))
         largest = logits.amax(-1, keepdim=True)
         z = logits.sub_(largest).exp_().sum(-1, keepdim=True)  # z p is now in logits
+        H = _entropy_of_parts(z, logits) if entropy else None
         total = largest + z.log()
         log_s = None if expert is None else at_expert - total  # (c, 1), the one bucket that is known of the expert's
     row = lambda x: x.squeeze(-1).unsqueeze(0)  # noqa: E731  (c, 1) to (1, c)
@@ -268,7 +277,7 @@ def _chunk(objective, weights, logits, tokens, known, taught, divergence, top_k,
             leaf = log_s
         else:
             leaf = D = (torch.zeros_like(logp.detach()) if D is None else D.unsqueeze(0)).requires_grad_()
-        t = SimpleNamespace(**known, logp=logp, D=D, teacher_logp=row(teacher_logp))
+        t = SimpleNamespace(**{"teacher_logp": row(teacher_logp)} | known, logp=logp, D=D)
         value = (weights * objective(t).squeeze(0)).sum()
         scores = Scores(logp.detach().squeeze(0), H, D.detach().squeeze(0), teacher_logp.squeeze(-1))
         if not need:

@@ -15,8 +15,6 @@ from types import MethodType
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -110,6 +108,8 @@ class World:
 def shard(model: nn.Module, compute: torch.dtype | None) -> nn.Module:
     """FSDP2: every decoder layer a unit, and the root with embedding, norm and head. The shards stay in the model's dtype,
     gradients are averaged in it, and compute is in `compute` (None: the same)."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
     precision = (
         MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32) if compute else MixedPrecisionPolicy()
     )
@@ -125,7 +125,7 @@ def shard(model: nn.Module, compute: torch.dtype | None) -> nn.Module:
 
 def states(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """(B, width) ids to the last layer's states, (B, width, H)."""
-    return model.states(ids) if isinstance(model, FSDPModule) else _states(model, ids)
+    return model.states(ids) if hasattr(model, "reshard") else _states(model, ids)
 
 
 def _states(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -136,8 +136,8 @@ def _states(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 def whole(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, whole tensor) of each parameter, layer by layer, in `dtype` (default: its own). Collective: every process
     runs through it to the end, whatever it does with the tensors. One tensor at a time is whole."""
-    if isinstance(model, FSDPModule):
+    if hasattr(model, "reshard"):
         model.reshard()  # a forward pass without gradients leaves the root gathered, in the compute dtype
     for name, p in model.named_parameters():
         p = p.detach().to(dtype or p.dtype)  # cast the shard first: half the traffic, the same bits
-        yield name, p.full_tensor() if isinstance(p, DTensor) else p
+        yield name, p.full_tensor() if hasattr(p, "full_tensor") else p

@@ -12,14 +12,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+# transformers, FSDP2 and torch's checkpoints are imported where they are used: they take seconds, which --help can do without.
 from harness import hub
 from harness.command import CannotWrite
 from model import head
@@ -43,10 +38,12 @@ class Policy:
         world: World = World(),
         compute: torch.dtype | None = None,
         recompute: float | None = None,
+        temperature: float = 1.0,
         placed: bool = False,
     ):
         cuda = world.device.type == "cuda"
         self.tokenizer, self.micro_batch_tokens, self.world = tokenizer, micro_batch_tokens, world
+        self.temperature = temperature
         self.recompute = (0 if cuda else math.inf) if recompute is None else recompute
         self.dtype = model.dtype  # of weights, gradients and optimizer
         self.compute = torch.bfloat16 if compute is None and cuda else compute
@@ -71,6 +68,8 @@ class Policy:
     def load(cls, path: str, dtype: torch.dtype = torch.float32, world: World = World(), **kwargs) -> "Policy":
         """From a Hugging Face folder or hub id. Over shards each process reads its own slices of the weights' files. Raises
         ValueError with one line when there is no model to be read, or one that cannot be trained here."""
+        from transformers import AutoTokenizer
+
         try:
             hub.look(str(path))
             tokenizer = AutoTokenizer.from_pretrained(path)
@@ -107,12 +106,19 @@ class Policy:
         return self.world.device
 
     @property
+    def score_dtype(self) -> torch.dtype:
+        """Of log-probs and everything formed from them: at least float32."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
     def vocabulary(self) -> int:
         return self.model.get_output_embeddings().weight.shape[0]
 
     def save(self, folder: str | Path) -> None:
         """Writes a folder that `load`, transformers and vLLM read, in the compute dtype; an older one of the name is replaced
         when the new one is whole. Collective."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(self.model, options=options)  # in process 0; the others get none
         if self.world.rank == 0:
@@ -144,6 +150,8 @@ class Policy:
         """A copy of the network that never trains: the EMA teacher, or the fixed prior. Sharded like the network."""
         if not self.world.sharded:
             return copy.deepcopy(self.model).requires_grad_(False)
+        from transformers import AutoModelForCausalLM
+
         # A sharded model cannot be copied whole. An empty twin takes no memory before it is cut to shards, which are filled.
         self.model.reshard()
         with torch.device("meta"):
@@ -205,6 +213,8 @@ class Policy:
         hidden = states(model, ids)  # (B, width, H)
         model.eval()
         hidden = hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))  # (B, T, H)
+        if self.temperature != 1:  # the head is linear: its logits are divided
+            hidden = hidden / self.temperature
         if empty:
             hidden, tokens, mask = hidden[:0], tokens[:0], mask[:0]
         filled = 0 if empty else sum(map(len, prompts)) + sum(map(len, responses))
@@ -217,7 +227,7 @@ class Policy:
         """Frozen log p(y_t | prompt, y_<t) and the entropy of the distribution it was drawn from, both (N, T) for all N
         responses, 0 on padding and on rows not asked for."""
         N, T = len(responses), max(map(len, responses), default=0)
-        logp = torch.zeros(N, T, dtype=torch.promote_types(self.dtype, torch.float32), device=self.device)
+        logp = torch.zeros(N, T, dtype=self.score_dtype, device=self.device)
         entropy = torch.zeros_like(logp)
         lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
         for batch in self.micro_batches(range(N) if rows is None else rows, lengths):
@@ -238,7 +248,7 @@ class Policy:
         prompts, with_C: the student's and the teacher's; model: the teacher's weights, None for our own; how: divergence and
         top_k as in `head.loss`, or expert: (N, T) ids in the teacher's place."""
         N, T, expert = len(responses), max(map(len, responses), default=0), how.pop("expert", None)
-        D = torch.zeros(N, T, dtype=torch.promote_types(self.dtype, torch.float32), device=self.device)
+        D = torch.zeros(N, T, dtype=self.score_dtype, device=self.device)
         longer = with_C if expert is None else prompts
         for batch in self.micro_batches(rows, [len(p) + len(r) for p, r in zip(longer, responses)]):
             here = [responses[i] for i in batch]
@@ -270,14 +280,13 @@ class Policy:
 
     @torch.no_grad()
     def choose(self, prompts: Sequence[Ids], ids: Ids) -> torch.Tensor:
-        """log p of each of `ids` as the token after each prompt, (N, len(ids))."""
-        dtype = torch.promote_types(self.dtype, torch.float32)
-        logp = torch.zeros(len(prompts), len(ids), dtype=dtype, device=self.device)
+        """log p of each of `ids` as the token after each prompt, (N, len(ids)), at temperature 1."""
+        logp = torch.zeros(len(prompts), len(ids), dtype=self.score_dtype, device=self.device)
         for batch in self.micro_batches(range(len(prompts)), [len(p) + 1 for p in prompts]):
             view = self.view([prompts[i] for i in batch], [ids[:1]] * len(batch))
             if batch:
                 of = torch.tensor(ids, device=self.device)
-                logp[batch] = head.choices(view.hidden[:, 0], view.head, of).to(dtype)
+                logp[batch] = head.choices(view.hidden[:, 0] * self.temperature, view.head, of).to(logp.dtype)
         self._reshard()
         return self.world.sum(logp)
 
@@ -305,7 +314,7 @@ class Policy:
         clipping, or nan when the update was skipped: by request, or because the norm is not finite. The gradients are
         gone afterwards either way."""
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm)
-        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()  # over all shards
+        norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()  # over all shards
         if skip or not math.isfinite(norm):
             norm = math.nan
         else:
@@ -336,7 +345,7 @@ def _packed(ordered: list[int], lengths: Sequence[int], limit: int) -> list[list
 def ema_update(teacher: nn.Module, student: nn.Module, rate: float) -> None:
     """teacher ← (1 − rate) · teacher + rate · student, parameter by parameter, in the teacher's own precision."""
     for model in (teacher, student):
-        if isinstance(model, FSDPModule):
+        if hasattr(model, "reshard"):
             model.reshard()  # after a pass without gradients the root stands gathered
     for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
         t.copy_((1 - rate) * t + rate * s.to(t.dtype))
@@ -346,6 +355,8 @@ def ema_update(teacher: nn.Module, student: nn.Module, rate: float) -> None:
 
 
 def _whole(path: str, dtype: torch.dtype) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
     model, found = AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
     )
@@ -358,6 +369,10 @@ def _whole(path: str, dtype: torch.dtype) -> nn.Module:
 
 def _sliced(folder: Path, dtype: torch.dtype, world: World, compute: torch.dtype | None) -> nn.Module:
     """The network in shards, each filled from its slices of the files: nobody holds the whole of it."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -381,6 +396,8 @@ def _sliced(folder: Path, dtype: torch.dtype, world: World, compute: torch.dtype
 def _mend_generation_config(model: nn.Module) -> None:
     """Some checkpoints' generation_config.json is one that transformers will not write (a temperature without do_sample,
     say), so that the trained model could not be saved. Its token ids are kept."""
+    from transformers import GenerationConfig
+
     own = model.generation_config
     try:
         own.validate(strict=True)

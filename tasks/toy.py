@@ -28,8 +28,8 @@ TEMPLATES = Templates(
     critique="\nreview\n{critique}",
     closing="\nagain",
     request="{question}\nattempt\n{attempt}\nanswer {reference}\nreview",
-    judge="{question}\nattempt\n{attempt}\nscore",
 )
+JUDGE_REQUEST = "{question}\nattempt\n{attempt}\nscore"  # of OVD's judge
 
 
 def user(text: str) -> list[dict[str, str]]:

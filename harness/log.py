@@ -1,0 +1,158 @@
+"""What the log says of a batch: figures are handed in as they come up, averaged here, and become one row and one line.
+
+docs/log.md has the formula of every figure and the value to expect at the first batch.
+"""
+
+import math
+import time
+from collections import Counter
+
+import torch
+
+import losses
+
+
+def mean(values) -> float | None:
+    """The mean of a tensor's or list's finite values, or None if there are none."""
+    values = torch.as_tensor(values, dtype=torch.float64)
+    values = values[values.isfinite()]
+    return values.mean().item() if values.numel() else None
+
+
+def margin(r_tilde: torch.Tensor, r: torch.Tensor, lengths: torch.Tensor) -> dict:
+    """Fig. 1's reward margin, mean r~ on successes minus mean r~ on failures, and whether |r~| merely tracks length. All (n,)."""
+    both = 0 < r.sum() < len(r)
+    varied = len(r) > 2 and r_tilde.abs().std() > 0 and lengths.double().std() > 0
+    correlation = torch.corrcoef(torch.stack([r_tilde.abs().double(), lengths.double()]))[0, 1] if varied else None
+    return {
+        "margin": (r_tilde[r == 1].mean() - r_tilde[r == 0].mean()).item() if both else None,
+        "length_correlation": correlation.item() if varied else None,
+    }
+
+
+class BatchLog:
+    """The figures of one batch. world: its sums are taken over the processes; beta: of r~."""
+
+    def __init__(self, step: int, world, beta: float, limit: float | None):
+        self.step, self.world, self.beta, self.limit = step, world, beta, limit
+        self.seconds, self.last, self.left_out = {}, time.perf_counter(), Counter()
+        names = ("margin", "length_correlation", "e_loss", "e_grad_norm", "shift", "e_rows", "e_died")
+        self.figures = dict.fromkeys(names)
+        self.e_losses, self.e_norms, self.died, self.m_losses, self.m_norms = [], [], [], [], []
+        self.samples: dict[int, dict] = {}  # what else samples.jsonl says of a row
+        self.packing, self.sums = torch.zeros(2, dtype=torch.long), None
+        self.D_sum, self.with_D, self.scores = 0.0, False, []
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
+        self.last = now
+
+    def skip(self, reason: str, count: int = 1) -> None:
+        """Counts what takes no part."""
+        self.left_out[reason] += count
+
+    def note(self, **figures) -> None:
+        self.figures |= figures
+
+    def passed(self, view) -> None:
+        """Counts the tokens of a pass."""
+        self.packing += torch.tensor([view.filled, view.padded])
+
+    def measured(self, batch, rows: torch.Tensor, logp: torch.Tensor, entropy: torch.Tensor, teacher_logp) -> None:
+        """Figures of the weights that sampled the batch, over `rows` (B,), from (B, T): the entropy, how far the sampler's engine is
+        from the trainer, and where there is a teacher the margin over those of the rows that have a context."""
+        tokens = batch.mask.bool() & rows[:, None]
+        gap = (logp - batch.sampler_logp)[tokens]
+        truncated = None if self.limit is None else mean(gap.exp() >= self.limit)
+        self.note(entropy=mean(entropy[tokens]), sampler_gap=mean(gap.abs()), mismatch_truncated=truncated)
+        of = rows & batch.has_C
+        if teacher_logp is not None and of.any():
+            r_tilde = losses.implicit_reward(teacher_logp, logp, batch.mask, self.beta)  # Eq. 7
+            self.note(**margin(r_tilde[of], batch.r[of], batch.mask.sum(1)[of]))
+
+    def frozen(self, batch, entropy: torch.Tensor) -> None:
+        self.measured(batch, torch.ones_like(batch.graded), batch.old_logp, entropy, batch.teacher_logp)
+
+    def e_update(self, loss: float, norm: float, u: torch.Tensor, r: torch.Tensor) -> None:
+        """u: r~ - delta of the rows. A row has died when its pull, sigma(-u) on a success and sigma(u) on a failure, is below 0.01."""
+        self.e_losses.append(loss)
+        self.e_norms.append(norm)
+        self.died.append(torch.where(r == 1, torch.sigmoid(-u), torch.sigmoid(u)) < 0.01)
+
+    def m_pass(self, rows: list[int], view, loss: torch.Tensor, scores, weight: torch.Tensor, measures: bool) -> None:
+        """A pass over `rows`, a part of an update. weight: of D, (B,) or (B, T), 0 where there is none; measures: the pass is at
+        the weights that sampled the batch."""
+        self.passed(view)
+        weight = weight if weight.ndim == 2 else weight[:, None]
+        here = weight[rows, : scores.D.shape[1]]
+        D = losses.sequence_mean(scores.D * here, view.mask, max(1, int(weight.any(1).sum())))
+        self.with_D = self.with_D or bool(weight.any())
+        part = torch.stack([loss.detach(), D]).double()
+        self.sums = part if self.sums is None else self.sums + part
+        if measures:
+            self.scores.append((rows, scores))
+
+    def m_loss(self) -> float:
+        """The loss of an update over all of its passes and processes."""
+        loss, D = self.world.sum(self.sums).tolist()
+        self.sums = None
+        self.m_losses.append(loss)
+        self.D_sum += D
+        return loss
+
+    def from_passes(self, batch, takes_part: torch.Tensor, has_teacher: bool) -> None:
+        """The figures of `measured`, from the update's own passes."""
+        logp, entropy, teacher_logp = (torch.zeros_like(batch.sampler_logp) for _ in range(3))
+        for rows, scores in self.scores:
+            t = scores.logp.shape[1]
+            for whole, part in ((logp, scores.logp), (entropy, scores.entropy), (teacher_logp, scores.teacher_logp)):
+                whole[rows, :t] = part.to(whole.dtype)
+        logp, entropy, teacher_logp = (self.world.sum(x) for x in (logp, entropy, teacher_logp))
+        if takes_part.any():
+            self.measured(batch, takes_part, logp, entropy, teacher_logp if has_teacher else None)
+
+    def updates(self) -> int:
+        """Updates that moved the weights."""
+        return sum(math.isfinite(norm) for norm in self.e_norms + self.m_norms)
+
+    def row(self, batch, lr: float, distils: bool) -> dict:
+        """The batch's row of log.jsonl."""
+        kinds = Counter(c.kind for c in batch.C if c)
+        wins = Counter(c.kind for c, o in zip(batch.C, batch.outcomes) if c and o.reward)
+        died = torch.cat(self.died) if self.died else []
+        filled, padded = self.world.sum(self.packing).tolist()
+        seconds = {phase: round(value, 4) for phase, value in self.seconds.items()}
+        lengths = [len(rollout.tokens) for rollout in batch.rollouts]
+        if self.e_losses:
+            self.note(e_loss=mean(self.e_losses), e_grad_norm=mean(self.e_norms), e_rows=len(died), e_died=mean(died))
+        return {
+            "kind": "train", "step": self.step,
+            "reward": mean([o.reward for o in batch.outcomes if o.verdict != "internal"]),
+            "response_length": sum(lengths) / len(lengths),
+            "truncated": mean([float(rollout.finish == "length") for rollout in batch.rollouts]),
+            "with_context": mean([c is not None for c in batch.C or [None]]),
+            "verdicts": dict(Counter(o.verdict for o in batch.outcomes).most_common()),
+            "success_given_context": {kind: wins[kind] / count for kind, count in sorted(kinds.items())},
+            **self.figures,
+            "m_loss": mean(self.m_losses), "m_grad_norm": mean(self.m_norms),
+            "divergence": self.D_sum if distils and self.with_D else None, "lr": lr, "contexts_cut": batch.contexts_cut,
+            "left_out": {reason: count for reason, count in self.left_out.items() if count},
+            "updates_not_finite": len(self.e_norms + self.m_norms) - self.updates(),
+            "padding": 1 - filled / padded if padded else None, "seconds": seconds,
+            "tokens_per_second": sum(lengths) / sum(seconds.values()),
+        }  # fmt: skip
+
+
+def terminal_line(row: dict) -> str:
+    """At most 12 figures of a batch, three digits each."""
+    show = {"reward": "reward", "margin": "margin", "divergence": "D", "e_loss": "E-loss", "shift": "delta",
+            "m_loss": "M-loss", "m_grad_norm": "|g|", "entropy": "entropy", "response_length": "length",
+            "with_context": "with C", "accepted": "accepted"}  # fmt: skip
+    cells = [f"{name} {_short(row[key])}" for key, name in show.items() if row.get(key) is not None]
+    return f"{row['step']:4d}  " + "  ".join(cells) + f"  {sum(row['seconds'].values()):.1f} s"
+
+
+def _short(value: float) -> str:
+    """Three decimals, or two significant digits of what is smaller."""
+    return f"{value:.3f}" if value == 0 or abs(value) >= 0.01 else f"{value:.1e}"

@@ -1,0 +1,258 @@
+"""OVD (arXiv 2601.21968, first version): verbal distillation. A judge reads each rollout and gives it a digit; a rejected rollout gives
+way to a demonstration of the teacher, and GRPO trains on the mixed group. A loop of its own over the pieces of vpd.py.
+
+    python -m neighbours.ovd --task toy --out DIR        the flags of vpd.py, without --method, and those of `Config` below
+
+The score S = E[digit] decides only which rollouts stay; it is in no loss. A demonstration is verified like a rollout, and counts
+if it fails (--no_ovd_failed: the rollout stays). pi_old of its tokens is the teacher's probability, or with --ovd_ratio one the
+student's own. A judge that gives a digit no more than half of its probability has named none, and the rollout stays.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+
+import feedback
+import losses
+import vpd
+from harness import presets, session
+from harness.log import mean
+from harness.settings import Group, parse
+from model.policy import Policy, ema_update
+from neighbours.served import Asked, expected_digit
+from rollout import seed_for, weights_of
+from tasks import toy
+
+OVD = Group("OVD")
+SERVED = dict(need="--judge_url", reads=lambda c: c.judge_url)
+REQUEST = (
+    "{question}\n\nA proposed answer:\n\n{attempt}\n\nHow good is this answer? Reply with a single digit and nothing else, "
+    "from 0 (certainly wrong) to 9 (certainly right)."
+)
+PRESETS = vpd.PRESETS | {"toy": vpd.PRESETS["toy"] | {"judge_request": toy.JUDGE_REQUEST}}
+
+
+@dataclass(frozen=True)
+class Method(vpd.Method):
+    replaces: bool = True  # the teacher writes whole responses and scores none
+
+
+@dataclass
+class Config(vpd.Config):
+    method: Literal["ovd"] = vpd.RUN("ovd", "this loop's only one")
+    ovd_threshold: float = OVD(5.0, "a score below it is rejected; the paper's is not known to us", least=0, most=10)
+    ovd_ratio: Literal["teacher", "one"] = OVD("teacher", "pi_old of a demonstration: the teacher's probability, or sg pi")
+    ovd_failed: bool = OVD(True, "a demonstration that fails takes the rollout's place as well")
+    judge_url: str = OVD("", "scores from an OpenAI-compatible server, not from the student's digits")
+    judge_model: str = OVD("", "the name it serves", **SERVED)
+    max_judge_tokens: int = OVD(16, "of a served judge's reply", above=0, **SERVED)
+    judge_request: str = OVD(REQUEST, "what a judge is asked: {question}, {attempt}")
+
+    def row(self) -> Method:
+        return Method(vpd.grpo, "live", "advantage", reinforces=True)
+
+
+def check(cfg: Config) -> None:
+    """Raises ValueError with one line for settings that cannot work together."""
+    vpd.check(cfg)
+    feedback.check_server("judge", cfg.judge_url, cfg.judge_model)
+    feedback.check_template("judge", cfg.judge_request, ("question", "attempt"))
+
+
+# ---- The judge -------------------------------------------------------------------------------------------------
+
+
+class Judge:
+    """The student itself, by the probabilities of its digits, or a model behind a server."""
+
+    def __init__(self, cfg: Config, policy: Policy, task):
+        self.cfg, self.policy, self.missing, self.server = cfg, policy, Counter(), None
+        if cfg.judge_url:
+            self.server = Asked("judge", cfg.judge_url, cfg.judge_model, cfg.server_timeout, policy.world, self.missing)
+        else:
+            self.digits = digit_tokens(policy.tokenizer)
+            if cfg.task == "toy" and cfg.subset != "code-judge":
+                task.notes.append(f"{task.name}: its model was never taught to judge; --subset code-judge has one that was")
+
+    def scores(self, problems: list, texts: list[str], step: int) -> list[float | None]:
+        """S of each rollout, 0 to 9; None where the judge named no digit. It has not seen the outcome."""
+        cfg, policy = self.cfg, self.policy
+        parts = [judge_parts(problem.messages, text, cfg.judge_request) for problem, text in zip(problems, texts)]
+        if self.server:
+            asked, seed = [[{"role": "user", "content": "".join(p)}] for p in parts], seed_for(cfg.seed, step, "scores")
+            replies = self.server.ask(lambda server: server.score(asked, seed, cfg.max_judge_tokens))
+            self.missing["judge: no digit, kept"] += replies.count((None,))
+            return [reply and reply[0] for reply in replies]
+        limit = cfg.max_teacher_tokens
+        prompts = [feedback.encode(policy.tokenizer, p.messages[-1:], q, limit)[0] for p, q in zip(problems, parts)]
+        # A judge that has something else to say than a digit, more likely than not, has named none.
+        scores = [expected_digit(row, least=0.5) for row in policy.choose(prompts, self.digits).exp().tolist()]
+        self.missing["judge: no digit, kept"] += scores.count(None)
+        return scores
+
+
+def judge_parts(messages: list[dict[str, str]], attempt: str, request: str) -> list[str]:
+    """The request for a score, problem and attempt at the odd places."""
+    texts = {"question": messages[-1]["content"], "attempt": feedback.strip_thinking(attempt)}
+    return feedback.filled(request, texts)
+
+
+def digit_tokens(tokenizer) -> list[int]:
+    """The ids of 0 to 9. Raises ValueError for a tokenizer that has no token of its own for each."""
+    ids = [tokenizer(str(digit), add_special_tokens=False).input_ids for digit in range(10)]
+    if any(len(found) != 1 for found in ids) or len({found[0] for found in ids}) < 10:
+        raise ValueError(
+            "the tokenizer has no token of its own for each digit, so this network cannot judge: --judge_url"
+        )
+    return [found[0] for found in ids]
+
+
+def judge_figures(scores: list, outcomes: list, threshold: float) -> dict:
+    """How many scores round to 0, 1, ... 9, the share accepted, and the AUC: the chance that a success has a higher score than a
+    failure, ties counting one half."""
+    known = [(score, o.reward) for score, o in zip(scores, outcomes) if score is not None and o.verdict != "internal"]
+    good, bad = (torch.tensor([score for score, reward in known if reward == which]) for which in (1, 0))
+    counts = Counter(math.floor(score + 0.5) for score in scores if score is not None)
+    gap = good[:, None] - bad  # (successes, failures)
+    return {
+        "scores": [counts[digit] for digit in range(10)],
+        "accepted": mean([float(score is None or score >= threshold) for score in scores]),
+        "judge_auc": mean((gap > 0).double() + 0.5 * (gap == 0)),
+    }
+
+
+# ---- Demonstrations --------------------------------------------------------------------------------------------
+
+
+def demonstrate(cfg: Config, run: session.Run, teacher, batch, scores: list, log) -> dict:
+    """{row: (Rollout, Outcome)}: one response of the teacher to (x, C), verified like a rollout, for each row that the judge
+    rejects and that has a context. Rejected rows whose own rollout stays are counted by reason."""
+    rejected = [i for i, score in enumerate(scores) if score is not None and score < cfg.ovd_threshold]
+    asked = [i for i in rejected if batch.has_C[i]]
+    log.skip("rejected without a context, kept", len(rejected) - len(asked))
+    seed = seed_for(cfg.seed, batch.step, "demonstrations")
+    with weights_of(teacher if asked else None, run.sampler, run.policy):
+        drawn = run.sampler.sample(
+            [batch.xC[i] for i in asked], 1, seed, cfg.max_response_tokens, cfg.temperature, cfg.top_p
+        )
+    outcomes = run.task.verify([batch.problems[i] for i in asked], [run.policy.decode(d.tokens) for d in drawn])
+    shown = {}
+    for i, rollout, outcome in zip(asked, drawn, outcomes):
+        if outcome.verdict == "internal":
+            log.skip("demonstration without a grade, rollout kept")
+        elif not outcome.reward and not cfg.ovd_failed:
+            log.skip("demonstration failed, rollout kept")
+        else:
+            shown[i] = rollout, outcome
+    return shown
+
+
+def replace(batch, shown: dict, policy: Policy) -> torch.Tensor:
+    """Puts the demonstrations in their rows' places. Returns the rows that the student wrote, (B,)."""
+    by_student = torch.ones_like(batch.has_C)
+    for i, (rollout, outcome) in shown.items():
+        batch.y[i], batch.r[i], by_student[i] = rollout.tokens, outcome.reward, False
+    batch.mask = policy.mask(batch.y)
+    logp = batch.sampler_logp.new_zeros(batch.mask.shape)
+    for i, rollout in enumerate(batch.rollouts):
+        drawn = shown[i][0].logp if i in shown else rollout.logp
+        logp[i, : len(drawn)] = torch.tensor(drawn)
+    batch.sampler_logp = logp
+    return by_student
+
+
+# ---- The loop --------------------------------------------------------------------------------------------------
+
+
+def train(cfg: Config, run: session.Run) -> None:
+    policy, sampler, judge, G = run.policy, run.sampler, run.also, cfg.group_size
+    teacher = policy.frozen_copy() if cfg.reader() == "ema" else None  # None: the live weights
+    optimizer, limit, size = vpd.adamw(cfg, policy), run.mismatch_limit(), cfg.minibatch_prompts * G
+    with run.started(teacher, {"shared": optimizer}):
+        for step, problems in run.batches(vpd.batches):
+            log, rate = run.batch(step), run.rate(step)
+
+            # ---- Rollouts, outcomes, contexts
+            batch = vpd.roll_out(cfg, policy, sampler, problems, step)
+            log.lap("rollout")
+            run.leave_if_told(step)
+            vpd.grade(batch, run.task, policy)
+            log.skip("grader failed", int((~batch.graded).sum()))
+            log.lap("verify")
+            vpd.give_contexts(cfg, batch, policy, run.critic)
+            log.lap("feedback")
+
+            # ---- What the judge rejects gives way to a demonstration
+            scores = judge.scores(batch.problems, batch.texts, step)
+            log.left_out.update(judge.missing)
+            judge.missing.clear()
+            shown = demonstrate(cfg, run, teacher, batch, scores, log)
+            by_student = replace(batch, shown, policy)
+            for i in range(len(batch.y)):
+                outcome = shown[i][1].reward if i in shown else None
+                text = policy.decode(batch.y[i]) if i in shown else None
+                log.samples[i] = {"score": scores[i], "demonstration": text, "demonstration_reward": outcome}
+            log.note(**judge_figures(scores, batch.outcomes, cfg.ovd_threshold), demonstrations=mean(~by_student),
+                     demonstration_reward=mean([outcome.reward for _, outcome in shown.values()]))  # fmt: skip
+            log.lap("judge")
+            run.leave_if_told(step)
+
+            # ---- Freeze log pi; what the student makes of the demonstrations
+            sampler.sleep()
+            entropy = vpd.freeze(batch, policy, None, with_teacher=False)
+            log.measured(batch, by_student, batch.old_logp, entropy, None)
+            demonstrated = batch.mask.bool() & ~by_student[:, None]  # (B, T)
+            rho = (batch.old_logp - batch.sampler_logp)[demonstrated].exp()  # pi / q
+            if shown:
+                log.note(demonstration_ratio=mean(rho), demonstration_lacked=mean(rho < 0.5))
+            log.lap("freeze")
+
+            # ---- GRPO over the mixed group
+            A = vpd.advantages(cfg, batch)  # (B,)
+            takes_part = A != 0
+            log.skip("m_step: no signal", int((~takes_part).sum()))
+            on_policy = by_student if size == len(batch.y) else torch.zeros_like(by_student)  # pi_old is the student as it is now
+            on_policy = on_policy | ~by_student if cfg.ovd_ratio == "one" else on_policy
+            old_logp = torch.where(demonstrated, batch.sampler_logp, batch.old_logp)  # whose tokens the teacher drew
+            rows_of = lambda x: x[:, None].expand_as(batch.mask)  # noqa: E731
+            known = {"old_logp": old_logp, "frozen_logp": batch.old_logp, "sampler_logp": batch.sampler_logp,
+                     "A": rows_of(A), "on_policy": rows_of(on_policy), "by_student": rows_of(by_student)}  # fmt: skip
+
+            def per_token(t):
+                t.old_logp = torch.where(t.on_policy, t.logp.detach(), t.old_logp)
+                if limit is None:
+                    return vpd.grpo(t, cfg)
+                mismatch = losses.truncated_ratio(t.frozen_logp, t.sampler_logp, limit)
+                return vpd.grpo(t, cfg) * torch.where(t.by_student, mismatch, 1.0)
+
+            for first in range(0, len(batch.y), size):
+                rows = [i for i in range(first, first + size) if takes_part[i]]
+                if not rows:
+                    log.skip("m_step: whole update")
+                    continue
+                for part in policy.micro_batches(rows, [len(x) + len(y) for x, y in zip(batch.x, batch.y)]):
+                    view = batch.student(policy, part)
+                    here = {name: x[part, : view.mask.shape[1]] for name, x in known.items()}
+                    loss, passed = view.loss(per_token, losses.sequence_weights(view.mask, size), here)
+                    policy.backward(loss)
+                    log.m_pass(part, view, loss, passed, batch.has_C, measures=False)
+                log.m_norms.append(run.update(optimizer, cfg.lr * rate, log.m_loss()))
+            if teacher is not None:
+                ema_update(teacher, policy.model, cfg.ema_rate)
+            log.lap("m_step")
+            sampler.sync(policy)
+            log.lap("sync")
+            run.end_of_batch(log, batch)
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = parse(argv, Config, "python -m neighbours.ovd", "OVD, a neighbour of VPD.", partial(presets.of, PRESETS), method="ovd")
+    session.launch(cfg, check, train, also=Judge)
+
+
+if __name__ == "__main__":
+    session.program(main)
