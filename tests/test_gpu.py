@@ -344,7 +344,7 @@ def flops(config) -> tuple[float, float]:
 
 def planned(config) -> float:
     """Bytes that --plan counts for `distil` on ROWS, less the framework's, which the allocator does not see."""
-    from harness.settings import METHODS, Config
+    from vpd import METHODS, Config
 
     cfg = Config(
         method="sdpo", teacher="live", top_k=100, max_prompt_tokens=PROMPT, max_response_tokens=RESPONSE,
