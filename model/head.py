@@ -20,7 +20,7 @@ import torch
 import losses
 
 BUFFER_BYTES = 80 << 20  # of the buffers of logits together on a CPU; on CUDA ten times as much
-COLUMNS = 4096  # of the vocabulary, compared at a time when all of it is
+COLUMNS = 4096  # of the vocabulary, taken at a time on a CPU, where they fit its caches; on CUDA ten times as many
 
 
 @dataclass
@@ -108,23 +108,34 @@ def _slices(n: int, buffer: torch.Tensor):
 
 def _project(hidden: torch.Tensor, head: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
     """Logits (c, V) of a chunk, in the buffer, at least float32, so that what follows is: softmax over a large vocabulary
-    loses too much in bfloat16. Of a bfloat16 head the logits themselves are rounded, as in transformers and vLLM."""
+    loses too much in bfloat16. On a CPU the logits of a bfloat16 head are rounded, as in transformers and vLLM."""
     logits = buffer[: len(hidden)]
     if head.dtype == buffer.dtype:
         return torch.mm(hidden, head.T, out=logits)
+    if head.is_cuda:  # the product in float32, unrounded, without a copy on the way
+        return torch.mm(hidden, head.T, out_dtype=buffer.dtype, out=logits)
     return logits.copy_(hidden @ head.T)
+
+
+def _blocks(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return logits.split(COLUMNS * (10 if logits.is_cuda else 1), -1)
 
 
 def _logsumexp(logits: torch.Tensor) -> torch.Tensor:
     """(c, 1), without a second tensor of (c, V)."""
-    parts = [block.logsumexp(-1, keepdim=True) for block in logits.split(COLUMNS, -1)]
+    parts = [block.logsumexp(-1, keepdim=True) for block in _blocks(logits)]
     return torch.cat(parts, -1).logsumexp(-1, keepdim=True)
+
+
+def _exponentiate(logits: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """Turns logits into exp(logits - largest) in place. Returns their sum, (c, 1)."""
+    return sum(block.sub_(largest).exp_().sum(-1, keepdim=True) for block in _blocks(logits))
 
 
 def _entropy(logits: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
     """(c,), a block of columns at a time. total: (c, 1), the logits' logsumexp."""
     entropy = logits.new_zeros(len(logits))
-    for block in logits.split(COLUMNS, -1):
+    for block in _blocks(logits):
         log_p = block - total
         entropy -= (log_p.exp() * log_p).nan_to_num(0.0).sum(-1)  # p = 0 has no share: 0 · −inf
     return entropy
@@ -132,7 +143,7 @@ def _entropy(logits: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
 
 def _entropy_of_parts(z: torch.Tensor, *parts: torch.Tensor) -> torch.Tensor:
     """(c,), from z p in several parts: log z − (1/z) Σ z p log(z p). z: (c, 1)."""
-    blocks = (block for part in parts for block in part.split(COLUMNS, -1))
+    blocks = (block for part in parts for block in _blocks(part))
     return (z.log() + sum(torch.special.entr(block).sum(-1, keepdim=True) for block in blocks) / z).squeeze(-1)
 
 
@@ -239,35 +250,28 @@ def _chunk(objective, weights, logits, tokens, known, taught, divergence, top_k,
     """Loss () and scores (c,) of one chunk. logits: (c, V), left holding dL / d logits if `need`; taught: the teacher's, which
     are lost."""
     tokens = tokens.unsqueeze(-1)
-    chosen, teacher_logp = logits.gather(-1, tokens), torch.zeros_like(logits[:, :1])  # (c, 1)
-    if taught is not None:
-        total_t = _logsumexp(taught)
-        teacher_logp = taught.gather(-1, tokens) - total_t
+    chosen = logits.gather(-1, tokens)  # (c, 1)
+    chosen_t = torch.zeros_like(chosen) if taught is None else taught.gather(-1, tokens)
     compares = taught is not None and divergence is not None
-    H = None
-    top = log_s = log_t = D = None
-    if compares and top_k is None:
-        total = _logsumexp(logits)  # (c, 1)
+    H = top = log_s = log_t = D = None
+    if compares and top_k is not None:
+        top = logits.topk(top_k, dim=-1).indices  # (c, k), the largest first
+        total_t, _, log_t, _ = _split(taught, top, taught.amax(-1, keepdim=True))
+        total, others, log_s, at_top = _split(logits, top, logits.gather(-1, top[:, :1]))
+        H = _entropy_of_parts(others + at_top.sum(-1, keepdim=True), logits, at_top) if entropy else None
+    elif compares:
+        total, total_t = _logsumexp(logits), _logsumexp(taught)  # (c, 1)
         H = _entropy(logits, total) if entropy else None
         D, slope = _compare(logits, total, taught, total_t, divergence)  # dD / d log s in logits, p in taught
-    elif compares:
-        top = logits.topk(top_k, dim=-1).indices  # (c, k), the largest first
-        at_top, log_t = logits.gather(-1, top), taught.gather(-1, top) - total_t
-        tail_t = _logsumexp(taught.scatter_(-1, top, -torch.inf)) - total_t
-        log_t = torch.cat([log_t, tail_t], -1)  # (c, k + 1)
-        largest = at_top[:, :1].clone()
-        others = logits.scatter_(-1, top, -torch.inf).sub_(largest).exp_().sum(-1, keepdim=True)  # z p, 0 at the top k
-        z = others + (at_top - largest).exp().sum(-1, keepdim=True)
-        H = _entropy_of_parts(z, logits, (at_top - largest).exp()) if entropy else None
-        total = largest + z.log()
-        log_s = torch.cat([at_top - total, others.log() - z.log()], -1)  # (c, k + 1)
     else:
+        total_t = 0.0 if taught is None else _logsumexp(taught)
         at_expert = None if expert is None else logits.gather(-1, expert.unsqueeze(-1))
         largest = logits.amax(-1, keepdim=True)
-        z = logits.sub_(largest).exp_().sum(-1, keepdim=True)  # z p is now in logits
+        z = _exponentiate(logits, largest)  # z p is now in logits
         H = _entropy_of_parts(z, logits) if entropy else None
         total = largest + z.log()
         log_s = None if expert is None else at_expert - total  # (c, 1), the one bucket that is known of the expert's
+    teacher_logp = chosen_t - total_t if taught is not None else chosen_t
     row = lambda x: x.squeeze(-1).unsqueeze(0)  # noqa: E731  (c, 1) to (1, c)
     with torch.enable_grad():
         logp = row(chosen - total).requires_grad_()
@@ -286,9 +290,10 @@ def _chunk(objective, weights, logits, tokens, known, taught, divergence, top_k,
     by_logp, by_leaf = by_logp.to(logits.dtype).T, by_leaf.to(logits.dtype)  # (c, 1), and dL / d log_s or dL / dD
     if top is not None:
         pull, tail = by_logp + by_leaf.sum(-1, keepdim=True), by_leaf[:, -1:]
+        z = others + at_top.sum(-1, keepdim=True)
         share = torch.where(tail == 0, 0.0, tail / others)  # of the tail's own slope, p_j / p_tail
         logits.mul_(share - pull / z)
-        logits.scatter_(-1, top, by_leaf[:, :-1] - (at_top - total).exp() * pull)
+        logits.scatter_(-1, top, by_leaf[:, :-1] - at_top / z * pull)
     elif expert is not None:
         logits.mul_(-(by_logp + by_leaf) / z)
         logits.scatter_add_(-1, expert.unsqueeze(-1), by_leaf)
@@ -301,11 +306,20 @@ def _chunk(objective, weights, logits, tokens, known, taught, divergence, top_k,
     return value.detach().to(logits.dtype), scores
 
 
+def _split(logits, top, largest) -> tuple[torch.Tensor, ...]:
+    """The top k and the tail: (logsumexp (c, 1), what the tail sums to (c, 1), log p of the buckets (c, k + 1), exp of the top k
+    (c, k)). largest: (c, 1). logits are left holding exp(logits - largest), 0 at the top k."""
+    at_top = logits.gather(-1, top) - largest
+    others = _exponentiate(logits.scatter_(-1, top, -torch.inf), largest)
+    log_z = (others + at_top.exp().sum(-1, keepdim=True)).log()
+    return largest + log_z, others, torch.cat([at_top - log_z, others.log() - log_z], -1), at_top.exp()
+
+
 def _compare(logits, total, taught, total_t, divergence) -> tuple[torch.Tensor, torch.Tensor]:
     """D over the whole vocabulary, a block of columns at a time. logits: (c, V), left holding dD / d log s; total: (c, 1) their
     logsumexp; taught: the teacher's logits, left holding the student's probabilities. Returns D (c,) and Σ dD / d log s (c, 1)."""
     D, slope = logits.new_zeros(len(logits)), logits.new_zeros(len(logits), 1)
-    for student, teacher in zip(logits.split(COLUMNS, -1), taught.split(COLUMNS, -1)):
+    for student, teacher in zip(_blocks(logits), _blocks(taught)):
         with torch.enable_grad():
             log_s = (student - total).requires_grad_()
             part = divergence(log_s, teacher - total_t)
