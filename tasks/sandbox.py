@@ -13,24 +13,32 @@ result as JSON text and the caller compares. An object with its own __eq__ earns
 Covered, each with its test in tests/test_sandbox.py (Linux):
 - a fresh process and an empty working directory per call: what a program sets or writes there never reaches the next
 - wall time: at `time_limit` the child and all that it started are killed, also a loop that swallows every exception
-- memory (RLIMIT_AS), CPU time, open files, and by `output_bytes` the length of an answer and the size of any one file
+- memory (RLIMIT_AS), CPU time, open files, threads, what is written in all, the size of one file and, by `output_bytes` or
+  a call's own `max_output`, the length of an answer
 - every way to end without a value: exceptions, SystemExit, syntax errors, os._exit, signals, values JSON cannot hold
 - `call`: standard input is empty, what is printed is thrown away. `run`: the program is __main__ with a real standard
   input and output, exits as Python would (threads joined, atexit run), and is judged by what it printed
 - the environment is empty, string hashes are the same in every call; installed packages only if `packages` is on
-- a worker that dies or falls silent is replaced and the call made once more; then the status is "internal"
+- a worker that dies or falls silent is replaced and the call made once more; a call that a full disk or process table
+  kept from starting is made again after a while; then the status is "internal"
 - no process is left by close(), by the interpreter's exit, or when the caller or a worker is killed
-Covered where the kernel allows it, which `layers` tells (x86_64 and aarch64):
-- seccomp: no new process, program, session or connection; no signal to anybody; no ptrace, mount, io_uring, chmod; raising
-  one's own limits seems to work and changes nothing. Threads work
+- root's capabilities are dropped, and the worker is in a user namespace of its own where the kernel allows one: no program
+  reads the caller's memory, whether or not there is landlock
+Covered where the kernel allows it, which `layers` tells (x86_64 and aarch64); `unsafe` says what to do where it does not:
+- seccomp: no new process, program, session or connection; no signal to anybody, by no way; no ptrace, mount, io_uring,
+  chmod, inotify, memory files; of ioctl, fcntl and prctl what programs need; raising one's own limits seems to work and
+  changes nothing. Threads work
 - landlock: reading is confined to Python's own files and the system's libraries, writing to the working directory
 
 Not covered:
 - without seccomp a program can use the network, signal and trace other processes of its user, and kill its worker; what
-  it starts is killed as long as the worker lives. Without landlock it can read, write and delete its user's files
+  it starts is killed as long as the worker lives. Without landlock it can read, write and delete its user's files, a
+  benchmark's answers and root's switches in /proc and /sys among them
+- stat, access and readlink tell of every path whether it exists, its size and times: landlock does not confine them
 - what a worker once held and freed: a program that scans its own memory may find the input or the output of an earlier
   call (never an expected output, which no worker sees)
-- how much a program writes in all, in many files, within its time; side channels; faults of the kernel
+- on a tmpfs, what is written through shared mappings counts neither as memory nor as written; threads and what is written
+  are looked at every 10 ms, and a program gets that much further; side channels; faults of the kernel
 """
 
 import os
@@ -51,6 +59,7 @@ import signal
 import struct
 import sys
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
@@ -66,8 +75,18 @@ if __name__ != "__main__":  # the caller's alone: every mapping and page of a wo
 GRACE_SECONDS = 30.0  # a worker that is silent for time_limit + this counts as dead
 ERROR_CHARS = 500  # kept of an exception's text
 FRAMES = 3  # of the program, kept of a traceback
+MAX_THREADS = 256  # of a program, beside its first
+MAX_WRITTEN = 256 << 20  # bytes that a program may write to files in all, beyond output_bytes
+LOOK_SECONDS = 0.01  # between two looks at a program's threads and what it wrote
+RETRY_SECONDS = (0.0, 0.1, 1.0, 5.0)  # before each try of a call that the machine kept from starting
+ERROR_BYTES = 1 << 16  # of an exception as JSON, at most
+UNPREPARED = "internal", '"the child could not be prepared"'
 INT_DIGITS = 50_000  # the longest integer a program may turn into text; Python's own limit is 4300
 PROGRAM = "<program>"  # the source's file name in tracebacks
+RISKS = {
+    "seccomp": "use the network and signal or trace its user's processes",
+    "landlock": "read the tests' answers and change its user's files",
+}
 # What a program finds imported with `preamble=True`: every public name of these modules, later ones winning.
 PREAMBLE = (
     "string re datetime collections heapq bisect copy math random statistics itertools functools operator io sys json "
@@ -93,7 +112,8 @@ class Sandbox(AbstractContextManager):
     started on a machine, each takes its part). preamble: the names of PREAMBLE are there without import, and the
     recursion limit is 50,000, as competition judges have it. packages: installed packages can be imported, at their cost
     in each call. warm: source of the caller's own that each worker runs once, so that calls find loaded what it imports
-    and caches. without: layers to leave out, for tests."""
+    and caches. without: layers to leave out, for tests; "landlock 4" leaves out its
+    versions from 4 on."""
 
     def __init__(
         self,
@@ -111,6 +131,7 @@ class Sandbox(AbstractContextManager):
             "time_limit": time_limit, "memory_mb": memory_mb, "output_bytes": output_bytes, "preamble": preamble,
             "warm": warm, "packages": folders if packages else [], "without": without,
         }  # fmt: skip
+        self._output_bytes = output_bytes
         self._workers = [_Worker(limits) for _ in range(workers or _cores())]
         self._free = queue.SimpleQueue()
         atexit.register(self.close)
@@ -118,31 +139,52 @@ class Sandbox(AbstractContextManager):
             worker.start()
             self._free.put(worker)
 
+    def _active(self) -> dict[str, str]:
+        worker = self._free.get()
+        try:
+            return worker.hello() or {"seccomp": "unknown", "landlock": "unknown"}
+        finally:
+            self._free.put(worker)
+
     @property
     def layers(self) -> str:
         """What confines a program on this machine, in one line."""
-        worker = self._free.get()
-        try:
-            active = worker.hello() or {"seccomp": "unknown", "landlock": "unknown"}
-        finally:
-            self._free.put(worker)
-        return ", ".join(["process per test", "rlimits", *(f"{name} {state}" for name, state in active.items())])
+        return ", ".join(["process per test", "rlimits", *(f"{name} {state}" for name, state in self._active().items())])
 
-    def call(self, source: str, function: str, args: list) -> Result:
-        """function(*args) of the program `source`, once a worker is free; "Class.method" is called on a Class().
-        Raises if args are not JSON, and after close()."""
-        return self._ask("call", {"source": source, "function": function, "args": args})
+    @property
+    def unsafe(self) -> str:
+        """Why programs that nobody has read should not be trained on here, and what to do; "" if nothing is missing."""
+        missing = [name for name, state in self._active().items() if not state.startswith("on")]
+        return missing and (
+            f"{' and '.join(missing)} not available: a program could {' and '.join(RISKS[name] for name in missing)}; use "
+            "x86_64 or aarch64 with Linux 5.13 or later, landlock in /sys/kernel/security/lsm (boot with lsm=landlock,...) "
+            "and a container whose seccomp profile allows the landlock_* and seccomp system calls"
+        ) or ""
 
-    def run(self, source: str, stdin: str) -> Result:
+    def call(self, source: str, function: str, args: list, max_output: int | None = None) -> Result:
+        """function(*args) of the program `source`, once a worker is free; "Class.method" is called on a Class(). More than
+        max_output bytes of JSON is the status "output limit". Raises if args are not JSON, and after close()."""
+        return self._ask("call", max_output, {"source": source, "function": function, "args": args})
+
+    def run(self, source: str, stdin: str, max_output: int | None = None) -> Result:
         """The program `source` as a script that reads `stdin`; the value is what it printed, bytes that are no UTF-8
-        replaced. Leaving by SystemExit or os._exit is a way to end; only an exception or a signal is an error."""
-        return self._ask("run", {"source": source, "stdin": stdin})
+        replaced; more than max_output bytes is the status "output limit". Leaving by SystemExit or os._exit is a way to
+        end; only an exception or a signal is an error."""
+        return self._ask("run", max_output, {"source": source, "stdin": stdin})
 
-    def _ask(self, mode: str, question: dict) -> Result:
-        line = f"{mode} {json.dumps(question)}\n".encode()
+    def _ask(self, mode: str, max_output: int | None, question: dict) -> Result:
+        bound = self._output_bytes if max_output is None else min(max_output, self._output_bytes)
+        line = f"{mode} {bound} {json.dumps(question)}\n".encode()
         worker = self._free.get()
         try:
-            return worker.ask(line) or worker.ask(line) or Result("internal", error="the worker died twice")
+            for pause in RETRY_SECONDS:
+                time.sleep(pause)
+                result = worker.ask(line) or worker.ask(line)
+                if result is None:  # perhaps the program's doing
+                    return Result("internal", error="the worker died twice")
+                if result.status != "internal":
+                    break
+            return result
         finally:
             self._free.put(worker)
 
@@ -162,7 +204,8 @@ class Sandbox(AbstractContextManager):
 
 
 class _Worker:
-    """The caller's end of a worker process. A question is a line and so is its answer: JSON text holds no line break."""
+    """The caller's end of a worker process. A question is a line: JSON text holds no line break. An answer is a line, too,
+    and behind it the bytes that a script printed, as many as the line says."""
 
     def __init__(self, limits: dict):
         self.limits, self.closed = limits, False
@@ -179,10 +222,14 @@ class _Worker:
         command.append(json.dumps({"scratch": self.scratch, **self.limits}))
         env = {name: value for name, value in os.environ.items() if name == "LD_LIBRARY_PATH"}
         env |= {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-        with theirs:  # the worker's standard input; a session of its own keeps the terminal's Ctrl-C away
-            self.process = subprocess.Popen(
-                command, stdin=theirs, stdout=subprocess.DEVNULL, env=env, start_new_session=True
-            )
+        try:  # the worker's standard input; a session of its own keeps the terminal's Ctrl-C away
+            with theirs:
+                options = {"stdin": theirs, "stdout": subprocess.DEVNULL, "env": env, "start_new_session": True}
+                self.process = subprocess.Popen(command, **options)
+        except OSError:  # the process table is full
+            self.socket.close()
+            _remove(self.scratch)
+            raise
         if self.closed:  # asked last, so that a close() on another thread misses no process
             self.stop()
 
@@ -196,19 +243,24 @@ class _Worker:
         return self.greeting
 
     def ask(self, question: bytes) -> Result | None:
-        """None if the process died; the next question then starts another."""
+        """None if the process died; the next question then starts another. "internal" if there is no process to ask."""
         if self.closed:
             raise RuntimeError("the sandbox is closed")
-        answer = b""
+        greeting = result = None
         try:
-            with suppress(OSError):
-                if self.hello() is not None:
+            with suppress(OSError, ValueError):
+                greeting = self.hello()
+                if greeting is not None:
                     self.socket.sendall(question)
-                    answer = self.answers.readline()
+                    line = self.answers.readline()
+                    *fields, count = line.split(b"\t")
+                    printed = self.answers.read(int(count))
+                    if line.endswith(b"\n") and len(printed) == int(count):
+                        result = _result(*fields, printed)
         finally:  # dead, silent, or Ctrl-C here: a late answer must not meet the next question
-            if not answer.endswith(b"\n"):
+            if result is None:
                 self.stop()
-        return _result(answer) if answer.endswith(b"\n") else None
+        return result if greeting is not None else Result("internal", error="no worker could be started")
 
     def stop(self) -> None:
         process, sock, scratch, self.process = self.process, self.socket, self.scratch, None
@@ -235,19 +287,19 @@ def loads(text: str) -> object:
         return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 4000 else Decimal(digits))
 
 
-def _result(answer: bytes) -> Result:
-    status, seconds, payload, printed = answer.decode().rstrip("\n").split("\t")
+def _result(status: bytes, seconds: bytes, payload: bytes, printed: bytes) -> Result:
+    status, seconds = status.decode(), float(seconds)
     try:  # the payload comes from the child: anything may stand there
-        payload = loads(payload)
-        value = json.loads(printed) if printed else payload
-        if status == "ok" and not printed:
-            return Result(status, value=value, seconds=float(seconds))
+        payload = loads(payload.decode())
+        if status == "ok":
+            return Result(status, value=payload, seconds=seconds)
+        value = printed.decode("utf-8", "replace") if status == "printed" else None
         error, frames = payload if isinstance(payload, list) and len(payload) == 2 else (payload or "", ())
         frames = tuple(str(line)[:ERROR_CHARS] for line in frames)[-FRAMES:]
     except (ValueError, TypeError, RecursionError) as e:
         status, value, error, frames = "error", None, f"the answer cannot be read: {e}", ()
     error = " ".join(str(error)[: ERROR_CHARS + 200].split())
-    return Result(status, value if status == "ok" else None, error, frames, float(seconds))
+    return Result("ok" if status == "printed" else status, value, error, frames, seconds)
 
 
 def _remove(directory: str) -> None:
@@ -279,6 +331,9 @@ def _serve(limits: SimpleNamespace) -> None:
     sys.path += limits.packages
     limits.worker, limits.libc, limits.directory = os.getpid(), ctypes.CDLL(None, use_errno=True), None
     limits.libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what leaves the child's process group still comes to us
+    limits.counter, size = _counter(limits.scratch), os.stat(limits.scratch).st_size
+    if not {"seccomp", "landlock"} <= set(limits.without):  # without any layer programs misbehave as any process can
+        _drop_privileges(limits.libc)
     caller = os.dup(0)
     questions = open(caller, "rb", closefd=False)  # noqa: SIM115
     exec(compile(limits.warm, "<warm>", "exec"), {})  # also: a process's first compilation makes all node types, 2 ms
@@ -287,12 +342,16 @@ def _serve(limits: SimpleNamespace) -> None:
     gc.freeze()  # children share these pages as long as no collection walks over them
     with suppress(EOFError, ConnectionError):  # the caller has closed or died
         _write(caller, json.dumps(layers).encode() + b"\n")
-        while question := questions.readline():
-            if limits.directory is None:
-                limits.directory = f"{limits.scratch}/{time.monotonic_ns()}"
-                os.mkdir(limits.directory)
-            _write(caller, _run(question, caller, limits))
-            if not _untouched(limits.directory, limits.scratch):
+        # A folder that grew does not shrink again on ext4, and the next program could see it: then comes another worker.
+        while os.stat(limits.scratch).st_size < size + 4096 and (question := questions.readline()):
+            try:
+                if limits.directory is None:
+                    _new_directory(limits)
+                answer = _run(question, caller, limits)
+            except OSError as e:  # no process, descriptor or directory to be had: not the program's fault
+                answer = f"internal\t0\t{json.dumps(str(e))}\t0\n".encode()
+            _write(caller, answer)
+            if limits.directory is None or not _untouched(limits):
                 for name in os.listdir(limits.scratch):  # a program can write beside its directory, too
                     _remove(f"{limits.scratch}/{name}")
                 limits.directory = None
@@ -341,35 +400,66 @@ def _prepare_program(limits: SimpleNamespace) -> None:
     limits.given = len(vars(limits.script))
 
 
-def _untouched(directory: str, scratch: str) -> bool:
-    """Then the next call can have it: on a slow disk a new directory costs more than the fork."""
+def _drop_privileges(libc: ctypes.CDLL) -> None:
+    """For good, in the worker and so in every child. In a user namespace of its own a process may trace nobody outside; a
+    root without capabilities may trace nobody who has some; and a worker that is not dumpable is traced by no child."""
+    libc.unshare(CLONE_NEWUSER)  # fails where the kernel does not allow it
+    libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24))
+    libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def _new_directory(limits: SimpleNamespace) -> None:
+    directory = f"{limits.scratch}/{time.monotonic_ns()}"
+    os.mkdir(directory)
+    os.listdir(directory), os.listdir(limits.scratch)  # as early as this, or a program could choose when they were read
+    limits.directory = directory
+    limits.stamps = _stamps(limits)
+
+
+def _stamps(limits: SimpleNamespace) -> list[tuple]:
+    both = os.lstat(limits.directory), os.lstat(limits.scratch)
+    return [(stat.st_ino, stat.st_size, stat.st_ctime_ns, stat.st_atime_ns) for stat in both]
+
+
+def _untouched(limits: SimpleNamespace) -> bool:
+    """Then the next call can have the directory: on a slow disk a new one costs more than the fork. Nothing about it may
+    have changed, or one program could tell the next something."""
     try:
-        if os.path.islink(directory):
-            return False
-        os.chmod(directory, 0o700)
-        return not os.listdir(directory) and os.listdir(scratch) == [os.path.basename(directory)]
+        same = _stamps(limits) == limits.stamps and not os.listdir(limits.directory)  # a stamp's clock ticks every 4 ms
+        same = same and os.listdir(limits.scratch) == [os.path.basename(limits.directory)]
+        limits.stamps = _stamps(limits)
+        return same
     except OSError:
         return False
 
 
 def _run(question: bytes, caller: int, limits: SimpleNamespace) -> bytes:
     start = time.monotonic()
-    report, report_end = os.pipe()
-    output, output_end = os.pipe()
-    os.set_blocking(output, False)
-    child = os.fork()
+    mode, bound, question = question.split(b" ", 2)
+    script, bound, pipes = mode == b"run", int(bound), []
+    try:
+        pipes += os.pipe()
+        pipes += os.pipe()
+        child = os.fork()
+    except OSError:
+        for fd in pipes:
+            os.close(fd)
+        raise
+    report, report_end, output, output_end = pipes
     if child == 0:
         try:
             os.close(report)
             os.close(output)
-            _child(question, report_end, output_end, limits)
+            _child(_script if script else _function, question, report_end, output_end, limits)
         finally:
             os._exit(1)
     os.close(report_end)
     os.close(output_end)
+    os.set_blocking(output, False)
     printed = bytearray()
     try:
-        status, payload = _watch(child, report, output, printed, caller, start + limits.time_limit, limits)
+        status, payload = _watch(child, report, output, printed, caller, start + limits.time_limit, bound, limits)
         seconds = time.monotonic() - start
     finally:  # kill first, reap after: until then the number is the child's
         with suppress(ProcessLookupError):
@@ -378,60 +468,97 @@ def _run(question: bytes, caller: int, limits: SimpleNamespace) -> bytes:
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if not limits.filter:
             _kill_orphans()
-        _drain(output, printed, limits)  # what it wrote last may still stand in the pipe
+        _drain(output, printed, bound)  # what it wrote last may still stand in the pipe
         os.close(report)
         os.close(output)
-    script = question.startswith(b"run ")
     if status == "gone" and script and code >= 0:
         status, payload = "ok", "null"  # os._exit: a script may end as it likes
     if status == "gone":
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         status, payload = "error", json.dumps(f"exited without a result ({how})")
-    if script and status in ("ok", "error") and len(printed) > limits.output_bytes:
-        status, payload = "output limit", json.dumps(f"more than {limits.output_bytes} bytes printed")
-    text = json.dumps(printed.decode("utf-8", "replace")) if script and status == "ok" else ""
-    return f"{status}\t{seconds:.6f}\t{payload}\t{text}\n".encode()
+    if status in ("ok", "error") and len(printed) > bound:
+        status, payload = "output limit", json.dumps(f"more than {bound} bytes printed")
+    if status == "ok" and not script and len(payload) > bound:
+        status, payload = "output limit", json.dumps(f"more than {bound} bytes returned")
+    if status == "ok" and script:
+        status = "printed"
+    else:
+        printed.clear()
+    return f"{status}\t{seconds:.6f}\t{payload}\t{len(printed)}\n".encode() + printed
 
 
 def _watch(
-    child: int, report: int, output: int, printed: bytearray, caller: int, deadline: float, limits: SimpleNamespace
-) -> tuple[str, str]:
+    child: int, report: int, output: int, printed: bytearray, caller: int, deadline: float, bound: int,
+    limits: SimpleNamespace,
+) -> tuple[str, str]:  # fmt: skip
     """Status and JSON text as the child reported them, or what became of it; what it prints goes into `printed`."""
     poll = select.poll()
     for fd in (report, output, caller):
         poll.register(fd, select.POLLIN)
     said, alone = bytearray(), False  # alone: it has closed its report; only its end is waited for
+    look = time.monotonic() + LOOK_SECONDS
     while b"\n" not in said:
-        left = 1000 * (deadline - time.monotonic())  # milliseconds
-        if left <= 0:
-            return "timeout", json.dumps(f"no result within {limits.time_limit} s")
-        ready = [fd for fd, _ in poll.poll((min(left, 5.0) if alone else left) + 0.5)]
+        now = time.monotonic()
+        if now >= deadline:
+            return ("timeout", json.dumps(f"no result within {limits.time_limit} s")) if said else UNPREPARED
+        if now >= look:
+            look = now + LOOK_SECONDS
+            if excess := _excess(child, limits):
+                return excess
+        wait = 1000 * (min(deadline, look) - now)  # milliseconds
+        ready = [fd for fd, _ in poll.poll((min(wait, 5.0) if alone else wait) + 0.5)]
         if caller in ready:  # no second question comes before the answer: the caller has gone
             raise EOFError
-        if output in ready and not _drain(output, printed, limits):
+        if output in ready and not _drain(output, printed, bound):
             poll.unregister(output)
-        if len(printed) > limits.output_bytes:
-            return "output limit", json.dumps(f"more than {limits.output_bytes} bytes printed")
+        if len(printed) > bound:
+            return "output limit", json.dumps(f"more than {bound} bytes printed")
         if report in ready:
             part = os.read(report, 65536)
             said += part
-            if len(said) > limits.output_bytes:
-                return "output limit", json.dumps(f"more than {limits.output_bytes} bytes returned")
+            if len(said) > max(bound, ERROR_BYTES):
+                return "output limit", json.dumps(f"more than {bound} bytes returned")
             if not part:
                 poll.unregister(report)
                 alone = True
         if alone and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            return "gone", ""
+            return ("gone", "") if said else UNPREPARED
     ready = said.startswith(b"+")  # else the sandbox failed, which no program may claim
     status, _, payload = said.removeprefix(b"+").decode("ascii", "replace").partition("\n")[0].partition("\t")
     known = status in (("ok", "error", "memory") if ready else ("internal",)) and "\t" not in payload
     return (status, payload) if known else ("error", json.dumps("the answer cannot be read"))
 
 
-def _drain(output: int, printed: bytearray, limits: SimpleNamespace) -> bool:
+def _excess(child: int, limits: SimpleNamespace) -> tuple[str, str] | None:
+    """What no limit of the kernel's bounds for a single program."""
+    with suppress(OSError):
+        if os.stat(f"/proc/{child}/task").st_nlink > MAX_THREADS + 3:  # one of them its first, two no threads
+            return "error", json.dumps(f"more than {MAX_THREADS} threads")
+        if _written(child, limits.counter) > MAX_WRITTEN + limits.output_bytes:
+            return "output limit", json.dumps(f"more than {MAX_WRITTEN >> 20} MiB written")
+
+
+def _written(process: int | str, counter: str) -> int:
+    with open(f"/proc/{process}/io") as file:
+        return int(dict(line.split(": ") for line in file)[counter])
+
+
+def _counter(scratch: str) -> str:
+    """The count in /proc/PID/io that tells what is written to files here: a tmpfs has no storage."""
+    path = f"{scratch}/{time.monotonic_ns()}"
+    with suppress(OSError):  # a kernel that does not count
+        before = _written("self", "write_bytes")
+        with open(path, "wb") as file:
+            file.write(bytes(4096))
+        os.unlink(path)
+        return "write_bytes" if _written("self", "write_bytes") > before else "wchar"
+    return "wchar"
+
+
+def _drain(output: int, printed: bytearray, bound: int) -> bool:
     """Moves what stands in the pipe; False at its end."""
     with suppress(BlockingIOError):
-        while len(printed) <= limits.output_bytes:
+        while len(printed) <= bound:
             part = os.read(output, 65536)
             if not part:
                 return False
@@ -455,15 +582,13 @@ def _kill_orphans() -> None:
 # ---- In the child ----------------------------------------------------------------------------------------
 
 
-def _child(question: bytes, report: int, output: int, limits: SimpleNamespace) -> None:
-    status, payload = "internal", '"the child could not be prepared"'
+def _child(run: Callable, question: bytes, report: int, output: int, limits: SimpleNamespace) -> None:
+    status, payload = UNPREPARED
     try:
-        mode, _, text = question.partition(b" ")
-        asked = json.loads(text)
+        asked = json.loads(question)
         _confine(limits, report, output, asked.get("stdin"))
         os.write(report, b"+")  # from here on the program may write to this pipe as well
         status = "error"
-        run = _script if mode == b"run" else _function
         status, payload = "ok", run(asked, limits)
     except MemoryError:
         status, payload = "memory", '"MemoryError"'
@@ -487,12 +612,15 @@ def _function(asked: dict, limits: SimpleNamespace) -> str:
 
 
 def _dumps(value: object) -> str:
-    """JSON text. A tuple at the top counts as a list, further down it is none: [(1, 2)] == [[1, 2]] is False in Python."""
+    """JSON text of what is equal to its JSON in Python: [(1, 2)] == [[1, 2]] is False, and so is {1: 2} == {"1": 2}. A tuple
+    at the top counts as a list."""
     stack, seen = [value], 0
     while stack and seen < 1_000_000:
         item, seen = stack.pop(), seen + 1
         if isinstance(item, tuple):
             raise TypeError("a tuple inside the result where a list is expected")
+        if isinstance(item, dict) and not all(isinstance(key, str) for key in item):
+            raise TypeError("a key that is no string in a dictionary of the result")
         if isinstance(item, (list, dict)) and len(stack) < 1_000_000:
             stack.extend(item if isinstance(item, list) else item.values())
     return json.dumps(value, default=_number)
@@ -508,7 +636,7 @@ def _number(value: object) -> object:
 def _script(asked: dict, limits: SimpleNamespace) -> str:
     """Runs to the end that Python itself would make: threads joined, exit functions called, output flushed."""
     module = sys.modules["__main__"] = limits.script
-    died = []
+    died, collect = [], gc.collect
     if "threading" in asked["source"]:
         import threading
 
@@ -519,11 +647,12 @@ def _script(asked: dict, limits: SimpleNamespace) -> str:
         threading._shutdown()  # as Python does: tells executors to end, joins also what starts meanwhile
     atexit._run_exitfuncs()
     _flush()
-    # What is alive is finalized: files are flushed, generators closed. Names that stood there before the program are left
+    # What is alive is finalized: files are flushed, generators closed, cycles collected. Names that stood there before the program are left
     # alone, for touching each would cost a page of memory.
     names = vars(module)
     for name in list(itertools.islice(reversed(names), max(0, len(names) - limits.given))):
         names[name] = None
+    collect()
     _flush()
     return json.dumps(_describe(died[0], asked["source"]) if died else None)
 
@@ -537,6 +666,7 @@ def _flush() -> None:
 def _confine(limits: SimpleNamespace, report: int, output: int, stdin: str | None) -> None:
     os.setsid()
     limits.libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    limits.libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)  # the worker is to see what it writes
     if os.getppid() != limits.worker:  # it died before the line above
         os._exit(1)
     os.chdir(limits.directory)
@@ -573,7 +703,7 @@ def _describe(error: BaseException, source: str) -> tuple[str, list[str]]:
         if code.co_filename == PROGRAM:
             line = trace.tb_lineno
             text = lines[line - 1].strip() if 0 < line <= len(lines) else ""
-            frames = [*frames[1 - FRAMES :], f"line {line}, in {code.co_name}: {text}"]
+            frames = [*frames[1 - FRAMES :], f"line {line}, in {code.co_name}: {text}"[:ERROR_CHARS]]
         trace = trace.tb_next
     try:
         message = str(error.msg if isinstance(error, SyntaxError) else error)[:ERROR_CHARS]
@@ -585,7 +715,8 @@ def _describe(error: BaseException, source: str) -> tuple[str, list[str]]:
 
 # ---- Layers of the kernel ----------------------------------------------------------------------------------
 
-PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 22, 36, 38  # linux/prctl.h
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
+CLONE_NEWUSER, CLONE_THREAD = 0x10000000, 0x10000  # linux/sched.h
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # linux/audit.h
 # System calls that fail with EPERM: their numbers on x86_64 and aarch64 (asm/unistd.h), - where there is none.
 DENIED = """
@@ -601,7 +732,10 @@ chmod 90 -, fchmod 91 52, fchmodat 268 53, chown 92 -, lchown 94 -, fchown 93 55
 lsetxattr 189 6, fsetxattr 190 7, removexattr 197 14, lremovexattr 198 15, fremovexattr 199 16, utime 132 -, utimes 235 -,
 futimesat 261 -, utimensat 280 88, quotactl 179 60, open_by_handle_at 304 265, name_to_handle_at 303 264,
 mknod 133 -, mknodat 259 33, shmget 29 194, shmat 30 196, semget 64 190, msgget 68 186, mq_open 240 180,
-keyctl 250 219, add_key 248 217, request_key 249 218,
+keyctl 250 219, add_key 248 217, request_key 249 218, memfd_create 319 279, memfd_secret 447 447, sendmsg 46 211,
+sendmmsg 307 269, fallocate 285 47, truncate 76 45, sync 162 81, syncfs 306 267, quotactl_fd 443 443, ioprio_set 251 30,
+inotify_init 253 -, inotify_init1 294 26, inotify_add_watch 254 27, process_mrelease 448 448, setfsuid 122 151,
+setfsgid 123 152,
 setuid 105 146, setgid 106 144, setreuid 113 145, setregid 114 143, setresuid 117 147,
 setresgid 119 149, setgroups 116 159, capset 126 91, personality 135 92, setpriority 141 140, sched_setscheduler 144 119,
 sched_setparam 142 118, sched_setattr 314 274, sched_setaffinity 203 122, init_module 175 105, finit_module 313 273,
@@ -610,10 +744,13 @@ acct 163 89, settimeofday 164 170, clock_settime 227 112, clock_adjtime 305 266,
 setdomainname 171 162, syslog 103 116, fanotify_init 300 262, iopl 172 -, ioperm 173 -, modify_ldt 154 -, vhangup 153 58
 """
 CLONE, CLONE3, SETRLIMIT, PRLIMIT64 = (56, 220), (435, 435), (160, 164), (302, 261)
-FCNTL, PRCTL = (72, 25), (157, 167)
-F_SETOWN, F_SETSIG, F_SETOWN_EX = 8, 10, 15  # with them a pipe sends its owner any signal
+FCNTL, PRCTL, IOCTL = (72, 25), (157, 167), (16, 29)
+# What programs need. The rest makes a file signal any process, lets programs wait for each other's files, sets a file's
+# flags or freezes its file system. F_DUPFD to F_SETLKW, locks of open files, F_DUPFD_CLOEXEC, sizes of pipes (linux/fcntl.h);
+# TCGETS and TCGETS2 (isatty), TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX, FICLONE (asm/ioctls.h, linux/fs.h).
+FCNTLS = (*range(8), 36, 37, 38, 1030, 1031, 1032)
+IOCTLS = (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451, 0x40049409)
 FIRST_UNKNOWN = 452  # younger calls do not exist as far as a program is told; libraries then take the older ones
-CLONE_THREAD = 0x10000
 
 
 def _seccomp_filter() -> bytes | None:
@@ -630,6 +767,12 @@ def _seccomp_filter() -> bytes | None:
         if number != "-":
             masks[int(number) // 32] |= 1 << int(number) % 32
     load, ret, equal, at_least, any_bit = 0x20, 0x06, 0x15, 0x35, 0x45  # (code, jump if true, jump if false, value)
+
+    def chosen(call: tuple, offset: int, values: tuple, then: int, otherwise: int) -> list[tuple]:
+        count = len(values)
+        tests = [(equal, count - i, 0, value) for i, value in enumerate(values)]
+        return [(equal, 0, count + 3, call[column]), (load, 0, 0, offset), *tests, (ret, 0, 0, otherwise), (ret, 0, 0, then)]
+
     program = [
         (load, 0, 0, 4),  # a word of struct seccomp_data: 0 the call, 4 the machine, 16 + 8 i argument i
         (equal, 1, 0, AUDIT_ARCH[machine]),
@@ -646,18 +789,9 @@ def _seccomp_filter() -> bytes | None:
         (any_bit, 0, 1, CLONE_THREAD),
         (ret, 0, 0, allow),
         (ret, 0, 0, denied),
-        (equal, 0, 6, FCNTL[column]),
-        (load, 0, 0, 24),
-        (equal, 3, 0, F_SETOWN),
-        (equal, 2, 0, F_SETSIG),
-        (equal, 1, 0, F_SETOWN_EX),
-        (ret, 0, 0, allow),
-        (ret, 0, 0, denied),
-        (equal, 0, 4, PRCTL[column]),
-        (load, 0, 0, 16),
-        (equal, 0, 1, PR_SET_PDEATHSIG),
-        (ret, 0, 0, denied),
-        (ret, 0, 0, allow),
+        *chosen(FCNTL, 24, FCNTLS, allow, denied),
+        *chosen(IOCTL, 24, IOCTLS, allow, denied),
+        *chosen(PRCTL, 16, (PR_SET_PDEATHSIG, PR_SET_DUMPABLE), denied, allow),
         (equal, 0, 6, PRLIMIT64[column]),
         (load, 0, 0, 32),  # the pointer to new limits, low and high word: without one the call only reads
         (equal, 0, 2, 0),
@@ -687,6 +821,7 @@ def _landlock_ruleset(limits: SimpleNamespace) -> tuple[int, int]:
     """A ruleset's descriptor and the kernel's version of landlock; -1 and 0 where there is none (linux/landlock.h)."""
     syscall = limits.libc.syscall
     version = syscall(444, None, ctypes.c_size_t(0), 1)
+    version = min([version, *(int(name[9:]) - 1 for name in limits.without if name.startswith("landlock "))])
     if version < 1:
         return -1, 0
     execute, write, read, read_dir, device = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 15
@@ -742,8 +877,6 @@ def _prepare_layers(limits: SimpleNamespace) -> dict[str, str]:
 def _apply_layers(limits: SimpleNamespace) -> int:
     """For good, in the child. Bit 1 of the result: landlock failed; bit 2: seccomp failed."""
     libc, failed = limits.libc, 0
-    if limits.ruleset >= 0 or limits.filter:
-        libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     if limits.ruleset >= 0:
         failed |= bool(libc.syscall(446, limits.ruleset, 0))
         os.close(limits.ruleset)
