@@ -13,32 +13,30 @@ result as JSON text and the caller compares. An object with its own __eq__ earns
 Covered, each with its test in tests/test_sandbox.py (Linux):
 - a fresh process and an empty working directory per call: what a program sets or writes there never reaches the next
 - wall time: at `time_limit` the child and all that it started are killed, also a loop that swallows every exception
-- memory (RLIMIT_AS), CPU time, open files, threads, what is written in all, the size of one file and, by `output_bytes` or
-  a call's own `max_output`, the length of an answer
+- memory (RLIMIT_AS), CPU time, open files, threads, the size of one file and of all that is written, the length of an
+  answer (`output_bytes`, or `max_output` of a call)
 - every way to end without a value: exceptions, SystemExit, syntax errors, os._exit, signals, values JSON cannot hold
 - `call`: standard input is empty, what is printed is thrown away. `run`: the program is __main__ with a real standard
   input and output, exits as Python would (threads joined, atexit run), and is judged by what it printed
 - the environment is empty, string hashes are the same in every call; installed packages only if `packages` is on
-- a worker that dies or falls silent is replaced and the call made once more; a call that a full disk or process table
-  kept from starting is made again after a while; then the status is "internal"
+- a worker that dies or falls silent is replaced and the call made once more; a call that a full disk or process table kept
+  from starting is made again after a while; then the status is "internal"
 - no process is left by close(), by the interpreter's exit, or when the caller or a worker is killed
-- root's capabilities are dropped, and the worker is in a user namespace of its own where the kernel allows one: no program
-  reads the caller's memory, whether or not there is landlock
+- no capabilities, root's neither; the caller's memory cannot be read (not root: where there are user namespaces or landlock)
 Covered where the kernel allows it, which `layers` tells (x86_64 and aarch64); `unsafe` says what to do where it does not:
-- seccomp: no new process, program, session or connection; no signal to anybody, by no way; no ptrace, mount, io_uring,
-  chmod, inotify, memory files; of ioctl, fcntl and prctl what programs need; raising one's own limits seems to work and
-  changes nothing. Threads work
+- seccomp: no new process, program, session or connection; no signal to anybody, by ioctl and fcntl neither; no ptrace,
+  mount, io_uring, chmod, inotify; raising one's own limits seems to work and changes nothing. Threads work
 - landlock: reading is confined to Python's own files and the system's libraries, writing to the working directory
 
 Not covered:
 - without seccomp a program can use the network, signal and trace other processes of its user, and kill its worker; what
-  it starts is killed as long as the worker lives. Without landlock it can read, write and delete its user's files, a
-  benchmark's answers and root's switches in /proc and /sys among them
-- stat, access and readlink tell of every path whether it exists, its size and times: landlock does not confine them
+  it starts is killed as long as the worker lives. Without landlock it can read, write and delete its user's files: a
+  benchmark's answers, and the switches in /proc and /sys that are root's
+- stat and access tell of every path whether it exists, its size and its times: landlock does not confine them
 - what a worker once held and freed: a program that scans its own memory may find the input or the output of an earlier
   call (never an expected output, which no worker sees)
-- on a tmpfs, what is written through shared mappings counts neither as memory nor as written; threads and what is written
-  are looked at every 10 ms, and a program gets that much further; side channels; faults of the kernel
+- on a tmpfs, what is written through shared mappings counts nowhere; threads and what is written are looked at every 10 ms,
+  and a program gets as far as that; side channels; faults of the kernel
 """
 
 import os
@@ -75,7 +73,7 @@ if __name__ != "__main__":  # the caller's alone: every mapping and page of a wo
 GRACE_SECONDS = 30.0  # a worker that is silent for time_limit + this counts as dead
 ERROR_CHARS = 500  # kept of an exception's text
 FRAMES = 3  # of the program, kept of a traceback
-MAX_THREADS = 256  # of a program, beside its first
+MAX_THREADS = 256  # of a program
 MAX_WRITTEN = 256 << 20  # bytes that a program may write to files in all, beyond output_bytes
 LOOK_SECONDS = 0.01  # between two looks at a program's threads and what it wrote
 RETRY_SECONDS = (0.0, 0.1, 1.0, 5.0)  # before each try of a call that the machine kept from starting
@@ -83,10 +81,6 @@ ERROR_BYTES = 1 << 16  # of an exception as JSON, at most
 UNPREPARED = "internal", '"the child could not be prepared"'
 INT_DIGITS = 50_000  # the longest integer a program may turn into text; Python's own limit is 4300
 PROGRAM = "<program>"  # the source's file name in tracebacks
-RISKS = {
-    "seccomp": "use the network and signal or trace its user's processes",
-    "landlock": "read the tests' answers and change its user's files",
-}
 # What a program finds imported with `preamble=True`: every public name of these modules, later ones winning.
 PREAMBLE = (
     "string re datetime collections heapq bisect copy math random statistics itertools functools operator io sys json "
@@ -112,8 +106,7 @@ class Sandbox(AbstractContextManager):
     started on a machine, each takes its part). preamble: the names of PREAMBLE are there without import, and the
     recursion limit is 50,000, as competition judges have it. packages: installed packages can be imported, at their cost
     in each call. warm: source of the caller's own that each worker runs once, so that calls find loaded what it imports
-    and caches. without: layers to leave out, for tests; "landlock 4" leaves out its
-    versions from 4 on."""
+    and caches. without: layers to leave out, for tests; "landlock 4": its versions from 4 on."""
 
     def __init__(
         self,
@@ -153,13 +146,14 @@ class Sandbox(AbstractContextManager):
 
     @property
     def unsafe(self) -> str:
-        """Why programs that nobody has read should not be trained on here, and what to do; "" if nothing is missing."""
-        missing = [name for name, state in self._active().items() if not state.startswith("on")]
+        """Which protection this machine lacks and what to do, in one line; "" if none. Nobody has read the programs that a
+        model writes in training: a harness refuses to start where this is not ""."""
+        missing = " and ".join(name for name, state in self._active().items() if not state.startswith("on"))
         return missing and (
-            f"{' and '.join(missing)} not available: a program could {' and '.join(RISKS[name] for name in missing)}; use "
-            "x86_64 or aarch64 with Linux 5.13 or later, landlock in /sys/kernel/security/lsm (boot with lsm=landlock,...) "
-            "and a container whose seccomp profile allows the landlock_* and seccomp system calls"
-        ) or ""
+            f"{missing} not available: a program could read the tests' answers or harm other processes; use x86_64 or "
+            "aarch64 with Linux 5.13 or later, landlock named in /sys/kernel/security/lsm (kernel parameter lsm=) and a "
+            "container whose seccomp profile allows both"
+        )
 
     def call(self, source: str, function: str, args: list, max_output: int | None = None) -> Result:
         """function(*args) of the program `source`, once a worker is free; "Class.method" is called on a Class(). More than
@@ -331,7 +325,9 @@ def _serve(limits: SimpleNamespace) -> None:
     sys.path += limits.packages
     limits.worker, limits.libc, limits.directory = os.getpid(), ctypes.CDLL(None, use_errno=True), None
     limits.libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what leaves the child's process group still comes to us
-    limits.counter, size = _counter(limits.scratch), os.stat(limits.scratch).st_size
+    place, limits.counters = os.stat(limits.scratch), ["write_bytes"]
+    if os.major(place.st_dev) == 0:  # perhaps a tmpfs, which has no storage to write to
+        limits.counters.append("wchar")
     if not {"seccomp", "landlock"} <= set(limits.without):  # without any layer programs misbehave as any process can
         _drop_privileges(limits.libc)
     caller = os.dup(0)
@@ -342,19 +338,22 @@ def _serve(limits: SimpleNamespace) -> None:
     gc.freeze()  # children share these pages as long as no collection walks over them
     with suppress(EOFError, ConnectionError):  # the caller has closed or died
         _write(caller, json.dumps(layers).encode() + b"\n")
-        # A folder that grew does not shrink again on ext4, and the next program could see it: then comes another worker.
-        while os.stat(limits.scratch).st_size < size + 4096 and (question := questions.readline()):
+        while question := questions.readline():
             try:
                 if limits.directory is None:
                     _new_directory(limits)
                 answer = _run(question, caller, limits)
-            except OSError as e:  # no process, descriptor or directory to be had: not the program's fault
-                answer = f"internal\t0\t{json.dumps(str(e))}\t0\n".encode()
+            except OSError as e:  # no process, descriptor or directory to be had, which is not the program's fault
+                _write(caller, f"internal\t0\t{json.dumps(str(e))}\t0\n".encode())
+                break
             _write(caller, answer)
-            if limits.directory is None or not _untouched(limits):
+            del answer  # the next program is not to find it
+            if not _untouched(limits):
                 for name in os.listdir(limits.scratch):  # a program can write beside its directory, too
                     _remove(f"{limits.scratch}/{name}")
                 limits.directory = None
+                if os.stat(limits.scratch).st_size >= place.st_size + 4096:
+                    break  # ext4 does not shrink it again, and the next program could see that: another worker comes
     _remove(limits.scratch)
 
 
@@ -412,41 +411,33 @@ def _drop_privileges(libc: ctypes.CDLL) -> None:
 def _new_directory(limits: SimpleNamespace) -> None:
     directory = f"{limits.scratch}/{time.monotonic_ns()}"
     os.mkdir(directory)
-    os.listdir(directory), os.listdir(limits.scratch)  # as early as this, or a program could choose when they were read
     limits.directory = directory
-    limits.stamps = _stamps(limits)
+    _look(limits)  # sets the time of the last reading, which a program could choose
+    limits.seen = _look(limits)
 
 
-def _stamps(limits: SimpleNamespace) -> list[tuple]:
-    both = os.lstat(limits.directory), os.lstat(limits.scratch)
-    return [(stat.st_ino, stat.st_size, stat.st_ctime_ns, stat.st_atime_ns) for stat in both]
+def _look(limits: SimpleNamespace) -> list:
+    """All that a program may have left at its directory and beside it."""
+    stats = [os.lstat(path) for path in (limits.directory, limits.scratch)]
+    names = os.listdir(limits.directory), os.listdir(limits.scratch)
+    return [*names, *((stat.st_ino, stat.st_size, stat.st_ctime_ns, stat.st_atime_ns) for stat in stats)]
 
 
 def _untouched(limits: SimpleNamespace) -> bool:
-    """Then the next call can have the directory: on a slow disk a new one costs more than the fork. Nothing about it may
-    have changed, or one program could tell the next something."""
-    try:
-        same = _stamps(limits) == limits.stamps and not os.listdir(limits.directory)  # a stamp's clock ticks every 4 ms
-        same = same and os.listdir(limits.scratch) == [os.path.basename(limits.directory)]
-        limits.stamps = _stamps(limits)
-        return same
-    except OSError:
-        return False
+    """Then the next call can have the directory: on a slow disk a new one costs more than the fork."""
+    with suppress(OSError):
+        return _look(limits) == limits.seen
+    return False
 
 
 def _run(question: bytes, caller: int, limits: SimpleNamespace) -> bytes:
     start = time.monotonic()
     mode, bound, question = question.split(b" ", 2)
-    script, bound, pipes = mode == b"run", int(bound), []
-    try:
-        pipes += os.pipe()
-        pipes += os.pipe()
-        child = os.fork()
-    except OSError:
-        for fd in pipes:
-            os.close(fd)
-        raise
-    report, report_end, output, output_end = pipes
+    script, bound = mode == b"run", int(bound)
+    report, report_end = os.pipe()
+    output, output_end = os.pipe()
+    os.set_blocking(output, False)
+    child = os.fork()
     if child == 0:
         try:
             os.close(report)
@@ -456,7 +447,6 @@ def _run(question: bytes, caller: int, limits: SimpleNamespace) -> bytes:
             os._exit(1)
     os.close(report_end)
     os.close(output_end)
-    os.set_blocking(output, False)
     printed = bytearray()
     try:
         status, payload = _watch(child, report, output, printed, caller, start + limits.time_limit, bound, limits)
@@ -480,10 +470,9 @@ def _run(question: bytes, caller: int, limits: SimpleNamespace) -> bytes:
         status, payload = "output limit", json.dumps(f"more than {bound} bytes printed")
     if status == "ok" and not script and len(payload) > bound:
         status, payload = "output limit", json.dumps(f"more than {bound} bytes returned")
-    if status == "ok" and script:
-        status = "printed"
-    else:
+    if not script or status != "ok":
         printed.clear()
+    status = "printed" if script and status == "ok" else status
     return f"{status}\t{seconds:.6f}\t{payload}\t{len(printed)}\n".encode() + printed
 
 
@@ -523,36 +512,22 @@ def _watch(
                 alone = True
         if alone and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             return ("gone", "") if said else UNPREPARED
-    ready = said.startswith(b"+")  # else the sandbox failed, which no program may claim
-    status, _, payload = said.removeprefix(b"+").decode("ascii", "replace").partition("\n")[0].partition("\t")
-    known = status in (("ok", "error", "memory") if ready else ("internal",)) and "\t" not in payload
+    if not said.startswith(b"+"):  # it failed before the program began
+        return UNPREPARED
+    status, _, payload = said[1:].decode("ascii", "replace").partition("\n")[0].partition("\t")
+    known = status in ("ok", "error", "memory") and "\t" not in payload
     return (status, payload) if known else ("error", json.dumps("the answer cannot be read"))
 
 
 def _excess(child: int, limits: SimpleNamespace) -> tuple[str, str] | None:
-    """What no limit of the kernel's bounds for a single program."""
+    """What a program has too much of that no limit of the kernel's bounds."""
     with suppress(OSError):
-        if os.stat(f"/proc/{child}/task").st_nlink > MAX_THREADS + 3:  # one of them its first, two no threads
+        if os.stat(f"/proc/{child}/task").st_nlink - 2 > MAX_THREADS:
             return "error", json.dumps(f"more than {MAX_THREADS} threads")
-        if _written(child, limits.counter) > MAX_WRITTEN + limits.output_bytes:
-            return "output limit", json.dumps(f"more than {MAX_WRITTEN >> 20} MiB written")
-
-
-def _written(process: int | str, counter: str) -> int:
-    with open(f"/proc/{process}/io") as file:
-        return int(dict(line.split(": ") for line in file)[counter])
-
-
-def _counter(scratch: str) -> str:
-    """The count in /proc/PID/io that tells what is written to files here: a tmpfs has no storage."""
-    path = f"{scratch}/{time.monotonic_ns()}"
-    with suppress(OSError):  # a kernel that does not count
-        before = _written("self", "write_bytes")
-        with open(path, "wb") as file:
-            file.write(bytes(4096))
-        os.unlink(path)
-        return "write_bytes" if _written("self", "write_bytes") > before else "wchar"
-    return "wchar"
+        with open(f"/proc/{child}/io") as file:
+            counts = dict(line.split(": ") for line in file)
+        if any(int(counts[name]) > MAX_WRITTEN + limits.output_bytes for name in limits.counters):
+            return "output limit", json.dumps(f"more than {MAX_WRITTEN + limits.output_bytes} bytes written")
 
 
 def _drain(output: int, printed: bytearray, bound: int) -> bool:
@@ -583,7 +558,7 @@ def _kill_orphans() -> None:
 
 
 def _child(run: Callable, question: bytes, report: int, output: int, limits: SimpleNamespace) -> None:
-    status, payload = UNPREPARED
+    status, payload = "internal", ""
     try:
         asked = json.loads(question)
         _confine(limits, report, output, asked.get("stdin"))
@@ -647,8 +622,8 @@ def _script(asked: dict, limits: SimpleNamespace) -> str:
         threading._shutdown()  # as Python does: tells executors to end, joins also what starts meanwhile
     atexit._run_exitfuncs()
     _flush()
-    # What is alive is finalized: files are flushed, generators closed, cycles collected. Names that stood there before the program are left
-    # alone, for touching each would cost a page of memory.
+    # What is alive is finalized: files are flushed, generators closed, cycles collected. Names that stood there before the
+    # program stay, for touching each would cost a page of memory.
     names = vars(module)
     for name in list(itertools.islice(reversed(names), max(0, len(names) - limits.given))):
         names[name] = None
