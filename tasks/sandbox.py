@@ -109,16 +109,9 @@ class Sandbox(AbstractContextManager):
     and caches. without: layers to leave out, for tests; "landlock 4": its versions from 4 on."""
 
     def __init__(
-        self,
-        workers: int | None = None,
-        time_limit: float = 6.0,
-        memory_mb: int = 512,
-        output_bytes: int = 1_000_000,
-        preamble: bool = False,
-        packages: bool = False,
-        warm: str = "",
-        without: tuple[str, ...] = (),
-    ):
+        self, workers: int | None = None, time_limit: float = 6.0, memory_mb: int = 512, output_bytes: int = 1_000_000,
+        preamble: bool = False, packages: bool = False, warm: str = "", without: tuple[str, ...] = (),
+    ):  # fmt: skip
         folders = [path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")]
         limits = {
             "time_limit": time_limit, "memory_mb": memory_mb, "output_bytes": output_bytes, "preamble": preamble,
@@ -216,10 +209,10 @@ class _Worker:
         command.append(json.dumps({"scratch": self.scratch, **self.limits}))
         env = {name: value for name, value in os.environ.items() if name == "LD_LIBRARY_PATH"}
         env |= {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-        try:  # the worker's standard input; a session of its own keeps the terminal's Ctrl-C away
+        options = {"stdout": subprocess.DEVNULL, "env": env, "start_new_session": True}  # of its own: no terminal's Ctrl-C
+        try:
             with theirs:
-                options = {"stdin": theirs, "stdout": subprocess.DEVNULL, "env": env, "start_new_session": True}
-                self.process = subprocess.Popen(command, **options)
+                self.process = subprocess.Popen(command, stdin=theirs, **options)
         except OSError:  # the process table is full
             self.socket.close()
             _remove(self.scratch)
@@ -381,9 +374,7 @@ def _prepare_program(limits: SimpleNamespace) -> None:
     standing, pipe_end = os.dup(2), os.pipe()[1]
     for fd, target in enumerate((os.memfd_create("stdin"), pipe_end, pipe_end)):
         os.dup2(target, fd)
-    sys.stdin, sys.stdout, sys.stderr = (
-        open(fd, "r" if fd == 0 else "w", newline="\n", closefd=False) for fd in range(3)
-    )  # noqa: SIM115
+    sys.stdin, sys.stdout, sys.stderr = (open(fd, "w" if fd else "r", newline="\n", closefd=False) for fd in range(3))
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
     os.dup2(standing, 2)  # where an error of the worker's own is seen
     sys.argv = [PROGRAM]
@@ -461,11 +452,9 @@ def _run(question: bytes, caller: int, limits: SimpleNamespace) -> bytes:
         _drain(output, printed, bound)  # what it wrote last may still stand in the pipe
         os.close(report)
         os.close(output)
-    if status == "gone" and script and code >= 0:
-        status, payload = "ok", "null"  # os._exit: a script may end as it likes
-    if status == "gone":
+    if status == "gone":  # os._exit: a script may end as it likes
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        status, payload = "error", json.dumps(f"exited without a result ({how})")
+        status, payload = ("ok", "null") if script and code >= 0 else ("error", json.dumps(f"exited without a result ({how})"))
     if status in ("ok", "error") and len(printed) > bound:
         status, payload = "output limit", json.dumps(f"more than {bound} bytes printed")
     if status == "ok" and not script and len(payload) > bound:
@@ -505,7 +494,7 @@ def _watch(
         if report in ready:
             part = os.read(report, 65536)
             said += part
-            if len(said) > max(bound, ERROR_BYTES):
+            if len(said) > max(bound, ERROR_BYTES) + 16:  # beside the payload
                 return "output limit", json.dumps(f"more than {bound} bytes returned")
             if not part:
                 poll.unregister(report)
@@ -622,6 +611,7 @@ def _script(asked: dict, limits: SimpleNamespace) -> str:
         threading._shutdown()  # as Python does: tells executors to end, joins also what starts meanwhile
     atexit._run_exitfuncs()
     _flush()
+    collect()  # as Python does: of a cycle, the second collection then finalizes a stream before what the stream writes to
     # What is alive is finalized: files are flushed, generators closed, cycles collected. Names that stood there before the
     # program stay, for touching each would cost a page of memory.
     names = vars(module)
@@ -695,24 +685,23 @@ CLONE_NEWUSER, CLONE_THREAD = 0x10000000, 0x10000  # linux/sched.h
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # linux/audit.h
 # System calls that fail with EPERM: their numbers on x86_64 and aarch64 (asm/unistd.h), - where there is none.
 DENIED = """
-fork 57 -, vfork 58 -, execve 59 221, execveat 322 281, setsid 112 157, setpgid 109 154,
-kill 62 129, tkill 200 130, tgkill 234 131, rt_sigqueueinfo 129 138, rt_tgsigqueueinfo 297 240, pidfd_send_signal 424 424,
-ptrace 101 117, process_vm_readv 310 270, process_vm_writev 311 271, process_madvise 440 440, kcmp 312 272,
-pidfd_open 434 434, pidfd_getfd 438 438, move_pages 279 239, migrate_pages 256 238, perf_event_open 298 241,
-socket 41 198, connect 42 203, bind 49 200, listen 50 201, accept 43 202, accept4 288 242,
-io_uring_setup 425 425, io_uring_enter 426 426, io_uring_register 427 427, bpf 321 280, userfaultfd 323 282,
-unshare 272 97, setns 308 268, mount 165 40, umount2 166 39, pivot_root 155 41, chroot 161 51, move_mount 429 429,
-open_tree 428 428, fsopen 430 430, fsconfig 431 431, fsmount 432 432, fspick 433 433, mount_setattr 442 442,
-chmod 90 -, fchmod 91 52, fchmodat 268 53, chown 92 -, lchown 94 -, fchown 93 55, fchownat 260 54, setxattr 188 5,
-lsetxattr 189 6, fsetxattr 190 7, removexattr 197 14, lremovexattr 198 15, fremovexattr 199 16, utime 132 -, utimes 235 -,
-futimesat 261 -, utimensat 280 88, quotactl 179 60, open_by_handle_at 304 265, name_to_handle_at 303 264,
-mknod 133 -, mknodat 259 33, shmget 29 194, shmat 30 196, semget 64 190, msgget 68 186, mq_open 240 180,
-keyctl 250 219, add_key 248 217, request_key 249 218, memfd_create 319 279, memfd_secret 447 447, sendmsg 46 211,
-sendmmsg 307 269, fallocate 285 47, truncate 76 45, sync 162 81, syncfs 306 267, quotactl_fd 443 443, ioprio_set 251 30,
-inotify_init 253 -, inotify_init1 294 26, inotify_add_watch 254 27, process_mrelease 448 448, setfsuid 122 151,
-setfsgid 123 152,
-setuid 105 146, setgid 106 144, setreuid 113 145, setregid 114 143, setresuid 117 147,
-setresgid 119 149, setgroups 116 159, capset 126 91, personality 135 92, setpriority 141 140, sched_setscheduler 144 119,
+fork 57 -, vfork 58 -, execve 59 221, execveat 322 281, setsid 112 157, setpgid 109 154, kill 62 129, tkill 200 130,
+tgkill 234 131, rt_sigqueueinfo 129 138, rt_tgsigqueueinfo 297 240, pidfd_send_signal 424 424, ptrace 101 117,
+process_vm_readv 310 270, process_vm_writev 311 271, process_madvise 440 440, kcmp 312 272, pidfd_open 434 434,
+pidfd_getfd 438 438, move_pages 279 239, migrate_pages 256 238, perf_event_open 298 241, socket 41 198, connect 42 203,
+bind 49 200, listen 50 201, accept 43 202, accept4 288 242, io_uring_setup 425 425, io_uring_enter 426 426,
+io_uring_register 427 427, bpf 321 280, userfaultfd 323 282, unshare 272 97, setns 308 268, mount 165 40,
+umount2 166 39, pivot_root 155 41, chroot 161 51, move_mount 429 429, open_tree 428 428, fsopen 430 430,
+fsconfig 431 431, fsmount 432 432, fspick 433 433, mount_setattr 442 442, chmod 90 -, fchmod 91 52, fchmodat 268 53,
+chown 92 -, lchown 94 -, fchown 93 55, fchownat 260 54, setxattr 188 5, lsetxattr 189 6, fsetxattr 190 7,
+removexattr 197 14, lremovexattr 198 15, fremovexattr 199 16, utime 132 -, utimes 235 -, futimesat 261 -,
+utimensat 280 88, quotactl 179 60, open_by_handle_at 304 265, name_to_handle_at 303 264, mknod 133 -, mknodat 259 33,
+shmget 29 194, shmat 30 196, semget 64 190, msgget 68 186, mq_open 240 180, keyctl 250 219, add_key 248 217,
+request_key 249 218, memfd_create 319 279, memfd_secret 447 447, sendmsg 46 211, sendmmsg 307 269, fallocate 285 47,
+truncate 76 45, sync 162 81, syncfs 306 267, quotactl_fd 443 443, ioprio_set 251 30, inotify_init 253 -,
+inotify_init1 294 26, inotify_add_watch 254 27, process_mrelease 448 448, setfsuid 122 151, setfsgid 123 152,
+setuid 105 146, setgid 106 144, setreuid 113 145, setregid 114 143, setresuid 117 147, setresgid 119 149,
+setgroups 116 159, capset 126 91, personality 135 92, setpriority 141 140, sched_setscheduler 144 119,
 sched_setparam 142 118, sched_setattr 314 274, sched_setaffinity 203 122, init_module 175 105, finit_module 313 273,
 delete_module 176 106, kexec_load 246 104, kexec_file_load 320 294, reboot 169 142, swapon 167 224, swapoff 168 225,
 acct 163 89, settimeofday 164 170, clock_settime 227 112, clock_adjtime 305 266, adjtimex 159 171, sethostname 170 161,
@@ -735,13 +724,21 @@ def _seccomp_filter() -> bytes | None:
         return None
     column = list(AUDIT_ARCH).index(machine)
     allow, pretend, denied, unknown = 0x7FFF0000, 0x00050000, 0x00050001, 0x00050026  # ERRNO 0, EPERM, ENOSYS
-    # Bit n % 32 of word n // 32: call n is denied. One comparison for each call would be simpler and cost every child
-    # 0.1 ms more, for the kernel tries a new filter on all calls.
-    masks = [0] * (FIRST_UNKNOWN // 32 + 1)
-    for number in (row.split()[1 + column] for row in DENIED.replace("\n", " ").split(",")):
-        if number != "-":
-            masks[int(number) // 32] |= 1 << int(number) % 32
     load, ret, equal, at_least, any_bit = 0x20, 0x06, 0x15, 0x35, 0x45  # (code, jump if true, jump if false, value)
+    verdicts = dict.fromkeys((int(n) for row in DENIED.split(",") if (n := row.split()[1 + column]) != "-"), denied)
+    verdicts |= {SETRLIMIT[column]: pretend, CLONE3[column]: unknown}  # clone3's flags lie in memory; clone is taken then
+    ranges = [(0, allow)]
+    for number in range(FIRST_UNKNOWN):
+        if (verdict := verdicts.get(number, allow)) != ranges[-1][1]:
+            ranges.append((number, verdict))
+    ranges.append((FIRST_UNKNOWN, unknown))  # also x86_64's second numbering, from 0x40000000
+
+    def search(ranges: list[tuple]) -> list[tuple]:  # by halves: the kernel tries each new filter on all calls
+        if len(ranges) == 1:
+            return [(ret, 0, 0, ranges[0][1])]
+        half = len(ranges) // 2
+        below = search(ranges[:half])
+        return [(at_least, len(below), 0, ranges[half][0]), *below, *search(ranges[half:])]
 
     def chosen(call: tuple, offset: int, values: tuple, then: int, otherwise: int) -> list[tuple]:
         count = len(values)
@@ -750,45 +747,17 @@ def _seccomp_filter() -> bytes | None:
 
     program = [
         (load, 0, 0, 4),  # a word of struct seccomp_data: 0 the call, 4 the machine, 16 + 8 i argument i
-        (equal, 1, 0, AUDIT_ARCH[machine]),
-        (ret, 0, 0, 0x80000000),  # kill: a call in another machine's numbering
+        (equal, 1, 0, AUDIT_ARCH[machine]), (ret, 0, 0, 0x80000000),  # kill: a call in another machine's numbering
         (load, 0, 0, 0),
-        (equal, 0, 1, SETRLIMIT[column]),
-        (ret, 0, 0, pretend),
-        (equal, 0, 1, CLONE3[column]),  # its flags lie in memory; libraries fall back to clone
-        (ret, 0, 0, unknown),
-        (at_least, 0, 1, FIRST_UNKNOWN),  # also x86_64's second numbering, from 0x40000000
-        (ret, 0, 0, unknown),
-        (equal, 0, 4, CLONE[column]),
-        (load, 0, 0, 16),
-        (any_bit, 0, 1, CLONE_THREAD),
-        (ret, 0, 0, allow),
-        (ret, 0, 0, denied),
+        (equal, 0, 4, CLONE[column]), (load, 0, 0, 16), (any_bit, 0, 1, CLONE_THREAD), (ret, 0, 0, allow), (ret, 0, 0, denied),
+        # A pointer to new limits, low and high word; without one prlimit64 only reads.
+        (equal, 0, 6, PRLIMIT64[column]), (load, 0, 0, 32), (equal, 0, 2, 0), (load, 0, 0, 36), (equal, 1, 0, 0),
+        (ret, 0, 0, pretend), (ret, 0, 0, allow),
         *chosen(FCNTL, 24, FCNTLS, allow, denied),
         *chosen(IOCTL, 24, IOCTLS, allow, denied),
         *chosen(PRCTL, 16, (PR_SET_PDEATHSIG, PR_SET_DUMPABLE), denied, allow),
-        (equal, 0, 6, PRLIMIT64[column]),
-        (load, 0, 0, 32),  # the pointer to new limits, low and high word: without one the call only reads
-        (equal, 0, 2, 0),
-        (load, 0, 0, 36),
-        (equal, 1, 0, 0),
-        (ret, 0, 0, pretend),
-        (ret, 0, 0, allow),
-        (0x54, 0, 0, 31),  # X = call % 32, A = call // 32
-        (0x07, 0, 0, 0),
-        (load, 0, 0, 0),
-        (0x74, 0, 0, 5),
-    ]
-    used = [(word, mask) for word, mask in enumerate(masks) if mask]
-    for i, (word, mask) in enumerate(used):  # A = the word's mask, on to the end
-        program += [(equal, 0, 2, word), (0x00, 0, 0, mask), (0x05, 0, 0, 3 * (len(used) - 1 - i) + 1)]
-    program += [
-        (ret, 0, 0, allow),
-        (0x7C, 0, 0, 0),  # A >>= X
-        (any_bit, 0, 1, 1),
-        (ret, 0, 0, denied),
-        (ret, 0, 0, allow),
-    ]
+        *search(ranges),
+    ]  # fmt: skip
     return b"".join(struct.pack("HBBI", *step) for step in program)
 
 
