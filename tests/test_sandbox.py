@@ -51,6 +51,7 @@ box_ = box_fixture("box", workers=2, **SMALL)
 one_ = box_fixture("one")  # one worker: every call meets the one that ran the call before
 bare_ = box_fixture("bare", without=BARE, **SMALL)
 judge_ = box_fixture("judge", workers=2, memory_mb=1024, preamble=True)  # as competition judges run programs
+scripts_ = box_fixture("scripts", time_limit=1.5)  # one of the programs waits for the limit in vain
 short_ = box_fixture("short", workers=5, time_limit=0.5, **SMALL)
 only_seccomp_ = box_fixture("only_seccomp", ("layered",), without=("landlock",))
 first_landlock_ = box_fixture("first_landlock", ("layered",), without=("landlock 2",))
@@ -235,8 +236,9 @@ def test_a_method_is_called_on_a_new_object_of_its_class(box, function, args, an
 
 
 def test_a_program_is_a_module_of_its_own(box):
-    source = "import dataclasses\n@dataclasses.dataclass\nclass P:\n    x: 'int'\ndef f():\n    return __name__, dataclasses.asdict(P(1))"
-    assert box.call("from __future__ import annotations\n" + source, "f", []).value == ["program", {"x": 1}]
+    source = "from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\nclass P:\n    x: int\n"
+    source += "def f():\n    return __name__, dataclasses.asdict(P(1))"
+    assert box.call(source, "f", []).value == ["program", {"x": 1}]
 
 
 # ---- Ends without a value ------------------------------------------------------------------------------------
@@ -277,24 +279,16 @@ def test_a_program_that_kills_itself_is_an_error(bare):
 
 
 def test_the_last_three_lines_of_the_program_on_the_way_to_the_error_are_told(box):
-    source = """
-import json
-
+    source = """import json
 def third(text):
     return json.loads(text)  # json's own lines are not the program's
-
-def second(text):
-    return third(text)
-
+def second(text): return third(text)
 def first(text):
     return (
         second(text) + 1)
-
-def f(text):
-    return first(text)
-"""
-    frames = ("line 12, in first: second(text) + 1)", "line 8, in second: return third(text)")
-    frames += ("line 5, in third: return json.loads(text)  # json's own lines are not the program's",)
+def f(text): return first(text)"""
+    frames = ("line 7, in first: second(text) + 1)", "line 4, in second: def second(text): return third(text)")
+    frames += ("line 3, in third: return json.loads(text)  # json's own lines are not the program's",)
     assert box.call(source, "f", ["["]).frames == box.run(source + "\nf('[')", "").frames == frames
     assert box.call(source, "f", ["1"]).frames == ()
     long = f"line 2, in f: 1 / 0  # {'x' * 200_000}"
@@ -422,27 +416,20 @@ LIMITS = [
     ("x = bytearray(300 << 20)", "memory", "MemoryError"),
     ("open('a', 'w').write('x' * 90_000)", "ok", ""),
 ]
-RAISE = """
-import resource
+RAISE = """import os, resource
 for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA, resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE, resource.RLIMIT_NPROC):
     resource.setrlimit(kind, (1 << 40, 1 << 40))
     resource.prlimit(0, kind, (1 << 40, 1 << 40))
+for kind in (resource.RLIMIT_AS, resource.RLIMIT_CPU): resource.prlimit(os.getppid(), kind, (0, 0))  # the worker's
 """
 
 
 @pytest.mark.parametrize("lines, status, error", LIMITS)
 def test_limits_hold_and_raising_them_seems_to_work_and_changes_nothing(layered, bare, lines, status, error):
-    for result in (layered.run(lines, ""), layered.run(RAISE + lines, ""), bare.run(lines, "")):
+    before, box = pids(layered), layered
+    for result in (box.run(lines, ""), box.run(RAISE + lines, ""), box.run(RAISE + lines, ""), bare.run(lines, "")):
         assert result.status == status and result.error.startswith(error)
-    assert works(layered)
-
-
-def test_the_workers_limits_cannot_be_lowered(layered):
-    before = pids(layered)
-    lower = "resource.prlimit(os.getppid(), resource.RLIMIT_CPU, (0, 0))\nresource.prlimit(os.getppid(), kind, (0, 0))"
-    for _ in before:
-        assert layered.run(f"import os, resource\nkind = resource.RLIMIT_AS\n{lower}", "").status == "ok"
-    assert works(layered) and pids(layered) == before
+    assert works(box) and pids(box) == before
 
 
 START = "import threading, time\nthreading.stack_size({})\nstart = lambda: threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
@@ -514,24 +501,17 @@ def test_deep_recursion_is_an_error_and_with_the_preamble_goes_to_50000(box, jud
 
 
 def test_nothing_set_by_one_call_is_seen_by_the_next(one):
-    source = """
-import builtins, json, os, sys
-
+    source = """import builtins, json, os, sys
 count = 0
-
 def f():
     global count
     count += 1
     seen = [count, hasattr(builtins, "mark"), hasattr(sys, "mark"), "MARK" in os.environ]
-    builtins.mark = sys.mark = json.loads = 1
+    builtins.mark = sys.mark = json.loads = sys.stdin = 1
     os.environ["MARK"] = "1"
-    sys.stdin = None
     sys.setrecursionlimit(100)
     return seen
-
-if __name__ == "__main__":
-    print(f())
-"""
+if __name__ == "__main__": print(f())"""
     for _ in range(3):
         assert one.call(source, "f", []).value == [1, False, False, False]
         assert one.run(source, "").value == "[1, False, False, False]\n"
@@ -564,7 +544,7 @@ def test_the_working_directory_tells_nothing_of_the_call_before(one, no_seccomp,
     lines = f"used = os.getcwd()\ntime.sleep(0.02)\nstart = time.time_ns()\ntime.sleep(0.02)\n{leave}\ntime.sleep(0.02)"
     used, start, end = one.call(body(lines + "\nreturn used, start, time.time_ns()"), "f", []).value
     after, times, now = one.call(body(SEEN), "f", []).value
-    assert before == after and before[:2] == [[], 1] and not any(start < at < end for at in sum(times, []))
+    assert before == after and before[:2] == [[], 1] and not any(start < at < end - 10**7 for at in sum(times, []))
     assert "listdir" in leave or (now == used) == (leave == "pass") == os.path.exists(used)
 
 
@@ -631,10 +611,9 @@ def test_what_is_importable(box, judge):
 
 
 def test_what_each_worker_runs_once_is_loaded_in_every_call():
-    with S.Sandbox(workers=2, warm="import decimal, sys\nsys.cache = [1]") as box:
-        source = "import sys\n\ndef f():\n    sys.cache.append(2)\n    return ['decimal' in sys.modules, sys.cache]"
-        for _ in range(4):
-            assert box.call(source, "f", []).value == [True, [1, 2]]
+    with S.Sandbox(workers=1, warm="import decimal, sys\nsys.cache = [1]") as box:
+        source = "import sys\ndef f():\n    sys.cache.append(2)\n    return ['decimal' in sys.modules, sys.cache]"
+        assert [box.call(source, "f", []).value for _ in range(2)] == [[True, [1, 2]]] * 2
         assert box.run("print('sys' in globals())", "").value == "False\n"
 
 
@@ -780,13 +759,6 @@ PYTHON = {  # source, standard input
     "stream in a cycle": ("import os\nclass A: pass\na = A()\na.a, a.out = a, os.fdopen(1, 'w')\na.out.write('a\\n')", ""),
     "generator left open": ("def f():\n    try: yield 1\n    finally: print('b')\ng = f()\nprint(next(g))", ""),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def scripts():
-    """A short limit: one of the programs waits for it in vain."""
-    with S.Sandbox(workers=1, time_limit=1.5) as scripts:
-        yield scripts
 
 
 @pytest.mark.parametrize("name", PYTHON)
@@ -1056,9 +1028,7 @@ def test_the_working_directory_can_be_used(layered):
     assert layered.call(body(lines), "f", []).value == ["a", "a/b", "a/d", "f", "text"]
 
 
-LOOK = """
-import gc, os, re, sys
-
+LOOK = """import gc, os, re, sys
 def f(control):
     found, seen, frame = set(), set(), sys._getframe()
     todo = [*gc.get_objects(), dict(os.environ), sys.argv, sys.orig_argv]
@@ -1152,15 +1122,14 @@ def test_the_filter_decides_as_its_table_says(monkeypatch, machine):
 
 
 def test_hashes_sets_and_random_numbers_are_the_same_in_every_call_and_worker():
-    source = "print(hash('abc'), {'a', 'bc', 'def', 'ghij'}, random.random(), random.sample(range(99), 3), sep='\\n')"
+    source = "print(hash('abc'), {'a', 'bc', 'def', 'ghij'}, random.random(), random.sample(range(99), 3))"
     texts = []
     for _ in range(2):
         with S.Sandbox(workers=2, preamble=True) as box:
             texts += [box.run(source, "").value for _ in range(4)]  # the workers take turns
-            as_call = "def f():\n    return [hash('abc'), str({'a', 'bc', 'def', 'ghij'}), random.random()]"
-            h, order, number = box.call(as_call, "f", []).value
-            assert texts[0].split("\n")[:3] == [str(h), order, str(number)]
-    assert len(set(texts)) == 1 and texts[0].count("\n") == 4
+            as_call = "def f():\n    return f\"{hash('abc')} { {'a', 'bc', 'def', 'ghij'} } {random.random()} \""
+            assert texts[0].startswith(box.call(as_call, "f", []).value)
+    assert len(set(texts)) == 1 and len(texts[0]) > 60
 
 
 # ---- Workers that die, and what the machine lacks ----------------------------------------------------------
@@ -1345,14 +1314,13 @@ def test_a_call_costs_milliseconds(one):
 @pytest.mark.parametrize("mode", ["call", "run"])
 def test_5120_tests_take_at_most_8_seconds_on_2_workers(mode):
     """256 programs with 20 tests each; the best of three, since others use the machine too."""
-    programs = [f"def f(x):\n    return x + {n}" if mode == "call" else f"print(int(input()) + {n})" for n in range(256)]
     seconds = []
     with S.Sandbox(workers=2) as box:
+        call = lambda n, x: box.call(f"def f(x):\n    return x + {n}", "f", [x]).value == x + n  # noqa: E731
+        run = lambda n, x: box.run(f"print(int(input()) + {n})", f"{x}\n").value == f"{x + n}\n"  # noqa: E731
 
         def grade(n):
-            if mode == "call":
-                return all(box.call(programs[n], "f", [x]).value == x + n for x in range(20))
-            return all(box.run(programs[n], f"{x}\n").value == f"{x + n}\n" for x in range(20))
+            return all((call if mode == "call" else run)(n, x) for x in range(20))
 
         for _ in range(3):
             start = time.monotonic()
