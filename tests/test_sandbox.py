@@ -7,7 +7,6 @@ that attack are kept small (32 processes, signal 0), so that a sandbox that lets
 import json
 import math
 import os
-import queue
 import re
 import resource
 import shutil
@@ -16,9 +15,10 @@ import socket
 import struct
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import reduce
 from pathlib import Path
 from textwrap import dedent, indent
 from types import SimpleNamespace
@@ -114,24 +114,11 @@ def notes(box, count: int = 1) -> list[Path]:
 
 
 def nested(depth: int) -> list:
-    value = []
-    for _ in range(depth):
-        value = [value]
-    return value
+    return reduce(lambda inner, _: [inner], range(depth), [])
 
 
-def in_thread(fn, *args) -> queue.Queue:
-    """Where fn(*args) or its exception will come."""
-    results = queue.Queue()
-
-    def work():
-        try:
-            results.put(fn(*args))
-        except RuntimeError as e:
-            results.put(e)
-
-    threading.Thread(target=work, daemon=True).start()
-    return results
+def in_thread(fn, *args) -> Future:
+    return ThreadPoolExecutor(1).submit(fn, *args)
 
 
 # ---- Values ------------------------------------------------------------------------------------------------
@@ -549,11 +536,7 @@ def test_the_working_directory_tells_nothing_of_the_call_before(one, no_seccomp,
 
 
 def test_locked_directories_are_removed(bare):
-    lock = """
-        os.makedirs("a/b/c"); os.symlink("/", "a/b/link")
-        for path in ("a/b", "a", "."): os.chmod(path, 0)
-        return os.getcwd()
-    """
+    lock = "os.makedirs('a/b/c'); os.symlink('/', 'a/b/link')\nfor path in ('a/b', 'a', '.'): os.chmod(path, 0)\nreturn os.getcwd()"
     used = bare.call(body(lock), "f", []).value
     assert bare.call(body("return os.listdir()"), "f", []).value == [] and not os.path.exists(used)
 
@@ -618,7 +601,8 @@ def test_what_each_worker_runs_once_is_loaded_in_every_call():
 
 
 def test_the_module_needs_no_torch():
-    subprocess.run([sys.executable, "-c", "import tasks.sandbox, sys; assert 'torch' not in sys.modules"], cwd=ROOT, check=True)
+    code = "import tasks.sandbox, sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 # ---- Forged answers ----------------------------------------------------------------------------------------
@@ -705,12 +689,8 @@ NUMBERS = "3\n1 2\n3 4\n5 6\n"
 CYCLE = "class A:\n    def __init__(self): self.me = self\n    def __del__(self): print('b')\n"
 PYTHON = {  # source, standard input
     "input": ("for _ in range(int(input())): print(sum(map(int, input().split())))", NUMBERS),
-    "lines of stdin": ("import sys\nfor line in sys.stdin: print(line.split()[::-1])", NUMBERS),
-    "readline, then read": ("from sys import stdin\nprint([stdin.readline(), stdin.read()])", NUMBERS),
     "input, then lines": ("import sys\nn = input()\nprint([n, *sys.stdin])", NUMBERS),
-    "open(0)": ("n, *rest = open(0)\nprint(n, rest)", NUMBERS),
     "stdin.buffer": ("import sys\nprint(sys.stdin.buffer.readline(), sys.stdin.buffer.read())", NUMBERS),
-    "os.read": ("import os, io\nprint(io.BytesIO(os.read(0, os.fstat(0).st_size)).readlines())", NUMBERS),
     "/dev/stdin": ("print(open('/dev/stdin').read())", NUMBERS),
     "mmap": ("import mmap\nprint(mmap.mmap(0, 0, prot=mmap.PROT_READ)[:])", NUMBERS),
     "seek": ("import sys\nprint([sys.stdin.read(), sys.stdin.seek(0), sys.stdin.read()])", NUMBERS),
@@ -719,15 +699,13 @@ PYTHON = {  # source, standard input
     "line ends": ("import sys\nprint([input(), *sys.stdin])", "a\r\nb\rc\n\nd"),
     "unicode": ("print(input()[::-1], '\\u2028', ascii(input()))", "héß\U0001f600\n\u2028x\n"),
     "empty input": ("import sys\nprint([sys.stdin.read()])\ntry: input()\nexcept EOFError as e: print(e)", ""),
-    "no last line end": ("print(input(), input())", "a\nb"), "fast input and output": (FAST_IO, NUMBERS),
+    "fast input and output": (FAST_IO, NUMBERS),
     "invalid UTF-8": ("import sys\nsys.stdout.buffer.write(b'a\\0b\\xff\\xfe\\xc3(b\\xed\\xa0\\x80\\n')", ""),
     "no line end": ("import sys\nsys.stdout.write('a')\nprint('b', end='')", ""),
     "text and buffer": ("import sys\nprint('a', flush=True)\nsys.stdout.buffer.write(b'b')\nsys.stdout.flush()\nprint('c')", ""),
-    "os.write": ("import os\nos.write(1, b'a')\nprint('b')", ""),
     "stderr": ("import sys\nprint('a')\nprint('b', file=sys.stderr)", ""),
     "StringIO as stdout": ("import io, sys\nreal, sys.stdout = sys.stdout, io.StringIO()\nprint('a')\nreal.write(sys.stdout.getvalue() * 2)", ""),
     "closed stdout": ("import sys\nprint('a')\nsys.stdout.close()", ""),
-    "line buffering": ("import os, sys\nsys.stdout.reconfigure(line_buffering=True)\nprint('a')\nos._exit(0)", ""),
     "globals": ("count = 0\ndef add():\n    global count\n    count += 1\nadd()\nadd()\nprint(count, 'add' in globals())", ""),
     "__main__": ("import sys, pickle\nclass A: pass\nif __name__ == '__main__':\n"
                  "    print(pickle.loads(pickle.dumps(A())).__class__ is A, sys.modules['__main__'].A is A)", ""),
@@ -736,17 +714,14 @@ PYTHON = {  # source, standard input
     "event loop": ("import asyncio, shutil\nasync def f(): print(shutil.get_terminal_size())\nasyncio.run(f())", ""),
     "thread": ("import sys, threading\ndef main():\n    n = int(input())\n    def f(n): return n and 1 + f(n - 1)\n    print(f(n))\n"
                "sys.setrecursionlimit(1 << 25)\nthreading.stack_size(2**27)\nthreading.Thread(target=main).start()", "20000\n"),
-    "joined thread": ("import threading\nt = threading.Thread(target=lambda: print(input()))\nt.start()\nt.join()\nprint('b')", "a\n"),
     "daemon thread": ("import threading, time\nthreading.Thread(target=time.sleep, args=(60,), daemon=True).start()\nprint('a')", ""),
     "thread of a thread": ("import threading, time\ndef g():\n    time.sleep(0.05)\n    print('b')\ndef f():\n    time.sleep(0.05)\n"
                            "    threading.Thread(target=g).start()\nthreading.Thread(target=f).start()\nprint('a')", ""),
     "open executor": ("from concurrent.futures import ThreadPoolExecutor\npool = ThreadPoolExecutor(2)\nprint(list(pool.map(abs, [-1, 2])))", ""),
     "exception in a thread": ("import threading\nt = threading.Thread(target=lambda: 1 / 0)\nt.start()\nt.join()\nprint('a')", ""),
     "sys.exit(1)": ("import sys\nprint('a')\nsys.exit(1)\nprint('b')", ""),
-    "sys.exit with a text": ("import sys\ndef f():\n    print('a')\n    sys.exit('b')\nf()", ""),
-    "exit": ("print('a')\nexit()", ""), "quit": ("print('a')\nquit(1)", ""),
+    "exit": ("print('a')\nexit()", ""),
     "os._exit": ("import os\nprint('a', flush=True)\nos._exit(3)", ""),
-    "os._exit without flush": ("import os\nprint('a')\nos._exit(0)", ""),
     "atexit": ("import atexit, sys\natexit.register(print, 'b')\n@atexit.register\ndef f(): print('a')\nprint('0')\nsys.exit()", ""),
     "atexit writes the buffer": ("import atexit, io, os, sys\nout = sys.stdout = io.BytesIO()\n"
                                  "atexit.register(lambda: os.write(1, out.getvalue()))\nsys.stdout.write(b'a\\n')", ""),
@@ -1150,7 +1125,7 @@ def test_a_worker_killed_in_a_call_is_replaced_and_the_call_is_repeated():
         results = in_thread(box.call, body(NOTE + "time.sleep(0.5)\nreturn os.getpid()"), "f", [])
         first, worker = int(notes(box)[0].read_text()), pids(box)[0]
         os.kill(worker, signal.SIGKILL)
-        assert results.get(timeout=10).value != first and pids(box) != [worker] and ends([first, worker])
+        assert results.result(timeout=10).value != first and pids(box) != [worker] and ends([first, worker])
 
 
 @pytest.mark.parametrize("disarm", ["pass", "import ctypes; ctypes.CDLL(None).prctl(1, 0)"])
@@ -1243,7 +1218,7 @@ def test_close_ends_workers_and_calls_in_flight():
     everyone = [int(notes(box)[0].read_text()), *pids(box)]
     box.close()
     assert ends(everyone) and not any(path.exists() for path in scratch)
-    assert str(failed.get(timeout=5)) == "the sandbox is closed"
+    assert str(failed.exception(timeout=5)) == "the sandbox is closed"
     for ask in (lambda: box.call(IDENTITY, "f", [1]), lambda: box.run("", "")):
         with pytest.raises(RuntimeError, match="closed"):
             ask()
@@ -1289,12 +1264,12 @@ def test_programs_run_at_the_same_time(box):
     results = [in_thread(box.call, meet, "f", []) for _ in range(2)]
     for path in notes(box, count=2):
         path.with_name("go").touch()
-    assert [result.get(timeout=10).value for result in results] == ["met", "met"]
+    assert [result.result(timeout=10).value for result in results] == ["met", "met"]
 
 
 def test_more_threads_than_workers_all_get_their_own_answer(one):
     results = [in_thread(lambda n=n: one.call(IDENTITY, "f", [n]).value) for n in range(12)]
-    assert [result.get(timeout=20) for result in results] == list(range(12))
+    assert [result.result(timeout=20) for result in results] == list(range(12))
 
 
 def test_a_call_costs_milliseconds(one):
