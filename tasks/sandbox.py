@@ -8,7 +8,7 @@
 
 A worker is a fresh interpreter of its own, never a copy of the caller: no torch, no CUDA context and no secret of the
 caller is ever forked, whenever a worker starts. What a test expects never enters worker or child: the child sends its
-result as JSON text and the caller compares. An object with its own __eq__ earns nothing, a forged answer is only an answer.
+result as JSON text and the caller compares. An object with its own __eq__ earns nothing, nor does a forged answer.
 
 Covered, each with its test in tests/test_sandbox.py (Linux):
 - a fresh process and an empty working directory per call: what a program sets or writes there never reaches the next
@@ -19,31 +19,32 @@ Covered, each with its test in tests/test_sandbox.py (Linux):
 - `call`: standard input is empty, what is printed is thrown away. `run`: the program is __main__ with a real standard
   input and output, exits as Python would (threads joined, atexit run), and is judged by what it printed
 - the environment is empty, string hashes are the same in every call; installed packages only if `packages` is on
-- a worker that dies or falls silent is replaced and the call made once more; a call that a full disk or process table kept
-  from starting is made again after a while; then the status is "internal"
+- a worker that dies or falls silent is replaced and the call made once more. A call that could not start because the
+  disk or the process table was full is tried again after a pause. If that does not help, the status is "internal"
 - no process is left by close(), by the interpreter's exit, or when the caller or a worker is killed
-- no capabilities, root's neither; the caller's memory cannot be read (not root: where there are user namespaces or landlock)
-Covered where the kernel allows it, which `layers` tells (x86_64 and aarch64); `unsafe` says what to do where it does not:
+- programs have no capabilities, even as root, and cannot read the caller's memory (as another user than root only where
+  the kernel allows user namespaces or has landlock)
+Covered where the kernel allows it, which `layers` tells (x86_64 and aarch64); `unsafe` says what is missing:
 - seccomp: no new process, program, session or connection; no signal to anybody, by ioctl and fcntl neither; no ptrace,
   mount, io_uring, chmod, inotify; raising one's own limits seems to work and changes nothing. Threads work
 - landlock: reading is confined to Python's own files and the system's libraries, writing to the working directory
 
 Not covered:
 - without seccomp a program can use the network, signal and trace other processes of its user, and kill its worker; what
-  it starts is killed as long as the worker lives. Without landlock it can read, write and delete its user's files: a
-  benchmark's answers, and the switches in /proc and /sys that are root's
-- stat and access tell of every path whether it exists, its size and its times: landlock does not confine them
+  it starts is killed as long as the worker lives. Without landlock it can read, write and delete its user's files: the
+  benchmark's answers, for root also the switches in /proc and /sys
+- stat and access tell of any path whether it exists, its size and its times; landlock does not confine them
 - what a worker once held and freed: a program that scans its own memory may find the input or the output of an earlier
   call (never an expected output, which no worker sees)
-- on a tmpfs, what is written through shared mappings counts nowhere; threads and what is written are looked at every 10 ms,
-  and a program gets as far as that; side channels; faults of the kernel
+- threads and written bytes are checked every 10 ms, so a program can exceed its limit by that much; on a tmpfs, writes
+  through shared mappings are not counted; side channels; faults of the kernel
 """
 
 import os
 
 if __name__ == "__main__":
-    # A worker: what modules want to do in a forked child (locks, new seeds) costs 0.4 ms a fork, and is not needed after
-    # the fork of a single thread.
+    # A worker: what modules want to do in a forked child (locks, new seeds) costs 0.4 ms a fork and is not needed
+    # after the fork of a single thread.
     os.register_at_fork = lambda **hooks: None
 
 import atexit
@@ -102,10 +103,10 @@ def _cores() -> int:
 
 
 class Sandbox(AbstractContextManager):
-    """workers: processes, one call each at a time (default: one per core, at most 16; of several processes that torchrun
-    started on a machine, each takes its part). preamble: the names of PREAMBLE are there without import, and the
-    recursion limit is 50,000, as competition judges have it. packages: installed packages can be imported, at their cost
-    in each call. warm: source of the caller's own that each worker runs once, so that calls find loaded what it imports
+    """workers: processes, one call each at a time (default: one per core, at most 16; of several processes that
+    torchrun started on a machine, each takes its part). preamble: the names of PREAMBLE are there without import, and
+    the recursion limit is 50,000, as competition judges have it. packages: installed packages can be imported, at their
+    cost in each call. warm: source of the caller's own that each worker runs once, so that calls find loaded what it imports
     and caches. without: layers to leave out, for tests; "landlock 4": its versions from 4 on."""
 
     def __init__(
@@ -135,28 +136,29 @@ class Sandbox(AbstractContextManager):
     @property
     def layers(self) -> str:
         """What confines a program on this machine, in one line."""
-        return ", ".join(["process per test", "rlimits", *(f"{name} {state}" for name, state in self._active().items())])
+        active = [f"{name} {state}" for name, state in self._active().items()]
+        return ", ".join(["process per test", "rlimits", *active])
 
     @property
     def unsafe(self) -> str:
-        """Which protection this machine lacks and what to do, in one line; "" if none. Nobody has read the programs that a
-        model writes in training: a harness refuses to start where this is not ""."""
+        """The protection that this machine lacks and what to do, in one line; "" if there is all. Training runs
+        programs that nobody has read: it should not start without."""
         missing = " and ".join(name for name, state in self._active().items() if not state.startswith("on"))
         return missing and (
             f"{missing} not available: a program could read the tests' answers or harm other processes; use x86_64 or "
-            "aarch64 with Linux 5.13 or later, landlock named in /sys/kernel/security/lsm (kernel parameter lsm=) and a "
+            "aarch64, Linux 5.13 or later with landlock in /sys/kernel/security/lsm (kernel parameter lsm=), and a "
             "container whose seccomp profile allows both"
         )
 
     def call(self, source: str, function: str, args: list, max_output: int | None = None) -> Result:
-        """function(*args) of the program `source`, once a worker is free; "Class.method" is called on a Class(). More than
-        max_output bytes of JSON is the status "output limit". Raises if args are not JSON, and after close()."""
+        """function(*args) of the program `source`, once a worker is free; "Class.method" is called on a Class(). A value
+        of more than max_output bytes as JSON is an "output limit". Raises if args are not JSON, and after close()."""
         return self._ask("call", max_output, {"source": source, "function": function, "args": args})
 
     def run(self, source: str, stdin: str, max_output: int | None = None) -> Result:
         """The program `source` as a script that reads `stdin`; the value is what it printed, bytes that are no UTF-8
-        replaced; more than max_output bytes is the status "output limit". Leaving by SystemExit or os._exit is a way to
-        end; only an exception or a signal is an error."""
+        replaced; more than max_output bytes is an "output limit". Leaving by SystemExit or os._exit is a way to end;
+        only an exception or a signal is an error."""
         return self._ask("run", max_output, {"source": source, "stdin": stdin})
 
     def _ask(self, mode: str, max_output: int | None, question: dict) -> Result:
@@ -191,8 +193,8 @@ class Sandbox(AbstractContextManager):
 
 
 class _Worker:
-    """The caller's end of a worker process. A question is a line: JSON text holds no line break. An answer is a line, too,
-    and behind it the bytes that a script printed, as many as the line says."""
+    """The caller's end of a worker process. A question is a line, as JSON text holds no line break. An answer is a line
+    and then the bytes that a script printed; the line tells how many."""
 
     def __init__(self, limits: dict):
         self.limits, self.closed = limits, False
@@ -209,10 +211,10 @@ class _Worker:
         command.append(json.dumps({"scratch": self.scratch, **self.limits}))
         env = {name: value for name, value in os.environ.items() if name == "LD_LIBRARY_PATH"}
         env |= {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-        options = {"stdout": subprocess.DEVNULL, "env": env, "start_new_session": True}  # of its own: no terminal's Ctrl-C
+        options = {"stdin": theirs, "stdout": subprocess.DEVNULL, "env": env}
         try:
-            with theirs:
-                self.process = subprocess.Popen(command, stdin=theirs, **options)
+            with theirs:  # a session of its own keeps the terminal's Ctrl-C away
+                self.process = subprocess.Popen(command, start_new_session=True, **options)
         except OSError:  # the process table is full
             self.socket.close()
             _remove(self.scratch)
@@ -290,7 +292,7 @@ def _result(status: bytes, seconds: bytes, payload: bytes, printed: bytes) -> Re
 
 
 def _remove(directory: str) -> None:
-    """shutil.rmtree gives up on locked directories and on nesting beyond the recursion limit; this unlocks and flattens."""
+    """Unlocks and flattens; shutil.rmtree gives up on locked directories and on nesting beyond the recursion limit."""
     with suppress(OSError):
         if os.path.islink(directory) or not os.path.isdir(directory):  # chmod and scandir would follow a link
             os.unlink(directory)
@@ -346,7 +348,7 @@ def _serve(limits: SimpleNamespace) -> None:
                     _remove(f"{limits.scratch}/{name}")
                 limits.directory = None
                 if os.stat(limits.scratch).st_size >= place.st_size + 4096:
-                    break  # ext4 does not shrink it again, and the next program could see that: another worker comes
+                    break  # ext4 never shrinks it, which the next program could see: another worker comes
     _remove(limits.scratch)
 
 
@@ -391,9 +393,9 @@ def _prepare_program(limits: SimpleNamespace) -> None:
 
 
 def _drop_privileges(libc: ctypes.CDLL) -> None:
-    """For good, in the worker and so in every child. In a user namespace of its own a process may trace nobody outside; a
-    root without capabilities may trace nobody who has some; and a worker that is not dumpable is traced by no child."""
-    libc.unshare(CLONE_NEWUSER)  # fails where the kernel does not allow it
+    """For good, in the worker and so in every child. A process in a user namespace of its own can trace nobody outside,
+    a root without capabilities nobody who has some, and a child not its worker, if that is not dumpable."""
+    libc.unshare(CLONE_NEWUSER)  # not every kernel allows it
     libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24))
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
@@ -452,9 +454,11 @@ def _run(question: bytes, caller: int, limits: SimpleNamespace) -> bytes:
         _drain(output, printed, bound)  # what it wrote last may still stand in the pipe
         os.close(report)
         os.close(output)
-    if status == "gone":  # os._exit: a script may end as it likes
+    if status == "gone" and script and code >= 0:
+        status, payload = "ok", "null"  # os._exit: a script may end as it likes
+    if status == "gone":
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        status, payload = ("ok", "null") if script and code >= 0 else ("error", json.dumps(f"exited without a result ({how})"))
+        status, payload = "error", json.dumps(f"exited without a result ({how})")
     if status in ("ok", "error") and len(printed) > bound:
         status, payload = "output limit", json.dumps(f"more than {bound} bytes printed")
     if status == "ok" and not script and len(payload) > bound:
@@ -576,8 +580,8 @@ def _function(asked: dict, limits: SimpleNamespace) -> str:
 
 
 def _dumps(value: object) -> str:
-    """JSON text of what is equal to its JSON in Python: [(1, 2)] == [[1, 2]] is False, and so is {1: 2} == {"1": 2}. A tuple
-    at the top counts as a list."""
+    """JSON text. What Python holds for different may not become the same: [(1, 2)] == [[1, 2]] and {1: 2} == {"1": 2}
+    are False. A tuple at the top counts as a list."""
     stack, seen = [value], 0
     while stack and seen < 1_000_000:
         item, seen = stack.pop(), seen + 1
@@ -611,9 +615,9 @@ def _script(asked: dict, limits: SimpleNamespace) -> str:
         threading._shutdown()  # as Python does: tells executors to end, joins also what starts meanwhile
     atexit._run_exitfuncs()
     _flush()
-    collect()  # as Python does: of a cycle, the second collection then finalizes a stream before what the stream writes to
-    # What is alive is finalized: files are flushed, generators closed, cycles collected. Names that stood there before the
-    # program stay, for touching each would cost a page of memory.
+    collect()  # as Python does; else the next one would close a stream's file before it flushes the stream
+    # What is alive is finalized: files are flushed, generators closed, cycles collected. Names from before the program
+    # stay, for touching each would cost a page of memory.
     names = vars(module)
     for name in list(itertools.islice(reversed(names), max(0, len(names) - limits.given))):
         names[name] = None
@@ -709,9 +713,10 @@ setdomainname 171 162, syslog 103 116, fanotify_init 300 262, iopl 172 -, ioperm
 """
 CLONE, CLONE3, SETRLIMIT, PRLIMIT64 = (56, 220), (435, 435), (160, 164), (302, 261)
 FCNTL, PRCTL, IOCTL = (72, 25), (157, 167), (16, 29)
-# What programs need. The rest makes a file signal any process, lets programs wait for each other's files, sets a file's
-# flags or freezes its file system. F_DUPFD to F_SETLKW, locks of open files, F_DUPFD_CLOEXEC, sizes of pipes (linux/fcntl.h);
-# TCGETS and TCGETS2 (isatty), TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX, FICLONE (asm/ioctls.h, linux/fs.h).
+# What programs need of them. The rest lets a file signal any process or block who opens it, sets flags and versions
+# that outlive the program, and freezes file systems. fcntl (linux/fcntl.h): F_DUPFD to F_SETLKW, locks of open files,
+# F_DUPFD_CLOEXEC, sizes of pipes. ioctl (asm/ioctls.h, linux/fs.h): TCGETS and TCGETS2 (isatty), TIOCGWINSZ, FIONREAD,
+# FIONBIO, FIONCLEX, FIOCLEX, FICLONE.
 FCNTLS = (*range(8), 36, 37, 38, 1030, 1031, 1032)
 IOCTLS = (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451, 0x40049409)
 FIRST_UNKNOWN = 452  # younger calls do not exist as far as a program is told; libraries then take the older ones
@@ -726,7 +731,7 @@ def _seccomp_filter() -> bytes | None:
     allow, pretend, denied, unknown = 0x7FFF0000, 0x00050000, 0x00050001, 0x00050026  # ERRNO 0, EPERM, ENOSYS
     load, ret, equal, at_least, any_bit = 0x20, 0x06, 0x15, 0x35, 0x45  # (code, jump if true, jump if false, value)
     verdicts = dict.fromkeys((int(n) for row in DENIED.split(",") if (n := row.split()[1 + column]) != "-"), denied)
-    verdicts |= {SETRLIMIT[column]: pretend, CLONE3[column]: unknown}  # clone3's flags lie in memory; clone is taken then
+    verdicts |= {SETRLIMIT[column]: pretend, CLONE3[column]: unknown}  # clone3's flags lie in memory: clone instead
     ranges = [(0, allow)]
     for number in range(FIRST_UNKNOWN):
         if (verdict := verdicts.get(number, allow)) != ranges[-1][1]:
@@ -741,15 +746,16 @@ def _seccomp_filter() -> bytes | None:
         return [(at_least, len(below), 0, ranges[half][0]), *below, *search(ranges[half:])]
 
     def chosen(call: tuple, offset: int, values: tuple, then: int, otherwise: int) -> list[tuple]:
-        count = len(values)
-        tests = [(equal, count - i, 0, value) for i, value in enumerate(values)]
-        return [(equal, 0, count + 3, call[column]), (load, 0, 0, offset), *tests, (ret, 0, 0, otherwise), (ret, 0, 0, then)]
+        end = [(ret, 0, 0, otherwise), (ret, 0, 0, then)]
+        tests = [(equal, len(values) - i, 0, value) for i, value in enumerate(values)]
+        return [(equal, 0, len(values) + 3, call[column]), (load, 0, 0, offset), *tests, *end]
 
     program = [
         (load, 0, 0, 4),  # a word of struct seccomp_data: 0 the call, 4 the machine, 16 + 8 i argument i
         (equal, 1, 0, AUDIT_ARCH[machine]), (ret, 0, 0, 0x80000000),  # kill: a call in another machine's numbering
         (load, 0, 0, 0),
-        (equal, 0, 4, CLONE[column]), (load, 0, 0, 16), (any_bit, 0, 1, CLONE_THREAD), (ret, 0, 0, allow), (ret, 0, 0, denied),
+        (equal, 0, 4, CLONE[column]), (load, 0, 0, 16), (any_bit, 0, 1, CLONE_THREAD),
+        (ret, 0, 0, allow), (ret, 0, 0, denied),
         # A pointer to new limits, low and high word; without one prlimit64 only reads.
         (equal, 0, 6, PRLIMIT64[column]), (load, 0, 0, 32), (equal, 0, 2, 0), (load, 0, 0, 36), (equal, 1, 0, 0),
         (ret, 0, 0, pretend), (ret, 0, 0, allow),
