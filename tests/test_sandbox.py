@@ -731,6 +731,7 @@ PYTHON = {  # source, standard input
     "destructor in a cycle": (CYCLE + "a = A()\nprint('a')", ""),
     "destructor in a cycle, let go": (CYCLE + "A()\nprint('a')", ""),
     "destructor in an old cycle": (CYCLE + "import gc\na = [A(), A()]\ngc.collect()\ngc.disable()\nprint('a')", ""),
+    "a cycle after many objects": (CYCLE + "a, b = A(), [[n] for n in range(10**5)]\nprint('a')", ""),
     "stream in a cycle": ("import os\nclass A: pass\na = A()\na.a, a.out = a, os.fdopen(1, 'w')\na.out.write('a\\n')", ""),
     "generator left open": ("def f():\n    try: yield 1\n    finally: print('b')\ng = f()\nprint(next(g))", ""),
 }  # fmt: skip
