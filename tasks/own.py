@@ -2,11 +2,11 @@
 that names the file's line, and what a verifier returns becomes plain numbers and text."""
 
 import importlib.util
-import os
 import re
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -34,7 +34,7 @@ def load(path: str) -> Task:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a file written as a script may leave by sys.exit
-        raise ValueError(f"{where(path, error)}: {one_line(error)}") from error
+        raise ValueError(f"{where(path, spec.origin, error)}: {one_line(error)}") from error
     splits = {name: getattr(task, name, ()) for name in ("train", "validation", "test")}
     listed = all(isinstance(s, (list, tuple)) and all(isinstance(p, Problem) for p in s) for s in splits.values())
     if not isinstance(task, Task) or not task.train or not listed:
@@ -44,7 +44,7 @@ def load(path: str) -> Task:
         again = [id for id, count in Counter(str(problem.id) for problem in problems).items() if count > 1]
         if again:
             raise ValueError(f"{path}: problem {again[0]!r} is there twice: a problem's id is its own within its split")
-    task.name, task.verify = f"own/{name}", checked(task.verify, path)
+    task.name, task.verify = f"own/{name}", checked(task.verify, path, spec.origin)
     task.verify(task.train[:2], ["", ""][: len(task.train)])  # what is wrong with it is best said before the run
     return task
 
@@ -62,9 +62,10 @@ def problem_of(problem: Problem, path: str) -> Problem:
     return replace(problem, messages=messages, reference=text_of(problem.reference))
 
 
-def where(path: str, error: BaseException, start: int = 0) -> str:
-    """FILE.py, line 7: the last of the file's own lines on the way to the error, or else the line `start`."""
-    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == os.path.abspath(path)]
+def where(path: str, origin: str, error: BaseException, start: int = 0) -> str:
+    """FILE.py, line 7: the last of the file's own lines on the way to the error, or else the line `start`. origin: what the
+    file is called in tracebacks."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == origin]
     line = [start, *lines][-1]
     return f"{path}, line {line}" if line else path
 
@@ -73,11 +74,11 @@ class Hangs(BaseException):
     """The verifier takes too long. No Exception, so that the verifier itself does not catch it."""
 
 
-def checked(verify: Callable, path: str) -> Callable:
+def checked(verify: Callable, path: str, origin: str) -> Callable:
     """A task file's verifier that gives plain outcomes, or raises BadTask with one line where it fails, hangs or gives
     none."""
     codes = [getattr(f, "__code__", None) for f in (verify, getattr(verify, "func", None), type(verify).__call__)]
-    start = next((code.co_firstlineno for code in codes if code and code.co_filename == os.path.abspath(path)), 0)
+    start = next((code.co_firstlineno for code in codes if code and code.co_filename == origin), 0)
 
     def checked(problems: list[Problem], responses: list[str]) -> list[Outcome]:
         try:
@@ -87,46 +88,48 @@ def checked(verify: Callable, path: str) -> Callable:
             raise
         except Hangs as error:
             late = f"verify() did not return within {VERIFY_SECONDS:g} seconds"
-            raise BadTask(f"{where(path, error, start)}: {late}") from None
+            raise BadTask(f"{where(path, origin, error, start)}: {late}") from None
         except BaseException as error:  # sys.exit as well
-            raise BadTask(f"{where(path, error, start)}: verify() raised {one_line(error)}") from error
+            raise BadTask(f"{where(path, origin, error, start)}: verify() raised {one_line(error)}") from error
         try:
             if not isinstance(outcomes, (list, tuple)) or len(outcomes) != len(responses):
                 count = f"{len(outcomes)} outcomes" if isinstance(outcomes, (list, tuple)) else f"{outcomes!r:.80}"
                 raise ValueError(f"a list with an Outcome for each of {len(responses)} responses, not {count}")
             return [plain(outcome) for outcome in outcomes]
         except ValueError as error:
-            raise BadTask(f"{where(path, error, start)}: verify() must return {error}") from None
+            raise BadTask(f"{where(path, origin, error, start)}: verify() must return {error}") from None
 
     return checked
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises Hangs in the main thread after so long, and again each second as long as somebody catches it. The verifier
-    may use SIGALRM itself, as math-verify does. In other threads there is no limit."""
+    """Raises Hangs in the main thread after so long, and again each second as long as somebody catches it. A thread ends what
+    waits, the timer what computes in C and lets no thread run. Neither is SIGALRM, which math-verify takes for itself.
+    In other threads than the main one there is no limit."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    done, main, end = threading.Event(), threading.get_ident(), time.monotonic() + seconds
 
     def stop(*_) -> None:
-        raise Hangs
+        if time.monotonic() >= end:  # the timer counts the seconds of all threads
+            raise Hangs
 
     def watch() -> None:
-        wait = seconds
-        while not done.wait(wait):
-            signal.pthread_kill(main, signal.SIGVTALRM)
-            wait = 1.0
+        while not done.wait(max(1.0, end - time.monotonic())):
+            signal.pthread_kill(main, signal.SIGPROF)
 
-    done, main, before = threading.Event(), threading.get_ident(), signal.signal(signal.SIGVTALRM, stop)
-    watcher = threading.Thread(target=watch, daemon=True)
+    before, watcher = signal.signal(signal.SIGPROF, stop), threading.Thread(target=watch, daemon=True)
     watcher.start()
+    signal.setitimer(signal.ITIMER_PROF, seconds, 1.0)
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         done.set()
         watcher.join()
-        signal.signal(signal.SIGVTALRM, before)
+        signal.signal(signal.SIGPROF, before)
 
 
 def plain(outcome: Outcome) -> Outcome:
