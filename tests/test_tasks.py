@@ -37,15 +37,12 @@ def write(path, rows) -> str:
 # ---- Types -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value, field", [(Problem("p", []), "reference"), (Outcome(1, "passed"), "reward")])
-def test_a_problem_and_an_outcome_cannot_be_changed(value, field):
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        setattr(value, field, 0)
-
-
-def test_what_may_be_left_out():
+def test_problems_and_outcomes_are_fixed_and_much_may_be_left_out():
     problem, outcome = Problem("p", [{"role": "user", "content": "2+3?"}]), Outcome(1, "passed")
     assert (problem.reference, problem.data, outcome.feedback, outcome.columns) == ("", None, "", {})
+    for value, field in ((problem, "reference"), (outcome, "reward")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(value, field, 0)
     task = Task("sums", [problem] * 3, [problem], [problem] * 2, lambda problems, responses: [])
     assert task.splits() == "sums: 3 train, 1 validation, 2 test problems"
     task.close()  # nothing to release, and still there to call
@@ -64,23 +61,22 @@ def test_tasks_know_nothing_of_training():
 # ---- Loading by name -------------------------------------------------------------------------------------
 
 
-def test_a_task_is_found_by_name_and_its_first_subset_is_the_default():
-    assert tasks.load("toy").name == tasks.load("toy", "trace").name == "toy/trace"
-    assert tasks.load("toy", "choice").name == "toy/choice"
-
-
-def test_every_subset_in_the_list_has_a_loader(monkeypatch):
+def test_a_task_is_found_by_name_and_its_first_subset_is_the_default(monkeypatch):
+    assert tasks.load("toy").name == "toy/trace" and tasks.load("toy", "choice").name == "toy/choice"
     assert set(tasks.TASKS["toy"]) == set(toy.EVERY)
     monkeypatch.setattr(toy, "load", lambda subset: f"loaded {subset}")  # the code task takes seconds to build
     assert [tasks.load("toy", subset) for subset in tasks.TASKS["toy"]] == [f"loaded {s}" for s in tasks.TASKS["toy"]]
-
-
-@pytest.mark.parametrize(
-    "names, choices", [(("poker",), tasks.TASKS), (("",), tasks.TASKS), (("toy", "chess"), tasks.TASKS["toy"])]
-)
-def test_an_unknown_name_is_refused_in_one_line_that_lists_the_choices(names, choices):
-    with refused(repr(names[-1]), "choose one of " + ", ".join(choices)):
-        tasks.load(*names)
+    for names, choices in ((("poker",), tasks.TASKS), (("",), tasks.TASKS), (("toy", "chess"), tasks.TASKS["toy"])):
+        with refused(repr(names[-1]), "choose one of " + ", ".join(choices)):
+            tasks.load(*names)
+    for call, words in (
+        (lambda: tasks.load("math", data="no/such/place"), "--data no/such/place does not exist"),
+        (lambda: tasks.load("toy", data=str(tiny.FIXTURES)), "toy"),
+        (lambda: tasks.read("toy", str(tiny.FIXTURES / "lcb.jsonl")), "lcb, sciknoweval or math"),
+        (lambda: tasks.load("own", data=str(tiny.FIXTURES / "lcb.jsonl")), "FILE.py"),
+    ):
+        with refused(words):
+            call()
 
 
 @pytest.mark.parametrize("subset", ["trace", "choice"])
@@ -96,17 +92,6 @@ def test_a_loaded_task_keeps_its_contract(subset):
     assert [outcome.reward for outcome in outcomes] == [0, 1] * 4
     assert all(bool(o.feedback) == (o.reward == 0) and o.verdict for o in outcomes)
     assert task.verify([], []) == []
-
-
-def test_what_files_and_folders_are_refused_before_anything_is_read():
-    with refused("--data no/such/place does not exist"):
-        tasks.load("math", data="no/such/place")
-    with refused("toy"):
-        tasks.load("toy", data=str(tiny.FIXTURES))
-    with refused("lcb, sciknoweval or math"):
-        tasks.read("toy", str(tiny.FIXTURES / "lcb.jsonl"))
-    with refused("FILE.py"):
-        tasks.load("own", data=str(tiny.FIXTURES / "lcb.jsonl"))
 
 
 # ---- Reading files and the hub -----------------------------------------------------------------------------
@@ -127,20 +112,11 @@ def test_rows_are_the_same_from_every_file_format(tmp_path):
         assert list(tasks.rows(tmp_path / place)) == expected, place
 
 
-@pytest.mark.parametrize(
-    "name, content, words",
-    [
-        ("x.jsonl", b'{"a": 1}\n\n{broken\n', "line 3"),
-        ("x.jsonl", b"[1]\n", "line 1"),
-        ("x.jsonl", b"[" * 200_000, "line 1"),
-        ("x.jsonl", b"", "empty"),
-        ("x.jsonl", b"\xff\xfe\x00", "UTF-8"),
-        ("x.parquet", b"PAR1 but no more", "cannot be read"),
-        ("x.arrow", b"no arrow", "cannot be read"),
-        ("absent.jsonl", None, "does not exist"),
-        ("", None, "holds no"),  # the empty folder
-    ],
-)
+@pytest.mark.parametrize("name, content, words", [
+    ("x.jsonl", b'{"a": 1}\n\n{broken\n', "line 3"), ("x.jsonl", b"[1]\n", "line 1"), ("x.jsonl", b"[" * 200_000, "line 1"),
+    ("x.jsonl", b"", "empty"), ("x.jsonl", b"\xff\xfe\x00", "UTF-8"), ("x.parquet", b"PAR1 but no more", "cannot be read"),
+    ("x.arrow", b"no arrow", "cannot be read"), ("absent.jsonl", None, "does not exist"), ("", None, "holds no"),
+])  # fmt: skip
 def test_files_that_cannot_be_read_are_refused_in_one_line(name, content, words, tmp_path):
     if content is not None:
         (tmp_path / name).write_bytes(content)
