@@ -24,7 +24,7 @@ TIME_LIMIT = 6.0  # seconds per test, the official checker's
 FAILURE_LIMITS = 2  # time limits, after which a program that has failed is tested no further
 FEEDBACK_CHARS = 2000
 MAX_TESTS_BYTES = 1 << 30  # of one problem, decompressed
-sys.set_int_max_str_digits(50_000)  # arguments and results may hold integers of so many digits, as for the official checker
+sys.set_int_max_str_digits(50_000)  # of an integer in arguments and results, as in the official checker
 # Of several failures the first by this order is the verdict.
 RANKS = {"internal": 0, "error": 1, "memory": 1, "output limit": 1, "time-out": 2, "wrong answer": 3}
 STDIN_FORMAT = (
@@ -98,7 +98,7 @@ def tests_of(record: Record, use: str) -> list[dict]:
 
 def make_record(row: dict, where: str, use: str) -> Record:
     """Decodes the tests of `use` (see `make_problem`) once, so that a damaged one is found before training, and chooses
-    the half that trains, seeded by the problem's name, where private ones alone are used."""
+    the half that trains, seeded by the problem's name, where only private ones are used."""
     name = str(get(row, where, "question_id"))
     try:
         function = json.loads(row.get("metadata") or "{}").get("func_name") or ""
@@ -253,8 +253,9 @@ def run_test(sandbox: Sandbox, record: Record, source: str, test: dict) -> tuple
 
 
 def grade(sandbox: Sandbox, problem: Problem, response: str) -> Outcome:
-    """All tests of the problem's use, in order. A time-out or an error ends the half that it is in, and so does any failure
-    once the tests have taken FAILURE_LIMITS time limits: the verdict is settled, and one rollout must not cost 20 times the limit."""
+    """All tests of the problem's use, in order. A time-out or an error ends the half that it is in, and so does any
+    failure once the tests have taken FAILURE_LIMITS time limits: the verdict is settled, and one rollout must not cost 20
+    times the limit. Tests that pass all run, since only all of them earn the reward."""
     record, use = problem.data
     tests = tests_of(record, use)
     held_out = [i for i in range(len(tests)) if i not in record.train]
@@ -270,8 +271,8 @@ def grade(sandbox: Sandbox, problem: Problem, response: str) -> Outcome:
             verdict, result = run_test(sandbox, record, source, tests[i])
             if verdict != "passed":
                 failed.append((verdict, result, tests[i]))
-            settled = verdict not in ("passed", "wrong answer") or time.monotonic() - start > FAILURE_LIMITS * TIME_LIMIT
-            if len(failed) > before and settled:
+            late = time.monotonic() - start > FAILURE_LIMITS * TIME_LIMIT
+            if len(failed) > before and (late or verdict not in ("passed", "wrong answer")):
                 break
         columns = dict.fromkeys(columns, int(len(failed) == before))  # in the end, of the held-out half
     if not failed:

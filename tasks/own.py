@@ -1,5 +1,5 @@
-"""A task of one's own: a Python file whose load() returns a Task. Whatever is wrong with the file or its verifier is one line
-that names the file's line, and what a verifier returns becomes plain numbers and text."""
+"""A task of one's own: a Python file whose load() returns a Task. Whatever is wrong with the file or its verifier is one
+line that names the file's line, and what a verifier returns becomes plain numbers and text."""
 
 import importlib.util
 import re
@@ -63,8 +63,8 @@ def problem_of(problem: Problem, path: str) -> Problem:
 
 
 def where(path: str, origin: str, error: BaseException, start: int = 0) -> str:
-    """FILE.py, line 7: the last of the file's own lines on the way to the error, or else the line `start`. origin: what the
-    file is called in tracebacks."""
+    """FILE.py, line 7: the last of the file's own lines on the way to the error, or else the line `start`. origin: the
+    file's name in tracebacks."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == origin]
     line = [start, *lines][-1]
     return f"{path}, line {line}" if line else path
@@ -104,9 +104,9 @@ def checked(verify: Callable, path: str, origin: str) -> Callable:
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises Hangs in the main thread after so long, and again each second as long as somebody catches it. A thread ends what
-    waits, the timer what computes in C and lets no thread run. Neither is SIGALRM, which math-verify takes for itself.
-    In other threads than the main one there is no limit."""
+    """Raises Hangs in the main thread after so long, and again each second while somebody catches it. A thread interrupts
+    what waits, and a timer what computes in C and lets no thread run. SIGALRM is left to math-verify. Only the main
+    thread can be interrupted; in another one there is no limit."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -145,7 +145,9 @@ def plain(outcome: Outcome) -> Outcome:
     if not isinstance(outcome, Outcome):
         raise ValueError(f"Outcomes, not {outcome!r:.120}")
     feedback, columns = "" if outcome.feedback is None else outcome.feedback, outcome.columns
-    if not isinstance(columns, dict) or not all(isinstance(text, str) for text in (outcome.verdict, feedback, *columns)):
-        raise ValueError(f"Outcomes with a verdict and feedback that are text, and a dict of columns, not {outcome!r:.120}")
+    texts = (outcome.verdict, feedback, *columns) if isinstance(columns, dict) else (None,)
+    if not all(isinstance(text, str) for text in texts):
+        form = "a verdict and feedback that are text, and a dict of columns"
+        raise ValueError(f"Outcomes with {form}, not {outcome!r:.120}")
     columns = {text_of(name): bit(value, f"a column {name!r}") for name, value in columns.items()}
     return Outcome(bit(outcome.reward, "a reward"), text_of(outcome.verdict), text_of(feedback), columns)

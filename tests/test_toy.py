@@ -60,41 +60,27 @@ def kinds(examples, kind):
 # ---- Splits and references -------------------------------------------------------------------------------
 
 
+def respond(subset, problem, right: bool) -> str:
+    """A response that earns 1, or one that is nearly right: another option, one element more, another last digit."""
+    if subset == "choice":
+        _, options = problem.data
+        chosen = next(value for value in options if (str(value) == problem.reference) == right)
+        return toy.Choice().answer(problem, chosen)
+    near = problem.reference + "+[0]" if subset == "code" else problem.reference[:-1] + str((int(problem.reference[-1]) + 1) % 10)
+    return problem.reference if right else near
+
+
 @every_subset
-def test_splits_are_reproducible_have_the_printed_sizes_and_share_no_prompt(loaded, subset):
+def test_splits_are_reproducible_and_a_reference_solves_its_problem(loaded, subset):
     task, again = loaded[subset], toy.load(subset)
     assert (task.train, task.validation, task.test) == (again.train, again.validation, again.test)
     sizes = [len(task.train), len(task.validation), len(task.test)]
     assert task.splits() == "toy/{}: {} train, {} validation, {} test problems".format(subset, *sizes)
     assert sizes[0] >= 200 and min(sizes) >= 60
-    prompts = [problem.messages[-1]["content"] for problem in problems(task)]
-    assert len(set(prompts)) == len(prompts)
-
-
-def solution(subset, problem):
-    """A response that earns 1: the reference, or for choice the answer with the table's true entry."""
-    if subset != "choice":
-        return problem.reference
-    entry, _ = problem.data
-    return toy.Choice().answer(problem, toy.Choice().firmware.true[entry])
-
-
-def failure(subset, problem):
-    """A response that is nearly right: another option, one element more, another last digit."""
-    if subset == "choice":
-        _, options = problem.data
-        return toy.Choice().answer(problem, next(value for value in options if str(value) != problem.reference))
-    if subset == "code":
-        return problem.reference + "+[0]"
-    return problem.reference[:-1] + str((int(problem.reference[-1]) + 1) % 10)
-
-
-@every_subset
-def test_the_reference_solves_its_problem_and_a_near_miss_does_not(loaded, subset):
-    chosen = problems(loaded[subset])[:: 12 if subset == "code" else 1]  # each code answer runs in up to six processes
-    outcomes = loaded[subset].verify(chosen, [solution(subset, p) for p in chosen])
-    assert outcomes == [Outcome(1, "passed")] * len(chosen)
-    outcomes = loaded[subset].verify(chosen, [failure(subset, p) for p in chosen])
+    assert len({problem.messages[-1]["content"] for problem in problems(task)}) == sum(sizes)
+    chosen = problems(task)[:: 12 if subset == "code" else 1]  # each code answer runs in up to six processes
+    assert task.verify(chosen, [respond(subset, p, True) for p in chosen]) == [Outcome(1, "passed")] * len(chosen)
+    outcomes = task.verify(chosen, [respond(subset, p, False) for p in chosen])
     assert all(outcome.reward == 0 and outcome.feedback for outcome in outcomes)
 
 
@@ -131,12 +117,10 @@ def test_a_program_run_by_hand():
 # ---- Verifiers -------------------------------------------------------------------------------------------
 
 TRACE = Problem("p", toy.user("start 4\n1 add 3\n2 zig\n3 sub 1"), "1 add 3 : 7\n2 zig : 2\n3 sub 1 : 1")
-TRACE_FEEDBACK = {
+TRACE_FEEDBACK = {  # what is wrong with the answer -> feedback
     "1 add 3 : 7\n2 zig : 9\n3 sub 1 : 8": "expected\n2 zig : 2\ngot 9",  # the first wrong line, not the last
     "1 add 3 : 8\n2 zig : 2\n3 sub 1 : 1": "expected\n1 add 3 : 7\ngot 8",  # even when all that follows is right
-    "1 add 3 : 7\n2 zag : 2\n3 sub 1 : 1": "expected\n2 zig : 2\ngot other",
-    "1 add 3 : 7\n2 zig 2\n3 sub 1 : 1": "expected\n2 zig : 2\ngot other",
-    "1 add 3 : 7\n2 zig : x\n3 sub 1 : 1": "expected\n2 zig : 2\ngot other",
+    **{f"1 add 3 : 7\n{line}\n3 sub 1 : 1": "expected\n2 zig : 2\ngot other" for line in ("2 zag : 2", "2 zig 2", "2 zig : x")},
     "1 add 3 : 7\n3 sub 1 : 6": "expected\n2 zig : 2\ngot other",
     "1 add 3 : 7\n2 zig : 2": "expected\n3 sub 1 : 1\ngot other",
     "": "expected\n1 add 3 : 7\ngot other",
@@ -150,32 +134,23 @@ def test_trace_names_the_first_wrong_line_in_the_answers_own_words():
 
 
 CHOICES = {
-    "zig 4 : 2\n<answer>2</answer>": "passed",
-    "<answer>7</answer> no, <answer>2</answer>": "passed",  # the last tag counts
-    "<answer>7 or <answer>2</answer>": "passed",
-    "<answer> 2\n</answer>": "passed",
-    "<answer>2</answer> no, <answer>7</answer>": "wrong answer",
-    "<answer>22</answer>": "wrong answer",
-    "<answer>two</answer>": "wrong answer",
-    "zig 4 : 2": "no answer",
-    "<answer>2": "no answer",
-    "": "no answer",
-}
+    "passed": ["zig 4 : 2\n<answer>2</answer>", "<answer>7</answer> no, <answer>2</answer>", "<answer>7 or <answer>2</answer>",
+               "<answer> 2\n</answer>", "<answer>2</answer>, in <answer> tags"],
+    "wrong answer": ["<answer>2</answer> no, <answer>7</answer>", "<answer>22</answer>", "<answer>two</answer>"],
+    "no answer": ["zig 4 : 2", "<answer>2", ""],
+}  # fmt: skip
 
 
 def test_choice_reads_the_last_answer_tag_and_tells_nothing_but_failure():
     texts = {"passed": "", "wrong answer": "wrong answer", "no answer": "no answer given"}
-    for response, verdict in CHOICES.items():
-        expected = Outcome(int(verdict == "passed"), verdict, texts[verdict])
-        assert toy.Choice().verify([Problem("p", [], "2")], [response]) == [expected], response
+    for verdict, responses in CHOICES.items():
+        outcomes = toy.Choice().verify([Problem("p", [], "2")] * len(responses), responses)
+        assert outcomes == [Outcome(int(verdict == "passed"), verdict, texts[verdict])] * len(responses)
 
 
 @pytest.fixture(scope="module")
-def grade_code():
-    code = toy.Code()
-    code.sandbox = Sandbox(time_limit=60.0)
-    yield lambda response, tests: code.verify([Problem("p", [], "", tests)], [response])[0]
-    code.sandbox.close()
+def grade_code(loaded):
+    return lambda response, tests: loaded["code"].verify([Problem("p", [], "", tests)], [response])[0]
 
 
 FLIP = [([1, 2, 3], [3, 2, 1]), ([2, 1], [1, 2])]
@@ -393,7 +368,7 @@ def quick(monkeypatch, tokenizer):
 @every_subset
 def test_examples_fit_the_model_and_answers_fit_the_response_limit(loaded, warm_up, tokenizer, quick, subset):
     most, limit = warm_start.build_policy(subset).model.config.max_position_embeddings, toy.SUBSETS[subset].max_response
-    plain = [{"messages": p.messages, "context": None, "answer": solution(subset, p)} for p in problems(loaded[subset])]
+    plain = [{"messages": p.messages, "context": None, "answer": respond(subset, p, True)} for p in problems(loaded[subset])]
     for prompt, answer in (warm_start.encode(tokenizer, example) for example in warm_up[subset][:1000] + plain):
         assert len(prompt) + limit <= most and len(answer) <= limit and answer[-1] == tokenizer.eos_token_id
 
@@ -419,16 +394,10 @@ def test_a_shipped_model_loads_and_is_small(tokenizer, subset):
 # ---- The command -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "argv, words",
-    [
-        (["--out", __file__], "is a file"),
-        (["--out", f"{__file__}/x/y"], "cannot be made"),
-        (["--out", str(Path(__file__).parent)], "holds no model"),
-        (["--out", "/proc/x"], "cannot be made"),
-        (["--out", "x", "--steps", "-1"], "--steps"),
-    ],
-)
+@pytest.mark.parametrize("argv, words", [
+    (["--out", __file__], "is a file"), (["--out", f"{__file__}/x/y"], "cannot be made"), (["--out", "/proc/x"], "cannot be made"),
+    (["--out", str(Path(__file__).parent)], "holds no model"), (["--out", "x", "--steps", "-1"], "--steps"),
+])  # fmt: skip
 def test_what_stands_in_the_way_of_a_model_is_said_before_it_is_trained(argv, words, capsys, monkeypatch):
     monkeypatch.setattr(warm_start, "warm_start", lambda *_: pytest.fail("training began"))
     with pytest.raises(SystemExit) as stop:
