@@ -21,7 +21,7 @@ from tasks.toy import EVERY, TEMPLATES
 def build_policy(subset: str, seed: int = 0) -> Policy:
     """A Qwen3 of about 0.24M parameters with random weights and the toy tokenizer."""
     torch.manual_seed(seed)
-    tokenizer, heads = build_tokenizer(), EVERY[subset].heads
+    tokenizer, heads = build_tokenizer(), EVERY[subset]().heads
     config = Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=4, intermediate_size=192, num_attention_heads=heads,
         num_key_value_heads=heads, head_dim=64 // heads, max_position_embeddings=1024, tie_word_embeddings=True,
@@ -79,7 +79,7 @@ def warm_start(subset: str, steps: int = 0, seed: int = 0) -> Policy:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser("toy.py", "Warm-start a toy model.")
+    parser = Parser("warm_start.py", "Warm-start a toy model.")
     parser.add_argument("--subset", choices=EVERY, default="trace")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=0, help="0: the subset's own number")

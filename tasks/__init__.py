@@ -7,15 +7,9 @@ needs no more, so bringing your own task means writing a file whose `load()` ret
     toy           three tasks that a CPU can learn in minutes
 """
 
-import importlib.util
-import re
-import sys
-import traceback
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
-from tasks.base import BadTask, Outcome, Problem, Task, each, rows
+from tasks.base import BadTask, Outcome, Problem, Task, rows
 
 __all__ = ["BadTask", "Outcome", "Problem", "Task", "TASKS", "load", "read", "rows"]
 
@@ -52,67 +46,14 @@ def load(
         from tasks import toy
 
         return toy.load(subset)
-    if task == "own":
-        return _own(data)
-    from tasks import livecodebench, mathematics, sciknoweval
+    from tasks import livecodebench, mathematics, own, sciknoweval
 
+    if task == "own":
+        return own.load(data)
     if task == "lcb":
         return livecodebench.load(data, train_tests, since, until)
     return sciknoweval.load(subset, data) if task == "sciknoweval" else mathematics.load(data)
 
-
-def _own(path: str) -> Task:
-    """The Task that `load()` of a Python file returns. Raises ValueError with one line for a file without."""
-    if not path.endswith(".py"):
-        raise ValueError("--task own needs --data FILE.py, a file with a function load() that returns a tasks.Task")
-    name = re.sub(r"\W+", "_", Path(path).stem)
-    spec = importlib.util.spec_from_file_location(f"own_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    # Its classes have to be found by name in the worker processes of a verifier.
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-        task = module.load()
-    except (Exception, SystemExit) as error:  # a file written as a script may leave by sys.exit
-        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
-    if not isinstance(task, Task) or not task.train or not all(isinstance(p, Problem) for p in task.train):
-        raise ValueError(f"{path}: load() must return a tasks.Task with training problems, and returned {task!r:.80}")
-    for problem in (*task.train, *task.validation, *task.test):
-        turns = problem.messages if isinstance(problem.messages, list) else []
-        right = [isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in turns]
-        if not right or not all(right):
-            form = "a list of {role, content}, the last a user's"
-            raise ValueError(f"{path}: problem {problem.id!r}: messages must be {form}")
-    for split in (task.train, task.validation, task.test):
-        again = [id for id, count in Counter(problem.id for problem in split).items() if count > 1]
-        if again:
-            raise ValueError(f"{path}: problem {again[0]!r} is there twice: a problem's id is its own within its split")
-    task.name, task.verify = f"own/{name}", _checked(task.verify, path)
-    task.verify(task.train[:2], ["", ""][: len(task.train)])  # what is wrong with it is best said before the run
-    return task
-
-
-def _checked(verify: Callable, path: str) -> Callable:
-    """A task file's verifier that raises BadTask, with one line, where it fails or gives no outcomes."""
-
-    def checked(problems: list[Problem], responses: list[str]) -> list[Outcome]:
-        try:
-            outcomes = verify(problems, responses)
-        except Exception as error:
-            mine = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-            at = f", line {mine[-1]}" if mine else ""
-            raise BadTask(f"{path}{at}: verify() raised {type(error).__name__}: {error}") from error
-        if not isinstance(outcomes, list) or len(outcomes) != len(responses):
-            count = f"{len(outcomes)} outcomes" if isinstance(outcomes, list) else repr(outcomes)[:80]
-            raise BadTask(
-                f"{path}: verify() must return a list with an Outcome for each of {len(responses)} responses, not {count}"
-            )
-        for outcome in outcomes:
-            if not isinstance(outcome, Outcome) or outcome.reward not in (0, 1):
-                raise BadTask(f"{path}: verify() must return Outcomes with a reward of 0 or 1, not {outcome!r:.120}")
-        return outcomes
-
-    return checked
 
 def read(task: str, path: str, official: bool = False) -> Task:
     """The problems of one file in the source's own schema, all of them as test problems, with the task's verifier.

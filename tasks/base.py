@@ -55,11 +55,14 @@ class Task:
     notes: list[str] = field(default_factory=list)
 
     def splits(self) -> str:
+        """How many problems each split has, in one line."""
         train, validation, test = map(len, (self.train, self.validation, self.test))
         return f"{self.name}: {train} train, {validation} validation, {test} test problems"
 
+
 class BadTask(ValueError):
     """A task file's verifier does not do what a verifier does."""
+
 
 # ---- Reading sources -----------------------------------------------------------------------------------------
 
@@ -91,10 +94,11 @@ def rows(path: str | Path) -> Iterable[dict]:
             return read(str(path))
         except Exception as error:  # the library's and pyarrow's errors share no base
             raise ValueError(f"{path} cannot be read: {one_line(error)}") from None
-    return _json_rows(path)
+    return json_rows(path)
 
 
-def _json_rows(path: Path) -> Iterator[dict]:
+def json_rows(path: Path) -> Iterator[dict]:
+    """The rows of a JSONL file. Raises ValueError with the number of a line that is no JSON object."""
     number, row = 0, None
     with path.open(encoding="utf-8-sig") as file:
         try:
@@ -103,6 +107,8 @@ def _json_rows(path: Path) -> Iterator[dict]:
                     row = json.loads(line)
                     if not isinstance(row, dict):
                         raise ValueError(f"{path}, line {number} is no JSON object")
+                    if "\\ud" in line.lower():  # perhaps half of a surrogate pair, which no tokenizer takes
+                        row = json.loads(text_of(json.dumps(row, ensure_ascii=False)))
                     yield row
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is no UTF-8 text: {one_line(error)}") from None
@@ -135,6 +141,7 @@ def fetch(name: str, get: Callable[[], Any], reason: str = "") -> Any:
 
 
 def hub_rows(repo: str, split: str) -> Iterable[dict]:
+    """A data set from the hub, or from its cache where the hub cannot be reached."""
     import datasets
     import huggingface_hub
 
@@ -151,7 +158,13 @@ def hub_rows(repo: str, split: str) -> Iterable[dict]:
             place.HF_HUB_OFFLINE = was
 
 
-def one_line(error: Exception) -> str:
+def text_of(text: str) -> str:
+    """The text without lone surrogates, which a Python string can hold and a tokenizer cannot read."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def one_line(error: BaseException) -> str:
+    """What was wrong, in one line of at most 200 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 

@@ -7,7 +7,8 @@ import json
 import pickle
 import random
 import re
-import textwrap
+import sys
+import time
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,15 +16,15 @@ from decimal import Decimal, InvalidOperation
 from functools import lru_cache
 
 from harness import hub
-from tasks.base import Outcome, Problem, Task, each, fetch, get, one_line, rows
+from tasks.base import Outcome, Problem, Task, each, fetch, get, one_line, rows, text_of
 from tasks.sandbox import Result, Sandbox, loads
-
-# ---- LiveCodeBench -------------------------------------------------------------------------------------------
 
 LCB_FILE = ("livecodebench/code_generation_lite", "test6.jsonl")  # the v6 increment: 175 problems, 134 MB
 TIME_LIMIT = 6.0  # seconds per test, the official checker's
+FAILURE_LIMITS = 2  # time limits, after which a program that has failed is tested no further
 FEEDBACK_CHARS = 2000
 MAX_TESTS_BYTES = 1 << 30  # of one problem, decompressed
+sys.set_int_max_str_digits(50_000)  # of an integer in arguments and results, as in the official checker
 # Of several failures the first by this order is the verdict.
 RANKS = {"internal": 0, "error": 1, "memory": 1, "output limit": 1, "time-out": 2, "wrong answer": 3}
 STDIN_FORMAT = (
@@ -37,7 +38,7 @@ FUNCTION_FORMAT = (
 
 
 @dataclass(eq=False)
-class _Record:
+class Record:
     """One problem of LiveCodeBench. Its tests weigh megabytes, so they stay as they came until somebody grades."""
 
     id: str
@@ -47,36 +48,37 @@ class _Record:
     public: str
     private: str
     train: tuple[int, ...] = ()  # of the private tests, those that give reward and feedback in training, by position
+    bare: bool = False  # it has no private tests, so the public ones take their place
 
 
-class _StringUnpickler(pickle.Unpickler):
+class StringUnpickler(pickle.Unpickler):
     """A pickle can call anything; this one may only hold plain values."""
 
     def find_class(self, module: str, name: str):
         raise pickle.UnpicklingError(f"the pickle asks for {module}.{name}")
 
 
-def _unpacked(text: str) -> str:
+def unpacked(text: str) -> str:
     """The JSON in base64 of zlib of a pickled string."""
     unpacker = zlib.decompressobj()
     raw = unpacker.decompress(base64.b64decode(text, validate=True), MAX_TESTS_BYTES)
     if not unpacker.eof:
         raise ValueError("the compressed tests are cut short or too long")
-    text = _StringUnpickler(io.BytesIO(raw)).load()
+    text = StringUnpickler(io.BytesIO(raw)).load()
     if not isinstance(text, str):
         raise ValueError(f"the pickle holds {type(text).__name__}, not str")
     return text
 
 
 @lru_cache(maxsize=128)  # both kinds for the problems of a batch
-def _decoded(record: _Record, kind: str) -> list[dict]:
+def decoded(record: Record, kind: str) -> list[dict]:
     """The "public" or "private" tests: JSON, as it is or packed. Raises ValueError naming the problem for others."""
     text = getattr(record, kind)
     try:
         try:
             tests = json.loads(text)
         except ValueError:
-            tests = json.loads(_unpacked(text))
+            tests = json.loads(unpacked(text))
         if not isinstance(tests, list):
             raise ValueError(f"the tests are {type(tests).__name__}, not a list")
         if not all(isinstance(test[key], str) for test in tests for key in ("input", "output")):
@@ -86,17 +88,17 @@ def _decoded(record: _Record, kind: str) -> list[dict]:
     return tests
 
 
-def _tests(record: _Record, use: str) -> list[dict]:
-    """The tests of a use (see `_problem`): public ones, private ones (the public ones of a record that has none), or
+def tests_of(record: Record, use: str) -> list[dict]:
+    """The tests of a use (see `make_problem`): public ones, private ones (the public ones of a record that has none), or
     both."""
-    public = _decoded(record, "public") if use in ("public", "official") else []
-    private = _decoded(record, "private") if use != "public" else []
-    return public + private or _decoded(record, "public")
+    public = decoded(record, "public") if use in ("public", "official") else []
+    private = decoded(record, "private") if use != "public" else []
+    return public + private or decoded(record, "public")
 
 
-def _record(row: dict, where: str, use: str) -> _Record:
-    """Decodes the tests of `use` (see `_problem`) once, so that a damaged one is found before training, and chooses
-    the half that trains, seeded by the problem's name, where private ones alone are used."""
+def make_record(row: dict, where: str, use: str) -> Record:
+    """Decodes the tests of `use` (see `make_problem`) once, so that a damaged one is found before training, and chooses
+    the half that trains, seeded by the problem's name, where only private ones are used."""
     name = str(get(row, where, "question_id"))
     try:
         function = json.loads(row.get("metadata") or "{}").get("func_name") or ""
@@ -106,15 +108,16 @@ def _record(row: dict, where: str, use: str) -> _Record:
     public, private = get(row, where, "public_test_cases"), row.get("private_test_cases") or "[]"
     if not all(isinstance(text, str) for text in (question, starter, function, public, private)):
         raise ValueError(f"lcb problem {name}: every column of the source is text")
-    record = _Record(name, question, starter, function, public, private)
-    tests = _tests(record, use)
+    record = Record(name, question, starter, function, public, private)
+    record.bare = not decoded(record, "private")
+    tests = tests_of(record, use)
     if not tests:
         raise ValueError(f"lcb problem {name}: it has no {'public tests' if use == 'public' else 'tests'}")
     try:
         for test in tests if function else ():
             loads(test["output"])
-            _arguments(test["input"])
-    except (ValueError, RecursionError) as error:
+            json.dumps(arguments(test["input"]))  # as the sandbox is given them
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"lcb problem {name}: a test of a function is no JSON ({one_line(error)})") from None
     if use in ("train", "all"):
         half = random.Random(f"0/{name}").sample(range(len(tests)), max(1, len(tests) // 2))
@@ -122,7 +125,7 @@ def _record(row: dict, where: str, use: str) -> _Record:
     return record
 
 
-def _problem(record: _Record, use: str) -> Problem:
+def make_problem(record: Record, use: str) -> Problem:
     """use: the tests that grade it. "train" is the half, "all" the private tests, "public" the public ones, "official"
     public and private ones together, as the official checker has it."""
     template = FUNCTION_FORMAT if record.function else STDIN_FORMAT
@@ -148,75 +151,72 @@ def load(data: str, train_tests: str, since: str, until: str) -> Task:
 
         source = fetch("/".join(LCB_FILE), download)
     use = "train" if train_tests == "private" else "public"
-    dates, lacking = [], 0
+    dates = []
 
-    def record(row: dict, at: str) -> _Record | None:
-        nonlocal lacking
+    def dated(row: dict, at: str) -> Record | None:
         dates.append(str(get(row, at, "contest_date"))[:10])
-        if not since <= dates[-1] < until:
-            return None
-        made = _record(row, at, use)
-        lacking += not _decoded(made, "private")
-        return made
+        return make_record(row, at, use) if since <= dates[-1] < until else None
 
-    records = [r for r in each(source, data or LCB_FILE[1], record) if r]
-    notes = [f"lcb: {len(records)} of {len(dates)} problems, {since} <= contest_date < {until}"]
+    records = [record for record in each(source, data or LCB_FILE[1], dated) if record]
+    note = f"lcb: {len(records)} of {len(dates)} problems, {since} <= contest_date < {until}"
     if not records:
-        raise ValueError(f"{notes[0]}: widen the window with --since and --until")
-    if lacking:
-        notes.append(f"lcb: {lacking} problems have no private tests; their public tests stand in for them")
-    train, test = ([_problem(r, u) for r in records] for u in (use, "all"))
-    return _task(train, test, notes)
+        raise ValueError(f"{note}: widen the window with --since and --until")
+    return make_task(records, note, "all", use)
 
 
 def read(source: list[dict], path: str, note: str, official: bool) -> Task:
     """The problems of one file, as test problems. official: public and private tests together grade them."""
     use = "official" if official else "all"
-    records = each(source, path, lambda row, at: _record(row, at, use))
-    notes = [note + (", public and private tests" if official else ", private tests")]
-    if lacking := sum(not _decoded(record, "private") for record in records):
-        notes.append(f"lcb: {lacking} problems have no private tests; their public tests alone grade them")
-    return _task([], [_problem(record, use) for record in records], notes)
+    records = each(source, path, lambda row, at: make_record(row, at, use))
+    return make_task(records, note + (", public and private tests" if official else ", private tests"), use)
 
 
-def _task(train: list[Problem], test: list[Problem], notes: list[str]) -> Task:
+def make_task(records: list[Record], note: str, test_use: str, train_use: str = "") -> Task:
+    """The task of these records: the same problems train, if train_use is given, and evaluate."""
     sandbox = Sandbox(time_limit=TIME_LIMIT, memory_mb=2048, output_bytes=32 << 20, preamble=True, packages=True)
 
     def verify(problems: list[Problem], responses: list[str]) -> list[Outcome]:
         pairs = list(zip(problems, responses, strict=True))
-        return sandbox.run_many(lambda pair: _grade_program(sandbox, *pair), pairs)
+        return sandbox.run_many(lambda pair: grade(sandbox, *pair), pairs)
 
-    notes.append(f"sandbox: {sandbox.layers}")
+    train, test = ([make_problem(record, use) for record in records if use] for use in (train_use, test_use))
+    notes = [note, f"sandbox: {sandbox.layers}"]
+    if bare := sum(record.bare for record in records):
+        notes.insert(1, f"lcb: {bare} problems have no private tests; their public tests stand in for them")
     return Task("lcb/v6", train, [], test, verify, sandbox.close, lacks=("critique",), notes=notes)  # no reference
 
 
 def code_block(response: str) -> str | None:
-    """The last complete fenced block that holds something and names Python or no language; None if there is none. A new
+    """The last complete fenced block that holds something and is marked as Python or not at all; if there is none, the
+    last of any mark, as the official checker has it, and else None. Its lines lose the indentation of the fence. A new
     opening fence inside a block means that the one before was never finished."""
-    last, fence, language, lines = None, "", "", []  # fence: what opened the block that we are in
+    last: dict[bool, str] = {}  # by whether the block is marked as another language's
+    fence, mark, indent, lines = "", "", 0, []  # fence: what opened the block that we are in
     for line in response.split("\n"):
         text = line.strip()
         ticks = re.match(r"`{3,}|~{3,}|", text)[0]
         rest = text.removeprefix(ticks)
         if fence and ticks.startswith(fence) and not rest:
-            if re.match(r"(pypy3?|python3?(\.\d+)?|py)(?!\w)|$", language) and any(map(str.strip, lines)):
-                last = textwrap.dedent("\n".join(lines)) + "\n"
+            if any(map(str.strip, lines)):
+                last[not re.match(r"(py|pypy|python)[\d.]*(?!\w)|$", mark)] = "\n".join(lines) + "\n"
             fence = ""
         elif ticks and ticks[0] not in rest and not (fence and (not rest or ticks[0] != fence[0])):
-            fence, language, lines = ticks, rest.strip(" {.").lower(), []
+            fence, mark, lines = ticks, rest.strip(" {.").lower(), []
+            indent = len(line) - len(line.lstrip())
         else:
-            lines.append(line)
-    return last
+            lines.append(line[:indent].lstrip(" \t") + line[indent:])
+    return last.get(False, last.get(True))
 
 
 def same_output(printed: str, expected: str) -> bool:
     """The official checker's rule: as many lines, each equal when stripped, or equal number by number (0.50 = 0.5,
     1e3 = 1000, no tolerance); one word in a line and its text must be equal."""
     lines, wanted = (text.strip().split("\n") for text in (printed, expected))
-    return len(lines) == len(wanted) and all(map(_same_line, lines, wanted))
+    return len(lines) == len(wanted) and all(map(same_line, lines, wanted))
 
 
-def _same_line(line: str, wanted: str) -> bool:
+def same_line(line: str, wanted: str) -> bool:
+    """One line of `same_output`."""
     if line.strip() == wanted.strip():
         return True
     words, wanted_words = line.split(), wanted.split()
@@ -226,19 +226,21 @@ def _same_line(line: str, wanted: str) -> bool:
         return False
 
 
-def _arguments(text: str) -> list:
+def arguments(text: str) -> list:
     """One JSON value per line; values hold spaces."""
     return [loads(line) for line in text.split("\n") if line.strip()]
 
 
-def _run_test(sandbox: Sandbox, record: _Record, source: str, test: dict) -> tuple[str, Result]:
-    """Verdict and result of one test."""
+def run_test(sandbox: Sandbox, record: Record, source: str, test: dict) -> tuple[str, Result]:
+    """Verdict and result of one test. A program that prints far more than what is expected is stopped: reading 32 MB of
+    garbage in each of 20 tests would take minutes."""
+    most = 4 * len(test["output"].encode("utf-8", "replace")) + (64 << 10)
     if record.function:
-        args = _arguments(test["input"])
+        args = arguments(test["input"])
         owner = "Solution." if re.search(r"^class Solution\b", source, re.MULTILINE) else ""
-        result = sandbox.call(source, owner + record.function, args)
+        result = sandbox.call(source, owner + record.function, args, max_output=most)
     else:
-        result = sandbox.run(source, test["input"])
+        result = sandbox.run(source, test["input"], max_output=most)
     if result.status != "ok":
         return result.status.replace("timeout", "time-out"), result
     try:
@@ -250,54 +252,57 @@ def _run_test(sandbox: Sandbox, record: _Record, source: str, test: dict) -> tup
     return "passed" if right else "wrong answer", result
 
 
-def _grade_program(sandbox: Sandbox, problem: Problem, response: str) -> Outcome:
-    """All tests of the problem's use, in order. A time-out or an error ends the half that it stands in: the verdict and
-    its text are settled, and one rollout must not cost 20 times the limit."""
+def grade(sandbox: Sandbox, problem: Problem, response: str) -> Outcome:
+    """All tests of the problem's use, in order. A time-out or an error ends the half that it is in, and so does any
+    failure once the tests have taken FAILURE_LIMITS time limits: the verdict is settled, and one rollout must not cost 20
+    times the limit. Tests that pass all run, since only all of them earn the reward."""
     record, use = problem.data
-    tests = _tests(record, use)
+    tests = tests_of(record, use)
     held_out = [i for i in range(len(tests)) if i not in record.train]
     halves = {"train": [record.train], "all": [record.train, held_out]}.get(use, [range(len(tests))])
     columns = {"held_out": 0} if use == "all" and held_out else {}
     source = code_block(response)
     if source is None:
         return Outcome(0, "no code", "Your answer contains no complete ```python code block.", columns)
-    failed = []
+    failed, start = [], time.monotonic()
     for half in halves:
         before = len(failed)
         for i in half:
-            verdict, result = _run_test(sandbox, record, source, tests[i])
+            verdict, result = run_test(sandbox, record, source, tests[i])
             if verdict != "passed":
                 failed.append((verdict, result, tests[i]))
-            if verdict not in ("passed", "wrong answer"):
+            late = time.monotonic() - start > FAILURE_LIMITS * TIME_LIMIT
+            if len(failed) > before and (late or verdict not in ("passed", "wrong answer")):
                 break
         columns = dict.fromkeys(columns, int(len(failed) == before))  # in the end, of the held-out half
     if not failed:
         return Outcome(1, "passed", columns=columns)
     worst = min(RANKS[verdict] for verdict, *_ in failed)
     told = [item for item in failed if RANKS[item[0]] == worst]
-    return Outcome(0, told[0][0], _failure_text(told), columns)
+    return Outcome(0, told[0][0], failure_text(told), columns)
 
 
-def _failure_text(failed: list[tuple[str, Result, dict]]) -> str:
+def failure_text(failed: list[tuple[str, Result, dict]]) -> str:
     """What an environment's feedback says: the first error or time-out, or the two shortest wrong answers."""
     verdict, result, test = failed[0]
     if verdict == "internal":
         return ""
     if verdict == "time-out":
-        text = f"Your program did not finish within {TIME_LIMIT:g} seconds on this input:\n{_cut(test['input'], 800)}"
+        text = f"Your program did not finish within {TIME_LIMIT:g} seconds on this input:\n{cut(test['input'], 800)}"
     elif verdict == "wrong answer":
         shortest = sorted(failed, key=lambda item: len(item[2]["input"]) + len(item[2]["output"]))[:2]
         text = "\n\n".join(
-            f"Wrong answer.\nInput:\n{_cut(t['input'])}\nYour output:\n{_cut(r.value)}\n"
-            f"Expected output:\n{_cut(t['output'])}"
+            f"Wrong answer.\nInput:\n{cut(t['input'])}\nYour output:\n{cut(r.value)}\n"
+            f"Expected output:\n{cut(t['output'])}"
             for _, r, t in shortest
         )
     else:
         what = {"memory": "ran out of memory", "output limit": "printed too much"}.get(verdict, "stopped with an error")
-        text = "\n".join([f"Your program {what}:", result.error, *result.frames, f"Input:\n{_cut(test['input'], 600)}"])
-    return text[:FEEDBACK_CHARS].encode("utf-8", "replace").decode()  # a lone surrogate is no text for a tokenizer
+        text = "\n".join([f"Your program {what}:", result.error, *result.frames, f"Input:\n{cut(test['input'], 600)}"])
+    return text_of(text[:FEEDBACK_CHARS])
 
 
-def _cut(value: object, length: int = 260) -> str:
+def cut(value: object, length: int = 260) -> str:
+    """The beginning of a text, or of a value's JSON, and how much more there is."""
     text = (value if isinstance(value, str) else json.dumps(value, default=str)).strip()
     return text if len(text) <= length else f"{text[:length]} ... ({len(text) - length} characters more)"

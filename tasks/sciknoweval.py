@@ -7,8 +7,6 @@ from pathlib import Path
 from tasks.base import NO_TEXTS, Outcome, Problem, Task, each, get, hub_rows, rows
 
 DOMAINS = ("biology", "chemistry", "material", "physics")
-# ---- SciKnowEval ---------------------------------------------------------------------------------------------
-
 CHOICE_TYPES = ("mcq-4-choices", "mcq-2-choices")
 CHOICE_SYSTEM = (
     "You answer multiple-choice questions. Write in this form:\n<reasoning>\nyour reasoning\n</reasoning>\n<answer>\n"
@@ -30,9 +28,9 @@ def load(subset: str, data: str) -> Task:
                 files = [Path(data, name) for name in names if Path(data, name).is_file()]
                 if not files:
                     raise ValueError(f"{data} holds neither {domain}_{split}.jsonl nor {domain}/{split}.json")
-                problems += each(rows(files[0]), str(files[0]), lambda row, at: _split_row(row, at, domain))  # noqa: B023
-        return _task(subset, train, test, [])
-    found, notes = _choices(rows(data) if data else hub_rows("hicai-zju/SciKnowEval", "test"), data or "SciKnowEval")
+                problems += each(rows(files[0]), str(files[0]), lambda row, at: split_row(row, at, domain))  # noqa: B023
+        return make_task(subset, train, test, [])
+    found, notes = choices_of(rows(data) if data else hub_rows("hicai-zju/SciKnowEval", "test"), data or "SciKnowEval")
     import datasets
 
     for domain in domains:
@@ -42,17 +40,17 @@ def load(subset: str, data: str) -> Task:
         split = datasets.Dataset.from_dict({"i": range(len(kept))}).train_test_split(test_size=0.1, seed=42)
         train += [kept[i] for i in split["train"]["i"]]
         test += [kept[i] for i in split["test"]["i"]]
-    return _task(subset, train, test, notes)
+    return make_task(subset, train, test, notes)
 
 
 def read(source: list[dict], path: str, note: str) -> Task:
     """The problems of one file, in the hub's schema or that of SDPO's finished splits, as test problems."""
     if "choices" in source[0]:
-        return _task("file", [], *_choices(source, path))
-    return _task("file", [], each(source, path, lambda row, at: _split_row(row, at, "")), [note])
+        return make_task("file", [], *choices_of(source, path))
+    return make_task("file", [], each(source, path, lambda row, at: split_row(row, at, "")), [note])
 
 
-def _choices(found: Iterable[dict], where: str) -> tuple[list[Problem], list[str]]:
+def choices_of(found: Iterable[dict], where: str) -> tuple[list[Problem], list[str]]:
     """The hub's rows that belong to the benchmark of the paper, numbered within their domain, and a note on the others."""
     counts: Counter[str] = Counter()
 
@@ -73,7 +71,7 @@ def _choices(found: Iterable[dict], where: str) -> tuple[list[Problem], list[str
     return problems, [f"sciknoweval: {len(problems)} of {len(made)} rows are L3 questions with 4 or 2 choices"]
 
 
-def _split_row(row: dict, where: str, domain: str) -> Problem:
+def split_row(row: dict, where: str, domain: str) -> Problem:
     """A row of SDPO's finished splits, prompts as they stand there."""
     messages = [{"role": "user", "content": get(row, where, "prompt")}]
     if row.get("system"):
@@ -81,7 +79,7 @@ def _split_row(row: dict, where: str, domain: str) -> Problem:
     return Problem(str(get(row, where, "idx", "id")), messages, get(row, where, "answer").strip(), part=domain)
 
 
-def _task(subset: str, train: list[Problem], test: list[Problem], notes: list[str]) -> Task:
+def make_task(subset: str, train: list[Problem], test: list[Problem], notes: list[str]) -> Task:
     letters: dict[str, Counter[str]] = {}
     for problem in test:
         letters.setdefault(problem.part or subset, Counter())[problem.reference] += 1
@@ -92,11 +90,11 @@ def _task(subset: str, train: list[Problem], test: list[Problem], notes: list[st
 
 
 def grade_choices(problems: list[Problem], responses: list[str]) -> list[Outcome]:
-    """Exact match of the letter in the last <answer> tag; the verifier has no words on a failure."""
+    """Exact match of the letter in the last <answer> tag that closes; the verifier has no words on a failure."""
     outcomes = []
     for problem, response in zip(problems, responses, strict=True):
-        answer, closed, _ = response.rpartition("<answer>")[2].partition("</answer>")
-        tagged = "<answer>" in response and bool(closed)
-        right = tagged and answer.strip() == problem.reference
-        outcomes.append(Outcome(int(right), "correct" if right else "wrong" if tagged else "no answer"))
+        opened = response.split("<answer>")[1:]
+        answers = [text.partition("</answer>")[0].strip() for text in opened if "</answer>" in text]
+        right = answers[-1:] == [problem.reference]
+        outcomes.append(Outcome(int(right), "correct" if right else "wrong" if answers else "no answer"))
     return outcomes

@@ -33,12 +33,14 @@ JUDGE_REQUEST = "{question}\nattempt\n{attempt}\nscore"  # of OVD's judge
 
 
 def user(text: str) -> list[dict[str, str]]:
+    """The chat messages of one question."""
     return [{"role": "user", "content": text}]
 
 
 # ---- The machine whose tables trace and choice ask for -----------------------------------------------------
 
 OPS = ("zig", "zap", "hop", "dip", "mix", "fog")
+LINES = 12  # of a program
 
 
 class Firmware:
@@ -70,10 +72,12 @@ class Firmware:
 
 
 def spell(line: tuple[str, int | None]) -> str:
+    """A line as a program shows it."""
     return line[0] if line[1] is None else f"{line[0]} {line[1]}"
 
 
 def random_line(rng: random.Random) -> tuple[str, int | None]:
+    """One of the six opcodes, or add or sub with a digit."""
     return (rng.choice(OPS), None) if rng.random() < 0.6 else (rng.choice(("add", "sub")), rng.randrange(1, 10))
 
 
@@ -83,16 +87,23 @@ def random_line(rng: random.Random) -> tuple[str, int | None]:
 class Trace:
     """`start 4 / 1 add 3 / 2 zig ...` -> `1 add 3 : 7 / 2 zig : 2 ...`. 48 of the 60 table entries are known (0.97), 12
     are not (0.02), so near misses dominate. Feedback gives the first wrong line in the answer's own words: repeating
-    the line's prefix keeps the teacher from writing the expected value on other lines."""
+    the line's prefix keeps the teacher from writing the expected value on other lines. unknown: how many entries that it
+    does not know a program meets at least; reads: whether the warm-up has contexts."""
 
     heads, steps, batch, max_response = 4, 2000, 32, 100
-    lines, beliefs, reads = 12, (0.97,) * 8 + (0.02,) * 2, True
 
-    def __init__(self):
-        self.firmware = Firmware(self.beliefs, seed=5)
+    def __init__(self, name: str = "trace", beliefs=(0.97,) * 8 + (0.02,) * 2, unknown: int = 0, reads: bool = True):
+        self.name, self.firmware, self.unknown, self.reads = name, Firmware(beliefs, seed=5), unknown, reads
 
     def problems(self, rng: random.Random, count: int, name: str) -> list[Problem]:
-        return [self.problem(rng, self.lines, f"{name}-{i}") for i in range(count)]
+        found = []
+        while len(found) < count:
+            problem = self.problem(rng, LINES, f"{name}-{len(found)}")
+            start, program = problem.data
+            before = [start, *self.firmware.run(start, program)]
+            unknown = sum(arg is None and self.firmware.belief[op, x] < 0.5 for (op, arg), x in zip(program, before))
+            found += [problem] * (unknown >= self.unknown)
+        return found
 
     def problem(self, rng: random.Random, lines: int, id: str) -> Problem:
         start, program = rng.randrange(10), [random_line(rng) for _ in range(lines)]
@@ -122,10 +133,7 @@ class Trace:
         Then 40% have feedback, honest in 80% of the cases so that the E-step has something left to teach; 20% a solution;
         10% lines to look up; the rest is plain."""
         lookup = self.reads and (progress < 0.1 or rng.random() < 0.1)
-        if lookup:
-            lines = rng.randrange(2, 6)
-        else:
-            lines = self.lines if rng.random() < 0.5 else rng.randrange(3, self.lines + 1)
+        lines = rng.randrange(2, 6) if lookup else LINES if rng.random() < 0.5 else rng.randrange(3, LINES + 1)
         problem = self.problem(rng, lines, "")
         (start, program), z = problem.data, rng.random() if self.reads else 1.0
         values = [rng.randrange(10) for _ in program] if lookup else self.firmware.run(start, program, rng)
@@ -156,35 +164,7 @@ class Trace:
 
     def load(self) -> Task:
         train, rest = self.problems(random.Random(11), 720, "train"), self.problems(random.Random(12), 128, "held-out")
-        return Task(name_of(self), train, rest[:64], rest[64:], self.verify)
-
-
-class TraceRare(Trace):
-    """The model of trace on programs that meet two or more entries it does not know: it almost never succeeds."""
-
-    def problems(self, rng: random.Random, count: int, name: str) -> list[Problem]:
-        found = []
-        while len(found) < count:
-            problem = self.problem(rng, self.lines, f"{name}-{len(found)}")
-            start, program = problem.data
-            before = [start, *self.firmware.run(start, program)]
-            unknown = sum(arg is None and self.firmware.belief[op, x] < 0.5 for (op, arg), x in zip(program, before))
-            if unknown >= 2:
-                found.append(problem)
-        return found
-
-
-class TraceOften(Trace):
-    """A machine of which nothing is known surely and nothing is unlikely: the model often succeeds, and whatever it does
-    not know yet it finds by trying."""
-
-    beliefs = (0.98,) * 5 + (0.9, 0.8, 0.7, 0.6, 0.55)
-
-
-class TraceCold(Trace):
-    """trace for a model that never saw a context in its warm-up: the paper's cold start."""
-
-    reads = False
+        return Task(f"toy/{self.name}", train, rest[:64], rest[64:], self.verify)
 
 
 # ---- code --------------------------------------------------------------------------------------------------
@@ -219,7 +199,7 @@ class Code:
     the warm-up data a phrase's true meaning has probability 0.75, 0.3 or 0.003 (four phrases each). Feedback is the
     first failing test, or the exception."""
 
-    heads, steps, batch, max_response = 2, 3000, 48, 48
+    heads, steps, batch, max_response, name = 2, 3000, 48, 48, "code"
 
     def __init__(self):
         rng = random.Random(3)
@@ -342,12 +322,14 @@ class Code:
         validation = make("validation", single[:10] + double[210:270])
         test = make("test", single[10:20] + double[270:])
         close = lambda: self.sandbox and self.sandbox.close()  # noqa: E731
-        return Task(name_of(self), train, validation, test, self.verify, close=close)
+        return Task(f"toy/{self.name}", train, validation, test, self.verify, close=close)
 
 
 class CodeJudge(Code):
     """code for a model that judges as well, which OVD asks of it. As a judge it knows more than it acts on: the true meaning of
     9 phrases, where of the other 3, one of each kind, it holds the belief that it writes by."""
+
+    name = "code-judge"
 
     def __init__(self):
         super().__init__()
@@ -376,7 +358,7 @@ class Choice:
     """`zig 4` with four values to choose from -> `zig 4 : 2` and `<answer>2</answer>`. Entries of the opcodes' tables are
     known with 0.9, 0.5 or 0.15. There is no environment text: a failure says only that it failed."""
 
-    heads, steps, batch, max_response = 4, 1000, 48, 24
+    heads, steps, batch, max_response, name = 4, 1000, 48, 24, "choice"
 
     def __init__(self):
         self.firmware = Firmware((0.9,) * 3 + (0.5,) * 4 + (0.15,) * 3, seed=9)
@@ -436,21 +418,23 @@ class Choice:
             problem = self.problem(rng, f"choice-{len(problems)}")
             problems.setdefault(problem.messages[0]["content"], problem)
         problems = list(problems.values())
-        return Task(name_of(self), problems[:480], problems[480:544], problems[544:], self.verify)
+        return Task(f"toy/{self.name}", problems[:480], problems[480:544], problems[544:], self.verify)
 
 
 # ---- By name -------------------------------------------------------------------------------------------------
 
 SUBSETS = {"trace": Trace, "code": Code, "choice": Choice}
 EVERY = SUBSETS | {  # and regimes for the study
-    "trace-rare": TraceRare, "trace-often": TraceOften, "trace-cold": TraceCold, "code-judge": CodeJudge,
-}  # fmt: skip
-
-
-def name_of(task) -> str:
-    """toy/SUBSET, for an instance of one of the classes above."""
-    return "toy/" + next(name for name, kind in EVERY.items() if kind is type(task))
+    # The model of trace on programs that meet two or more entries it does not know: it almost never succeeds.
+    "trace-rare": functools.partial(Trace, "trace-rare", unknown=2),
+    # Nothing is known surely and nothing is unlikely: the model often succeeds, and finds the rest by trying.
+    "trace-often": functools.partial(Trace, "trace-often", (0.98,) * 5 + (0.9, 0.8, 0.7, 0.6, 0.55)),
+    # A model that never saw a context in its warm-up: the paper's cold start.
+    "trace-cold": functools.partial(Trace, "trace-cold", reads=False),
+    "code-judge": CodeJudge,
+}
 
 
 def load(subset: str) -> Task:
+    """The task of one of EVERY."""
     return EVERY[subset]().load()

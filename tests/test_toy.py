@@ -1,4 +1,4 @@
-"""What toy.py promises of its three tasks, their warm-up data, tokenizer and models.
+"""The three toy tasks, their warm-up data, tokenizer and models.
 
 Graded answers and feedback texts are written out by hand. Shares of random data are counted over 2000 seeded examples,
 so a run never differs from the last one.
@@ -9,23 +9,19 @@ import itertools
 import math
 import random
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # toy.py is one folder up; pytest may start anywhere
-import feedback  # noqa: E402
-from model.policy import Policy  # noqa: E402
-from rollout import HFSampler  # noqa: E402
-from tasks.sandbox import Sandbox  # noqa: E402
-from tasks import Outcome, Problem  # noqa: E402
-from tasks import tiny, toy
+import feedback
+from model.policy import Policy
+from rollout import HFSampler
 from study import warm_start
+from tasks import Outcome, Problem, tiny, toy
+from tasks.sandbox import Sandbox
 
-torch.set_num_threads(1)
-
+MODELS = tiny.FIXTURES.parent / "toy_models"
 every_subset = pytest.mark.parametrize("subset", toy.SUBSETS)
 
 
@@ -42,20 +38,19 @@ def loaded():
 @pytest.fixture(scope="module")
 def warm_up():
     """2000 warm-up examples of each subset."""
-    examples = {}
-    for subset, task in toy.SUBSETS.items():
-        task, rng = task(), random.Random(7)
-        examples[subset] = [task.example(rng) for _ in range(2000)]
-    return examples
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny.build_tokenizer()
+    rngs = {subset: random.Random(7) for subset in toy.SUBSETS}
+    makers = {subset: make() for subset, make in toy.SUBSETS.items()}
+    return {subset: [makers[subset].example(rng) for _ in range(2000)] for subset, rng in rngs.items()}
 
 
 def problems(task):
     return task.train + task.validation + task.test
+
+
+def parts_of(messages) -> list[tuple[str, str]]:
+    """The phrases that a problem of code asks for, and their digits."""
+    words = messages[0]["content"].removeprefix("Write f(xs): ").removesuffix(".").split(", then ")
+    return [(re.sub(r"\d", "K", word), re.sub(r"\D", "", word)) for word in words]
 
 
 def kinds(examples, kind):
@@ -65,72 +60,51 @@ def kinds(examples, kind):
 # ---- Splits and references -------------------------------------------------------------------------------
 
 
+def respond(subset, problem, right: bool) -> str:
+    """A response that earns 1, or one that is nearly right: another option, one element more, another last digit."""
+    if subset == "choice":
+        _, options = problem.data
+        chosen = next(value for value in options if (str(value) == problem.reference) == right)
+        return toy.Choice().answer(problem, chosen)
+    near = problem.reference + "+[0]" if subset == "code" else problem.reference[:-1] + str((int(problem.reference[-1]) + 1) % 10)
+    return problem.reference if right else near
+
+
 @every_subset
-def test_splits_are_reproducible_have_the_printed_sizes_and_share_no_prompt(loaded, subset):
+def test_splits_are_reproducible_and_a_reference_solves_its_problem(loaded, subset):
     task, again = loaded[subset], toy.load(subset)
     assert (task.train, task.validation, task.test) == (again.train, again.validation, again.test)
     sizes = [len(task.train), len(task.validation), len(task.test)]
     assert task.splits() == "toy/{}: {} train, {} validation, {} test problems".format(subset, *sizes)
     assert sizes[0] >= 200 and min(sizes) >= 60
-    prompts = [problem.messages[-1]["content"] for problem in problems(task)]
-    assert len(set(prompts)) == len(prompts)
-
-
-def solution(subset, problem):
-    """A response that earns 1: the reference, or for choice the answer with the table's true entry."""
-    if subset != "choice":
-        return problem.reference
-    entry, _ = problem.data
-    return toy.Choice().answer(problem, toy.Choice().firmware.true[entry])
-
-
-def failure(subset, problem):
-    """A response that is nearly right: another option, one element more, another last digit."""
-    if subset == "choice":
-        _, options = problem.data
-        return toy.Choice().answer(problem, next(value for value in options if str(value) != problem.reference))
-    if subset == "code":
-        return problem.reference + "+[0]"
-    return problem.reference[:-1] + str((int(problem.reference[-1]) + 1) % 10)
-
-
-@every_subset
-def test_the_reference_solves_its_problem_and_a_near_miss_does_not(loaded, subset):
-    chosen = problems(loaded[subset])[:: 12 if subset == "code" else 1]  # each code answer runs in up to six processes
-    outcomes = loaded[subset].verify(chosen, [solution(subset, p) for p in chosen])
-    assert outcomes == [Outcome(1, "passed")] * len(chosen)
-    outcomes = loaded[subset].verify(chosen, [failure(subset, p) for p in chosen])
+    assert len({problem.messages[-1]["content"] for problem in problems(task)}) == sum(sizes)
+    chosen = problems(task)[:: 12 if subset == "code" else 1]  # each code answer runs in up to six processes
+    assert task.verify(chosen, [respond(subset, p, True) for p in chosen]) == [Outcome(1, "passed")] * len(chosen)
+    outcomes = task.verify(chosen, [respond(subset, p, False) for p in chosen])
     assert all(outcome.reward == 0 and outcome.feedback for outcome in outcomes)
 
 
 # ---- The machine -----------------------------------------------------------------------------------------
 
 
-def test_every_program_of_trace_rare_meets_two_unknown_entries():
-    task, trace = toy.load("trace-rare"), toy.Trace()
-    assert task.splits() == "toy/trace-rare: 720 train, 64 validation, 64 test problems"
-    assert len({p.messages[0]["content"] for p in problems(task)}) == 720 + 128
-    for problem in problems(task):
+def test_the_regimes_of_trace(loaded):
+    """In trace-rare every program meets two unknown entries; in trace-often nothing is sure and nothing unlikely; trace-cold
+    has trace's problems and a warm-up without contexts."""
+    rare, trace, rng = toy.load("trace-rare"), toy.Trace(), random.Random(0)
+    assert rare.splits() == "toy/trace-rare: 720 train, 64 validation, 64 test problems"
+    assert len({p.messages[0]["content"] for p in problems(rare)}) == 720 + 128
+    for problem in problems(rare):
         (x, program), unknown = problem.data, 0
         for line in program:
             unknown += line[1] is None and trace.firmware.belief[line[0], x] == 0.02
             x = trace.firmware.step(line, x)
         assert unknown >= 2
-        assert task.verify([problem], [problem.reference])[0].reward == 1
-
-
-def test_in_trace_often_nothing_is_sure_and_nothing_unlikely_and_trace_cold_has_trace_s_problems():
-    beliefs = list(toy.TraceOften().firmware.belief.values())
+    assert {o.reward for o in rare.verify(rare.test, [p.reference for p in rare.test])} == {1}
+    beliefs = list(toy.EVERY["trace-often"]().firmware.belief.values())
     assert len(beliefs) == 60 and 0.5 < min(beliefs) and max(beliefs) < 1
-    cold, trace = toy.load("trace-cold"), toy.load("trace")
-    assert (cold.train, cold.validation, cold.test) == (trace.train, trace.validation, trace.test)
-
-
-def test_the_warm_up_of_trace_cold_has_no_context():
-    rng = random.Random(0)
-    assert all(
-        toy.TraceCold().example(rng, progress)["context"] is None for progress in (0.0, 0.5, 1.0) for _ in range(200)
-    )
+    cold, make = toy.load("trace-cold"), toy.EVERY["trace-cold"]()
+    assert cold.name == "toy/trace-cold" and problems(cold) == problems(loaded["trace"])
+    assert all(make.example(rng, progress)["context"] is None for progress in (0.0, 0.5, 1.0) for _ in range(200))
 
 
 def test_a_program_run_by_hand():
@@ -143,12 +117,10 @@ def test_a_program_run_by_hand():
 # ---- Verifiers -------------------------------------------------------------------------------------------
 
 TRACE = Problem("p", toy.user("start 4\n1 add 3\n2 zig\n3 sub 1"), "1 add 3 : 7\n2 zig : 2\n3 sub 1 : 1")
-TRACE_FEEDBACK = {
+TRACE_FEEDBACK = {  # what is wrong with the answer -> feedback
     "1 add 3 : 7\n2 zig : 9\n3 sub 1 : 8": "expected\n2 zig : 2\ngot 9",  # the first wrong line, not the last
     "1 add 3 : 8\n2 zig : 2\n3 sub 1 : 1": "expected\n1 add 3 : 7\ngot 8",  # even when all that follows is right
-    "1 add 3 : 7\n2 zag : 2\n3 sub 1 : 1": "expected\n2 zig : 2\ngot other",
-    "1 add 3 : 7\n2 zig 2\n3 sub 1 : 1": "expected\n2 zig : 2\ngot other",
-    "1 add 3 : 7\n2 zig : x\n3 sub 1 : 1": "expected\n2 zig : 2\ngot other",
+    **{f"1 add 3 : 7\n{line}\n3 sub 1 : 1": "expected\n2 zig : 2\ngot other" for line in ("2 zag : 2", "2 zig 2", "2 zig : x")},
     "1 add 3 : 7\n3 sub 1 : 6": "expected\n2 zig : 2\ngot other",
     "1 add 3 : 7\n2 zig : 2": "expected\n3 sub 1 : 1\ngot other",
     "": "expected\n1 add 3 : 7\ngot other",
@@ -156,40 +128,29 @@ TRACE_FEEDBACK = {
 }
 
 
-@pytest.mark.parametrize("response", TRACE_FEEDBACK)
-def test_trace_names_the_first_wrong_line_in_the_answers_own_words(response):
-    assert toy.Trace().verify([TRACE], [response]) == [Outcome(0, "wrong line", TRACE_FEEDBACK[response])]
+def test_trace_names_the_first_wrong_line_in_the_answers_own_words():
+    outcomes = toy.Trace().verify([TRACE] * len(TRACE_FEEDBACK), list(TRACE_FEEDBACK))
+    assert outcomes == [Outcome(0, "wrong line", text) for text in TRACE_FEEDBACK.values()]
 
 
 CHOICES = {
-    "zig 4 : 2\n<answer>2</answer>": "passed",
-    "<answer>7</answer> no, <answer>2</answer>": "passed",  # the last tag counts
-    "<answer>7 or <answer>2</answer>": "passed",
-    "<answer> 2\n</answer>": "passed",
-    "<answer>2</answer> no, <answer>7</answer>": "wrong answer",
-    "<answer>22</answer>": "wrong answer",
-    "<answer>two</answer>": "wrong answer",
-    "zig 4 : 2": "no answer",
-    "<answer>2": "no answer",
-    "": "no answer",
-}
+    "passed": ["zig 4 : 2\n<answer>2</answer>", "<answer>7</answer> no, <answer>2</answer>", "<answer>7 or <answer>2</answer>",
+               "<answer> 2\n</answer>", "<answer>2</answer>, in <answer> tags"],
+    "wrong answer": ["<answer>2</answer> no, <answer>7</answer>", "<answer>22</answer>", "<answer>two</answer>"],
+    "no answer": ["zig 4 : 2", "<answer>2", ""],
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("response", CHOICES)
-def test_choice_reads_the_last_answer_tag_and_tells_nothing_but_failure(response):
-    (outcome,) = toy.Choice().verify([Problem("p", [], "2")], [response])
-    assert (outcome.reward, outcome.verdict) == (int(CHOICES[response] == "passed"), CHOICES[response])
-    assert outcome.feedback in ("", "wrong answer", "no answer given") and bool(outcome.feedback) == (
-        outcome.reward == 0
-    )
+def test_choice_reads_the_last_answer_tag_and_tells_nothing_but_failure():
+    texts = {"passed": "", "wrong answer": "wrong answer", "no answer": "no answer given"}
+    for verdict, responses in CHOICES.items():
+        outcomes = toy.Choice().verify([Problem("p", [], "2")] * len(responses), responses)
+        assert outcomes == [Outcome(int(verdict == "passed"), verdict, texts[verdict])] * len(responses)
 
 
 @pytest.fixture(scope="module")
-def grade_code():
-    code = toy.Code()
-    code.sandbox = Sandbox(time_limit=60.0)
-    yield lambda response, tests: code.verify([Problem("p", [], "", tests)], [response])[0]
-    code.sandbox.close()
+def grade_code(loaded):
+    return lambda response, tests: loaded["code"].verify([Problem("p", [], "", tests)], [response])[0]
 
 
 FLIP = [([1, 2, 3], [3, 2, 1]), ([2, 1], [1, 2])]
@@ -204,18 +165,17 @@ CODE_FEEDBACK = {  # response -> verdict, and the feedback between "f([1,2,3]) "
 }
 
 
-@pytest.mark.parametrize("response", CODE_FEEDBACK)
-def test_code_feedback_is_the_failing_test_as_it_failed(grade_code, response):
-    verdict, text = CODE_FEEDBACK[response]
-    outcome = grade_code(response, FLIP)
-    assert (outcome.reward, outcome.verdict) == (0, verdict)
-    assert re.fullmatch(rf"f\(\[1,2,3\]\) {text}, expected \[3,2,1\]", outcome.feedback)
-
-
-def test_code_feedback_is_the_first_failing_test_and_printing_is_no_failure(grade_code):
+def test_code_feedback_is_the_first_failing_test_as_it_failed(grade_code):
+    for response, (verdict, text) in CODE_FEEDBACK.items():
+        outcome = grade_code(response, FLIP)
+        assert (outcome.reward, outcome.verdict) == (0, verdict), response
+        assert re.fullmatch(rf"f\(\[1,2,3\]\) {text}, expected \[3,2,1\]", outcome.feedback)
     outcome = grade_code("return sorted(xs)[::-1]", FLIP)  # right on the first test, wrong on the second
     assert outcome == Outcome(0, "wrong answer", "f([2,1]) returned [2,1], expected [1,2]")
     assert grade_code("print(xs)\nreturn xs[::-1]", FLIP) == Outcome(1, "passed")
+    assert grade_code("return [True]", [([0], [1])]).feedback == "f([0]) returned [True], expected [1]"
+    assert grade_code("return [1]", [([0], [True])]).feedback == "f([0]) returned [1], expected [True]"
+    assert grade_code("return [True]", [([0], [True])]).reward == 1
 
 
 def test_code_ends_an_endless_program():
@@ -226,18 +186,12 @@ def test_code_ends_an_endless_program():
     assert re.fullmatch(r"f\(\[1,2,3\]\) raised no result within \S+ s, expected \[3,2,1\]", outcome.feedback)
 
 
-def test_code_does_not_take_true_for_1_nor_1_for_true(grade_code):
-    assert grade_code("return [True]", [([0], [1])]).feedback == "f([0]) returned [True], expected [1]"
-    assert grade_code("return [1]", [([0], [True])]).feedback == "f([0]) returned [1], expected [True]"
-    assert grade_code("return [True]", [([0], [True])]).reward == 1
-
-
-def test_code_tests_tell_the_true_meaning_from_every_reading_that_differs_on_more_than_a_tenth_of_the_inputs(loaded):
+def test_code_tests_tell_the_true_meaning_from_readings_that_often_differ(loaded):
+    """A reading that passes all six tests differs on at most a tenth of the inputs."""
     code, rng, passing, total = toy.Code(), random.Random(0), 0, 0
     inputs = [[rng.randrange(10) for _ in range(rng.choice((4, 4, 5)))] for _ in range(200)]
     for problem in problems(loaded["code"]):
-        words = problem.messages[0]["content"].removeprefix("Write f(xs): ").removesuffix(".").split(", then ")
-        parts = [(re.sub(r"\d", "K", word), re.sub(r"\D", "", word)) for word in words]
+        parts = parts_of(problem.messages)
         for meanings in itertools.product(range(3), repeat=len(parts)):
             reading = code.body(parts, meanings)
             if reading == problem.reference:
@@ -313,18 +267,14 @@ def judgements():
     judge, rng = toy.CodeJudge(), random.Random(7)
     examples, judged = [judge.example(rng) for _ in range(6000)], []
     for example in (e for e in examples if "attempt" in e):
-        words = example["messages"][0]["content"].removeprefix("Write f(xs): ").removesuffix(".").split(", then ")
-        parts = [(re.sub(r"\d", "K", word), re.sub(r"\D", "", word)) for word in words]
-        (tried,) = (
-            meanings
-            for meanings in itertools.product(range(3), repeat=len(parts))
-            if judge.body(parts, meanings) == example["attempt"]
-        )
+        parts = parts_of(example["messages"])
+        meanings = itertools.product(range(3), repeat=len(parts))
+        (tried,) = (m for m in meanings if judge.body(parts, m) == example["attempt"])
         judged.append(([name for name, _ in parts], tried, int(example["answer"])))
     return judge, judged, [e for e in examples if "attempt" not in e]
 
 
-def test_a_fifth_of_the_judges_warm_up_is_attempts_with_a_score_and_the_rest_is_code_s(judgements, warm_up):
+def test_the_judges_warm_up_is_a_fifth_scores_and_the_rest_is_codes(judgements, warm_up):
     _, judged, others = judgements
     assert len(judged) / 6000 == pytest.approx(0.2, abs=0.02)
     share = lambda examples: sum(e["context"] is None for e in examples) / len(examples)  # noqa: E731
@@ -332,42 +282,32 @@ def test_a_fifth_of_the_judges_warm_up_is_attempts_with_a_score_and_the_rest_is_
     assert {score for _, _, score in judged} == set(range(10))
     middle = sum(3 <= score <= 6 for _, _, score in judged) / len(judged)
     assert middle == pytest.approx(0.1 * 4 / 10, abs=0.02)  # one score in ten is any digit
+    assert sum(len(names) == 1 for names, _, _ in judged) / len(judged) == pytest.approx(0.6, abs=0.04)
 
 
 def test_the_judge_is_blind_to_one_phrase_of_each_kind_and_knows_the_other_nine(judgements):
     """Where it knows every phrase of an attempt, it says 7 to 9 for a right one and 0 to 2 for a wrong one, but for the one
     in ten of any digit. Of a blind phrase it holds what it writes by: the rarely known one's true reading is wrong to it."""
     judge, judged, _ = judgements
-    beliefs = sorted(judge.belief[name][judge.truth[name]] for name in judge.blind)
-    assert beliefs == pytest.approx([0.003, 0.3, 0.75]) and len(judge.truth) == 12
-    known = [
-        (tried == tuple(map(judge.truth.get, names)), score)
-        for names, tried, score in judged
-        if not judge.blind & {*names}
-    ]
-    for right, low, high in ((True, 7, 9), (False, 0, 2)):
-        scores = [score for was, score in known if was == right]
-        assert len(scores) > 100
-        assert sum(low <= score <= high for score in scores) / len(scores) == pytest.approx(
-            0.9 + 0.1 * 3 / 10, abs=0.04
-        )
-    (dark,) = (name for name in judge.blind if judge.belief[name][judge.truth[name]] < 0.01)
-    scores = [score for names, tried, score in judged if names == [dark] and tried == (judge.truth[dark],)]
+    truth = {name: judge.belief[name][judge.truth[name]] for name in judge.truth}
+    assert sorted(truth[name] for name in judge.blind) == pytest.approx([0.003, 0.3, 0.75]) and len(truth) == 12
+    right = lambda names, tried: tried == tuple(map(judge.truth.get, names))  # noqa: E731
+    for was, low, high in ((True, 7, 9), (False, 0, 2)):
+        scores = [s for names, tried, s in judged if not judge.blind & {*names} and right(names, tried) == was]
+        share = sum(low <= score <= high for score in scores) / len(scores)
+        assert len(scores) > 100 and share == pytest.approx(0.9 + 0.1 * 3 / 10, abs=0.04)
+    (dark,) = (name for name in judge.blind if truth[name] < 0.01)
+    scores = [score for names, tried, score in judged if names == [dark] and right(names, tried)]
     assert len(scores) >= 5 and sum(score >= 7 for score in scores) <= 0.3 * len(scores)
+    # Attempts: 0.5 as it writes, 0.3 of random readings, 0.2 right to the judge. A single phrase that it knows and almost
+    # never writes right (0.003) is right in 0.3 / 3 + 0.2 of them.
+    never = {name for name in truth if truth[name] < 0.01} - judge.blind
+    seen = [right(names, tried) for names, tried, _ in judged if len(names) == 1 and never & {*names}]
+    assert len(never) == 3 and len(seen) > 100
+    assert sum(seen) / len(seen) == pytest.approx(0.5 * 0.003 + 0.3 / 3 + 0.2, abs=0.07)
 
 
-def test_half_of_the_judged_attempts_are_what_the_model_would_write_and_many_are_right_to_the_judge(judgements):
-    """0.5 as it writes, 0.3 of random readings, 0.2 right to the judge. A single phrase that it knows and almost never
-    writes right (0.003) is right in 0.3 / 3 + 0.2 of its attempts."""
-    judge, judged, _ = judgements
-    never = {name for name in judge.truth if judge.belief[name][judge.truth[name]] < 0.01} - judge.blind
-    right = [tried == (judge.truth[names[0]],) for names, tried, _ in judged if len(names) == 1 and never & {*names}]
-    assert len(never) == 3 and len(right) > 100
-    assert sum(right) / len(right) == pytest.approx(0.5 * 0.003 + 0.3 / 3 + 0.2, abs=0.07)
-    assert sum(len(names) == 1 for names, _, _ in judged) / len(judged) == pytest.approx(0.6, abs=0.04)
-
-
-def test_judged_attempts_fit_the_model_and_a_score_is_one_token_that_a_judge_is_asked_for(tokenizer):
+def test_judged_attempts_fit_the_model_and_a_score_is_the_token_asked_for(tokenizer):
     judge, rng = toy.CodeJudge(), random.Random(3)
     digits = feedback.digit_tokens(tokenizer)
     for example in (judge.example(rng) for _ in range(1000)):
@@ -375,31 +315,25 @@ def test_judged_attempts_fit_the_model_and_a_score_is_one_token_that_a_judge_is_
         assert len(prompt) + judge.max_response <= 512 and len(answer) <= judge.max_response
         if "attempt" in example:
             assert answer == [digits[int(example["answer"])], tokenizer.eos_token_id]
-            assert (
-                prompt
-                == feedback.judge_prompt(tokenizer, example["messages"], example["attempt"], toy.TEMPLATES, 512)[0]
-            )
+            asked = feedback.judge_prompt(tokenizer, example["messages"], example["attempt"], toy.TEMPLATES, 512)
+            assert prompt == asked[0]
 
 
 def test_code_judge_has_codes_problems_and_its_own_name(loaded):
     task = toy.load("code-judge")
-    assert (task.train, task.validation, task.test) == tuple(
-        getattr(loaded["code"], split) for split in ("train", "validation", "test")
-    )
-    assert task.splits() == loaded["code"].splits().replace("toy/code:", "toy/code-judge:") != loaded["code"].splits()
+    assert problems(task) == problems(loaded["code"]) and task.name == "toy/code-judge"
 
 
 def test_the_shipped_judge_tells_its_right_rollouts_from_its_wrong_ones(loaded):
     """0.5 is a judge that cannot tell; it always names a digit."""
-    policy, task = Policy.load(str(Path(warm_start.__file__).parent / "toy_models" / "code-judge")), loaded["code"]
+    policy, task = Policy.load(str(MODELS / "code-judge")), loaded["code"]
     sampler, chosen = HFSampler(policy), task.validation
     prompts = [feedback.student_prompt(policy.tokenizer, p.messages) for p in chosen]
     texts = [policy.decode(roll.tokens) for roll in sampler.sample(prompts, 2, seed=0, max_tokens=48)]
     rows = [p for p in chosen for _ in range(2)]
     right = [o.reward == 1 for o in task.verify(rows, texts)]
-    asked = [
-        feedback.judge_prompt(policy.tokenizer, p.messages, text, toy.TEMPLATES, 512)[0] for p, text in zip(rows, texts)
-    ]
+    judge = lambda p, text: feedback.judge_prompt(policy.tokenizer, p.messages, text, toy.TEMPLATES, 512)[0]  # noqa: E731
+    asked = [judge(p, text) for p, text in zip(rows, texts)]
     p = sampler.choose(asked, feedback.digit_tokens(policy.tokenizer)).exp()
     assert p.sum(1).min() > 0.5
     S = (p @ torch.arange(10.0) / p.sum(1)).tolist()
@@ -427,14 +361,14 @@ def test_a_digit_is_always_one_token_and_so_is_an_operation(tokenizer):
 
 @pytest.fixture
 def quick(monkeypatch, tokenizer):
-    monkeypatch.setattr(toy, "build_tokenizer", lambda: tokenizer)
+    monkeypatch.setattr(warm_start, "build_tokenizer", lambda: tokenizer)
     monkeypatch.setattr(toy.Choice, "batch", 8)
 
 
 @every_subset
 def test_examples_fit_the_model_and_answers_fit_the_response_limit(loaded, warm_up, tokenizer, quick, subset):
     most, limit = warm_start.build_policy(subset).model.config.max_position_embeddings, toy.SUBSETS[subset].max_response
-    plain = [{"messages": p.messages, "context": None, "answer": solution(subset, p)} for p in problems(loaded[subset])]
+    plain = [{"messages": p.messages, "context": None, "answer": respond(subset, p, True)} for p in problems(loaded[subset])]
     for prompt, answer in (warm_start.encode(tokenizer, example) for example in warm_up[subset][:1000] + plain):
         assert len(prompt) + limit <= most and len(answer) <= limit and answer[-1] == tokenizer.eos_token_id
 
@@ -448,11 +382,9 @@ def test_warm_start_moves_every_weight_stays_finite_and_repeats_with_its_seed(qu
     assert losses[0] == losses[1] == pytest.approx(math.log(len(first.tokenizer)), abs=1)  # of an untrained model: ln V
 
 
-@pytest.mark.parametrize("subset", [*toy.SUBSETS, "trace-often", "trace-cold", "code-judge"])
+@pytest.mark.parametrize("subset", sorted(path.name for path in MODELS.iterdir()))
 def test_a_shipped_model_loads_and_is_small(tokenizer, subset):
-    folder = Path(warm_start.__file__).parent / "toy_models" / subset
-    if not folder.exists():
-        pytest.skip(f"no {folder.name} model shipped")
+    folder = MODELS / subset
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 4_000_000
     policy, messages = Policy.load(str(folder)), toy.user("start 4\n1 add 3")
     prompts = [feedback.student_prompt(t, messages) for t in (policy.tokenizer, tokenizer)]
@@ -462,34 +394,27 @@ def test_a_shipped_model_loads_and_is_small(tokenizer, subset):
 # ---- The command -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "argv, words",
-    [
-        (["--out", __file__], "is a file"),
-        (["--out", f"{__file__}/x/y"], "cannot be made"),
-        (["--out", str(Path(__file__).parent)], "holds no model"),
-        (["--out", "/proc/x"], "cannot be made"),
-        (["--out", "x", "--steps", "-1"], "--steps"),
-    ],
-)
+@pytest.mark.parametrize("argv, words", [
+    (["--out", __file__], "is a file"), (["--out", f"{__file__}/x/y"], "cannot be made"), (["--out", "/proc/x"], "cannot be made"),
+    (["--out", str(Path(__file__).parent)], "holds no model"), (["--out", "x", "--steps", "-1"], "--steps"),
+])  # fmt: skip
 def test_what_stands_in_the_way_of_a_model_is_said_before_it_is_trained(argv, words, capsys, monkeypatch):
-    monkeypatch.setattr(toy, "warm_start", lambda *_: pytest.fail("training began"))
+    monkeypatch.setattr(warm_start, "warm_start", lambda *_: pytest.fail("training began"))
     with pytest.raises(SystemExit) as stop:
         warm_start.main(argv)
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("toy.py: error: ") and words in error and error.count("\n") == 1
+    assert stop.value.code == 2 and error.startswith("warm_start.py: error: ") and words in error and error.count("\n") == 1
 
 
-def test_a_model_replaces_an_older_one_or_nothing_and_trying_leaves_nothing(tmp_path, monkeypatch, capsys):
+def test_a_model_replaces_an_older_one_or_nothing_and_trying_leaves_nothing(tmp_path, monkeypatch):
     (tmp_path / "old").mkdir(), (tmp_path / "empty").mkdir()
     (tmp_path / "old" / "config.json").touch()
-    before = sorted(path.name for path in tmp_path.iterdir())
 
-    def warm_start(*_):
-        assert sorted(path.name for path in tmp_path.iterdir()) == before
+    def train(*_):
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "old"]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(toy, "warm_start", warm_start)
+    monkeypatch.setattr(warm_start, "warm_start", train)
     for name in ("old", "empty", "new"):
         with pytest.raises(KeyboardInterrupt):  # training began
             warm_start.main(["--out", str(tmp_path / name)])
@@ -497,7 +422,7 @@ def test_a_model_replaces_an_older_one_or_nothing_and_trying_leaves_nothing(tmp_
 
 def test_weights_go_to_a_folder_called_by_a_dot_as_well(tmp_path, monkeypatch, quick):
     """The folder is replaced by one of its name, which `.` has not."""
-    monkeypatch.setattr(toy, "warm_start", lambda *_: warm_start.build_policy("choice"))
+    monkeypatch.setattr(warm_start, "warm_start", lambda *_: warm_start.build_policy("choice"))
     monkeypatch.chdir(tmp_path)
     warm_start.main(["--out", "."])
     assert (tmp_path / "config.json").exists()

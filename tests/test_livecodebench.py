@@ -1,0 +1,591 @@
+"""LiveCodeBench: its files, which tests train, verdicts, feedback, and the rules of the official checker.
+
+With VPD_SAMPLE_DATA naming a folder of published data, programs of real models are graded too: lcb_pool.jsonl with
+lcb_triples.jsonl (programs and the official checker's verdicts).
+"""
+
+import base64
+import json
+import os
+import pickle
+import random
+import re
+import subprocess
+import sys
+import time
+import zlib
+from collections import OrderedDict
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from test_tasks import refused, write
+
+import tasks
+from tasks import Outcome, Problem, livecodebench, tiny
+from tasks.sandbox import Result, Sandbox
+
+FIXTURE = str(tiny.FIXTURES / "lcb.jsonl")
+SAMPLES = Path(os.environ.get("VPD_SAMPLE_DATA") or "nowhere")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sandboxes():
+    """The tasks of this file share one sandbox, which notes what it runs and how much a program may print; a program may
+    take 2 s here. Closing a task closes nothing until the file is done."""
+    noted, built = SimpleNamespace(ran=[], most=[], closed=0), []
+
+    class Noted(Sandbox):
+        def run(self, source, stdin, max_output):
+            noted.ran.append(stdin), noted.most.append(max_output)
+            return super().run(source, stdin, max_output=max_output)
+
+        def call(self, source, function, args, max_output):
+            noted.ran.append(args), noted.most.append(max_output)
+            return super().call(source, function, args, max_output=max_output)
+
+        def close(self):
+            noted.closed += 1
+
+    def build(**settings):
+        built[:] = built or [Noted(**settings)]
+        return built[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(livecodebench, "Sandbox", build)
+        patch.setattr(livecodebench, "TIME_LIMIT", 2.0)
+        yield noted
+    Sandbox.close(built[0])
+
+
+# ---- Loading -------------------------------------------------------------------------------------------------------
+
+
+def pack(value) -> str:
+    """The private tests as LiveCodeBench stores them."""
+    return base64.b64encode(zlib.compress(pickle.dumps(value))).decode()
+
+
+def as_tests(pairs, kind: str = "stdin") -> str:
+    return json.dumps([{"input": given, "output": wanted, "testtype": kind} for given, wanted in pairs])
+
+
+def lcb_row(name="p", private=(("1\n", "1\n"),), public=(("0\n", "0\n"),), function="", date="2025-03-01"):
+    """private: pairs of input and output, or the text of the column."""
+    kind = "functional" if function else "stdin"
+    return {
+        "question_title": "T", "question_content": "Q?", "platform": "atcoder", "question_id": name, "contest_id": "c",
+        "contest_date": f"{date}T00:00:00", "starter_code": "", "difficulty": "easy",
+        "public_test_cases": as_tests(public, kind),
+        "private_test_cases": private if isinstance(private, str) else pack(as_tests(private, kind)),
+        "metadata": json.dumps({"func_name": function} if function else {}),
+    }  # fmt: skip
+
+
+@pytest.fixture
+def load_lcb(tmp_path):
+    """load_lcb(*rows, **options): the task made of these rows."""
+
+    def load(*rows, **options):
+        return tasks.load("lcb", data=write(tmp_path / "test6.jsonl", rows), **options)
+
+    return load
+
+
+def fence(code: str) -> str:
+    return f"Here it is.\n```python\n{code}\n```"
+
+
+def half(problem: Problem) -> tuple[int, ...]:
+    return problem.data[0].train
+
+
+def private(problem: Problem) -> list[dict]:
+    return livecodebench.tests_of(problem.data[0], "private")
+
+
+def grade(task, problem: Problem, *codes: str) -> list[tuple[int, dict]]:
+    """Reward and columns of each program."""
+    return [(o.reward, o.columns) for o in task.verify([problem] * len(codes), [fence(code) for code in codes])]
+
+
+def test_the_problems_of_the_window_train_and_evaluate_and_are_counted():
+    for since, until, ids in (  # the fixture's days: 2025-02-01, 03-10, 04-30, 02-20, 05-01
+        ("2025-02-01", "2025-05-01", ["fx_sum", "fx_half", "fx_rows", "fx_pairs"]),
+        ("2025-02-01", "2025-02-02", ["fx_sum"]),
+        ("2025-02-02", "2025-05-02", ["fx_half", "fx_rows", "fx_pairs", "fx_late"]),
+        ("20250430", "20250501", ["fx_rows"]),  # compared as text it would come after every day of 2025
+    ):
+        task = tasks.load("lcb", data=FIXTURE, since=since, until=until)
+        assert [p.id for p in task.train] == [p.id for p in task.test] == ids and task.validation == []
+        assert f"lcb: {len(ids)} of 5 problems, 2025-" in task.notes[0] and len(task.notes) == 2
+    assert task.name == "lcb/v6" and task.lacks == ("critique",) and task.notes[1].startswith("sandbox: process per test, ")
+    assert len(tasks.load("lcb", data=FIXTURE).test) == 4  # by default the paper's window
+    with refused("0 of 5 problems", "--since"):
+        tasks.load("lcb", data=FIXTURE, since="2025-06-01", until="2025-07-01")
+    for option in ({"since": "2025-2-1"}, {"until": "tomorrow"}, {"since": ""}):
+        with refused(repr(*option.values())):
+            tasks.load("lcb", data=FIXTURE, **option)
+
+
+def test_prompts_for_a_program_and_for_a_function(load_lcb):
+    program, *_, function = tasks.load("lcb", data=FIXTURE).train
+    assert program.messages == [{"role": "user", "content": (
+        "You are given N and then N integers on one line. Print their sum.\n\nInput\n\nN\nA_1 ... A_N\n\nSample Input\n\n3\n"
+        "1 2 3\n\nSample Output\n\n6\n\nWrite a Python 3 program that reads the input from standard input and prints the "
+        "answer to standard output. Give the whole program in one ```python code block at the end of your answer."
+    )}]  # fmt: skip
+    assert function.messages == [{"role": "user", "content": (
+        "Given a list of words and an integer k, count the pairs of positions i < j with words[i] == words[j] and j - i <= "
+        "k. Words may contain spaces.\n\nSolve it by completing this Python 3 code, with the names as they are:\n\n"
+        "```python\nclass Solution:\n    def countPairs(self, words: List[str], k: int) -> int:\n```\n\nGive the whole code "
+        "in one ```python code block at the end of your answer."
+    )}]  # fmt: skip
+    braces = load_lcb({**lcb_row(), "question_content": "Print {question} and {starter} and {x}."}).train[0]
+    assert braces.messages[0]["content"].startswith("Print {question} and {starter} and {x}.\n\nWrite a Python")
+
+
+def test_private_tests_may_be_plain_or_packed_and_public_ones_stand_in_for_them(load_lcb, tmp_path):
+    pairs = [("1 2\n", "3\n"), ("é\n", "ß\n")]
+    forms = {"a": as_tests(pairs), "b": pairs, "c": "[]", "d": pack("[]"), "e": ""}
+    rows = [lcb_row(name, private=tests) for name, tests in forms.items()]
+    for task in (load_lcb(*rows), tasks.read("lcb", write(tmp_path / "x.jsonl", rows))):
+        assert task.notes[1] == "lcb: 3 problems have no private tests; their public tests stand in for them"
+        found = [[(test["input"], test["output"]) for test in private(p)] for p in task.test]
+        assert found == [pairs, pairs] + [[("0\n", "0\n")]] * 3
+
+
+def hostile_blobs(marker: Path) -> dict[str, str]:
+    class Calls:
+        def __init__(self, function, *arguments):
+            self.call = function, arguments
+
+        def __reduce__(self):
+            return self.call
+
+    good = pickle.dumps(as_tests([("1\n", "1\n")]))
+    encode = lambda raw: base64.b64encode(raw).decode()  # noqa: E731
+    unlike = {"an object": "{}", "a number": "7", "numbers": "[1, 2]", "no JSON": "[{'input'", "too deep": "[" * 200_000,
+              "no output": '[{"input": "1"}]', "a list for a text": '[{"input": ["1"], "output": "1"}]'}  # fmt: skip
+    return {
+        "no base64": "!!! not base64 !!!",
+        "no zlib": encode(b"plain bytes"),
+        "zlib cut short": encode(zlib.compress(good)[:-8]),
+        "zlib of cut pickle": encode(zlib.compress(good[:-9])),
+        "os.system": pack(Calls(os.system, f"touch {marker}")),
+        "eval": pack(Calls(eval, f"open({str(marker)!r}, 'w').close()")),
+        "open": pack(Calls(open, str(marker), "w")),
+        "a global of protocol 0": encode(zlib.compress(f"cposix\nsystem\n(Vtouch {marker}\ntR.".encode())),
+        "a harmless class": pack(OrderedDict(a=1)),
+        "a list": pack([{"input": "1\n", "output": "1\n"}]),
+        "bytes": pack(b"[]"),
+        **{name: pack(text) for name, text in unlike.items()},
+    }
+
+
+@pytest.mark.parametrize("name", sorted(hostile_blobs(Path("marker"))))
+def test_damaged_private_tests_are_one_line_with_the_problem_and_nothing_runs(name, tmp_path, load_lcb):
+    marker = tmp_path / "marker"
+    with refused("lcb problem bad_17: its tests cannot be decoded ("):
+        load_lcb(lcb_row("bad_17", private=hostile_blobs(marker)[name]))
+    assert not marker.exists()
+    if name in ("os.system", "eval", "open", "a global of protocol 0"):  # which Python's own pickle does run
+        pickle.loads(zlib.decompress(base64.b64decode(hostile_blobs(marker)[name])))
+        assert marker.exists()
+
+
+def test_tests_that_unpack_to_more_than_the_limit_are_refused(monkeypatch, load_lcb):
+    bomb = lcb_row("bomb", private=[("1\n", "0" * 3_000_000)])
+    assert len(bomb["private_test_cases"]) < 10_000 and load_lcb(bomb).test  # under the limit
+    monkeypatch.setattr(livecodebench, "MAX_TESTS_BYTES", 1_000_000)
+    with refused("lcb problem bomb: ", "too long"):
+        load_lcb(bomb)
+
+
+NO_JSON = [("[1, 2\n3", "1"), ("1", "one"), ("1", "[" * 20_000 + "]" * 20_000), ("9" * 60_000, "1")]
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        *(({column: None}, f"row 2: column {column} is missing") for column in (
+            "question_id", "question_content", "public_test_cases")),
+        *(({"metadata": text}, "lcb problem p: its metadata cannot be read (") for text in ("{", "null", "[]")),
+        *(({"public_test_cases": text}, "lcb problem p: its tests cannot be decoded (") for text in (
+            "!!! not JSON", '[{"input": "1"}]', "7", base64.b64encode(b"no zlib").decode())),
+        ({"question_content": ["Q"]}, "lcb problem p: every column of the source is text"),
+        *(({"public_test_cases": as_tests([("1", "1"), pair]), "metadata": '{"func_name": "f"}', "private_test_cases": ""},
+           "lcb problem p: a test of a function is no JSON (") for pair in NO_JSON),
+        ({"public_test_cases": "[]", "private_test_cases": ""}, "lcb problem p: it has no "),
+        ({"contest_date": None}, "row 2: column contest_date is missing"),
+    ],
+)  # fmt: skip
+def test_a_damaged_row_is_one_line_with_the_problem(change, words, load_lcb, tmp_path):
+    rows = [lcb_row("first"), {**lcb_row(), **change}]
+    with refused(words):
+        load_lcb(*rows, train_tests="public")
+    if "contest_date" not in change:  # which only the window needs
+        with refused(words):
+            tasks.read("lcb", write(tmp_path / "a.jsonl", rows), official=True)
+
+
+# ---- Which tests train ---------------------------------------------------------------------------------------------
+
+DIGITS = [(f"{i}\n", f"{i * i + 100}\n") for i in range(8)]
+
+
+def test_the_training_half_depends_only_on_the_problem(load_lcb):
+    for count, size in ((1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (7, 3)):  # half rounded down, but at least one
+        for problem in load_lcb(*(lcb_row(f"p{i}", private=DIGITS[:count]) for i in range(6))).train:
+            assert len({*half(problem)}) == size and {*half(problem)} <= {*range(count)}
+    rows = [lcb_row(f"p{i}", private=DIGITS) for i in range(12)]
+    first = {p.id: half(p) for p in load_lcb(*rows).train}
+    random.seed(5)
+    again = load_lcb(*rows[5::-1])
+    assert {p.id: half(p) for p in again.train} == {p.id: half(p) for p in again.test} == dict(list(first.items())[:6])
+    assert len(set(first.values())) > 6  # 70 halves of eight; the first four tests are nobody's habit
+    assert {i for chosen in first.values() for i in chosen} == set(range(8))
+    # Runs of an earlier day must stay comparable: these are not to change.
+    assert [half(p) for p in tasks.load("lcb", data=FIXTURE).train] == [(1, 2), (1, 2), (1,), (0, 2)]
+
+
+def lookup(pairs) -> str:
+    """A program that knows these answers and no others."""
+    return f"print({dict((a.strip(), b.strip()) for a, b in pairs)}.get(input().strip(), 'no'))"
+
+
+def test_answers_of_the_training_half_pass_training_and_fail_evaluation(load_lcb):
+    (trained,), (tested,) = (task := load_lcb(lcb_row(private=DIGITS))).train, task.test
+    seen = [DIGITS[i] for i in half(trained)]
+    programs = lookup(DIGITS), lookup(seen), lookup([pair for pair in DIGITS if pair not in seen])
+    assert grade(task, trained, *programs) == [(1, {}), (1, {}), (0, {})]
+    held_out = lambda reward, held: (reward, {"held_out": held})  # noqa: E731
+    assert grade(task, tested, *programs) == [held_out(1, 1), held_out(0, 0), held_out(0, 1)]
+    assert task.verify([tested], ["no program"])[0].columns == {"held_out": 0}
+    task = load_lcb(lcb_row(private=[("3\n", "4\n")]))  # of a single test nothing is held out
+    assert grade(task, task.test[0], "print(int(input()) + 1)") == [(1, {})]
+
+
+def test_public_tests_train_and_all_private_ones_evaluate(load_lcb):
+    public = [("50\n", "fifty\n"), ("60\n", "sixty\n")]
+    (trained,), (tested,) = (task := load_lcb(lcb_row(private=DIGITS, public=public), train_tests="public")).train, task.test
+    assert grade(task, trained, lookup(public), lookup(DIGITS)) == [(1, {}), (0, {})]
+    assert grade(task, tested, lookup(public), lookup(DIGITS)) == [(0, {"held_out": 0}), (1, {"held_out": 1})]
+    assert "Expected output:\nfifty" in task.verify([trained], [fence(lookup(DIGITS))])[0].feedback
+
+
+def test_read_grades_by_the_private_tests_or_as_the_official_checker_by_all(tmp_path):
+    path = write(tmp_path / "pool.jsonl", [lcb_row("late", DIGITS[:2], [("x", "y")], date="1999-01-01")])
+    programs = [lookup([*DIGITS[:2], ("x", "y")]), lookup(DIGITS[:2]), lookup([DIGITS[0], ("x", "y")])]
+    for official, rewards in ((True, [1, 0, 0]), (False, [1, 1, 0])):
+        task = tasks.read("lcb", path, official)
+        assert [p.id for p in task.test] == ["late"] and task.train == []
+        graded = grade(task, task.test[0], *programs)
+        assert [reward for reward, _ in graded] == rewards and all(bool(columns) != official for _, columns in graded)
+
+
+def test_training_feedback_never_shows_a_held_out_test(load_lcb, sandboxes):
+    pairs = [(f"question{i}\n", f"answer{i}\n") for i in range(8)]
+    task = load_lcb(*(lcb_row(f"p{i}", private=pairs) for i in range(4)))
+    for problem in task.train:
+        sandboxes.ran.clear()
+        (outcome,) = task.verify([problem], [fence("print('nothing')")])
+        assert sandboxes.ran == [pairs[i][0] for i in half(problem)]
+        shown = {int(i) for i in re.findall(r"(?:question|answer)(\d)", outcome.feedback)}
+        assert len(shown) == 2 and shown < set(half(problem))
+
+
+# ---- Verdicts --------------------------------------------------------------------------------------------------------
+
+RIGHT, ENDLESS = "print(int(input()) ** 2 + 100)", "while True:\n    print('x' * 100_000)"
+VERDICTS = {
+    RIGHT: "passed",
+    f"{RIGHT}\nraise SystemExit(3)": "passed",
+    f"block = bytearray(1 << 26)\n{RIGHT}": "passed",
+    f"block = bytearray(3 << 30)\n{RIGHT}": "memory",
+    f"print(' ' * 64_000, end='')\n{RIGHT}": "passed",
+    f"print(' ' * 70_000, end='')\n{RIGHT}": "output limit",
+    f"import threading\nt = threading.Thread(target=lambda: [][7])\nt.start()\nt.join()\n{RIGHT}": "passed",
+    "import threading\nthreading.Thread(target=lambda: [][7]).start()": "error",  # what it should have printed is missing
+    "print(deque([isqrt(int(input()) ** 4) + 100])[0])": "passed",  # imports of the preamble
+    "x = int(input())\nprint(x * x + 100 + (x == 5))": "wrong answer",
+    "input()": "wrong answer",
+    "import sys\nsys.stdout.buffer.write(bytes([255, 254, 0, 128]))": "wrong answer",
+    "import random\nprint(*map(chr, random.choices(range(32, 0xD000), k=5000)))": "wrong answer",
+    "print(1 / 0)": "error",
+    "def f(:": "error",
+    ENDLESS: "output limit",
+}
+
+
+def test_verdicts_and_the_reward_that_only_all_tests_earn(load_lcb):
+    task = load_lcb(lcb_row(private=DIGITS))
+    outcomes = task.verify(task.test * len(VERDICTS), [fence(code) for code in VERDICTS])
+    for (code, verdict), outcome in zip(VERDICTS.items(), outcomes):
+        assert outcome.verdict == verdict, code
+        assert outcome.reward == (verdict == "passed") != bool(outcome.feedback), code
+        assert len(outcome.feedback) <= 2000 and (outcome.columns["held_out"] == outcome.reward or "x == 5" in code)
+
+
+def test_response_without_a_program_is_graded_without_running_anything(load_lcb, sandboxes):
+    task = load_lcb(lcb_row(private=DIGITS))
+    sandboxes.ran.clear()
+    for outcome in task.verify(task.train * 3, ["print(1)", "```python\nprint(1)", "`" * 5000]):
+        assert outcome == Outcome(0, "no code", "Your answer contains no complete ```python code block.")
+    assert sandboxes.ran == []
+
+
+@pytest.mark.parametrize("code, train, test", [
+    ("while True: pass", 1, 2),  # a time-out ends its half
+    ("raise ValueError", 1, 2),  # and so does an error
+    ("print('x' * 100_000)", 1, 2),
+    ("print('wrong')", 3, 7),  # wrong answers do not: the shortest two are shown
+    ("import time; time.sleep(0.4); print('wrong')", 2, 3),  # but for slow ones: 2 x 0.4 > 2 limits of 0.25 s
+    (f"import time; time.sleep(0.4); {RIGHT}", 3, 7),  # a right program may take its time
+])  # fmt: skip
+def test_the_half_that_ends_with_a_failure_and_what_it_costs(code, train, test, load_lcb, sandboxes, monkeypatch):
+    if "sleep" in code:
+        monkeypatch.setattr(livecodebench, "TIME_LIMIT", 0.25)
+    task = load_lcb(lcb_row(private=DIGITS[:7]))
+    for problems, count in ((task.train, train), (task.test, test)):
+        sandboxes.ran.clear()
+        assert task.verify(problems, [fence(code)])[0].reward == (RIGHT in code) and len(sandboxes.ran) == count
+
+
+def test_a_program_may_print_four_times_what_is_expected_and_64_kib(load_lcb, sandboxes):
+    task = load_lcb(lcb_row(private=[("1", "é" * 10)]), lcb_row("f", private=[("1", '"é"')], function="f"))
+    sandboxes.most.clear()
+    task.verify(task.train, [fence("print()"), fence("def f(x): return 'é' * 20_000")])
+    assert sorted(sandboxes.most) == [4 * 4 + 65536, 4 * 20 + 65536]
+
+
+def test_failed_grader_is_internal_without_a_text_and_closing_closes_the_sandbox(load_lcb, sandboxes, monkeypatch):
+    task, before = load_lcb(lcb_row(private=DIGITS[:4])), sandboxes.closed
+    monkeypatch.setattr(Sandbox, "run", lambda *_, **__: Result("internal", error="the worker died twice"))
+    assert task.verify(task.train, [fence("print(0)")]) == [Outcome(0, "internal", "")]
+    task.close()
+    assert sandboxes.closed == before + 1
+
+
+@pytest.mark.parametrize("first, second, verdict", [
+    ("wrong answer", "internal", "internal"),  # what the grader failed on is no failure of the program
+    ("wrong answer", "time-out", "time-out"), ("time-out", "error", "error"), ("time-out", "memory", "memory"),
+    ("time-out", "output limit", "output limit"), ("error", "memory", "error"), ("passed", "wrong answer", "wrong answer"),
+])  # fmt: skip
+def test_of_several_failures_the_gravest_is_the_verdict(first, second, verdict, monkeypatch, load_lcb):
+    """Of two halves, since all but a wrong answer end theirs; of one rank the first."""
+    task = load_lcb(lcb_row(private=DIGITS))
+    seen = [DIGITS[i][0] for i in half(task.test[0])]
+    failed = Result("error", None, "ValueError: no (line 1)")
+    monkeypatch.setattr(livecodebench, "run_test", lambda *args: (first if args[-1]["input"] in seen else second, failed))
+    (outcome,) = task.verify(task.test, [fence("print(1)")])
+    assert (outcome.reward, outcome.verdict, bool(outcome.feedback)) == (0, verdict, verdict != "internal")
+
+
+# ---- Feedback --------------------------------------------------------------------------------------------------------
+
+
+def test_feedback_prefers_errors_to_time_outs_to_wrong_answers(load_lcb):
+    task = load_lcb(lcb_row(private=DIGITS[:6]))
+    names = [given.strip() for given, _ in DIGITS[:6]]
+    first = [names[i] for i in half(task.train[0])]
+    second = [name for name in names if name not in first]
+    loop, fail, wrong = "while True: pass", "raise KeyError('lost')", "print('wrong')"
+    cases = [
+        ({first[0]: loop, second[1]: fail}, "error", "KeyError: 'lost'", f"nput:\n{second[1]}"),
+        ({first[0]: wrong, second[2]: loop}, "time-out", "did not finish", f"nput:\n{second[2]}"),
+        ({first[2]: fail}, "error", "KeyError: 'lost'", f"nput:\n{first[2]}"),
+        ({}, "wrong answer", "Wrong answer.", ""),
+    ]
+    codes = [fence(f"exec({lines!r}.get(input().strip(), {wrong!r}))") for lines, *_ in cases]
+    for outcome, (_, verdict, words, end) in zip(task.verify(task.test * 4, codes), cases):
+        assert outcome.verdict == verdict and words in outcome.feedback and outcome.feedback.endswith(end)
+
+
+def test_feedback_on_wrong_answers_shows_the_two_shortest_with_what_was_expected(tmp_path):
+    pairs = [("1 1 1 1\n", "4\n"), ("2\n", "2\n"), ("3 3\n", "a very long expected output\n"), ("4 4 4\n", "12\n")]
+    task = tasks.read("lcb", write(tmp_path / "x.jsonl", [lcb_row(private=pairs, public=())]))
+    (outcome,) = task.verify(task.test, [fence("print('said', input())\nprint()")])
+    assert outcome.feedback == (
+        "Wrong answer.\nInput:\n2\nYour output:\nsaid 2\nExpected output:\n2\n\n"
+        "Wrong answer.\nInput:\n4 4 4\nYour output:\nsaid 4 4 4\nExpected output:\n12"
+    )
+
+
+def test_feedback_on_errors_time_memory_and_output(load_lcb):
+    task = load_lcb(lcb_row(private=[("7\n", "8\n")]))
+    deep = "def a(x):\n    return b(x)\ndef b(x):\n    return c(x)\ndef c(x):\n    return [][x]\nprint(\n    a(int(input())))"
+    codes = [deep, "while True: pass", "bytearray(1 << 36)", ENDLESS]
+    error, late, memory, output = (o.feedback for o in task.verify(task.train * 4, [fence(code) for code in codes]))
+    assert error == (  # the last three of its four frames
+        "Your program stopped with an error:\nIndexError: list index out of range (line 6)\n"
+        "line 2, in a: return b(x)\nline 4, in b: return c(x)\nline 6, in c: return [][x]\nInput:\n7"
+    )
+    assert late == "Your program did not finish within 2 seconds on this input:\n7"
+    assert memory.startswith("Your program ran out of memory:\nMemoryError") and memory.endswith("\nInput:\n7")
+    assert output.startswith("Your program printed too much:\n") and output.endswith("\nInput:\n7")
+
+
+def test_feedback_is_cut_to_2000_characters_and_says_what_is_left_out(load_lcb):
+    long = [("1" * 5000 + "\n", "2" * 6000 + "\n"), ("3" * 5000 + "\n", "4" * 6000 + "\n")]
+    task = load_lcb(lcb_row(private=long[:1]), lcb_row("two", private=long))
+    wrong, late = task.verify([task.train[0]] * 2, [fence("print('x' * 7000)"), fence("while True: pass")])
+    assert wrong.feedback == (
+        f"Wrong answer.\nInput:\n{'1' * 260} ... (4740 characters more)\nYour output:\n{'x' * 260} ... (6740 characters "
+        f"more)\nExpected output:\n{'2' * 260} ... (5740 characters more)"
+    )
+    assert late.feedback.endswith(f"on this input:\n{'1' * 800} ... (4200 characters more)")
+    code = f"{'y' * 600} = 1\ndef f(x):\n    raise ValueError('v' * 9000 + 'é' * x) {'#' * 900}\nf(1)"
+    two, error = task.verify([task.test[1]] * 2, [fence("print('x' * 7000)"), fence(code)])
+    assert len(two.feedback) <= 2000 and two.feedback.endswith("characters more)") and len(error.feedback) <= 2000
+    assert error.feedback.startswith("Your program stopped with an error:\nValueError: vvvvv")
+
+
+def test_feedback_is_text_that_a_tokenizer_takes(load_lcb, tokenizer):
+    """Half of a surrogate pair is a Python string but no text: a run would die of it when the feedback is encoded."""
+    task = load_lcb(lcb_row(private=[("7\n", "8\n")]), lcb_row("f", private=[("7", "8")], function="f"))
+    codes = ["raise ValueError(chr(0xD800))", "def f(x): return chr(0xD800)", "def f(x): [][chr(0xDC00)]"]
+    for outcome in task.verify([task.train[i] for i in (0, 1, 1)], [fence(code) for code in codes]):
+        assert outcome.feedback.encode() and tokenizer(outcome.feedback)["input_ids"]
+
+
+# ---- Rules -----------------------------------------------------------------------------------------------------------
+
+SAME = [
+    ("5\n", "5"), ("\n\n5\n\n", "5\n"), (" 5 \t\r\n6\r\n", "5\n6"), ("0.50", "0.5"), ("1e3", "1000"), ("1E+3 2.0", "1000 2"),
+    ("-0", "0"), ("+7", "7"), ("007", "7"), ("1_000", "1000"), ("٣", "3"),  # what Decimal reads, as in the official checker
+    ("1  2", "1 2"), ("inf", "Infinity"), ("nan", "nan"), ("", ""), ("", "\n \n"), ("x 0.5", "x 0.5"), ("0.5\nx", "0.50\nx"),
+    ("1e999999999", "10e999999998"), ("1 " * 300_000, "1.0 " * 300_000),
+]  # fmt: skip
+OTHER = [
+    ("nan", "NaN"), ("sNaN", "1"), ("sNaN 1", "sNaN 2"), ("0.1", "0.10000000000000001"), ("1." + "0" * 40 + "1", "1"),
+    ("10000000000000000001", "10000000000000000000"), ("5", "6"), ("", "0"), ("0", ""), ("1 2", "1\n2"), ("1\n\n2", "1\n2"),
+    ("1\n2\n3", "1\n2"), ("1\n2", "1\n2\n3"), ("1 2", "1 2 3"), ("1 2 3", "1 2"), ("YES", "Yes"), ("a  b", "a b"),
+    ("x 0.50", "x 0.5"), ("1,000", "1000"), ("0x10", "16"), ("1/2", "0.5"), ("True", "1"), ("1e999999999", "1"),
+    ("1e-999999999", "0"), ("1e99999999999999999999999", "1"), ("9" * 300_000, "8" * 300_000),
+]  # fmt: skip
+
+
+def test_outputs_are_equal_line_by_line_as_text_or_as_numbers_and_compared_fast():
+    for pairs, same in ((SAME, True), (OTHER, False)):
+        for printed, expected in pairs:
+            start = time.monotonic()
+            assert livecodebench.same_output(printed, expected) is same, (printed[:50], expected[:50])
+            assert time.monotonic() - start < 3
+
+
+LONG = "7" * 30_000  # an argument: beyond Python's own limit, within the official checker's
+RESULTS = {  # what a function returns, and what is expected, by verdict
+    "passed": [
+        ("(1, 2)", "[1, 2]"), ("[[1, 2]]", "[[1, 2]]"), ("True", "1"), ("1", "true"), ("2.0", "2"), ("None", "null"),
+        ("{'a': [1]}", '{"a": [1]}'), ("'''a\n   \nb'''", '"a\\n   \\nb"'), ("10 ** 49_999", "1" + "0" * 49_999),
+        ("[x % 10**9, type(x).__name__, len(str(x))]", '[777777777, "int", 30000]'),
+        ("functools.reduce(lambda v, _: [v], range(399), [])", "[" * 400 + "]" * 400),
+    ],
+    "wrong answer": [
+        ("0.1 + 0.2", "0.3"), ("'1'", "1"), ("None", "0"), ("[]", "null"), ("print(1)", "1"), ("10 ** 5000 + 1", "1" + "0" * 5000),
+        ("type('Yes', (int,), {'__eq__': lambda *_: True})(3)", "1"), ("float('nan')", "NaN"),
+        ("type('Yes', (list,), {'__eq__': lambda *_: True})([3])", "[1]"),
+        ("functools.reduce(lambda v, _: [v], range(399), [])", "[" * 401 + "]" * 401),
+    ],
+    "error": [
+        ("[(1, 2)]", "[[1, 2]]"), ("{1, 2}", "[1, 2]"), ("(v := []).append(v) or v", "[]"), ("input()", "1"),
+        ("type('Yes', (), {'__eq__': lambda *_: True})()", "1"), ("functools.reduce(lambda v, _: [v], range(200_000), [])", "1"),
+        ("{1: 2}", '{"1": 2}'), ("[{None: {}}]", '[{"null": {}}]'), ("{'a': {True: 2}}", '{"a": {"true": 2}}'),  # keys
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("verdict", RESULTS)
+def test_results_of_functions(verdict, load_lcb):
+    cases = RESULTS[verdict]
+    task = load_lcb(*(lcb_row(f"{i}", private=[(LONG, wanted)], function="f") for i, (_, wanted) in enumerate(cases)))
+    outcomes = task.verify(task.train, [fence(f"def f(x):\n    return {value}") for value, _ in cases])
+    for (value, _), outcome in zip(cases, outcomes):
+        assert (outcome.verdict, outcome.reward) == (verdict, int(verdict == "passed")), value
+
+
+def test_functions_are_found_with_and_without_their_class(load_lcb):
+    task = load_lcb(lcb_row(private=[('["a b", "c"]\n2', '"a b/c/2"')], function="join"))
+    body = "return '/'.join([*words, str(k)])"
+    cases = [
+        (f"class Solution:\n    def join(self, words: List[str], k: int) -> str:\n        {body}", "passed"),
+        (f"def join(words, k):\n    {body}", "passed"),
+        (f"class Solutions: pass\ndef join(words, k):\n    {body}", "passed"),
+        (f"class Solution(object):\n    @staticmethod\n    def join(words, k):\n        {body}", "passed"),
+        ("class Solution: pass", "error"),
+        (f"class Solution: pass\ndef join(words, k):\n    {body}", "error"),
+        (f"class Answer:\n    def join(self, words, k):\n        {body}", "error"),
+        ("class Solution:\n    def join(self, words): return ''", "error"),
+    ]
+    outcomes = task.verify(task.train * len(cases), [fence(code) for code, _ in cases])
+    assert [o.verdict for o in outcomes] == [verdict for _, verdict in cases]
+    assert "AttributeError: 'Solution' object has no attribute 'join'" in outcomes[4].feedback
+    assert "NameError: name 'join' is not defined" in outcomes[6].feedback
+
+
+@pytest.mark.parametrize(
+    "response, code",
+    [
+        *((f"```{mark}\na\n```", "a\n") for mark in (
+            "python", "", "py", "python3", "Python", "python title=x", " python", "{.python}", "py3", "python3.11", "pypy3",
+            "Python 3", "sol", "text", "python_code", "c++",  # the official checker takes any mark
+        )),
+        *((text, "a\n") for text in (
+            "```python\na\n```\n```text\n3\n```", "```python\na\n```\n```python\nb", "```python\na\n```\n```python\n\n```",
+            "the ```python block```\n```python\na\n```", "````python\na\n````", "~~~python\na\n~~~",
+        )),
+        *((text, "b\n") for text in (
+            "```python\na\n```\nand\n```python\nb\n```", "```py3\na\n```\nand\n```\nb\n```", "```sol\na\n```\n```text\nb\n```",
+            "```python\na\n```python\nb\n```", "```text\n3\n```python\nb\n```",  # the first was never finished
+            "<think>\n```python\na\n```\n</think>\n```python\nb\n```",
+        )),
+        *((text, None) for text in ("", "a", "```python\na", "```python\n```", "```python print(1)```")),
+        ("1. so:\n   ```python\n   if a:\n\n       b\n   ```", "if a:\n\n    b\n"),
+        ("- so:\n\t```python\n\tif a:\n\t\tb\n\t```", "if a:\n\tb\n"),
+        ("  ```python\n  s = '''x\n y\n    \nz'''\n  ```", "s = '''x\ny\n  \nz'''\n"),  # lines lose the fence's two, at most
+        ("```python\ns = '''a\n \t \n  \n'''\n```", "s = '''a\n \t \n  \n'''\n"),
+        ("```python\r\na\r\nb\r\n```\r\n", "a\r\nb\r\n"),  # which Python reads as it is
+        ("```python\ns = '```'\nb\n```", "s = '```'\nb\n"),
+        ("````python\na\n```\nb\n````", "a\n```\nb\n"),
+    ],
+)  # fmt: skip
+def test_program_is_the_last_complete_block_for_python(response, code):
+    assert livecodebench.code_block(response) == code
+
+
+CHECKER_FAULTS = {  # right programs that the official checker's mock of standard input fails
+    *((name, "o1-preview") for name in "abc301_b abc310_d abc318_c abc325_f abc328_e abc342_d".split()),
+    *((name, "o1-mini") for name in "abc303_d abc315_b abc338_d".split()),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SAMPLES.is_dir(), reason="VPD_SAMPLE_DATA names no folder")
+def test_verdicts_on_802_real_programs_agree_with_the_official_checker(monkeypatch, capsys):
+    monkeypatch.setattr(livecodebench, "TIME_LIMIT", 6.0)
+    task = tasks.read("lcb", str(SAMPLES / "lcb_pool.jsonl"), official=True)
+    problems = {p.id: p for p in task.test}
+    triples, start = list(tasks.rows(SAMPLES / "lcb_triples.jsonl")), time.monotonic()
+    outcomes = task.verify([problems[t["question_id"]] for t in triples], [fence(t["code"]) for t in triples])
+    seconds, faults, other, slow = time.monotonic() - start, {}, [], []
+    for triple, outcome in zip(triples, outcomes):
+        name = triple["question_id"], "-".join(triple["model"].split("-")[:2])
+        if outcome.reward == triple["official_head_pass"]:
+            continue
+        if name in CHECKER_FAULTS:
+            faults[name] = (triple, outcome)
+        else:  # programs near the time limit may go either way
+            (slow if triple["slow"] or outcome.verdict == "time-out" else other).append((name, outcome))
+    agree = len(triples) - len(faults) - len(slow) - len(other)
+    with capsys.disabled():
+        print(f"\nagree {agree}, checker faults {len(faults)}, other {len(other)}, near the limit {len(slow)}, {seconds:.1f} s")
+    assert len(triples) == 802
+    assert CHECKER_FAULTS - {("abc328_e", "o1-preview")} <= set(faults)  # that one takes 5.6 s of 6
+    assert agree + len(slow) >= 791 and len(slow) <= 5 and len(other) <= 2, other
+    for triple, outcome in faults.values():
+        assert outcome.reward == 1  # we pass what the checker fails, and Python itself agrees:
+        for test in livecodebench.tests_of(problems[triple["question_id"]].data[0], "official"):
+            command = [sys.executable, "-I", "-c", triple["code"]]
+            ran = subprocess.run(command, input=test["input"], capture_output=True, text=True, timeout=60, check=True)
+            assert livecodebench.same_output(ran.stdout, test["output"])
