@@ -283,7 +283,8 @@ def quantity(name: str, run: dict) -> float:
     elif name.startswith("late"):
         first, last = (validation["avg"][validation["step"].index(validation["step"][-1] // 2)], validation["avg"][-1])
     elif name.startswith("teacher"):
-        first, *_, last = [v for v in validation["teacher"] if v is not None] or [np.nan, np.nan]
+        known = [v for v in validation["teacher"] if v is not None]
+        first, last = (known[0], known[-1]) if len(known) > 1 else (np.nan, np.nan)
     else:
         return run["after"][name]
     return sign * (last - first)
@@ -399,17 +400,15 @@ def by_verdict(judged: list, heading: str) -> list[str]:
 
 def tuning_list(known: dict) -> list[str]:
     """What was tried for each row: flags and avg@4 on validation problems after 10, 20, ... batches, the best in bold."""
-    by_name: dict[str, list[str]] = {}
-    best, last = {}, lambda entry: entry["avg"][max(entry["avg"], key=int)]
-    for entry in known.values():
-        best[entry["name"]] = max(best.get(entry["name"], 0), last(entry))
+    tried: dict[str, list[tuple[float, str]]] = {}
     for flags, entry in known.items():
-        kept = re.sub(r"--(task|subset|method|seed|steps) \S+", "", flags).replace("--", "").split()
-        curve = " / ".join(f"{value:.2f}" for step, value in entry["avg"].items() if step != "0")
-        bold = "**" if last(entry) == best[entry["name"]] else ""
-        by_name.setdefault(entry["name"], []).append(f"{bold}{' '.join(kept)}: {curve}{bold}")
+        if avg := entry.get("avg"):  # else it is still to be run
+            kept = re.sub(r"--(task|subset|method|seed|steps) \S+", "", flags).replace("--", "").split()
+            curve = " / ".join(f"{value:.2f}" for step, value in avg.items() if step != "0")
+            tried.setdefault(entry["name"], []).append((avg[max(avg, key=int)], f"{' '.join(kept)}: {curve}"))
     head = "avg@4 on validation problems, seed 0, after 10 / 20 / 30 batches (trace: 20 / 40), the best at the end in bold"
-    return markdown(("row", head), *((name, "; ".join(tried)) for name, tried in by_name.items()))
+    bold = {name: [f"**{text}**" if last == max(of)[0] else text for last, text in of] for name, of in tried.items()}
+    return markdown(("row", head), *((name, "; ".join(of)) for name, of in bold.items()))
 
 
 def summary(rows: dict) -> list[str]:

@@ -59,8 +59,8 @@ def match(config: dict, result: dict, when: str) -> tuple[tuple, list[str]]:
     if not {"method", "feedback", "e_step_every", "prior"} <= config.keys():
         raise ValueError("config.json lacks a setting that tells the rows apart")
     preset, differ = asdict(Config()) | PRESETS[task] | {"task": task}, {}
-    for key in ["base"] if when == "before" else [*METHODS, *CHANGED]:
-        wanted = preset | CHANGED.get(key, {"method": key} if key in METHODS else {})
+    for key in ["base"] if when == "before" else [*list(ALL.values())[1:], *CHANGED]:
+        wanted = preset | CHANGED.get(key, {} if key == "base" else {"method": key})
         wanted["teacher"] = METHODS[wanted["method"]].teacher
         if model.startswith("olmo"):
             wanted["lr"] = 5e-6  # Table D.2
@@ -68,7 +68,7 @@ def match(config: dict, result: dict, when: str) -> tuple[tuple, list[str]]:
             wanted.pop("feedback")  # it reads none
         names = sorted(PROBLEMS if key == "base" else wanted.keys() - FREE)
         differ[key] = [f"{name}={config[name]}" for name in names if config.get(name, wanted[name]) != wanted[name]]
-    key = min(differ, key=lambda key: len(differ[key]))
+    key = min(differ, key=lambda key: (f"method={config['method']}" in differ[key], len(differ[key])))
     asked = {"split": "test", "n": preset["eval_samples"], "temperature": preset["eval_temperature"],
              "top_p": preset["eval_top_p"], "max_tokens": preset["max_response_tokens"]}  # fmt: skip
     outside = differ[key] + [f"evaluated with {name}={result[name]}" for name in asked if result[name] != asked[name]]
