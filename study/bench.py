@@ -145,7 +145,7 @@ def head_case(case: str, tokens: int, vocabulary: int, width: int, top_k: int) -
     def loss(hidden, matrix, t_hidden, t_matrix, ids):
         hidden.requires_grad_(), matrix.requires_grad_()
         weights, teacher = torch.full((len(ids),), 1 / len(ids)), (t_hidden, t_matrix)
-        if case == "log-probs alone":
+        if case == "log-probs only":
             total, *_ = head.loss(lambda logp, _: -logp, weights, hidden, matrix, ids)
         elif case == "top-k, KL(student||teacher)":
             total, *_ = head.loss(lambda _, d: d, weights, hidden, matrix, ids, teacher=teacher, top_k=top_k)
@@ -164,7 +164,7 @@ def head_case(case: str, tokens: int, vocabulary: int, width: int, top_k: int) -
     return {"case": case, "cpu_seconds": cpu, "seconds": wall, "logits_tensors": above}
 
 
-HEAD_CASES = ["the four products", "top-k, KL(student||teacher)", "all of V, JS", "log-probs alone"]
+HEAD_CASES = ["the four products", "top-k, KL(student||teacher)", "all of V, JS", "log-probs only"]
 
 
 def heads(**sizes) -> list[dict]:
@@ -202,7 +202,7 @@ def grader(count: int) -> list[dict]:
         answers = [rf"So \boxed{{{problem.reference}}}." for problem in problems]
         timed("math, the reference itself", lambda: [o.reward for o in maths.verify(problems, answers)])
         problems = [tasks.Problem("p", [], r"\frac{7}{2}")] * count
-        answers = [rf"So \boxed{{{7 * i}/{2 * i}}}." for i in range(2, count + 2)]  # equal by arithmetic alone
+        answers = [rf"So \boxed{{{7 * i}/{2 * i}}}." for i in range(2, count + 2)]  # equal only by arithmetic
         timed("math, by math-verify", lambda: [o.reward for o in maths.verify(problems, answers)])
     finally:
         choice.close(), maths.close()

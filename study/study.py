@@ -148,9 +148,10 @@ def perform(flags: list[str], out: Path, test: bool) -> str:
     commands = [[*program(flags), "--out", str(out), "--overwrite"], ["evaluate.py", "--run", str(out)]]
     with text.open("w") as printed:
         for line in commands[: 1 + test]:
-            STARTED.append(subprocess.Popen([sys.executable, *line], cwd=HERE, stdout=printed, stderr=subprocess.STDOUT,
-                                            env=os.environ | {"OMP_NUM_THREADS": "1"}))  # fmt: skip
-            if status := STARTED[-1].wait():
+            child = subprocess.Popen([sys.executable, *line], cwd=HERE, stdout=printed, stderr=subprocess.STDOUT,
+                                     env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+            STARTED.append(child)
+            if status := child.wait():
                 last = ["", *text.read_text().splitlines()][-1]
                 return f"exit status {status}: {last} (see {text})"
     (out / "done.json").write_text(json.dumps({"seconds": round(time.perf_counter() - start, 1)}) + "\n")
@@ -211,7 +212,7 @@ def rounded(value):
 
 def record(out: Path) -> dict:
     """What tables and figures need of a finished run."""
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    rows = load(out / "log.jsonl", lines=True)
     train, evals = ([row for row in rows if row["kind"] == kind] for kind in ("train", "eval"))
     commit, changed, _ = load(out / "config.json")["commit"].partition("+")
     result = {"commit": commit[:7] + changed, **load(out / "done.json")}
@@ -514,4 +515,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, ValueError)  # of a run directory that was damaged

@@ -42,7 +42,7 @@ CHANGED = {  # what a key changes of the preset; the other keys but base are met
     "sdpo+critique": {"method": "sdpo", "feedback": "critique"}, "vpd+critique": {"feedback": "critique"},
     "vpd F=1": {"e_step_every": 1}, "vpd F=10": {"e_step_every": 10}, "vpd fixed prior": {"prior": "fixed"},
 }  # fmt: skip
-# Settings that change neither what a run trains on nor how; those of its evaluation stand in evaluation.json.
+# Settings that change neither what a run trains on nor how; those of its evaluation are in evaluation.json.
 FREE = {*NOT_OF_THE_RUN, "seed", "subset", "model", "checkpoint_every", "log_samples", "micro_batch_tokens", "sampler",
         "engine_memory", "server_timeout", "eval_every", "eval_samples", "eval_temperature", "eval_top_p", "teacher_probe"}  # fmt: skip
 PROBLEMS = ("data", "since", "until", "train_tests", "smoke")  # the settings that matter to the weights before training

@@ -4,9 +4,11 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -254,7 +256,7 @@ def test_a_run_is_the_training_command_and_an_evaluation_and_its_weights_go(tmp_
     assert "done: " in (tmp_path / "run.txt").read_text() and not (tmp_path / "run" / "model").exists()
 
 
-def test_finished_runs_are_kept_stopped_ones_start_again_and_a_failure_is_told(quick, tmp_path):
+def test_finished_runs_are_kept_stopped_ones_start_again_and_a_failure_is_named(quick, tmp_path):
     finished, stopped, changed, wrong = (tmp_path / name for name in ("finished", "stopped", "changed", "wrong"))
     for folder, seed in ((finished, 3), (stopped, 3), (changed, 4)):
         folder.mkdir()
@@ -262,7 +264,7 @@ def test_finished_runs_are_kept_stopped_ones_start_again_and_a_failure_is_told(q
         if folder != stopped:
             (folder / "done.json").write_text('{"seconds": 1}')
     jobs = {finished: TINY, stopped: TINY, changed: TINY, wrong: [*TINY, "--lr", "-1"]}
-    (failure,) = study.perform_all(jobs, at_once=1, test=False)
+    (failure,) = study.perform_all(jobs, at_once=2, test=False)
     assert failure == f"wrong: exit status 1: vpd.py: error: --lr must be positive (see {wrong}.txt)"
     assert not (wrong / "done.json").exists()
     config = lambda folder: json.loads((folder / "config.json").read_text())  # noqa: E731
@@ -284,7 +286,7 @@ def test_tuning_runs_the_settings_that_are_in_its_file(quick, tmp_path, monkeypa
 
 
 def test_stopping_the_study_stops_its_processes(tmp_path):
-    """Of a study that is told to stop while two runs go on nothing is left, neither processes nor half a table."""
+    """When a study gets SIGTERM during two runs, it leaves neither processes nor half a table."""
     flags = ["--only", "trace/vpd", "trace/sdpo", "--folder", str(tmp_path / "runs"), "--results", str(tmp_path)]
     study_run = subprocess.Popen([sys.executable, "-m", "study.study", *flags], cwd=ROOT, stdout=subprocess.PIPE,
                                  stderr=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
@@ -293,12 +295,16 @@ def test_stopping_the_study_stops_its_processes(tmp_path):
     while not all(log.exists() for log in logs) and time.time() < deadline and study_run.poll() is None:
         time.sleep(0.2)
     study_run.terminate()
-    _, errors = study_run.communicate(timeout=30)
+    try:
+        _, errors = study_run.communicate(timeout=30)
+        with pytest.raises(ProcessLookupError):  # nobody is left in its session
+            for _ in range(50):
+                os.killpg(study_run.pid, 0)
+                time.sleep(0.1)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(study_run.pid, signal.SIGKILL)
     assert study_run.returncode == 130 and "study.py: stopped; finished runs are kept" in errors.splitlines()
-    with pytest.raises(ProcessLookupError):  # nobody is left in its session
-        for _ in range(50):
-            os.killpg(study_run.pid, 0)
-            time.sleep(0.1)
     assert not (tmp_path / "study.json").exists()
 
 
