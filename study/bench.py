@@ -1,5 +1,5 @@
-"""How fast, and in how much memory: training steps on the toy task and the loss head, each beside the matrix products that it
-cannot do without, and the graders.
+"""How fast, and in how much memory: training steps on the toy task and the loss head, each beside the matrix products
+that it cannot do without, and the graders.
 
     python -m study.bench [--only steps head grader] [--out FILE]
 
@@ -36,7 +36,8 @@ GRADER = dict(count=200)
 
 def fresh(function: str, **settings):
     """What `function(**settings)` of this file returns in a new process."""
-    code = f"from study import bench; import json, sys; print('\\n' + json.dumps(bench.{function}(**json.loads(sys.argv[1]))))"
+    call = f"bench.{function}(**json.loads(sys.argv[1]))"
+    code = f"from study import bench; import json, sys; print('\\n' + json.dumps({call}))"
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps(settings)], cwd=HERE, stdout=subprocess.PIPE, text=True, check=True
     )
@@ -79,8 +80,8 @@ def passes(row: dict, samples: list[dict], cfg, tokenizer) -> dict[str, list[tup
         x.append(len(feedback.student_prompt(tokenizer, messages[sample["id"]])))
         y.append(len(tokenizer(sample["response"]).input_ids) + (sample["finish"] == "stop"))
         if sample["context"]:
-            context = feedback.Context(**sample["context"])
-            xC, _ = feedback.teacher_prompt(tokenizer, messages[sample["id"]], context, templates, cfg.max_teacher_tokens)
+            asked = messages[sample["id"]], feedback.Context(**sample["context"]), templates, cfg.max_teacher_tokens
+            xC, _ = feedback.teacher_prompt(tokenizer, *asked)
             student, teacher, heard = student + x[-1] + y[-1], teacher + len(xC) + y[-1], heard + y[-1]
     alive = [sum(length > t for length in y) for t in range(max(y))]  # rows that draw a token t
     share = (row["e_rows"] or 0) / max(1, sum(sample["context"] is not None for sample in samples))
@@ -93,13 +94,13 @@ def passes(row: dict, samples: list[dict], cfg, tokenizer) -> dict[str, list[tup
 
 
 def floor(model, of_phase: list[tuple[int, int, bool]]) -> float:
-    """Seconds of the products of these passes with the model's matrices, and of nothing else; attention's own are left out."""
+    """Seconds of these passes' products with the model's matrices and of nothing else; attention's own are left out."""
     body = [p.detach() for p in model.base_model.layers.parameters() if p.ndim == 2]
     output = [model.get_output_embeddings().weight.detach()]
     todo = [(tokens, matrix, backward) for layers, heads, backward in of_phase
             for tokens, matrices in ((layers, body), (heads, output)) for matrix in matrices]  # fmt: skip
     buffer = lambda width: torch.randn(max(tokens for tokens, *_ in todo), width)  # noqa: E731
-    buffers = {m.shape: [buffer(m.shape[1]), buffer(m.shape[0]), buffer(m.shape[1]), torch.empty_like(m)] for _, m, _ in todo}
+    buffers = {m.shape: [*(buffer(m.shape[side]) for side in (1, 0, 1)), torch.empty_like(m)] for _, m, _ in todo}
     start = time.perf_counter()
     for tokens, matrix, backward in todo:
         given, made, d_given, d_matrix = buffers[matrix.shape]

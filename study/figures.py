@@ -3,8 +3,8 @@
     python -m study.figures runs/toy-vpd-seed1 runs/toy-vpd-seed2 runs/toy-grpo-seed1 --out curves.png
     python -m study.figures      study/results/study.json -> study/results/margin.png, progress.png, cold.png, ...
 
-Runs that differ only in their seed share a colour: the line is the mean over seeds, the band goes from the lowest to the
-highest seed. The grey line is the pass rate of the base model. Steps count the rollout batches before a measurement.
+Runs that differ only in their seed share a colour: the line is the mean over seeds, the band goes from the lowest
+to the highest seed. The grey line is the pass rate of the base model. Steps count the rollout batches before a measurement.
 """
 
 import io
@@ -21,8 +21,8 @@ import numpy as np
 
 from harness.command import CannotWrite, Parser, check_out, run, write
 
-# Okabe and Ito's palette with a line style each, for colour-blind readers and for print. A method looks the same in every
-# figure; a curve without a look of its own takes a spare one.
+# Okabe and Ito's palette with a line style each, for colour-blind readers and for print. A method looks the same in
+# every figure; a curve without a look of its own takes a spare one.
 STYLES = {
     "vpd": ("#0072B2", "-"), "sdpo": ("#D55E00", "--"), "grpo": ("#009E73", "-."), "joint": ("#CC79A7", ":"),
     "reshape": ("#E69F00", "-"), "reweight": ("#56B4E9", "--"), "distil": ("#000000", "-."), "ovd": ("#999999", ":"),
@@ -58,7 +58,7 @@ class Curve(NamedTuple):
 
 
 def load(path: Path, lines: bool = False):
-    """The object of a JSON file, or the list of those of its lines. Raises ValueError with one line for what is none."""
+    """The object of a JSON file, or the objects of its lines. Raises ValueError with one line for what is none."""
     where, found = path, []
     try:
         text = path.read_text()
@@ -89,8 +89,8 @@ def smooth(values: np.ndarray, width: int = 5) -> np.ndarray:
 
 
 def plot(panels: list[tuple], curves: dict[str, Curve], size: tuple):
-    """panels: (what to put before the title, measure, names of curves). Returns the figure, what its legend says of each
-    curve, and the curves that have no values."""
+    """panels: (what to put before the title, measure, names of curves). Returns the figure, what its legend says of
+    each curve, and the curves that have no values."""
     down = len(panels) // 4 + 1
     figure, axes = plt.subplots(down, -(-len(panels) // down), figsize=size, layout="constrained", squeeze=False)
     lines, counts, empty, base_line = {}, {}, [], None
@@ -108,7 +108,7 @@ def plot(panels: list[tuple], curves: dict[str, Curve], size: tuple):
             values = np.array([[s[step] for step in steps] for s in found], float)  # (seeds, steps)
             values = np.array([smooth(v) for v in values]) if smoothed else values
             mark = None if smoothed else "o"  # evaluations are few
-            (lines[label],) = axis.plot(steps, values.mean(0), linestyle=dash, color=colour, marker=mark, markersize=3.5)
+            (lines[label],) = axis.plot(steps, values.mean(0), color=colour, linestyle=dash, marker=mark, ms=3.5)
             axis.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.14, linewidth=0)
             counts.setdefault(label, []).append(len(found))
             bases.setdefault(base, []).extend(s[0] for s in found if 0 in s)
@@ -226,7 +226,8 @@ def draw_study(study: Path, out: Path) -> tuple[list[str], list[str]]:
         wanted, missing, path = [], [], out / f"{file}.png"
         for subset, measure, variants in panels:
             names = [f"{subset}/{variant}" for variant in variants if variant != "*"]
-            names += [name for name in curves if "*" in variants and name.startswith(subset + "/") and name not in names]
+            others = [name for name in curves if name.startswith(f"{subset}/") and name not in names]
+            names += others if "*" in variants else []
             wanted.append((f"{subset}: ", measure, [name for name in names if name in curves]))
             missing += [f"no row {n}" for n in names if n not in curves and not n.endswith(LATER)]
         figure, legend, empty = plot(wanted, curves, (9, 6.8 if len(panels) > 2 else 4.2))
@@ -243,7 +244,7 @@ def draw_study(study: Path, out: Path) -> tuple[list[str], list[str]]:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("figures.py", "Curves of runs, or the paper's figures on the toy tasks.")
     parser.add_argument("runs", nargs="*", type=Path, help="run directories; none: the paper's figures from --study")
-    parser.add_argument("--out", type=Path, help="file of the curves (curves.png), or folder of the figures (study/results)")
+    parser.add_argument("--out", type=Path, help="file of the curves, or folder of the figures")
     parser.add_argument("--study", type=Path, help="default study/results/study.json")
     args = parser.parse_args(argv)
     if args.study and args.runs:

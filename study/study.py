@@ -5,8 +5,8 @@
     bash run.sh study --tune             every setting in study/results/tuning.json (validation problems, seed 0)
     bash run.sh study --tables           only the tables, from study/results/study.json
 
-A run is the training command that the tables print, then `python evaluate.py --run DIR`. A finished run is kept, one that
-was stopped starts again.
+A run is the training command that the tables print, then `python evaluate.py --run DIR`. A finished run is kept, one
+that was stopped starts again.
 """
 
 import json
@@ -34,10 +34,10 @@ README = HERE / "README.md"
 MARKS = ("<!-- written by study.py: begin -->", "<!-- written by study.py: end -->")
 SUMMARY = ("<!-- written by study.py: summary -->", "<!-- written by study.py: end of summary -->")
 VERDICTS = ("yes", "no, the opposite", "undecided")
-LIMITS = """A verdict is Welch's 95% interval over seeds. There are dozens of them, without correction, so about one in twenty is chance.
-The interval says little where some runs collapse and others do not: there, look at the exact rank test and at each seed. Not
-tested here: real models (Tables 1 to 3), mathematics (Fig. 4), memory, and the time of an E-step on a GPU. A verdict covers
-these tasks at these settings."""
+LIMITS = """A verdict is Welch's 95% interval over seeds. There are dozens, without correction, so about one in twenty
+is chance. The interval says little where some runs collapse and others do not: there, look at the exact rank test and
+at each seed. Not tested here: real models (Tables 1 to 3), mathematics (Fig. 4), memory, and the time of an E-step on
+a GPU. A verdict covers these tasks at these settings."""
 
 
 # ---- Rows ----------------------------------------------------------------------------------------------------
@@ -59,10 +59,11 @@ ROWS = {f"{subset}/{name}": flags for subset, rows in {
         "distil local term alone": "--no_future", "distil constant norm": "--distil_norm constant"},
     "trace": plain("vpd sdpo grpo distil") | {
         "vpd F=1": "--e_step_every 1", "vpd F=10": "--e_step_every 10", "vpd fixed prior": "--prior fixed",
-        "vpd EMA teacher": "--teacher ema", "vpd all passed": "--passed_text passed", "vpd e_groups all": "--e_groups all",
-        "vpd KL(student‖teacher)": "--divergence kl_student_teacher",
+        "vpd EMA teacher": "--teacher ema", "vpd all passed": "--passed_text passed",
+        "vpd e_groups all": "--e_groups all",         "vpd KL(student‖teacher)": "--divergence kl_student_teacher",
         "vpd KL(teacher‖student)": "--divergence kl_teacher_student", "vpd sibling": "--feedback sibling",
-        "vpd no E-step": f"{NO_E_STEP} 1e-3", "sdpo live teacher": "--teacher live", "sdpo sibling": "--feedback sibling",
+        "vpd no E-step": f"{NO_E_STEP} 1e-3",
+        "sdpo live teacher": "--teacher live", "sdpo sibling": "--feedback sibling",
         "distil local term alone": "--no_future --lr 4e-3", "distil constant norm": "--distil_norm constant",
         "distil black box": "--expert samples"},
     "trace-cold": plain("vpd sdpo grpo"),
@@ -127,9 +128,10 @@ def read_claims() -> dict[str, list[Claim]]:
 
 
 CLAIMS = read_claims()  # those of papers are in README.md as well
-WHAT = {"avg": "", "margin change": "margin, last five batches minus first five: ", "pass@4": "pass@4: ",
-        "margin fall": "margin, first five batches minus last five: ", "late gain": "validation, gain in the second half: ",
-        "late loss": "validation, loss in the second half: ", "teacher change": "teacher on base failures, gain: "}  # fmt: skip
+WHAT = {"avg": "", "pass@4": "pass@4: ", "teacher change": "teacher on base failures, gain: ",
+        "margin change": "margin, last five batches minus first five: ",
+        "margin fall": "margin, first five batches minus last five: ",
+        "late gain": "validation, gain in the second half: ", "late loss": "validation, loss in the second half: "}  # fmt: skip
 
 
 # ---- Runs ----------------------------------------------------------------------------------------------------
@@ -142,8 +144,8 @@ def folder_of(name: str) -> str:
 
 
 def perform(flags: list[str], out: Path, test: bool) -> str:
-    """Trains, and with `test` evaluates the first and the last weights; the output goes to a text file. Returns the error,
-    or ""."""
+    """Trains, and with `test` evaluates the first and the last weights; the output goes to a text file. Returns the
+    error, or ""."""
     start, text = time.perf_counter(), out.with_name(f"{out.name}.txt")
     commands = [[*program(flags), "--out", str(out), "--overwrite"], ["evaluate.py", "--run", str(out)]]
     with text.open("w") as printed:
@@ -234,7 +236,7 @@ def hardware() -> str:
 
 
 def stored(path: Path, nothing: dict) -> dict:
-    """The object in a JSON file, or `nothing` where there is no file. Raises ValueError with one line for what is none."""
+    """The object in a JSON file, or `nothing` where there is no file. Raises ValueError for what is none."""
     return load(path) if path.exists() else nothing
 
 
@@ -270,7 +272,7 @@ def write(path: Path, content: dict) -> None:
 
 
 def ends(values: list, width: int = 5) -> tuple[float, float]:
-    """Mean of the first and of the last `width` entries that are there; nan where there are fewer than twice as many."""
+    """Mean of the first and of the last `width` entries that are there; nan for fewer than twice as many."""
     found = [v for v in values if v is not None]
     enough = len(found) >= 2 * width
     return (float(np.mean(found[:width])), float(np.mean(found[-width:]))) if enough else (np.nan, np.nan)
@@ -357,8 +359,8 @@ def table(subset: str, rows: dict) -> list[str]:
         teacher = np.mean(np.array([np.array(run["eval"]["teacher"], float)[[0, -1]] for run in runs]), 0)
         pass_4 = np.mean([run["after"]["pass@4"] for run in runs])
         seconds = np.median([run["seconds_per_batch"] for run in runs])
-        lines.append(f"{row['label']:34s} {len(runs):5d} {over_seeds:24s} {each:31s} {pass_4:.3f}  {arrow(margin):12s}  "
-                     f"{arrow(teacher):12s} {seconds:.2f}")  # fmt: skip
+        lines.append(f"{row['label']:34s} {len(runs):5d} {over_seeds:24s} {each:31s} {pass_4:.3f}  "
+                     f"{arrow(margin):12s}  {arrow(teacher):12s} {seconds:.2f}")  # fmt: skip
     commands = [f"{row['label']}: {training(name)}" for name, row in rows.items()]
     return ["```", *lines, "```", "", "```", *commands, "```", ""]
 
@@ -390,7 +392,7 @@ def measured(judged: list, heading: str) -> list[str]:
 
 
 def by_verdict(judged: list, heading: str) -> list[str]:
-    """A line for each claim: the subsets on which it holds, on which its opposite does, and on which neither is clear."""
+    """A line for each claim: the subsets on which it holds, its opposite does, and neither is clear."""
     places: dict[str, dict[str, list[str]]] = {}
     for claim, _, so in judged:
         where = claim.subset + " (pass@4)" * (claim.quantity == "pass@4")
@@ -400,14 +402,14 @@ def by_verdict(judged: list, heading: str) -> list[str]:
 
 
 def tuning_list(known: dict) -> list[str]:
-    """What was tried for each row: flags and avg@4 on validation problems after 10, 20, ... batches, the best in bold."""
+    """What was tried for each row: its flags and avg@4 after 10, 20, ... batches, the best in bold."""
     tried: dict[str, list[tuple[float, str]]] = {}
     for flags, entry in known.items():
         if avg := entry.get("avg"):  # else it is still to be run
             kept = re.sub(r"--(task|subset|method|seed|steps) \S+", "", flags).replace("--", "").split()
             curve = " / ".join(f"{value:.2f}" for step, value in avg.items() if step != "0")
             tried.setdefault(entry["name"], []).append((avg[max(avg, key=int)], f"{' '.join(kept)}: {curve}"))
-    head = "avg@4 on validation problems, seed 0, after 10 / 20 / 30 batches (trace: 20 / 40), the best at the end in bold"
+    head = "avg@4 on validation problems, seed 0, after 10 / 20 / 30 batches (trace: 20 / 40), the best in bold"
     bold = {name: [f"**{text}**" if last == max(of)[0] else text for last, text in of] for name, of in tried.items()}
     return markdown(("row", head), *((name, "; ".join(of)) for name, of in bold.items()))
 
@@ -430,8 +432,8 @@ def replaced(text: str, marks: tuple[str, str], lines: list[str]) -> str:
 
 
 def texts(results: Path, readme: Path) -> dict[Path, str]:
-    """README.md and study/results/README.md with what study.json and tuning.json say between their marks; nothing where there
-    are no runs. Raises ValueError with one line for a study.json or tuning.json that is none."""
+    """README.md and study/results/README.md with what study.json and tuning.json say between their marks; nothing where
+    there are no runs. Raises ValueError with one line for a study.json or tuning.json that is none."""
     known, tuned = stored(results / "study.json", {"rows": {}}), stored(results / "tuning.json", {})
     try:
         rows = known["rows"]
