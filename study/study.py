@@ -60,7 +60,7 @@ ROWS = {f"{subset}/{name}": flags for subset, rows in {
     "trace": plain("vpd sdpo grpo distil") | {
         "vpd F=1": "--e_step_every 1", "vpd F=10": "--e_step_every 10", "vpd fixed prior": "--prior fixed",
         "vpd EMA teacher": "--teacher ema", "vpd all passed": "--passed_text passed",
-        "vpd e_groups all": "--e_groups all",         "vpd KL(student‖teacher)": "--divergence kl_student_teacher",
+        "vpd e_groups all": "--e_groups all", "vpd KL(student‖teacher)": "--divergence kl_student_teacher",
         "vpd KL(teacher‖student)": "--divergence kl_teacher_student", "vpd sibling": "--feedback sibling",
         "vpd no E-step": f"{NO_E_STEP} 1e-3",
         "sdpo live teacher": "--teacher live", "sdpo sibling": "--feedback sibling",
