@@ -76,6 +76,13 @@ def test_every_function_class_and_setting_exists():
     assert found > 20
 
 
+def accepts(program: str, words: list[str]) -> bool:
+    try:
+        return bool(flags(CONFIGS[program], "x", "", {}).parse_args(words))
+    except SystemExit:
+        return False
+
+
 def test_every_command_and_flag_exists():
     blocks = "".join(text for language, text in BLOCKS if not language).replace("\\\n", " ").splitlines()
     words = re.search(r"^  (toy\|.*?)\) ;;", (ROOT / "run.sh").read_text(), re.MULTILINE)[1].split("|")
@@ -91,10 +98,12 @@ def test_every_command_and_flag_exists():
             program = "vpd.py" if {*rest[:1]} & {*vpd.PRESETS, "check"} else ""
             rest = rest[1 + (rest[:1] == ["check"]) :]
         if program in CONFIGS:
-            flags(CONFIGS[program], "x", "", {}).parse_args(rest)  # SystemExit for a flag or value that is none
+            assert accepts(program, rest), line
             parsed += 1
         assert not program or importlib.util.find_spec(program.removesuffix(".py")), line
-    assert parsed > 15
+    values = [text for text in QUOTED if re.match(r"--\w+ ", text) and text[2:].split()[0] not in THEIRS]
+    assert parsed > 15 and len(values) > 20
+    assert [text for text in values if not any(accepts(program, text.split()) for program in CONFIGS)] == []
     known = {name for config in CONFIGS.values() for f in fields(config) for name in (f.name, f"no_{f.name}")} | THEIRS
     known |= {flag for path in SOURCES for flag in re.findall(r"add_argument\(\s*\"--(\w+)\"", path.read_text())}
     assert set(re.findall(r"(?<![\w-])--([a-zA-Z][\w-]*)", ALL)) <= known
