@@ -35,7 +35,7 @@ ROOMS = ("model", "harness", "tasks", "neighbours", "study")
 SOURCES = [path for folder in (".", *ROOMS) for path in (ROOT / folder).glob("*.py")]
 CONFIGS = {"vpd.py": vpd.Config, "neighbours.distil": distil.Config, "neighbours.ovd": ovd.Config}
 # What a run or the reader makes, and what belongs to other programs.
-MADE = set("config.json log.jsonl samples.jsonl base_failures.json curves.png best/ sums.py answers.jsonl grades.jsonl "
+MADE = set("config.json log.jsonl samples.jsonl base_failures.json curves.png best/ checkpoints/ sums.py answers.jsonl grades.jsonl "
            "test6.jsonl".split())  # fmt: skip
 THEIRS = set("nnodes nproc-per-node rdzv-backend rdzv-endpoint shutdown-timeout generation-config shm-size ipc help "
              "teacher_update_rate ema_update_rate".split())  # fmt: skip
