@@ -137,7 +137,7 @@ class Config:
     since: str = RUN("2025-02-01", "lcb: problems from this contest date on", **LCB_ONLY)
     until: str = RUN("2025-05-01", "lcb: problems before this contest date", **LCB_ONLY)
     smoke: Literal["", "qwen3", "olmo3"] = RUN("", "[optional]2 batches of a tiny random model on the project's own records")
-    method: Literal[*METHODS] = RUN("vpd", "what is minimised; METHODS in vpd.py says what each needs")
+    method: Literal[*METHODS] = RUN("vpd", "a row of METHODS in vpd.py; DistIL and OVD are python -m neighbours.distil, .ovd")
     seed: int = RUN(0, "of the order of problems, rollouts, contexts and evaluation")
     out: str = RUN("", "run directory; by default runs/TASK-METHOD-seedN and the time")
     overwrite: bool = RUN(False, "delete the run directory if it exists")
@@ -539,10 +539,14 @@ def check(cfg: Config) -> None:
     cfg.templates()  # raises ValueError for a template without its hole
 
 
-def main(argv: list[str] | None = None) -> None:
+def settings(argv: list[str] | None = None) -> Config:
+    """What a command's flags mean."""
     preset = partial(presets.of, PRESETS)
-    cfg = parse(argv, Config, "python vpd.py", "Variational Policy Distillation and its baselines.", preset)
-    session.launch(cfg, check, train)
+    return parse(argv, Config, "python vpd.py", "Variational Policy Distillation and its baselines.", preset)
+
+
+def main(argv: list[str] | None = None) -> None:
+    session.launch(settings(argv), check, train)
 
 
 if __name__ == "__main__":
