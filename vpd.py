@@ -89,13 +89,14 @@ def reweight(t, cfg):  # B.26 to B.28; lambda falls linearly to 0
 class Method:
     """What a method is. objective: what the M-step minimises, one of the functions above; teacher: whose weights read the context
     by default ("": nobody's); rows: which rollouts take part, those with a context, with an advantage, or with either; e_step:
-    whether the teacher is trained; distils: whether the objective reads t.D; reinforces: whether it reads t.A."""
+    whether the teacher is trained. What the objective reads: distils, t.D; scores, t.teacher_logp; reinforces, t.A."""
 
     objective: Callable
     teacher: Literal["", "live", "ema"]
     rows: Literal["context", "advantage", "either"]
     e_step: bool = False
     distils: bool = False
+    scores: bool = False
     reinforces: bool = False
 
 
@@ -104,8 +105,8 @@ METHODS = {
     "sdpo": Method(sdpo, "ema", "context", distils=True),
     "grpo": Method(grpo, "", "advantage", reinforces=True),
     "joint": Method(joint, "ema", "either", distils=True, reinforces=True),
-    "reshape": Method(reshape, "ema", "either", reinforces=True),
-    "reweight": Method(reweight, "ema", "advantage", reinforces=True),
+    "reshape": Method(reshape, "ema", "either", scores=True, reinforces=True),
+    "reweight": Method(reweight, "ema", "advantage", scores=True, reinforces=True),
 }
 
 # ---- Settings ----------------------------------------------------------------------------------------------------
@@ -137,7 +138,7 @@ class Config:
     since: str = RUN("2025-02-01", "lcb: problems from this contest date on", **LCB_ONLY)
     until: str = RUN("2025-05-01", "lcb: problems before this contest date", **LCB_ONLY)
     smoke: Literal["", "qwen3", "olmo3"] = RUN("", "[optional]2 batches of a tiny random model on the project's own records")
-    method: Literal[*METHODS] = RUN("vpd", "what is minimised; METHODS in vpd.py says what each needs")
+    method: Literal[*METHODS] = RUN("vpd", "a row of METHODS in vpd.py; DistIL and OVD are python -m neighbours.distil, .ovd")
     seed: int = RUN(0, "of the order of problems, rollouts, contexts and evaluation")
     out: str = RUN("", "run directory; by default runs/TASK-METHOD-seedN and the time")
     overwrite: bool = RUN(False, "delete the run directory if it exists")
@@ -277,6 +278,13 @@ class Batch:
         """Tokens of each row through the network, in the longer of its two views."""
         return [max(len(x), len(xC)) + len(y) for x, xC, y in zip(self.x, self.xC, self.y)]
 
+    def known(self, A: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What is known of each token before an update, (B, T) each. A: (B,), the rows' advantages."""
+        known = {"sampler_logp": self.sampler_logp, "A": A, "has_C": self.has_C,
+                 "old_logp": self.old_logp, "teacher_logp": self.teacher_logp}  # fmt: skip
+        wide = lambda x: x if x.ndim == 2 else x[:, None].expand_as(self.mask)  # noqa: E731
+        return {name: wide(x) for name, x in known.items() if x is not None}
+
     def student(self, policy: Policy, rows: list[int]):
         """The rows under the student's prompt, pi_theta(.|x)."""
         return policy.view([self.x[i] for i in rows], [self.y[i] for i in rows])
@@ -378,8 +386,8 @@ def advantages(cfg: Config, batch: Batch) -> torch.Tensor:
 
 
 def adamw(cfg: Config, policy: Policy) -> torch.optim.AdamW:
-    betas = cfg.adam_beta1, cfg.adam_beta2
-    return torch.optim.AdamW(policy.model.parameters(), cfg.lr, betas, weight_decay=cfg.weight_decay)
+    betas, fused = (cfg.adam_beta1, cfg.adam_beta2), policy.device.type == "cuda"  # fused: half the time, no copy of the state
+    return torch.optim.AdamW(policy.model.parameters(), cfg.lr, betas, weight_decay=cfg.weight_decay, fused=fused)
 
 
 def train(cfg: Config, run: session.Run) -> None:
@@ -415,8 +423,7 @@ def train(cfg: Config, run: session.Run) -> None:
             e_due = method.e_step and step % cfg.e_step_every == 0
             frozen = e_due or size < len(batch.y)
             if frozen:
-                hybrid = bool(cfg.reader()) and not method.distils
-                log.frozen(batch, freeze(batch, policy, teacher, with_teacher=e_due or hybrid))
+                log.frozen(batch, freeze(batch, policy, teacher, with_teacher=e_due or method.scores))
             log.lap("freeze")
 
             # ---- 4. E-step: refine the teacher (Eq. 9), every F-th batch
@@ -452,22 +459,17 @@ def train(cfg: Config, run: session.Run) -> None:
             A = advantages(cfg, batch) if method.reinforces else torch.zeros_like(batch.r)  # (B,)
             takes_part = {"context": batch.has_C, "advantage": A != 0, "either": batch.has_C | (A != 0)}[method.rows]
             log.skip("m_step: no signal" if method.reinforces else "m_step: no context", int((~takes_part).sum()))
-            known = {"sampler_logp": batch.sampler_logp, "A": A, "has_C": batch.has_C}
-            known |= {"old_logp": batch.old_logp} if frozen else {}
-            known |= {"teacher_logp": batch.teacher_logp} if batch.teacher_logp is not None else {}
-            known = {name: v if v.ndim == 2 else v[:, None].expand_as(batch.mask) for name, v in known.items()}  # (B, T)
-            reads = bool(cfg.reader()) and (method.distils or not frozen)
+            known = batch.known(A)
+            reads = method.distils or method.scores and not frozen  # whether the update's passes need the teacher's view
 
             def per_token(t):
-                """The M-step's loss of each token: the objective, weighed for the gap between trainer and sampler."""
-                if size == len(batch.y):  # pi_old is the student as it is now
-                    t.frozen_logp, t.old_logp = t.old_logp if frozen else t.logp.detach(), t.logp.detach()
-                else:
-                    t.frozen_logp = t.old_logp
-                if reads and batch.teacher_logp is None:
-                    t.teacher_logp = torch.where(t.has_C, t.teacher_logp, t.old_logp)  # no context: A^SDPO = 0
-                t.D, t.step = t.D * t.has_C, step
-                mismatch = 1.0 if limit is None else losses.truncated_ratio(t.frozen_logp, t.sampler_logp, limit)
+                """The objective at each token, weighed for the gap between trainer and sampler."""
+                now, t.step, t.D = t.logp.detach(), step, t.D * t.has_C
+                frozen_logp = t.old_logp if frozen else now
+                t.old_logp = now if size == len(batch.y) else frozen_logp  # one update a batch: its ratio is exactly 1
+                if method.scores and not frozen:
+                    t.teacher_logp = torch.where(t.has_C, t.teacher_logp, now)  # no context: A^SDPO = 0
+                mismatch = 1.0 if limit is None else losses.truncated_ratio(frozen_logp, t.sampler_logp, limit)
                 return method.objective(t, cfg) * mismatch
 
             for first in range(0, len(batch.y), size):
@@ -539,10 +541,14 @@ def check(cfg: Config) -> None:
     cfg.templates()  # raises ValueError for a template without its hole
 
 
-def main(argv: list[str] | None = None) -> None:
+def settings(argv: list[str] | None = None) -> Config:
+    """What a command's flags mean."""
     preset = partial(presets.of, PRESETS)
-    cfg = parse(argv, Config, "python vpd.py", "Variational Policy Distillation and its baselines.", preset)
-    session.launch(cfg, check, train)
+    return parse(argv, Config, "python vpd.py", "Variational Policy Distillation and its baselines.", preset)
+
+
+def main(argv: list[str] | None = None) -> None:
+    session.launch(settings(argv), check, train)
 
 
 if __name__ == "__main__":

@@ -14,16 +14,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import feedback
+import losses
 import tasks
 import vpd
 from harness.command import Parser, check_out, run, write
-from harness.settings import parse
 from model import head
 from tasks import livecodebench
 from tasks.sandbox import Sandbox
@@ -50,7 +51,7 @@ def fresh(function: str, **settings):
 def steps(flags: list[str]) -> list[dict]:
     """Median seconds of each phase of a step, and of its floor: the matrix products that it cannot do without."""
     flags = ["--task", "toy", "--model", str(HERE / "tasks" / "toy_models" / "trace"), "--eval_every", "0", *flags]
-    cfg = parse(flags)
+    cfg = vpd.settings(flags)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         every = str(cfg.prompts_per_batch * cfg.group_size)  # each rollout goes to samples.jsonl
@@ -132,7 +133,7 @@ def head_case(case: str, tokens: int, vocabulary: int, width: int, top_k: int) -
 
     def products(hidden, matrix, t_hidden, t_matrix, _):
         """The student's logits, the teacher's, d hidden and d head, in the head's own chunks."""
-        chunk = head.tokens_per_chunk(len(matrix), width, top_k, 4, "cpu")
+        chunk = head.tokens_per_chunk(len(matrix), 4, "cpu", 2)
         buffer = torch.empty(min(chunk, len(hidden)), len(matrix))
         d_hidden, d_matrix = torch.zeros_like(hidden), torch.zeros_like(matrix)
         for first in range(0, len(hidden), len(buffer)):
@@ -145,13 +146,14 @@ def head_case(case: str, tokens: int, vocabulary: int, width: int, top_k: int) -
 
     def loss(hidden, matrix, t_hidden, t_matrix, ids):
         hidden.requires_grad_(), matrix.requires_grad_()
+        kl, js = (partial(losses.divergence, kind=kind) for kind in ("kl_student_teacher", "js"))
         weights, teacher = torch.full((len(ids),), 1 / len(ids)), (t_hidden, t_matrix)
         if case == "log-probs only":
-            total, *_ = head.loss(lambda logp, _: -logp, weights, hidden, matrix, ids)
+            total, *_ = head.loss(lambda t: -t.logp, weights, hidden, matrix, ids)
         elif case == "top-k, KL(student||teacher)":
-            total, *_ = head.loss(lambda _, d: d, weights, hidden, matrix, ids, teacher=teacher, top_k=top_k)
+            total, *_ = head.loss(lambda t: t.D, weights, hidden, matrix, ids, None, teacher, kl, top_k)
         else:
-            total, *_ = head.loss(lambda _, d: d, weights, hidden, matrix, ids, teacher=teacher, kind="js")
+            total, *_ = head.loss(lambda t: t.D, weights, hidden, matrix, ids, None, teacher, js)
         total.backward()
 
     torch.set_num_threads(1)

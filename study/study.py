@@ -163,12 +163,23 @@ def perform(flags: list[str], out: Path, test: bool) -> str:
     return ""
 
 
-def settings_of(flags: list[str]) -> dict:
-    """What these flags mean now, as a run directory records it."""
-    from harness.settings import NOT_OF_THE_RUN, parse  # and with it torch, which the tables do without
+def configured(flags: list[str]):
+    """The loop's module that these flags are for, and its Config."""
+    from importlib import import_module  # and with it torch, which the tables do without
 
-    cfg = parse(flags)
-    return {k: v for k, v in (vars(cfg) | {"teacher": cfg.reader()}).items() if k not in NOT_OF_THE_RUN}
+    command = program(flags)
+    module, rest = (command[1], command[2:]) if command[0] == "-m" else ("vpd", command[1:])
+    module = import_module(module)
+    return module, module.settings(rest)
+
+
+def settings_of(flags: list[str]) -> dict:
+    """What these flags mean now, as a run directory records it, but for where the model is."""
+    from harness.settings import NOT_OF_THE_RUN
+
+    cfg = configured(flags)[1]
+    kept = {k: v for k, v in vars(cfg).items() if k not in (*NOT_OF_THE_RUN, "model", "given", "preset")}
+    return kept | {"teacher": cfg.reader()}
 
 
 def finished(out: Path, flags: list[str]) -> bool:

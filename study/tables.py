@@ -14,8 +14,9 @@ import numpy as np
 from scipy import stats
 
 from harness.command import Parser, run
-from harness.settings import METHODS, NOT_OF_THE_RUN, PRESETS, Config
+from harness.settings import NOT_OF_THE_RUN
 from study.figures import expect, load
+from vpd import METHODS, PRESETS, Config
 
 PAPER = load(Path(__file__).parent / "results" / "paper.json")  # task, model, row, part: percent
 ALL = {

@@ -102,7 +102,7 @@ def test_the_products_are_those_of_the_loss_in_the_same_chunks(monkeypatch):
             return own(*args, **kwargs)
 
         monkeypatch.setattr(owner, name, noted)
-    monkeypatch.setattr(head, "BUFFER_BYTES", 4 * (70 + 5 * 8) * 10)  # 10 tokens a chunk
+    monkeypatch.setattr(head, "BUFFER_BYTES", 4 * 70 * 2 * 10)  # 10 tokens a chunk
     shapes = []
     for case in ("the four products", "top-k, KL(student||teacher)"):
         seen.clear()

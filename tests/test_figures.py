@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness import command, settings
+import vpd
+from harness import command
+from neighbours import distil
 from study import figures, tables
 from test_command import full
 
@@ -290,8 +292,9 @@ def test_file_that_is_no_study_is_one_line_and_exit_2(text, tmp_path, capsys):
 
 def evaluated(argv, after, before=0.3, parts=None, **differs):
     """(name, config.json, evaluation.json) of a run started with these flags; `differs`: changes of its evaluation."""
-    cfg = settings.parse(argv.split())
-    config = asdict(cfg) | {"out": "x", "teacher": cfg.teacher or settings.METHODS[cfg.method].teacher, "commit": "c"}
+    flags = [flag for flag in argv.replace("--method distil", "").split()]
+    cfg = (distil if "distil" in argv else vpd).settings(flags)
+    config = asdict(cfg) | {"out": "x", "teacher": cfg.reader(), "commit": "c"}
     subset = cfg.subset or {"lcb": "v6", "sciknoweval": "biology", "math": "dapo", "toy": "trace"}[cfg.task]
     result = {"task": f"{cfg.task}/{subset}", "split": "test", "seed": 0, "temperature": cfg.eval_temperature,
               "top_p": cfg.eval_top_p, "max_tokens": cfg.max_response_tokens, "n": cfg.eval_samples}  # fmt: skip

@@ -9,13 +9,13 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from harness import settings
 from study import study
 from study.study import Claim
 from test_command import full
@@ -29,8 +29,8 @@ RESULTS = ROOT / "study" / "results"
 
 @pytest.mark.parametrize("name", study.ROWS)
 def test_a_rows_flags_are_settings_that_work_together(name):
-    cfg = settings.parse([*study.flags_of(name), "--seed", "1"])
-    settings.check(cfg)
+    module, cfg = study.configured([*study.flags_of(name), "--seed", "1"])
+    module.check(cfg)
     subset, method = name.split(" ")[0].split("/")
     method = "sdpo" if name.endswith("vpd no E-step") else method  # which is SDPO's loop on VPD's settings
     assert (cfg.subset, cfg.method) == (subset.replace("trace-long", "trace"), method)
@@ -39,7 +39,7 @@ def test_a_rows_flags_are_settings_that_work_together(name):
 def test_a_variant_differs_from_its_method_in_what_its_name_says():
     changed = {
         "F=1": {"e_step_every"}, "F=10": {"e_step_every"}, "fixed prior": {"prior"}, "EMA teacher": {"teacher"},
-        "live teacher": {"teacher"}, "all passed": {"passed_text"}, "e_groups all": {"e_groups"}, "no E-step": {"method", "teacher"},
+        "live teacher": {"teacher"}, "all passed": {"passed_text"}, "e_groups all": {"e_groups"}, "no E-step": {"method"},
         "KL(student‖teacher)": {"divergence"}, "KL(teacher‖student)": {"divergence"}, "sibling": {"feedback"},
         "local term alone": {"future"}, "constant norm": {"distil_norm"}, "black box": {"expert"}, "sg pi": {"ovd_ratio"},
         "failures left out": {"ovd_failed"}, "sg pi, failures left out": {"ovd_ratio", "ovd_failed"},
@@ -49,7 +49,7 @@ def test_a_variant_differs_from_its_method_in_what_its_name_says():
     for name in study.ROWS:
         base, _, change = name.partition(" ")
         if change and (base.startswith("trace/") or base in ("code/distil", "code-judge/ovd")):
-            one, other = (vars(settings.parse(study.flags_of(n))) for n in (base, name))
+            one, other = (study.settings_of(study.flags_of(n)) for n in (base, name))
             tuned = {"lr"} if name == "trace/distil local term alone" else set()
             assert {key for key in one if one[key] != other[key]} - {"out"} == changed[change] | tuned, name
             seen += 1
@@ -59,8 +59,8 @@ def test_a_variant_differs_from_its_method_in_what_its_name_says():
 def test_every_method_of_a_task_was_tried_with_as_many_settings_and_they_still_work():
     counts: dict[str, dict[str, int]] = {}
     for flags, entry in json.loads((RESULTS / "tuning.json").read_text()).items():
-        cfg = settings.parse(flags.split())
-        settings.check(cfg)
+        module, cfg = study.configured(flags.split())
+        module.check(cfg)
         assert entry["name"].split(" ")[0] == f"{cfg.subset}/{cfg.method}"
         of_task = counts.setdefault(cfg.subset, {})
         of_task[entry["name"]] = of_task.get(entry["name"], 0) + 1
@@ -233,8 +233,8 @@ LOG = [{"kind": "train", "step": 0, "seconds": {"rollout": 1.0, "sync": 0.5}, "r
 @pytest.fixture
 def quick(tmp_path, monkeypatch):
     """Instead of training, a program that writes the run directory of TINY at once, or fails where the flags have -1."""
-    cfg = settings.parse(TINY)
-    config = vars(cfg) | {"teacher": cfg.reader(), "commit": "abcdefghij+ (changed)"}  # as a run records them
+    _, cfg = study.configured(TINY)
+    config = asdict(cfg) | {"teacher": cfg.reader(), "commit": "abcdefghij+ (changed)"}  # as a run records them
     script = tmp_path / "program.py"
     script.write_text(f"""
 import json, pathlib, sys
