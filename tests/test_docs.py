@@ -7,7 +7,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -35,8 +34,8 @@ ROOMS = ("model", "harness", "tasks", "neighbours", "study")
 SOURCES = [path for folder in (".", *ROOMS) for path in (ROOT / folder).glob("*.py")]
 CONFIGS = {"vpd.py": vpd.Config, "neighbours.distil": distil.Config, "neighbours.ovd": ovd.Config}
 # What a run or the reader makes, and what belongs to other programs.
-MADE = set("config.json log.jsonl samples.jsonl base_failures.json curves.png best/ checkpoints/ sums.py answers.jsonl grades.jsonl "
-           "test6.jsonl".split())  # fmt: skip
+MADE = set("config.json log.jsonl samples.jsonl base_failures.json curves.png best/ checkpoints/ sums.py answers.jsonl "
+           "grades.jsonl test6.jsonl".split())  # fmt: skip
 THEIRS = set("nnodes nproc-per-node rdzv-backend rdzv-endpoint shutdown-timeout generation-config shm-size ipc help "
              "teacher_update_rate ema_update_rate".split())  # fmt: skip
 ENDINGS = "py|png|json|jsonl|txt|sh|md"
@@ -76,37 +75,30 @@ def test_every_function_class_and_setting_exists():
     assert found > 20
 
 
-def accepts(program: str, words: list[str]) -> bool:
-    try:
-        return bool(flags(CONFIGS[program], "x", "", {}).parse_args(words))
-    except SystemExit:
-        return False
-
-
-def test_every_command_and_flag_exists():
-    blocks = "".join(text for language, text in BLOCKS if not language).replace("\\\n", " ").splitlines()
+def test_every_command_flag_and_value_exists():
+    parsers = {program: flags(config, program, "", {}) for program, config in CONFIGS.items()}
+    known = {flag: parser for parser in reversed(parsers.values()) for flag in parser._option_string_actions}
     words = re.search(r"^  (toy\|.*?)\) ;;", (ROOT / "run.sh").read_text(), re.MULTILINE)[1].split("|")
-    values, parsed = {"METHOD": "vpd", "N": "1", "TASK": "lcb"}, 0
-    for line in (*blocks, *QUOTED):
-        start = re.match(r"(?:NPROC=\d )?(?:bash (run\.sh)|python (?:-m )?([\w.]+))(?= |$)", line)
-        if not start or "--help" in line:
-            continue
-        program = start[1] or start[2]
-        rest = [values.get(word, word) for word in shlex.split(line[start.end() :], comments=True)]
-        if program == "run.sh":
-            assert not rest or rest[0].startswith("-") or rest[0] in words, line
-            program = "vpd.py" if {*rest[:1]} & {*vpd.PRESETS, "check"} else ""
-            rest = rest[1 + (rest[:1] == ["check"]) :]
-        if program in CONFIGS:
-            assert accepts(program, rest), line
-            parsed += 1
-        assert not program or importlib.util.find_spec(program.removesuffix(".py")), line
-    values = [text for text in QUOTED if re.match(r"--\w+ ", text) and text[2:].split()[0] not in THEIRS]
-    assert parsed > 15 and len(values) > 20
-    assert [text for text in values if not any(accepts(program, text.split()) for program in CONFIGS)] == []
-    known = {name for config in CONFIGS.values() for f in fields(config) for name in (f.name, f"no_{f.name}")} | THEIRS
-    known |= {flag for path in SOURCES for flag in re.findall(r"add_argument\(\s*\"--(\w+)\"", path.read_text())}
-    assert set(re.findall(r"(?<![\w-])--([a-zA-Z][\w-]*)", ALL)) <= known
+    blocks = "".join(text for language, text in BLOCKS if not language).replace("\\\n", " ").splitlines()
+    values, tried = {"METHOD": "vpd", "N": "1", "TASK": "lcb"}, 0
+    for line in (line for line in (*blocks, *QUOTED) if re.match(r"--\w|bash |python |NPROC", line)):
+        command = re.match(r"(?:NPROC=\d )?(?:bash (run\.sh)|python (?:-m )?([\w.]+))(?= |$)", line)
+        given = [values.get(word, word) for word in shlex.split(line[command.end() if command else 0 :], comments=True)]
+        if command and (program := command[1] or command[2]) == "run.sh":
+            assert not given or given[0].startswith("-") or given[0] in words, line
+            program = "vpd.py" if {*given[:1]} & {*vpd.PRESETS, "check"} else "run"
+            given = given[1 + (given[:1] == ["check"]) :]
+        elif command:
+            assert importlib.util.find_spec(program.removesuffix(".py")), line
+        else:  # a flag with its value; methods have commands of their own
+            program = known[given[0]].prog if len(given) > 1 and given[0] in known.keys() - {"--method"} else ""
+        if program in parsers and "--help" not in given:
+            parsers[program].parse_args(given)  # SystemExit for a flag or value that is none
+            tried += 1
+    assert tried > 35
+    others = {flag for path in SOURCES for flag in re.findall(r"add_argument\(\s*\"--(\w+)\"", path.read_text())}
+    named = set(re.findall(r"(?<![\w-])--([a-zA-Z][\w-]*)", ALL))
+    assert {flag for flag in named if f"--{flag}" not in known} <= others | THEIRS
 
 
 def test_the_equations_are_where_the_map_says_and_all_of_them_are_in_it():
@@ -181,16 +173,14 @@ def test_the_worked_task_method_source_and_divergence_run_and_the_log_is_explain
     assert "own/sums" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text, words", [
-    ("import nowhere", "nowhere"),
-    (SUMS.replace('"validation": 64, "test": 64', '"validation": 0, "test": 0'), "--eval_every 0"),
-    (SUMS.replace("if found[-1] == problem.", "if found[-1] == problem.no"), "line 19: verify() raised AttributeError"),
+@pytest.mark.parametrize("old, new, words", [
+    ('"validation": 64, "test": 64', '"validation": 0, "test": 0', "--eval_every 0"),
+    ("if found[-1] == problem.", "if found[-1] == problem.no", "line 19: verify() raised AttributeError"),  # in the run
 ])  # fmt: skip
-def test_a_fault_of_a_task_file_ends_the_command_with_one_line(text, words, tmp_path, capsys):
-    """The last one shows only when a response has a number."""
-    (tmp_path / "mine.py").write_text(text)
+def test_a_fault_of_a_task_file_ends_the_command_with_one_line(old, new, words, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(SUMS.replace(old, new))
+    mine = f"--task own --data {tmp_path}/mine.py --model {TRACE} --max_response_tokens 8 --out {tmp_path}/run"
     with pytest.raises(SystemExit) as stop:
-        vpd.main(["--task", "own", "--data", str(tmp_path / "mine.py"), "--model", TRACE, "--max_response_tokens", "8",
-                  "--out", str(tmp_path / "run")])  # fmt: skip
+        vpd.main(mine.split())
     said = [line for line in capsys.readouterr().err.splitlines() if "error" in line or "Traceback" in line]
     assert stop.value.code == 2 and len(said) == 1 and words in said[0]
