@@ -131,7 +131,7 @@ def open_run(cfg, world: World, also: Callable = lambda *_: None) -> "Run":
     """A run ready for its loop. The directory is made when nothing else can be wrong with the settings. also(cfg, policy, task):
     what else a loop needs, `Run.also`; it may raise ValueError. Raises ValueError, OSError or ImportError with one line."""
     method = cfg.row()
-    world.first(lambda: check_directory(cfg))
+    notes = world.first(lambda: check_directory(cfg) or machine.check_driver(cfg))
     check_model(cfg)
     check_sampler(cfg.sampler)
     task = tasks.load(cfg.task, cfg.subset, cfg.data, cfg.train_tests, cfg.since, cfg.until)
@@ -152,6 +152,7 @@ def open_run(cfg, world: World, also: Callable = lambda *_: None) -> "Run":
             world.first(lambda: tiny.smoke_model(cfg.task, cfg.smoke, Path(made)))
         path = made if making else cfg.model
         found = plan.show(cfg, method, path, world.size)
+        task.notes += notes + world.first(lambda: machine.check(cfg, found))
         policy = Policy.load(
             path, getattr(torch, cfg.dtype), world, micro_batch_tokens=cfg.micro_batch_tokens, temperature=cfg.temperature
         )
@@ -215,8 +216,10 @@ def launch(cfg, check: Callable, train: Callable, also: Callable = lambda *_: No
         if cfg.smoke and cfg.plan:
             raise ValueError("--plan is for the task's own model, which --smoke replaces by a tiny one")
         if cfg.plan:
-            plan.show(cfg, cfg.row(), cfg.model, torch.cuda.device_count() or 1)
-            machine.check(cfg)
+            notes = machine.check_driver(cfg)
+            found = plan.show(cfg, cfg.row(), cfg.model, torch.cuda.device_count() or 1)
+            for note in [*notes, *machine.check(cfg, found)]:
+                print(note)
             return
         from transformers.utils import logging as hf_logging
 
