@@ -48,13 +48,16 @@ def driver_versions() -> list[str]:
 
 
 def check(cfg, plan: Plan) -> list[str]:
-    """Notes on this machine. Raises ValueError with all that is certain to fail."""
+    """Notes on this machine. Raises ValueError with one line where the run is certain to fail."""
     if cfg.plan and cfg.gpu_memory:  # planned for another machine
         return []
     if cfg.plan:  # a run loads its problems itself
         tasks.load(cfg.task, cfg.subset, cfg.data, cfg.train_tests, cfg.since, cfg.until).close()
-    found = [*compiler(cfg), *disk(cfg, plan), *memory(cfg, plan), *shared_memory(plan)]
-    found += sandbox(cfg.task, cfg.subset, cfg.unsafe_sandbox)
+    return judged(*compiler(cfg), *disk(cfg, plan), *memory(cfg, plan), *shared_memory(plan), *sandbox(cfg))
+
+
+def judged(*found: tuple[str, bool]) -> list[str]:
+    """The lines that are notes. Raises ValueError with all of those that are certain to fail."""
     if refused := [line for line, certain in found if certain]:
         raise ValueError("; ".join(refused))
     return [line for line, _ in found]
@@ -126,12 +129,16 @@ def shared_memory(plan: Plan):
         yield f"/dev/shm has {size(room)}, where NCCL may want more: docker run --shm-size 8g, or --ipc=host", False
 
 
-def sandbox(task: str, subset: str, allowed: bool):
-    """Layers that confine the programs of the tasks that run what a model has written."""
-    if task == "lcb" or task == "toy" and subset.startswith("code"):
+def runs_programs(cfg) -> bool:
+    """Does grading run what a model has written? (Of a task of one's own we do not know.)"""
+    return cfg.task in ("lcb", "own") or cfg.task == "toy" and cfg.subset.startswith("code")
+
+
+def sandbox(cfg):
+    if runs_programs(cfg) and cfg.task != "own":
         from tasks.sandbox import Sandbox
 
         with Sandbox(workers=1) as box:
             unsafe = box.unsafe
         if unsafe:
-            yield unsafe + ("" if allowed else "; --unsafe_sandbox goes on all the same"), not allowed
+            yield unsafe + "; --unsafe_sandbox goes on all the same" * (not cfg.unsafe_sandbox), not cfg.unsafe_sandbox

@@ -116,8 +116,9 @@ def fingerprint(problems: list) -> str:
 
 def check_model(cfg) -> None:
     """Raises ValueError with one line where the model is no folder and this machine cannot train one of the hub's."""
-    if cfg.task == "toy" and not Path(cfg.model).is_dir():  # started from another folder
-        cfg.model = str(Path(__file__).parents[1] / cfg.model)
+    ours = Path(__file__).parents[1] / cfg.model
+    if cfg.task == "toy" and ours.is_dir() and not Path(cfg.model).is_dir():  # started from another folder
+        cfg.model = str(ours)
     if Path(cfg.model).is_dir():
         cfg.model = str(Path(cfg.model).resolve())  # --resume and evaluation may start from another folder
     elif not torch.cuda.is_available() and not cfg.smoke:
