@@ -82,3 +82,12 @@ def unreachable(repo: str, file: str, kind: str = "model") -> str:
 def folder(model: str) -> Path:
     """The folder of a model: itself, or where the library keeps what it has downloaded of the hub's."""
     return Path(model) if Path(model).is_dir() else Path(library().snapshot_download(model, allow_patterns=["*.json", "*.safetensors"]))
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether a folder is a model's and nothing else's, so that another may replace it: a run's has a config.json as well."""
+    try:
+        named = "model_type" in json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError, TypeError):
+        return False
+    return named and not any(path.is_dir() for path in folder.iterdir())
