@@ -320,7 +320,7 @@ class Run:
         else:
             self.policy.save(self.out / "model")
         finally:
-            for each in (self.log, self.samples):
+            for each in (self.log, self.samples, self.lock):
                 with suppress(OSError, AttributeError):  # whatever could not be written has been told
                     each.close()
             self.task.close()
