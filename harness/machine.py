@@ -15,6 +15,7 @@ from harness import hub
 from harness.plan import Plan, size
 
 DRIVERS = {11: 450, 12: 525, 13: 580}  # CUDA's first number: the first driver that runs it (NVIDIA's compatibility table)
+CGROUP = Path("/sys/fs/cgroup")
 NCCL_SHM = 1e9  # assumed: below it NCCL may fail to map its buffers; docker gives 64 MB unless told otherwise
 
 
@@ -117,7 +118,7 @@ def host_memory() -> tuple[float, float]:
         return float("inf"), float("inf")
     for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
         try:
-            most, taken = (int(Path("/sys/fs/cgroup", name).read_text()) for name in (limit, used))
+            most, taken = (int((CGROUP / name).read_text()) for name in (limit, used))
             total, free = min(total, most), min(free, most - taken)
         except (OSError, ValueError):  # no such file, or no limit
             continue
