@@ -25,7 +25,7 @@ from tqdm import tqdm
 import evaluate
 import feedback
 import tasks
-from harness import command, hub, machine, plan
+from harness import command, machine, plan, runs
 from harness.command import CannotWrite, Stopped, fail, write
 from harness.log import BatchLog, terminal_line
 from harness.settings import differing
@@ -194,7 +194,7 @@ def open_run(cfg, world: World, also: Callable = lambda *_: None) -> "Run":
     record = {**asdict(cfg), "out": str(out), "teacher": cfg.reader(), "commit": git_commit(), "processes": world.size,
               "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
               "torch": torch.__version__, "command": " ".join(["python", *sys.argv]), "prompts_dropped": dropped,
-              "model_files": evaluate.fingerprint(path)}  # fmt: skip
+              "model_files": runs.fingerprint(path)}  # fmt: skip
     world.wait()  # everybody has looked
     lock = open_directory(cfg, out, record) if world.rank == 0 else None
     world.wait()
