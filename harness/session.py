@@ -240,6 +240,7 @@ def launch(cfg, check: Callable, train: Callable, also: Callable = lambda *_: No
         print(note)
     # Of several processes none can save by itself, so that Ctrl-C is taken there like SIGTERM: they stop together.
     signals = [signal.SIGTERM, signal.SIGHUP] + [signal.SIGINT] * (run.policy.world.size > 1)
+    signals = [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]  # nohup
     before = {number: signal.signal(number, lambda *_: run.signals.append(1)) for number in signals}
     try:
         train(cfg, run)

@@ -20,7 +20,9 @@ import rollout
 import tasks
 import vpd
 from harness import plan, session
+from harness.command import CannotWrite
 from model.policy import Policy
+from study import warm_start
 from tasks import Outcome
 from test_settings import parsed
 
@@ -81,6 +83,19 @@ def test_an_existing_run_is_refused_and_overwrite_deletes_only_runs(tmp_path, ca
     for flag, path in (("--model", out / "model"), ("--model", out / "model" / ".." / "model")):
         assert f"this run's own {flag}" in ended(2, capsys, out, "--overwrite", flag, str(path), steps=1)
     assert (out / "model" / "config.json").exists()
+
+
+def test_a_warm_start_replaces_models_only(tmp_path, capsys):
+    run(tmp_path / "run", steps=1)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    for out, words in (("run", "holds other things than a model"), ("mine", "holds other things"), ("mine/thesis.tex", "is a file")):
+        with pytest.raises(SystemExit) as stop:
+            warm_start.main(["--out", str(tmp_path / out)])
+        assert stop.value.code == 2 and words in capsys.readouterr().err
+    with pytest.raises(CannotWrite, match="it is a folder that holds other things than a model"):
+        Policy.load(MODELS / "choice").save(tmp_path / "run")
+    assert (tmp_path / "run" / "log.jsonl").exists()
 
 
 def test_a_run_that_goes_on_is_left_alone(tmp_path, capsys):
@@ -265,18 +280,23 @@ def test_a_run_does_not_go_on_with_other_problems(tmp_path, capsys):
     assert stop.value.code == 2 and "the training problems are not those that the run began with" in capsys.readouterr().err
 
 
+def interrupting(monkeypatch, interrupt):
+    """Calls interrupt() while the second batch is sampled."""
+    sample, calls = rollout.HFSampler.sample, []
+
+    def interrupted(self, *args):
+        calls.append(1)
+        if len(calls) == 2:
+            interrupt()
+        return sample(self, *args)
+
+    monkeypatch.setattr(rollout.HFSampler, "sample", interrupted)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_the_state_and_the_run_that_goes_on_is_the_same(number, tmp_path, monkeypatch, capsys):
     run(tmp_path / "whole", steps=3)
-    sample, calls = rollout.HFSampler.sample, []
-
-    def signalled(self, *args):
-        calls.append(1)
-        if len(calls) == 2:
-            os.kill(os.getpid(), number)
-        return sample(self, *args)
-
-    monkeypatch.setattr(rollout.HFSampler, "sample", signalled)
+    interrupting(monkeypatch, lambda: os.kill(os.getpid(), number))
     handler = signal.getsignal(number)
     assert "resume with --resume" in ended(143, capsys, tmp_path / "run", steps=3)
     assert signal.getsignal(number) == handler and len(read_log(tmp_path / "run")) == 1  # the batch is drawn again
@@ -284,16 +304,20 @@ def test_a_signal_saves_the_state_and_the_run_that_goes_on_is_the_same(number, t
     assert len(read_log(tmp_path / "run")) == 3 and same(tmp_path / "run" / "model", tmp_path / "whole" / "model")
 
 
+def test_a_run_under_nohup_goes_on(tmp_path, monkeypatch):
+    interrupting(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGHUP))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert len(run(tmp_path / "run", steps=2)) == 2
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_ctrl_c_leaves_a_usable_directory(tmp_path, monkeypatch, capsys):
-    sample, calls = rollout.HFSampler.sample, []
+    def interrupt():
+        raise KeyboardInterrupt
 
-    def interrupted(self, *args):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return sample(self, *args)
-
-    monkeypatch.setattr(rollout.HFSampler, "sample", interrupted)
+    interrupting(monkeypatch, interrupt)
     error = ended(130, capsys, tmp_path / "run", steps=5)
     assert "it has no checkpoint yet: --resume starts again" in error and len(read_log(tmp_path / "run")) == 1
     Policy.load(str(tmp_path / "run" / "model"))
