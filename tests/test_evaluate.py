@@ -233,16 +233,13 @@ def command(monkeypatch):
      ("math", "--greedy", (1, 0.0, 0.95, 8192)), ("math", "--greedy --n 1 --temperature 0", (1, 0.0, 0.95, 8192)),
      ("lcb", "--temperature 0 --top_p 0.5 --max_tokens 7 --n 2", (2, 0.0, 0.5, 7))],
 )  # fmt: skip
-def test_defaults_of_sampling_are_the_papers_by_task(task, options, settings, command):
+def test_defaults_of_sampling_are_the_papers_by_task(task, options, settings, command, capsys):
     command.run("--model", "m", "--task", task, *options.split())
     assert command.measured == [("m", *settings)]
     assert command.loaded == [(task, "", {})] and len(command.closed) == 1
-
-
-def test_problems_come_from_a_file_where_one_is_given(command, capsys):
-    command.run("--model", "m", "--task", "math", "--data", "some.jsonl")
-    assert command.read == [("math", "some.jsonl", False)] and command.loaded == []
-    assert capsys.readouterr().out.startswith("a note\n")
+    command.run("--model", "m", "--task", "math", "--data", "some.jsonl")  # a file's problems
+    assert command.read == [("math", "some.jsonl", False)] and len(command.loaded) == 1
+    assert "a note\n" in capsys.readouterr().out
 
 
 def test_programs_are_run_without_a_layer_of_the_sandbox_only_if_asked_for(command, monkeypatch, capsys, run_folder):
@@ -366,53 +363,38 @@ def write(path, rows):
     return path
 
 
-def grades(task, data, responses, out):
-    evaluate.main(["--responses", str(responses), "--task", task, "--data", str(data), "--out", str(out)])
-    found = [json.loads(line) for line in out.read_text().splitlines()]
-    assert all(list(row) == ["id", "reward", "verdict", "feedback"] for row in found)
-    return found
+ALGEBRA = [f"test/{name}.json" for name in ("algebra/fx3", "algebra/fx1", "prealgebra/fx2", "algebra/fx1", "algebra/fx3")]
+ANSWERS = [r"\boxed{\left(0, 2\right]}", "10", r"\boxed{2} no, $\boxed{\frac{2}{12}}$", r"\boxed{10.0}", r"\boxed{(0,2)}"]
 
 
-def test_programs_are_graded_in_their_order_several_to_a_problem(tmp_path, capsys):
-    rows = grades("lcb", FIXTURES / "lcb.jsonl", FIXTURES / "lcb_responses.jsonl", tmp_path / "grades.jsonl")
-    assert [(row["id"], row["reward"], row["verdict"]) for row in rows] == [
-        ("fx_sum", 1, "passed"), ("fx_half", 1, "passed"), ("fx_rows", 1, "passed"), ("fx_pairs", 1, "passed"),
-        ("fx_sum", 0, "wrong answer"), ("fx_half", 0, "error"), ("fx_late", 0, "no code"),
-    ]  # fmt: skip
-    assert [bool(row["feedback"]) for row in rows] == [False] * 4 + [True] * 3
-    assert "Input:\n3\n1 2 3\nYour output:\n3\nExpected output:\n6" in rows[4]["feedback"]  # a public test
-    assert "ZeroDivisionError: division by zero (line 1)" in rows[5]["feedback"]
+@pytest.mark.parametrize(
+    "task, data, responses, ids, expected, said",
+    [("lcb", "lcb", "lcb_responses", "fx_sum fx_half fx_rows fx_pairs fx_sum fx_half fx_late".split(),
+      ["passed"] * 4 + ["wrong answer", "error", "no code"],  # mean: (1/2 + 1/2 + 1 + 1 + 0) / 5
+      ("7 responses to 5 problems, 0 problems without one: 4 passed, 1 wrong answer, 1 error, 1 no code", "0.6000 [")),
+     ("sciknoweval", "sciknoweval", "sciknoweval_responses", ["biology-0"] * 4, ["wrong"] * 3 + ["correct"],  # it is D
+      ("4 responses to 1 problems, 47 problems without one: 3 wrong, 1 correct", "0.2500 [0.2500, 0.2500]")),
+     ("math", "math500", list(zip(ALGEBRA, ANSWERS)), ALGEBRA, ["correct", "no answer", "correct", "correct", "wrong"],
+      ("5 responses to 3 problems, 0 problems without one: 3 correct, 1 no answer, 1 wrong", "0.6667 [")),  # (1/2 + 1/2 + 1) / 3
+     ("math", "aime24", [(61, r"\boxed{125}")], [61], ["correct"], ("1 responses to 1 problems", "1.0000 [1.0000, 1.0000]"))],
+)  # fmt: skip
+def test_responses_are_graded_in_their_order(task, data, responses, ids, expected, said, tmp_path, capsys):
+    if isinstance(responses, list):
+        path = write(tmp_path / "r.jsonl", [{"id": name, "response": text} for name, text in responses])
+    else:
+        path = FIXTURES / f"{responses}.jsonl"
+    argv = ["--responses", path, "--task", task, "--data", FIXTURES / f"{data}.jsonl", "--out", tmp_path / "grades"]
+    evaluate.main([str(word) for word in argv])
+    rows = [json.loads(line) for line in (tmp_path / "grades").read_text().splitlines()]
+    assert all(list(row) == ["id", "reward", "verdict", "feedback"] for row in rows)
+    assert [(row["id"], row["verdict"]) for row in rows] == list(zip(ids, expected))
+    assert [row["reward"] for row in rows] == [int(verdict in ("passed", "correct")) for verdict in expected]
+    if task == "lcb":
+        assert [bool(row["feedback"]) for row in rows] == [False] * 4 + [True] * 3
+        assert "Input:\n3\n1 2 3\nYour output:\n3\nExpected output:\n6" in rows[4]["feedback"]  # a public test
+        assert "ZeroDivisionError: division by zero (line 1)" in rows[5]["feedback"]
     *_, counts, mean = capsys.readouterr().out.splitlines()
-    assert counts == "7 responses to 5 problems, 0 problems without one: 4 passed, 1 wrong answer, 1 error, 1 no code"
-    assert mean.startswith("mean reward of the answered problems 0.6000 [")  # (1/2 + 1/2 + 1 + 1 + 0) / 5
-
-
-def test_letters_are_graded_in_their_order(tmp_path, capsys):
-    data, responses = FIXTURES / "sciknoweval.jsonl", FIXTURES / "sciknoweval_responses.jsonl"
-    rows = grades("sciknoweval", data, responses, tmp_path / "g.jsonl")
-    assert [row["reward"] for row in rows] == [0, 0, 0, 1]  # biology-0 is D
-    assert {(row["id"], row["feedback"]) for row in rows} == {("biology-0", "")}
-    *_, counts, mean = capsys.readouterr().out.splitlines()
-    assert counts == "4 responses to 1 problems, 47 problems without one: 3 wrong, 1 correct"
-    assert mean == "mean reward of the answered problems 0.2500 [0.2500, 0.2500]"
-
-
-def test_mathematics_is_graded_in_its_order_and_ids_may_be_numbers(tmp_path, capsys):
-    names = ["test/algebra/fx1.json", "test/prealgebra/fx2.json", "test/algebra/fx3.json"]
-    responses = [
-        (names[2], r"\boxed{\left(0, 2\right]}"), (names[0], "10"), (names[1], r"\boxed{2} no, $\boxed{\frac{2}{12}}$"),
-        (names[0], r"\boxed{10.0}"), (names[2], r"\boxed{(0,2)}"),
-    ]  # fmt: skip
-    path = write(tmp_path / "r.jsonl", [{"id": name, "response": text} for name, text in responses])
-    rows = grades("math", FIXTURES / "math500.jsonl", path, tmp_path / "g.jsonl")
-    assert [(row["id"], row["reward"], row["verdict"]) for row in rows] == [
-        (names[2], 1, "correct"), (names[0], 0, "no answer"), (names[1], 1, "correct"), (names[0], 1, "correct"),
-        (names[2], 0, "wrong"),
-    ]  # fmt: skip
-    mean = capsys.readouterr().out.splitlines()[-1]
-    assert mean.startswith("mean reward of the answered problems 0.6667 [")  # (1/2 + 1/2 + 1) / 3
-    path = write(tmp_path / "r.jsonl", [{"id": 61, "response": r"\boxed{125}"}])
-    assert [(r["id"], r["reward"]) for r in grades("math", FIXTURES / "aime24.jsonl", path, tmp_path / "g")] == [(61, 1)]
+    assert counts.startswith(said[0]) and mean.startswith(f"mean reward of the answered problems {said[1]}")
 
 
 def test_grades_without_out_are_printed_nothing_is_written_and_the_task_is_closed(tmp_path, capsys, monkeypatch):
