@@ -45,7 +45,7 @@ fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 if [ -n "${CUDA_VISIBLE_DEVICES+x}" ]; then gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true); fi
-if [ -n "$(trap -p HUP)" ]; then export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT; fi  # under nohup torchrun goes on as well
+if [ -n "$(trap -p HUP)" ]; then export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT; fi  # nohup
 processes=${NPROC:-$gpus} launch=python program=vpd.py
 case $processes in *[!0-9]*) echo "run.sh: error: NPROC is the number of processes, not '$processes'" >&2; exit 2 ;; esac
 if [ "$processes" -gt 1 ]; then launch="python -m torch.distributed.run --standalone --shutdown-timeout 1800 --nproc-per-node $processes --"; fi

@@ -1,5 +1,5 @@
-"""What a machine lacks for a run, asked before the first batch. What is certain to fail is refused in one line; what may fail is
-a note. Each says what to do.
+"""What a machine lacks for a run, asked before the first batch. What is certain to fail is refused in one line; what may
+fail is a note. Each says what to do.
 """
 
 import os
@@ -73,7 +73,8 @@ def compiler(cfg):
         return
     headers = [sysconfig.get_paths()["include"], *os.environ.get("CPATH", "").split(":")]
     lacks = [] if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") else ["a C compiler (gcc)"]
-    lacks += [] if any(Path(folder, "Python.h").is_file() for folder in headers) else [f"{headers[0]}/Python.h (python3-dev)"]
+    if not any(Path(folder, "Python.h").is_file() for folder in headers):
+        lacks.append(f"{headers[0]}/Python.h (python3-dev)")
     if lacks:
         yield f"vLLM compiles its kernels at the start and lacks {' and '.join(lacks)}: install it, or --sampler hf", True
 
@@ -96,7 +97,7 @@ def disk(cfg, plan: Plan):
         free = shutil.disk_usage(places[0]).free + (old if places[0] == out else 0)
         if sum(needs) > free:
             what = f"{' and '.join(whats)} take {size(sum(needs))}"
-            yield f"the disk of {places[0]} has {size(free)} left, and {what}: free some, or put them on a larger one", True
+            yield f"the disk of {places[0]} has {size(free)} left, and {what}: free some, or take a larger one", True
 
 
 def memory(cfg, plan: Plan):
@@ -116,7 +117,8 @@ def host_memory() -> tuple[float, float]:
         total, free = (int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
     except (OSError, ValueError, KeyError):
         return float("inf"), float("inf")
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+    old = "memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"
+    for limit, used in (("memory.max", "memory.current"), old):
         try:
             most, taken = (int((CGROUP / name).read_text()) for name in (limit, used))
             total, free = min(total, most), min(free, most - taken)
@@ -126,7 +128,8 @@ def host_memory() -> tuple[float, float]:
 
 
 def shared_memory(plan: Plan):
-    if plan.gpu and plan.processes > 1 and Path("/dev/shm").is_dir() and (room := shutil.disk_usage("/dev/shm").total) < NCCL_SHM:
+    several = plan.gpu and plan.processes > 1 and Path("/dev/shm").is_dir()
+    if several and (room := shutil.disk_usage("/dev/shm").total) < NCCL_SHM:
         yield f"/dev/shm has {size(room)}, where NCCL may want more: docker run --shm-size 8g, or --ipc=host", False
 
 
@@ -142,4 +145,5 @@ def sandbox(cfg):
         with Sandbox(workers=1) as box:
             unsafe = box.unsafe
         if unsafe:
-            yield unsafe + "; --unsafe_sandbox goes on all the same" * (not cfg.unsafe_sandbox), not cfg.unsafe_sandbox
+            refused = not cfg.unsafe_sandbox
+            yield unsafe + "; --unsafe_sandbox goes on all the same" * refused, refused

@@ -1,4 +1,4 @@
-"""avg@k, pass@k and their intervals against arithmetic and enumeration; grades of responses; the command line's one-line errors."""
+"""avg@k, pass@k and their intervals against arithmetic and enumeration; grades of responses; one-line errors."""
 
 import importlib.util
 import itertools
