@@ -45,7 +45,7 @@ import feedback
 import losses
 from evaluate import PROTOCOLS
 from feedback import SOURCES, TEXTS, Templates
-from harness import presets, session
+from harness import machine, presets, session
 from harness.settings import Group, check_fields, parse, read_by
 from losses import DIVERGENCES
 from model.policy import Policy, ema_update
@@ -117,6 +117,11 @@ MODEL, ROLLOUTS, ADAMW = Group("Model"), Group("Rollouts"), Group("Optimizer (Ad
 LCB_ONLY = dict(need="--task lcb", reads=lambda c: c.task == "lcb")
 FEEDBACK = Group("Feedback", "a method with a teacher", lambda c: c.row().teacher)
 CRITIQUE = dict(need="--feedback critique and a teacher", reads=lambda c: c.row().teacher and c.feedback == "critique")
+SHOWN = lambda *sources: dict(  # noqa: E731
+    need=f"a teacher and --feedback {', '.join(sources)}", reads=lambda c: c.row().teacher and c.feedback in sources
+)
+SERVERS = dict(need="a model behind a server", reads=lambda c: any(getattr(c, f"{who}_url", "") for who in ("critic", "judge", "expert")))
+VLLM = dict(need="--sampler vllm", reads=lambda c: c.sampler != "hf")
 E_STEP = Group("E-step", "a method with an E-step", lambda c: c.row().e_step)
 DISTIL = Group("Distillation", "a method that distils (its loss reads D)", lambda c: c.row().distils)
 GRADIENT = Group("Policy gradient and hybrids", "a method with a policy gradient", lambda c: c.row().reinforces)
@@ -144,10 +149,11 @@ class Config:
     overwrite: bool = RUN(False, "delete the run directory if it exists")
     resume: bool = RUN(False, "go on from the last checkpoint in --out; starts the run if there is none")
     checkpoint_every: int = RUN(10, "rollout batches between checkpoints, of which two are kept; 0: only at the end", least=0)
-    epochs: int = RUN(30, "passes over the training problems, when --steps is 0", least=0)
+    epochs: int = RUN(30, "passes over the training problems", least=0, need="--steps 0", reads=lambda c: not c.steps)
     steps: int = RUN(0, "rollout batches; 0: by --epochs", least=0)
     log_samples: int = RUN(8, "rollouts of each batch that go to samples.jsonl", least=0)
-    unsafe_sandbox: bool = RUN(False, "run programs although this machine lacks a layer of the sandbox")
+    unsafe_sandbox: bool = RUN(False, "run programs although this machine lacks a layer of the sandbox",
+                                need="tasks that run programs", reads=machine.runs_programs)  # fmt: skip
     plan: bool = PLAN(False, "print what the run needs, check this machine, and end")
     gpus: int = PLAN(0, "with --plan: GPUs to plan for; 0: those here", least=0, need="--plan", reads=lambda c: c.plan)
     gpu_memory: float = PLAN(0.0, "with --plan: GB of each; 0: as here", least=0, need="--plan", reads=lambda c: c.plan)
@@ -157,7 +163,7 @@ class Config:
     eval_temperature: float = WATCH(LCB.temperature, "SDPO's 0.6 on the paper's tasks", least=0)
     eval_top_p: float = WATCH(LCB.top_p, "SDPO's 0.95 on the paper's tasks", above=0, most=1)
     teacher_probe: int = WATCH(0, "base failures on which the teacher's pass rate is measured at every evaluation", least=0,
-                               need="a method with a teacher", reads=lambda c: c.row().teacher)  # fmt: skip
+                               need="a method with a teacher, and --eval_every", reads=lambda c: c.row().teacher and c.eval_every)  # fmt: skip
 
     model: str = MODEL("Qwen/Qwen3-8B", "folder or hub id")
     dtype: Literal["float32", "float64"] = MODEL("float32", "of the weights")
@@ -170,7 +176,7 @@ class Config:
     temperature: float = ROLLOUTS(1.0, "of rollouts, at which the trainer scores as well", above=0)
     top_p: float = ROLLOUTS(1.0, "of rollouts", above=0, most=1)
     sampler: Literal["", "vllm", "hf"] = ROLLOUTS("", "vLLM on a GPU and transformers' generate on a CPU by default")
-    engine_memory: float = ROLLOUTS(0.0, "vLLM's share of the GPU while it samples; 0: by the plan", least=0, most=1)
+    engine_memory: float = ROLLOUTS(0.0, "vLLM's share of the GPU while it samples; 0: by the plan", least=0, most=1, **VLLM)
 
     lr: float = ADAMW(1e-6, "learning rate of the M-step", above=0)
     warmup_steps: int = ADAMW(0, "rollout batches over which the learning rate rises", least=0)
@@ -182,16 +188,18 @@ class Config:
     minibatch_prompts: int = ADAMW(1, "prompts per M-step update; at 1 a batch of 32 prompts makes 32 updates", above=0)
 
     feedback: Literal[*SOURCES] = FEEDBACK("solution_first", "where C comes from (feedback.py)")
-    borrow: bool = FEEDBACK(True, "a success borrows a failing sibling's text")
+    borrow: bool = FEEDBACK(True, "a success borrows a failing sibling's text", **SHOWN("both", *TEXTS))
     passed_text: str = FEEDBACK("", "a success sees this text instead, which gives its label away (ablation)")
     max_teacher_tokens: int = FEEDBACK(10240, "of the teacher's prompt; beyond it the context is cut", above=0)
     max_critique_tokens: int = FEEDBACK(512, "of a critique", above=0, **CRITIQUE)
     critic_url: str = FEEDBACK("", "critiques from an OpenAI-compatible server (key: OPENAI_API_KEY), not the student", **CRITIQUE)
     critic_model: str = FEEDBACK("", "the name it serves", **CRITIQUE)
-    server_timeout: float = FEEDBACK(60.0, "seconds to wait for a server, three times", above=0)
-    solution_template: str = FEEDBACK(WORDS.solution, "section of the teacher's prompt, with {solution}")
-    feedback_template: str = FEEDBACK(WORDS.feedback, "section of the teacher's prompt, with {feedback}")
-    critique_template: str = FEEDBACK(WORDS.critique, "section of the teacher's prompt, with {critique}")
+    server_timeout: float = FEEDBACK(60.0, "seconds to wait for a server, three times", above=0, **SERVERS)
+    solution_template: str = FEEDBACK(WORDS.solution, "section of the teacher's prompt, with {solution}",
+                                  **SHOWN("sibling", "solution_first", "both"))  # fmt: skip
+    feedback_template: str = FEEDBACK(WORDS.feedback, "section of the teacher's prompt, with {feedback}",
+                                  **SHOWN("environment", "solution_first", "both"))  # fmt: skip
+    critique_template: str = FEEDBACK(WORDS.critique, "section of the teacher's prompt, with {critique}", **CRITIQUE)
     closing_line: str = FEEDBACK(WORDS.closing, "end of the teacher's prompt")
     critique_request: str = FEEDBACK(WORDS.request, "what a critic is asked: {question}, {attempt}, {reference}", **CRITIQUE)
 
@@ -210,7 +218,7 @@ class Config:
     ema_rate: float = FEEDBACK(0.01, "teacher <- (1 - rate) teacher + rate student, per rollout batch", least=0, most=1,
                                need="an EMA teacher", reads=lambda c: c.reader() == "ema")  # fmt: skip
     ratio_limit: float = DISTIL(2.0, "SDPO's token weight min(pi / pi_old, limit)", above=0, **objective_reads("ratio_limit"))
-    mismatch_limit: str = ROLLOUTS("2", "SDPO's token weight min(pi_old / pi_sampler, limit) when vLLM samples; none: off")
+    mismatch_limit: str = ROLLOUTS("2", "SDPO's token weight min(pi_old / pi_sampler, limit) when vLLM samples; none: off", **VLLM)
 
     divide_by_std: bool = GRADIENT(False, "advantages over their group's standard deviation; SDPO's code does not")
     clip_low: float = GRADIENT(0.2, "the ratio pi / pi_old is clipped to 1 - clip_low", above=0)
@@ -534,6 +542,9 @@ def check(cfg: Config) -> None:
             "--feedback both with --no_borrow gives failures a text and successes none: the label is given away"
         )
     feedback.check_server("critic", cfg.critic_url, cfg.critic_model)
+    number = cfg.mismatch_limit.replace(".", "", 1)
+    if cfg.mismatch_limit != "none" and not (number.isdecimal() and float(cfg.mismatch_limit) > 0):
+        raise ValueError(f"--mismatch_limit must be a number above 0, or none, not {cfg.mismatch_limit}")
     if cfg.passed_text and cfg.feedback not in TEXTS:
         raise ValueError(f"--passed_text takes the place of a borrowed text: it needs --feedback {' or '.join(TEXTS)}")
     if cfg.teacher and not method.teacher:

@@ -90,11 +90,14 @@ class Policy:
     def _check_head(self) -> None:
         """Raises ValueError for a head that is not a plain matrix (bias, scale, soft cap): log-probs would be wrong."""
         ids = torch.arange(min(8, self.vocabulary), device=self.device)[None]
-        logits = self.model(input_ids=ids, use_cache=False).logits[0].float()
+        output = self.model.get_output_embeddings()
+        far = output.register_forward_hook(lambda module, args, logits: 1e4 * logits)  # a cap shows on large logits only
+        logits = self.model(input_ids=ids, use_cache=False).logits[0].float() / 1e4
+        far.remove()
         hidden = states(self.model, ids)[0]
-        plain = (hidden @ self.model.get_output_embeddings().weight.T.to(hidden.dtype)).float()
+        plain = (hidden @ output.weight.T.to(hidden.dtype)).float()
         self._reshard()
-        if not (logits - plain).norm() <= 0.02 * plain.norm():
+        if getattr(output, "bias", None) is not None or not (logits - plain).norm() <= 0.02 * plain.norm():
             raise ValueError("its head is not a plain matrix on the last states (a bias, scale or cap on the logits)")
 
     def _placed(self, model: nn.Module) -> nn.Module:
@@ -126,7 +129,7 @@ class Policy:
             once = {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}
             weights = {name: w.to(self.compute or w.dtype) for name, w in weights.items() if name in once}
             folder = Path(folder)
-            if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():
+            if folder.is_dir() and any(folder.iterdir()) and not hub.holds_model(folder):
                 raise CannotWrite(f"{folder}: it is a folder that holds other things than a model")
             part, old = folder.with_name(f"part-{folder.name}"), folder.with_name(f"part-old-{folder.name}")
             for left in (part, old):
