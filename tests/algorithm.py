@@ -3,11 +3,13 @@
 float64, whole logits, plain autograd, one row at a time: no padding, no batching, nothing imported from the project.
 Equation numbers are those of arXiv 2605.15113v1. Shapes: T response tokens of one row, V vocabulary, K top-k.
 
-    state = new_state(model, settings)
-    figures = one_batch(state, rows, settings, after_update=lambda kind, model: ...)     # kind is "e" or "m"
+    state = new_state(model, s)
+    figures = one_batch(state, rows, s, after_update=lambda kind, model: ...)     # kind is "e" or "m"
 
-A model is called as model(input_ids=(1, L), use_cache=False).logits, as a Hugging Face causal LM is.
+s has the settings' names for attributes; its teacher is "live" or "ema", its mismatch_limit a number or None. A model is
+called as model(input_ids=(1, L), use_cache=False).logits, as a Hugging Face causal LM is.
 """
+
 import copy
 import math
 from dataclasses import dataclass, field
@@ -16,55 +18,33 @@ import torch
 
 
 @dataclass
-class Settings:
-    method: str = "vpd"                     # vpd | sdpo | grpo | joint | reshape | reweight
-    teacher: str = "live"                   # live: the network itself | ema: its moving average
-    group_size: int = 8                     # G
-    steps: int = 100                        # rollout batches in all
-    minibatch_prompts: int = 32             # prompts per M-step update
-    e_minibatch_prompts: int = 32           # groups per E-step update
-    e_step_every: int = 5                   # F
-    e_groups: str = "mixed"                 # mixed | all
-    e_optimizer: str = "shared"             # shared | own
-    prior: str = "dynamic"                  # dynamic: the frozen student | fixed: the first weights
-    beta: float = 0.1
-    shift_rate: float = 0.1
-    divergence: str = "kl_student_teacher"  # kl_student_teacher | kl_teacher_student | js
-    top_k: int = 0                          # 0: all of V
-    ema_rate: float = 0.05                  # tau
-    ratio_limit: float = 2.0                # for the ratio before D in sdpo and joint
-    mismatch_limit: float | None = None     # None: off
-    divide_by_std: bool = False
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    dual_clip: float = 3.0
-    w_opd: float = 1.0
-    w_rl: float = 1.0
-    reweight_lam: float = 0.5
-    reweight_steps: int = 50
-    reweight_clip: float = 0.2
-    lr: float = 1e-5
-    e_lr: float = 0.0                       # 0: lr
-    schedule: str = "constant"              # constant | linear
-    warmup_steps: int = 0
-    max_grad_norm: float | None = 1.0       # None: off
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    weight_decay: float = 0.01
-
-
-@dataclass
-class Row:                                  # one rollout; the rows of a group are adjacent
-    prompt: list                            # x
-    teacher_prompt: list | None             # x and C; None: no context
-    response: list                          # y
-    reward: float                           # r, 0.0 or 1.0
-    sampler_logp: list                      # (T,) the sampler's own log-probs
+class Row:  # one rollout; the rows of a group are adjacent
+    prompt: list  # x
+    teacher_prompt: list | None  # x and C; None: no context
+    response: list  # y
+    reward: float  # r, 0.0 or 1.0
+    sampler_logp: list  # (T,) the sampler's own log-probs
     graded: bool = True
 
     @property
     def has_context(self):
         return self.graded and self.teacher_prompt is not None
+
+
+@dataclass
+class State:
+    model: torch.nn.Module  # the one network, student and teacher
+    teacher: torch.nn.Module | None  # its moving average, where s.teacher is ema
+    initial: torch.nn.Module | None  # its first weights, where s.prior is fixed
+    optimizers: dict = field(default_factory=dict)  # "m" and "e", the same object where they are shared
+    delta: float | None = None  # BCO's shift
+    step: int = 0  # index k of the next rollout batch
+
+
+def new_state(model, s):
+    ema, m = s.teacher == "ema" and s.method != "grpo", AdamW()
+    e = m if s.e_optimizer == "shared" else AdamW()
+    return State(model, copy.deepcopy(model) if ema else None, copy.deepcopy(model) if s.prior == "fixed" else None, {"m": m, "e": e})
 
 
 def mean(values):
@@ -73,23 +53,25 @@ def mean(values):
 
 # ---- What a model says of a row
 
+
 def logits(model, prompt, response):
     """(T, V): the logits that predict response token t, at positions len(prompt)-1 .. len(prompt)+T-2."""
-    ids = torch.tensor([list(prompt) + list(response)])                                      # (1, L)
-    out = model(input_ids=ids, use_cache=False).logits[0]                                    # (L, V)
-    return out[len(prompt) - 1:len(prompt) - 1 + len(response)]
+    ids = torch.tensor([list(prompt) + list(response)])  # (1, L)
+    out = model(input_ids=ids, use_cache=False).logits[0]  # (L, V)
+    return out[len(prompt) - 1 : len(prompt) - 1 + len(response)]
 
 
 def chosen_logp(row_logits, response):
     """(T,): log softmax(logits)[y_t]."""
-    return row_logits.log_softmax(-1)[torch.arange(len(response)), torch.tensor(response, dtype=torch.long)]
+    return row_logits.log_softmax(-1)[torch.arange(len(response)), torch.tensor(response)]
 
 
 def logp(model, prompt, response):
-    return chosen_logp(logits(model, prompt, response), response)                            # (T,)
+    return chosen_logp(logits(model, prompt, response), response)  # (T,)
 
 
 # ---- Divergences (Eq. 2, Eq. 10)
+
 
 def kl(log_p, log_q):
     """KL(p||q) = sum_a p(a) (log p(a) - log q(a))."""
@@ -98,33 +80,33 @@ def kl(log_p, log_q):
 
 def with_tail(log_p, top):
     """(T, K+1): log-probs at the tokens top (T, K), then the log-prob of all the others together."""
-    inside = torch.zeros_like(log_p, dtype=torch.bool).scatter(-1, top, True)                # (T, V)
-    tail = log_p.masked_fill(inside, -math.inf).logsumexp(-1, keepdim=True)                  # 1 - sum of the K, without cancellation
-    return torch.cat([log_p.gather(-1, top), tail], -1)
+    inside = torch.zeros_like(log_p, dtype=torch.bool).scatter(-1, top, True)  # (T, V)
+    return torch.cat([log_p.gather(-1, top), log_p.masked_fill(inside, -math.inf).logsumexp(-1, keepdim=True)], -1)
 
 
 def divergence(student_logits, teacher_logits, kind, top_k=0):
     """(T,): D(student, teacher) at every token. The choice of the top K and the teacher carry no gradient."""
-    log_s, log_t = student_logits.log_softmax(-1), teacher_logits.detach().log_softmax(-1)   # (T, V) each
+    log_s, log_t = student_logits.log_softmax(-1), teacher_logits.detach().log_softmax(-1)  # (T, V) each
     if 0 < top_k < log_s.shape[-1]:
-        top = student_logits.detach().topk(top_k, -1).indices                                # (T, K)
-        log_s, log_t = with_tail(log_s, top), with_tail(log_t, top)                          # (T, K+1) each
+        top = student_logits.detach().topk(top_k, -1).indices  # (T, K)
+        log_s, log_t = with_tail(log_s, top), with_tail(log_t, top)  # (T, K+1) each
     if kind == "kl_student_teacher":
         return kl(log_s, log_t)
     if kind == "kl_teacher_student":
         return kl(log_t, log_s)
     assert kind == "js", kind
-    log_m = torch.logaddexp(log_s, log_t) - math.log(2)                                      # M = (S + T) / 2
+    log_m = torch.logaddexp(log_s, log_t) - math.log(2)  # M = (S + T) / 2
     return 0.5 * kl(log_s, log_m) + 0.5 * kl(log_t, log_m)
 
 
-# ---- Advantages and GRPO
+# ---- Advantages and what the M-step minimises
+
 
 def advantages(rows, s):
-    """One number a row: r minus the mean of its group. An ungraded row counts as the mean of the graded ones and has A = 0."""
+    """One number a row: r minus its group's mean. An ungraded row counts as the mean of the graded ones and has A = 0."""
     result = []
     for start in range(0, len(rows), s.group_size):
-        group = rows[start:start + s.group_size]
+        group = rows[start : start + s.group_size]
         stand_in = mean([row.reward for row in group if row.graded]) or 0.0
         r = torch.tensor([row.reward if row.graded else stand_in for row in group], dtype=torch.float64)
         A = r - r.mean()
@@ -142,28 +124,28 @@ def grpo(logp, old_logp, A, s):
 
 
 def m_step_tokens(logp, D, old_logp, A, A_sdpo, step, s):
-    """(T,): what the M-step minimises at every token of one row.
-    logp, D (T,) carry gradients (D is 0 without a context); old_logp, A_sdpo (T,) are constants; A is a number, step the batch's index."""
+    """(T,): what the M-step minimises at every token of one row. logp, D (T,) carry gradients (D is 0 without a context);
+    old_logp, A_sdpo (T,) are constants; A is a number, step the batch's index."""
     ratio = (logp.detach() - old_logp).exp().clamp(max=s.ratio_limit)
-    A = torch.full_like(old_logp, A)                                                         # (T,)
+    A = torch.full_like(old_logp, A)  # (T,)
     if s.method == "vpd":
-        return D                                                                             # Eq. 10
+        return D  # Eq. 10
     if s.method == "sdpo":
-        return ratio * D                                                                     # Eq. 2
+        return ratio * D  # Eq. 2
     if s.method == "grpo":
         return grpo(logp, old_logp, A, s)
     if s.method == "joint":
-        return s.w_opd * ratio * D + s.w_rl * grpo(logp, old_logp, A, s)                     # Eq. B.23
+        return s.w_opd * ratio * D + s.w_rl * grpo(logp, old_logp, A, s)  # Eq. B.23
     if s.method == "reshape":
-        return grpo(logp, old_logp, s.w_rl * A + s.w_opd * A_sdpo, s)                        # Eq. B.24, B.25
+        return grpo(logp, old_logp, s.w_rl * A + s.w_opd * A_sdpo, s)  # Eq. B.24, B.25
     assert s.method == "reweight", s.method
     lam = s.reweight_lam * max(0.0, 1 - step / s.reweight_steps)
-    w = (A.sign() * A_sdpo).exp()                                                            # Eq. B.26, B.27
-    A = A * ((1 - lam) + lam * w.clamp(1 - s.reweight_clip, 1 + s.reweight_clip))            # Eq. B.28
-    return grpo(logp, old_logp, A, s)
+    w = (A.sign() * A_sdpo).exp().clamp(1 - s.reweight_clip, 1 + s.reweight_clip)  # Eq. B.26, B.27
+    return grpo(logp, old_logp, A * ((1 - lam) + lam * w), s)  # Eq. B.28
 
 
 # ---- The optimizer
+
 
 def learning_rate(base, step, s):
     """Of rollout batch `step`, counted from 0; the same factor for both steps."""
@@ -173,7 +155,7 @@ def learning_rate(base, step, s):
 
 def clip(grads, max_norm):
     norm = torch.stack([g.norm() for g in grads if g is not None]).norm()
-    scale = 1.0 if max_norm is None else min(1.0, max_norm / (norm.item() + 1e-6))
+    scale = min(1.0, max_norm / (norm.item() + 1e-6))
     return [None if g is None else g * scale for g in grads]
 
 
@@ -181,7 +163,7 @@ class AdamW:
     """Decoupled weight decay; a parameter without a gradient is left alone."""
 
     def __init__(self):
-        self.t, self.m, self.v = {}, {}, {}                                                  # by the parameter's position
+        self.t, self.m, self.v = {}, {}, {}  # by the parameter's position
 
     @torch.no_grad()
     def step(self, parameters, grads, lr, s):
@@ -192,38 +174,22 @@ class AdamW:
             t = self.t[i] = self.t.get(i, 0) + 1
             self.m[i] = b1 * self.m.get(i, 0) + (1 - b1) * g
             self.v[i] = b2 * self.v.get(i, 0) + (1 - b2) * g * g
-            m, v = self.m[i] / (1 - b1 ** t), self.v[i] / (1 - b2 ** t)
+            m, v = self.m[i] / (1 - b1**t), self.v[i] / (1 - b2**t)
             p -= lr * s.weight_decay * p
             p -= lr * m / (v.sqrt() + 1e-8)
 
 
-@dataclass
-class State:
-    model: torch.nn.Module                  # the one network, student and teacher
-    teacher: torch.nn.Module | None         # its moving average, where settings.teacher is ema
-    initial: torch.nn.Module | None         # its first weights, where settings.prior is fixed
-    optimizers: dict = field(default_factory=dict)           # "m" and "e", the same object where they are shared
-    delta: float | None = None              # BCO's shift
-    step: int = 0                           # index k of the next rollout batch
-
-
-def new_state(model, s):
-    m = AdamW()
-    return State(model, copy.deepcopy(model) if s.teacher == "ema" and s.method != "grpo" else None,
-                 copy.deepcopy(model) if s.prior == "fixed" else None, {"m": m, "e": m if s.e_optimizer == "shared" else AdamW()})
-
-
 def update(state, kind, loss, s, after_update):
     """One optimizer update of the one network. kind: "e" or "m"."""
-    parameters = list(state.model.parameters())                                              # tied weights occur once
+    parameters = list(state.model.parameters())  # tied weights occur once
     grads = clip(torch.autograd.grad(loss, parameters, allow_unused=True), s.max_grad_norm)
     lr = learning_rate(s.e_lr if kind == "e" and s.e_lr else s.lr, state.step, s)
     state.optimizers[kind].step(parameters, grads, lr, s)
-    if after_update:
-        after_update(kind, state.model)
+    after_update(kind, state.model)
 
 
 # ---- E-step: refine the teacher
+
 
 def bco(r_tilde, rewards, delta):
     """Eq. 9: each class averaged on its own. r_tilde, rewards: (rows,)."""
@@ -233,32 +199,29 @@ def bco(r_tilde, rewards, delta):
 
 def e_step(state, rows, old_logp, s, after_update):
     """One update for every e_minibatch_prompts groups that take part; returns their losses."""
-    groups = []
+    groups, losses = [], []
     for start in range(0, len(rows), s.group_size):
         taught = [i for i in range(start, start + s.group_size) if rows[i].has_context]
         outcomes = {rows[i].reward for i in taught}
         if len(outcomes) == 2 or (s.e_groups == "all" and outcomes):
             groups.append(taught)
-    losses = []
     for start in range(0, len(groups), s.e_minibatch_prompts):
-        chosen = [i for group in groups[start:start + s.e_minibatch_prompts] for i in group]
+        chosen = [i for group in groups[start : start + s.e_minibatch_prompts] for i in group]
         rewards = torch.tensor([rows[i].reward for i in chosen], dtype=torch.float64)
         if len(set(rewards.tolist())) < 2:
             continue
         r_tilde = []
         for i in chosen:
-            row, prior = rows[i], old_logp[i]                                                # pi_theta(y|x), frozen
+            row, prior = rows[i], old_logp[i]  # pi_theta(y|x), frozen
             if s.prior == "fixed":
                 with torch.no_grad():
                     prior = logp(state.initial, row.prompt, row.response)
-            log_q = logp(state.model, row.teacher_prompt, row.response)                      # (T,)
-            r_tilde.append(s.beta * (log_q.sum() - prior.sum()))                             # Eq. 7
+            log_q = logp(state.model, row.teacher_prompt, row.response)  # (T,)
+            r_tilde.append(s.beta * (log_q.sum() - prior.sum()))  # Eq. 7
         r_tilde = torch.stack(r_tilde)
         value = 0.5 * (r_tilde[rewards == 1].mean() + r_tilde[rewards == 0].mean()).item()
-        if not math.isfinite(value):
-            continue
         state.delta = value if state.delta is None else (1 - s.shift_rate) * state.delta + s.shift_rate * value
-        loss = bco(r_tilde, rewards, state.delta)                                            # Eq. 9
+        loss = bco(r_tilde, rewards, state.delta)  # Eq. 9
         update(state, "e", loss, s, after_update)
         losses.append(loss.item())
     return losses
@@ -266,11 +229,10 @@ def e_step(state, rows, old_logp, s, after_update):
 
 # ---- M-step: distil into the student, or a baseline's objective
 
+
 def m_step(state, rows, old_logp, A_sdpo, s, after_update):
     """One update for every minibatch_prompts prompts; returns the losses and every distilled row's mean divergence."""
-    A = advantages(rows, s)
-    size = s.minibatch_prompts * s.group_size
-    one_update = len(rows) <= size
+    A, size = advantages(rows, s), s.minibatch_prompts * s.group_size
     losses, divergences = [], []
     for start in range(0, len(rows), size):
         row_losses = []
@@ -280,22 +242,22 @@ def m_step(state, rows, old_logp, A_sdpo, s, after_update):
             by_reward = A[i] != 0 and s.method in ("grpo", "reweight", "joint", "reshape")
             if not (by_teacher or by_reward):
                 continue
-            student = logits(state.model, row.prompt, row.response)                          # (T, V)
-            now = chosen_logp(student, row.response)                                         # (T,)
-            D = torch.zeros_like(now)                                                        # (T,), without a context
+            student = logits(state.model, row.prompt, row.response)  # (T, V)
+            now = chosen_logp(student, row.response)  # (T,)
+            D = torch.zeros_like(now)  # (T,), without a context
             if row.has_context and s.method in ("vpd", "sdpo", "joint"):
                 with torch.no_grad():
-                    teacher = logits(teacher_of(state, s), row.teacher_prompt, row.response)     # (T, V)
+                    teacher = logits(teacher_of(state, s), row.teacher_prompt, row.response)  # (T, V)
                 D = divergence(student, teacher, s.divergence, s.top_k)
                 divergences.append(D.mean().item())
-            old = now.detach() if one_update else old_logp[i]
-            tokens = m_step_tokens(now, D, old, A[i], A_sdpo[i], state.step, s)              # (T,)
+            old = now.detach() if len(rows) <= size else old_logp[i]  # with one update, pi_old is the student as it is
+            tokens = m_step_tokens(now, D, old, A[i], A_sdpo[i], state.step, s)  # (T,)
             if s.mismatch_limit is not None:
                 sampler = torch.tensor(row.sampler_logp, dtype=torch.float64)
                 tokens = (old_logp[i] - sampler).exp().clamp(max=s.mismatch_limit) * tokens
-            row_losses.append(tokens.sum() / max(1, len(row.response)))
+            row_losses.append(tokens.mean())
         if row_losses:
-            loss = sum(row_losses) / size                                                    # rows left out count in the divisor
+            loss = sum(row_losses) / size  # rows left out count in the divisor
             update(state, "m", loss, s, after_update)
             losses.append(loss.item())
     return losses, divergences
@@ -308,22 +270,21 @@ def teacher_of(state, s):
 
 # ---- Algorithm 1
 
-def one_batch(state, rows, s, after_update=None):
+
+def one_batch(state, rows, s, after_update=lambda kind, model: None):
     """Steps 3 to 5 on one rollout batch, in place. Returns the batch's figures."""
-    rows = [row if isinstance(row, Row) else Row(**row) for row in rows]
     # 3. Freeze log pi_theta(y|x), and the M-step teacher's log q(y|x,C) beside it
-    with torch.no_grad():
-        old_logp = [logp(state.model, row.prompt, row.response) for row in rows]             # (T,) each
-        old_log_q = [logp(teacher_of(state, s), row.teacher_prompt, row.response)
-                     if row.has_context and s.method != "grpo" else None for row in rows]    # (T,) each, or None
-    A_sdpo = [torch.zeros_like(p) if q is None else q - p for p, q in zip(old_logp, old_log_q)]     # (T,) each, B.3
-    r_tilde = {1.0: [], 0.0: []}
-    for row, log_pi, log_q in zip(rows, old_logp, old_log_q):
-        if log_q is not None:
-            r_tilde[row.reward].append(s.beta * (log_q.sum() - log_pi.sum()).item())         # Eq. 7
-    margin = mean(r_tilde[1.0]) - mean(r_tilde[0.0]) if all(r_tilde.values()) else None       # Fig. 1
+    A_sdpo, old_logp, r_tilde = [], [], {1.0: [], 0.0: []}
+    for row in rows:
+        with torch.no_grad():
+            old_logp.append(logp(state.model, row.prompt, row.response))  # (T,)
+            A_sdpo.append(torch.zeros_like(old_logp[-1]))  # (T,), B.3
+            if row.has_context and s.method != "grpo":
+                A_sdpo[-1] = logp(teacher_of(state, s), row.teacher_prompt, row.response) - old_logp[-1]
+                r_tilde[row.reward].append(s.beta * A_sdpo[-1].sum().item())  # Eq. 7
+    margin = mean(r_tilde[1.0]) - mean(r_tilde[0.0]) if all(r_tilde.values()) else None  # Fig. 1
     # 4. E-step, on every F-th batch
-    e_due = s.method == "vpd" and s.e_step_every and state.step % s.e_step_every == 0
+    e_due = s.method == "vpd" and state.step % s.e_step_every == 0
     e_losses = e_step(state, rows, old_logp, s, after_update) if e_due else []
     # 5. M-step, then the moving average: teacher <- (1 - tau) teacher + tau student
     m_losses, divergences = m_step(state, rows, old_logp, A_sdpo, s, after_update)
@@ -333,4 +294,4 @@ def one_batch(state, rows, s, after_update=None):
                 mine.copy_((1 - s.ema_rate) * mine + s.ema_rate * theirs)
     state.step += 1
     return {"margin": margin, "shift": state.delta, "e_loss": mean(e_losses), "m_loss": mean(m_losses),
-            "divergence": mean(divergences), "e_updates": len(e_losses), "m_updates": len(m_losses)}
+            "divergence": mean(divergences), "e_updates": len(e_losses), "m_updates": len(m_losses)}  # fmt: skip
