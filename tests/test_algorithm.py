@@ -1,0 +1,221 @@
+"""The loop of vpd.py, update by update, against a plain reference of Algorithm 1 (algorithm.py), and the reference itself
+against hand arithmetic, closed forms and torch's AdamW.
+
+The task, its grader and the sampler are scripts: groups with both outcomes and with one, rows that the grader failed on,
+failures without a text, unequal lengths, rows of one token, cut rows, and a sampler whose log-probs are not the trainer's.
+"""
+
+import copy
+import json
+import math
+import random
+from types import SimpleNamespace
+
+import algorithm
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+import feedback
+import vpd
+from harness import session
+from model.policy import Policy
+from rollout import Rollout
+from tasks import Outcome, Problem, Task
+
+V, EOS, G = 40, 2, 4
+# s success, f failure with a text, e failure without one, x the grader failed. Each row of letters is a group.
+SCRIPT = [["sffs", "sxfe", "ffff", "ssfs"], ["fssf", "ssss", "fesf", "xfsf"], ["sfff", "ffxf", "ssff", "fsss"]]
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def words(rng, least, most):
+    return [rng.randrange(3, V) for _ in range(rng.randint(least, most))]
+
+
+def text(ids):
+    return " ".join(f"w{i}" for i in ids)
+
+
+def tiny(seed=0):
+    """Qwen3 with 2 layers in float64 throughout: its own RMSNorm computes in float32, so torch's takes its place. With dropout,
+    which has no place in a loop whose student is the one that sampled."""
+    torch.manual_seed(seed)
+    model = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=8, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.3, attention_dropout=0.3,
+        pad_token_id=0, eos_token_id=EOS, bos_token_id=None,
+    )).double().eval()  # fmt: skip
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child).__name__ == "Qwen3RMSNorm":
+                norm = torch.nn.RMSNorm(child.weight.shape[0], eps=child.variance_epsilon)
+                norm.weight = child.weight
+                setattr(parent, name, norm)
+    return model
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()]).clone()
+
+
+# ---- The loop against the reference --------------------------------------------------------------------------
+
+
+class Sampler:
+    """Responses by chance: of one word and more, ended, or cut at the limit; the log-probs of an engine that is far off."""
+
+    other_engine = True
+
+    def sync(self, policy):
+        pass
+
+    def sleep(self):
+        pass
+
+    def sample(self, prompts, n, seed, max_tokens, temperature, top_p):
+        rng, drawn = random.Random(seed), []
+        for i in range(len(prompts) * n):
+            y = words(rng, 1, max_tokens) + [EOS]
+            finish = "length" if len(y) > max_tokens else "stop"
+            y = y[:max_tokens]
+            drawn.append(Rollout(y, [rng.uniform(-6, -2) for _ in y], finish))
+        return drawn
+
+
+def scripted(calls):
+    """A task of four problems whose grader says what SCRIPT has, batch by batch; a failure's text is like no other's."""
+    problems = [Problem(str(i), [{"role": "user", "content": text(words(random.Random(i), 3, 6))}]) for i in range(4)]
+
+    def verify(rows, responses):
+        letters = "".join(SCRIPT[len(calls)])
+        told = [text(words(random.Random(100 * len(calls) + i), 4, 5)) for i in range(len(rows))]
+        calls.append((letters, told))
+        outcome = {"s": lambda _: Outcome(1, "right"), "f": lambda told: Outcome(0, "wrong", told),
+                   "e": lambda _: Outcome(0, "wrong"), "x": lambda told: Outcome(0, "internal", told)}  # fmt: skip
+        return [outcome[letter](text) for letter, text in zip(letters, told)]
+
+    return Task("scripted", problems, [], [], verify)
+
+
+def tokenizer():
+    vocabulary = {"<pad>": 0, "<unk>": 1, "<eos>": EOS} | {f"w{i}": i for i in range(3, V)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def config(method, **changes):
+    base = dict(
+        task="own", method=method, steps=3, prompts_per_batch=4, group_size=G, minibatch_prompts=4, e_minibatch_prompts=4,
+        e_step_every=1, max_response_tokens=6, lr=0.01, feedback="environment", eval_every=0, checkpoint_every=0, top_k=0,
+        ema_rate=0.2, solution_template="{solution}", feedback_template="{feedback}", closing_line="w5",
+    )  # fmt: skip
+    cfg = vpd.Config(**(base | changes))
+    cfg.given, cfg.preset = set(), {}
+    vpd.check(cfg)
+    return cfg
+
+
+def trained(cfg, out, **how):
+    """What the loop did: the weights after each update, and of each batch the batch, its numbers of E- and M-updates, the script's
+    letters and texts, and the row of the log."""
+    calls, ended, after = [], [], []
+    policy = Policy(tiny(), tokenizer(), micro_batch_tokens=40, temperature=cfg.temperature, **how)
+    task, record = scripted(calls), {"teacher": cfg.reader(), "commit": ""}
+    out.mkdir()
+    run = session.Run(cfg, policy, Sampler(), task, out, record, None, feedback.Critic(cfg, policy), None)
+    step, end = policy.step, run.end_of_batch
+    policy.step = lambda *args, **kwargs: (step(*args, **kwargs), after.append(weights(policy.model)))[0]
+    run.end_of_batch = lambda log, batch: (ended.append((batch, len(log.e_norms), len(log.m_norms))), end(log, batch))
+    run.save_state = lambda step: None
+    vpd.train(cfg, run)
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return after, [(*batch, *call, row) for batch, call, row in zip(ended, calls, rows, strict=True)]
+
+
+def seen_by(i, letters, told, batch, source):
+    """The texts of which the teacher may see one in row i; none: it has no context."""
+    group = range(i // G * G, i // G * G + G)
+    solutions = [text(t for t in batch.y[j] if t != EOS) for j in group if j != i and letters[j] == "s"]
+    own = [told[i]] if letters[i] == "f" else []
+    lent = [told[j] for j in group if letters[j] == "f"] if letters[i] == "s" else []
+    by_source = {"sibling": solutions, "solution_first": solutions or own, "environment": own + lent}
+    return [] if letters[i] == "x" else by_source[source]
+
+
+def rows_of(batch, letters, told, cfg):
+    """The batch as the reference has it, from the script; of the loop's only which of several texts a row's teacher sees."""
+    ids, rows = lambda text: [int(word[1:]) for word in text.split()], []
+    for i, letter in enumerate(letters):
+        x = ids(batch.problems[i].messages[0]["content"])
+        assert batch.x[i] == x
+        allowed = [x + ids(t) + [5] for t in seen_by(i, letters, told, batch, cfg.feedback)] if cfg.reader() else []
+        assert batch.xC[i] in (allowed or [x])
+        rollout = batch.rollouts[i]
+        context = batch.xC[i] if allowed else None
+        rows.append(algorithm.Row(x, context, rollout.tokens, float(letter == "s"), rollout.logp, letter != "x"))
+    return rows
+
+
+SEVERAL = dict(minibatch_prompts=1)  # M-updates in a batch
+CASES = {
+    "vpd": dict(),
+    "vpd, many updates": SEVERAL | dict(e_minibatch_prompts=2, shift_rate=0.3, e_lr=0.02, mismatch_limit="1.2"),
+    "vpd, EMA": SEVERAL | dict(teacher="ema", e_minibatch_prompts=1, divergence="js", feedback="solution_first"),
+    "vpd, EMA, one update": dict(teacher="ema", e_groups="all", feedback="solution_first", shift_rate=1.0),
+    "vpd, fixed prior, own optimizer": dict(prior="fixed", e_optimizer="own", beta=0.6, e_lr=0.003, adam_beta1=0.7),
+    "vpd, F, schedule": dict(e_step_every=2, schedule="linear", warmup_steps=2, divergence="kl_teacher_student", top_k=3),
+    "vpd, all groups, recomputed": dict(e_groups="all", e_minibatch_prompts=1, feedback="sibling", mismatch_limit="none"),
+    "sdpo": dict(divergence="js", top_k=5, weight_decay=0.5, temperature=1.5),
+    "sdpo, many updates": SEVERAL | dict(ratio_limit=1.05, top_k=2, feedback="sibling"),
+    "sdpo, live": dict(minibatch_prompts=2, teacher="live", divergence="kl_teacher_student", max_grad_norm=0.05),
+    "grpo": dict(divide_by_std=True, adam_beta2=0.9),
+    "grpo, many updates": SEVERAL | dict(clip_low=0.04, clip_high=0.06, dual_clip=1.1, lr=0.02),
+    "joint": dict(w_opd=0.6, w_rl=1.4, feedback="sibling"),
+    "joint, many updates": SEVERAL | dict(w_opd=2.0, w_rl=0.5, ratio_limit=1.1, clip_low=0.05, mismatch_limit="none"),
+    "reshape": dict(w_opd=0.3, w_rl=0.8, feedback="solution_first"),
+    "reshape, many updates": SEVERAL | dict(w_opd=0.7, w_rl=1.3, clip_high=0.05, teacher="live", temperature=0.8),
+    "reweight": dict(reweight_lam=0.9, reweight_steps=2, feedback="solution_first"),
+    "reweight, many updates": SEVERAL | dict(reweight_clip=0.5, reweight_steps=4, dual_clip=1.2, ema_rate=0.5),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_loop_makes_the_updates_of_the_reference(case, tmp_path):
+    cfg = config(case.split(",")[0], **CASES[case])
+    after, batches = trained(cfg, tmp_path / "run", recompute=0 if "recomputed" in case else None)
+    s = SimpleNamespace(**vars(cfg))
+    s.teacher, s.mismatch_limit = cfg.reader(), None if cfg.mismatch_limit == "none" else float(cfg.mismatch_limit)
+    model = tiny()
+    model.register_forward_hook(lambda module, args, out: setattr(out, "logits", out.logits / cfg.temperature))
+    state, last, found = algorithm.new_state(model, s), weights(model), iter(after)
+
+    def compare(kind, model):
+        nonlocal last
+        now = weights(model)
+        off = (next(found) - now).abs().max() / (now - last).abs().max()
+        assert off < 1e-9, f"{kind}-update of batch {state.step}: {off:.1e} of its size off"
+        last = now
+
+    for batch, e_updates, m_updates, letters, told, row in batches:
+        expected = algorithm.one_batch(state, rows_of(batch, letters, told, cfg), s, compare)
+        assert (e_updates, m_updates) == (expected.pop("e_updates"), expected.pop("m_updates"))
+        # What the log does not have: delta where it did not move, and the margin where no pass of the teacher's is at the weights
+        # that sampled the batch, or (reweight, one update) where such a pass is over the rows with an advantage only.
+        if not e_updates:
+            expected["shift"] = None
+        if cfg.minibatch_prompts < 4 and not e_updates and cfg.row().distils:
+            expected["margin"] = None
+        if case == "reweight":
+            expected["margin"] = row["margin"]
+        for name, value in expected.items():
+            assert row[name] == (None if value is None else pytest.approx(value, rel=1e-9, abs=1e-12)), name
+    assert next(found, None) is None and len(batches) == cfg.steps
