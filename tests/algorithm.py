@@ -44,7 +44,8 @@ class State:
 def new_state(model, s):
     ema, m = s.teacher == "ema" and s.method != "grpo", AdamW()
     e = m if s.e_optimizer == "shared" else AdamW()
-    return State(model, copy.deepcopy(model) if ema else None, copy.deepcopy(model) if s.prior == "fixed" else None, {"m": m, "e": e})
+    initial = copy.deepcopy(model) if s.prior == "fixed" else None
+    return State(model, copy.deepcopy(model) if ema else None, initial, {"m": m, "e": e})
 
 
 def mean(values):
