@@ -5,11 +5,12 @@ The task, its grader and the sampler are scripts: groups with both outcomes and 
 failures without a text, unequal lengths, rows of one token, cut rows, and a sampler whose log-probs are not the trainer's.
 """
 
-import copy
 import json
 import math
 import random
-from types import SimpleNamespace
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import algorithm
 import pytest
@@ -20,6 +21,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 import feedback
 import vpd
 from harness import session
+from harness.settings import parse
 from model.policy import Policy
 from rollout import Rollout
 from tasks import Outcome, Problem, Task
@@ -27,13 +29,6 @@ from tasks import Outcome, Problem, Task
 V, EOS, G = 40, 2, 4
 # s success, f failure with a text, e failure without one, x the grader failed. Each row of letters is a group.
 SCRIPT = [["sffs", "sxfe", "ffff", "ssfs"], ["fssf", "ssss", "fesf", "xfsf"], ["sfff", "ffxf", "ssff", "fsss"]]
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def words(rng, least, most):
@@ -56,7 +51,7 @@ def tiny(seed=0):
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child).__name__ == "Qwen3RMSNorm":
-                norm = torch.nn.RMSNorm(child.weight.shape[0], eps=child.variance_epsilon)
+                norm = torch.nn.RMSNorm(len(child.weight), eps=child.variance_epsilon)
                 norm.weight = child.weight
                 setattr(parent, name, norm)
     return model
@@ -74,28 +69,32 @@ class Sampler:
 
     other_engine = True
 
+    def __init__(self):
+        self.drawn = []  # (prompts, seed, the model in charge) of each call
+
     def sync(self, policy):
-        pass
+        self.model = policy.model
 
     def sleep(self):
         pass
 
     def sample(self, prompts, n, seed, max_tokens, temperature, top_p):
+        self.drawn.append((prompts, seed, self.model))
         rng, drawn = random.Random(seed), []
         for i in range(len(prompts) * n):
             y = words(rng, 1, max_tokens) + [EOS]
             finish = "length" if len(y) > max_tokens else "stop"
             y = y[:max_tokens]
-            drawn.append(Rollout(y, [rng.uniform(-6, -2) for _ in y], finish))
+            drawn.append(Rollout(y, [-rng.randrange(128, 384) / 64 for _ in y], finish))  # exact in float32
         return drawn
 
 
-def scripted(calls):
-    """A task of four problems whose grader says what SCRIPT has, batch by batch; a failure's text is like no other's."""
+def scripted(script, calls):
+    """A task of four problems whose grader says what the script has, call by call; a failure's text is like no other's."""
     problems = [Problem(str(i), [{"role": "user", "content": text(words(random.Random(i), 3, 6))}]) for i in range(4)]
 
     def verify(rows, responses):
-        letters = "".join(SCRIPT[len(calls)])
+        letters = "".join(script[len(calls)])[: len(rows)]
         told = [text(words(random.Random(100 * len(calls) + i), 4, 5)) for i in range(len(rows))]
         calls.append((letters, told))
         outcome = {"s": lambda _: Outcome(1, "right"), "f": lambda told: Outcome(0, "wrong", told),
@@ -112,33 +111,52 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
-def config(method, **changes):
+def config(method, of=vpd, **changes):
     base = dict(
         task="own", method=method, steps=3, prompts_per_batch=4, group_size=G, minibatch_prompts=4, e_minibatch_prompts=4,
         e_step_every=1, max_response_tokens=6, lr=0.01, feedback="environment", eval_every=0, checkpoint_every=0, top_k=0,
         ema_rate=0.2, solution_template="{solution}", feedback_template="{feedback}", closing_line="w5",
     )  # fmt: skip
-    cfg = vpd.Config(**(base | changes))
+    cfg = of.Config(**(base | changes))
     cfg.given, cfg.preset = set(), {}
-    vpd.check(cfg)
+    of.check(cfg)
     return cfg
 
 
-def trained(cfg, out, **how):
-    """What the loop did: the weights after each update, and of each batch the batch, its numbers of E- and M-updates, the script's
-    letters and texts, and the row of the log."""
-    calls, ended, after = [], [], []
+def trained(cfg, out, train=vpd.train, script=SCRIPT, also=None, **how):
+    """What a loop did. after: the weights after each update; batches: of each the batch, its numbers of E- and M-updates and the
+    row of the log; calls: the letters and texts of the grader's calls; and the sampler."""
+    calls, ended, after, sampler = [], [], [], Sampler()
     policy = Policy(tiny(), tokenizer(), micro_batch_tokens=40, temperature=cfg.temperature, **how)
-    task, record = scripted(calls), {"teacher": cfg.reader(), "commit": ""}
+    task, record = scripted(script, calls), {"teacher": cfg.reader(), "commit": ""}
     out.mkdir()
-    run = session.Run(cfg, policy, Sampler(), task, out, record, None, feedback.Critic(cfg, policy), None)
+    run = session.Run(cfg, policy, sampler, task, out, record, None, feedback.Critic(cfg, policy), also)
     step, end = policy.step, run.end_of_batch
     policy.step = lambda *args, **kwargs: (step(*args, **kwargs), after.append(weights(policy.model)))[0]
     run.end_of_batch = lambda log, batch: (ended.append((batch, len(log.e_norms), len(log.m_norms))), end(log, batch))
     run.save_state = lambda step: None
-    vpd.train(cfg, run)
+    train(cfg, run)
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return after, [(*batch, *call, row) for batch, call, row in zip(ended, calls, rows, strict=True)]
+    batches = [(*batch, row) for batch, row in zip(ended, rows, strict=True)]
+    return SimpleNamespace(after=after, batches=batches, calls=calls, sampler=sampler)
+
+
+def reference(cfg, after):
+    """The settings as the reference reads them, its state, and what compares its updates with the loop's one after the other."""
+    s = SimpleNamespace(**vars(cfg))
+    s.teacher, s.mismatch_limit = cfg.reader(), None if cfg.mismatch_limit == "none" else float(cfg.mismatch_limit)
+    model = tiny()
+    model.register_forward_hook(lambda module, args, out: setattr(out, "logits", out.logits / cfg.temperature))
+    state, last, found = algorithm.new_state(model, s), weights(model), iter(after)
+
+    def compare(kind, model):
+        nonlocal last
+        now = weights(model)
+        off = (next(found) - now).abs().max() / (now - last).abs().max()
+        assert off < 1e-9, f"{kind}-update of batch {state.step}: {off:.1e} of its size off"
+        last = now
+
+    return s, state, compare
 
 
 def seen_by(i, letters, told, batch, source):
@@ -191,23 +209,14 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_the_loop_makes_the_updates_of_the_reference(case, tmp_path):
     cfg = config(case.split(",")[0], **CASES[case])
-    after, batches = trained(cfg, tmp_path / "run", recompute=0 if "recomputed" in case else None)
-    s = SimpleNamespace(**vars(cfg))
-    s.teacher, s.mismatch_limit = cfg.reader(), None if cfg.mismatch_limit == "none" else float(cfg.mismatch_limit)
-    model = tiny()
-    model.register_forward_hook(lambda module, args, out: setattr(out, "logits", out.logits / cfg.temperature))
-    state, last, found = algorithm.new_state(model, s), weights(model), iter(after)
-
-    def compare(kind, model):
-        nonlocal last
-        now = weights(model)
-        off = (next(found) - now).abs().max() / (now - last).abs().max()
-        assert off < 1e-9, f"{kind}-update of batch {state.step}: {off:.1e} of its size off"
-        last = now
-
-    for batch, e_updates, m_updates, letters, told, row in batches:
-        expected = algorithm.one_batch(state, rows_of(batch, letters, told, cfg), s, compare)
+    done = trained(cfg, tmp_path / "run", recompute=0 if "recomputed" in case else None)
+    s, state, compare = reference(cfg, done.after)
+    total = 0
+    for (batch, e_updates, m_updates, row), (letters, told) in zip(done.batches, done.calls, strict=True):
+        lr = algorithm.learning_rate(s.lr, state.step, s)
+        expected = algorithm.one_batch(state, rows_of(batch, letters, told, cfg), s, compare) | {"lr": lr}
         assert (e_updates, m_updates) == (expected.pop("e_updates"), expected.pop("m_updates"))
+        assert row["left_out"].get("grader failed", 0) == letters.count("x")
         # What the log does not have: delta where it did not move, and the margin where no pass of the teacher's is at the weights
         # that sampled the batch, or (reweight, one update) where such a pass is over the rows with an advantage only.
         if not e_updates:
@@ -218,10 +227,38 @@ def test_the_loop_makes_the_updates_of_the_reference(case, tmp_path):
             expected["margin"] = row["margin"]
         for name, value in expected.items():
             assert row[name] == (None if value is None else pytest.approx(value, rel=1e-9, abs=1e-12)), name
-    assert next(found, None) is None and len(batches) == cfg.steps
+        total += e_updates + m_updates
+    assert total == len(done.after) and len(done.batches) == cfg.steps
+
+
+def test_a_new_method_is_a_row_and_an_objective(tmp_path, monkeypatch):
+    """README's recipe, on a copy of vpd.py: the flag, what reads it and two batches of training follow."""
+    edited = ModuleType("edited")
+    monkeypatch.setitem(sys.modules, "edited", edited)
+    source = Path(vpd.__file__).read_text()
+    assert source.count("\nMETHODS = {\n") == 1
+    objective = "\ndef half(t, cfg):\n    return 0.5 * t.D + 0.5 * grpo(t, cfg)\n\n"
+    row = '    "half": Method(half, "ema", "either", distils=True, reinforces=True),\n'
+    exec(source.replace("\nMETHODS = {\n", f"{objective}\nMETHODS = {{\n{row}"), vars(edited))
+    parsed = lambda *flags: parse(["--method", "half", *flags], edited.Config, "", "", lambda given: {})  # noqa: E731
+    edited.check(parsed("--clip_low", "0.1", "--ema_rate", "0.1", "--divergence", "js"))
+    for flag in ("--w_opd", "--ratio_limit", "--e_lr"):
+        with pytest.raises(ValueError, match=f"{flag} is for"):
+            edited.check(parsed(flag, "0.5"))
+    mine = trained(config("half", edited, steps=2), tmp_path / "half", edited.train)
+    same = trained(config("joint", steps=2, w_opd=0.5, w_rl=0.5), tmp_path / "joint")
+    assert len(mine.after) == 2 and all(map(torch.equal, mine.after, same.after))
+    assert [row["divergence"] for *_, row in mine.batches] == [row["divergence"] for *_, row in same.batches]
 
 
 # ---- The reference by itself ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 def settings(method="vpd", **changes):
@@ -255,6 +292,7 @@ def at(vector):
     return model
 
 
+@pytest.mark.usefixtures("float64")
 def test_divergences_and_the_tail_by_hand():
     s, t, mixed = (0.8, 0.2), (0.5, 0.5), (0.65, 0.35)
     kl = lambda p, q: sum(a * math.log(a / b) for a, b in zip(p, q))  # noqa: E731
@@ -267,6 +305,7 @@ def test_divergences_and_the_tail_by_hand():
     assert tailed.item() == pytest.approx(kl((0.6, 0.25, 0.15), (0.1, 0.2, 0.7)), abs=1e-14)
 
 
+@pytest.mark.usefixtures("float64")
 def test_advantages_and_tokens_of_every_method_by_hand():
     rows = batch_of([1, 0, 0, 0, 1, 1, 0, 0], ungraded=[3])
     expected = [2 / 3, -1 / 3, -1 / 3, 0, 0.5, 0.5, -0.5, -0.5]
@@ -289,6 +328,7 @@ def test_advantages_and_tokens_of_every_method_by_hand():
         assert token("reweight", -0.5, step) == pytest.approx([-1.1 * A[0], -3 * A[1]])
 
 
+@pytest.mark.usefixtures("float64")
 def test_adamw_and_clipping_are_torchs_and_the_rate_warms_up_and_falls():
     s = settings(weight_decay=0.1, adam_beta2=0.95)
     mine = [torch.randn(3, 2), torch.randn(4)]
@@ -307,6 +347,7 @@ def test_adamw_and_clipping_are_torchs_and_the_rate_warms_up_and_falls():
     assert rates == pytest.approx([2 * 0.25, 2 * 0.7, 2 * 0.1])
 
 
+@pytest.mark.usefixtures("float64")
 def test_the_e_step_has_eq_9s_closed_form_gradient_and_a_moving_shift():
     s = settings(teacher="ema", e_minibatch_prompts=1, ema_rate=0.3)
     rows = batch_of([1, 0, 0, 1, 0, 1, 1, 0])
@@ -332,6 +373,7 @@ def test_the_e_step_has_eq_9s_closed_form_gradient_and_a_moving_shift():
     assert torch.allclose(weights(state.teacher), 0.7 * weights(tiny()) + 0.3 * trace[-1][1], atol=1e-15)
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("method", vpd.METHODS)
 def test_one_m_update_a_batch_has_the_gradient_of_its_row_losses_written_out(method):
     """Of the second batch, where student and EMA teacher differ; at ratio 1 all losses are simple."""
