@@ -10,7 +10,7 @@ import algorithm
 import pytest
 import torch
 from test_algorithm import SCRIPT, G, Sampler, config, reference, rows_of, trained
-from test_vpd import read_log, weights
+from test_vpd import weights
 
 import feedback
 import vpd
@@ -588,7 +588,7 @@ def test_ovd_s_updates_are_the_clipped_policy_gradient_over_the_mixed_groups(fla
         counts = {"rejected without a context, kept": len(rejected) - len(asked),
                   "demonstration without a grade, rollout kept": grades.count("x"),
                   "demonstration failed, rollout kept": (len(asked) - len(shown) - grades.count("x"))}  # fmt: skip
-        assert {reason: row["left_out"].get(reason, 0) for reason in counts} == counts and len(shown) > 3
+        assert {reason: row["left_out"].get(reason, 0) for reason in counts} == counts and shown
         end_of_batch(state, s)
     assert len({seed for _, seed, _ in done.sampler.drawn}) == 2 * 3
 
@@ -642,8 +642,8 @@ def test_where_the_expert_s_server_goes_down_the_run_ends_after_three_batches(se
 
 def test_a_served_critic_writes_what_the_teacher_reads_and_the_key_stays_out_of_the_run(server, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
-    good = lambda body: "attempt" in body["messages"][0]["content"] and len(body["messages"][0]["content"]) % 2  # noqa: E731
-    server.answer = lambda body, _: server.reply_with("look again") if good(body) or len(server.seen) == 1 else (400, "no")
+    good = lambda text: text == "1 +" or sum(map(ord, text)) % 2  # noqa: E731  the question before the run; some of its own
+    server.answer = lambda body, _: server.reply_with("look again") if good(body["messages"][0]["content"]) else (400, "no")
     flags = ["--critic_url", server.url, "--critic_model", "judge", "--feedback", "critique", "--no_borrow"]
     vpd.main([*CHOICE, "--method", "sdpo", *flags, "--steps", "1", "--log_samples", "16", "--out", str(tmp_path / "run")])
     (row,) = log_of(tmp_path / "run")
