@@ -199,8 +199,8 @@ def bco(r_tilde, rewards, delta):
 
 
 def e_step(state, rows, old_logp, s, after_update):
-    """One update for every e_minibatch_prompts groups that take part; returns their losses."""
-    groups, losses = [], []
+    """One update for every e_minibatch_prompts groups that take part; returns their losses, and how many rows they had."""
+    groups, losses, count = [], [], 0
     for start in range(0, len(rows), s.group_size):
         taught = [i for i in range(start, start + s.group_size) if rows[i].has_context]
         outcomes = {rows[i].reward for i in taught}
@@ -225,16 +225,18 @@ def e_step(state, rows, old_logp, s, after_update):
         loss = bco(r_tilde, rewards, state.delta)  # Eq. 9
         update(state, "e", loss, s, after_update)
         losses.append(loss.item())
-    return losses
+        count += len(chosen)
+    return losses, count
 
 
 # ---- M-step: distil into the student, or a baseline's objective
 
 
 def m_step(state, rows, old_logp, A_sdpo, s, after_update):
-    """One update for every minibatch_prompts prompts; returns the losses and every distilled row's mean divergence."""
+    """One update for every minibatch_prompts prompts; returns the losses, every distilled row's mean divergence, and how many
+    rows took part."""
     A, size = advantages(rows, s), s.minibatch_prompts * s.group_size
-    losses, divergences = [], []
+    losses, divergences, count = [], [], 0
     for start in range(0, len(rows), size):
         row_losses = []
         for i in range(start, min(start + size, len(rows))):
@@ -261,7 +263,8 @@ def m_step(state, rows, old_logp, A_sdpo, s, after_update):
             loss = sum(row_losses) / size  # rows left out count in the divisor
             update(state, "m", loss, s, after_update)
             losses.append(loss.item())
-    return losses, divergences
+            count += len(row_losses)
+    return losses, divergences, count
 
 
 def teacher_of(state, s):
@@ -286,13 +289,14 @@ def one_batch(state, rows, s, after_update=lambda kind, model: None):
     margin = mean(r_tilde[1.0]) - mean(r_tilde[0.0]) if all(r_tilde.values()) else None  # Fig. 1
     # 4. E-step, on every F-th batch
     e_due = s.method == "vpd" and state.step % s.e_step_every == 0
-    e_losses = e_step(state, rows, old_logp, s, after_update) if e_due else []
+    e_losses, e_rows = e_step(state, rows, old_logp, s, after_update) if e_due else ([], 0)
     # 5. M-step, then the moving average: teacher <- (1 - tau) teacher + tau student
-    m_losses, divergences = m_step(state, rows, old_logp, A_sdpo, s, after_update)
+    m_losses, divergences, m_rows = m_step(state, rows, old_logp, A_sdpo, s, after_update)
     if state.teacher is not None:
         with torch.no_grad():
             for mine, theirs in zip(state.teacher.parameters(), state.model.parameters()):
                 mine.copy_((1 - s.ema_rate) * mine + s.ema_rate * theirs)
     state.step += 1
     return {"margin": margin, "shift": state.delta, "e_loss": mean(e_losses), "m_loss": mean(m_losses),
-            "divergence": mean(divergences), "e_updates": len(e_losses), "m_updates": len(m_losses)}  # fmt: skip
+            "divergence": mean(divergences), "e_updates": len(e_losses), "m_updates": len(m_losses),
+            "e_rows": e_rows, "m_rows": m_rows}  # fmt: skip

@@ -120,14 +120,6 @@ def test_the_same_seed_gives_the_same_contexts_and_another_seed_others(source):
     assert first == again != other
 
 
-@pytest.mark.parametrize("source", SOURCES)
-def test_contexts_leaves_its_arguments_alone(source):
-    arguments = [1, 0, 1, 0], ["<think>so</think>a", "b", "c", "d"], ["", "F1", "", "F3"]
-    before = copy.deepcopy(arguments)
-    contexts(source, *arguments, random.Random(0))
-    assert arguments == before
-
-
 def test_an_unknown_source_is_refused_with_the_choices():
     with pytest.raises(ValueError, match=f"'oracle'.*{', '.join(SOURCES)}"):
         draw("oracle", (1, 0, 0, 0))
@@ -255,12 +247,6 @@ def test_a_context_is_plain_text_whatever_it_spells(tokenizer, field, section, t
     ids, _ = teacher_prompt(tokenizer, [SYSTEM, QUESTION], Context("", **{field: text}), T, 10_000)
     assert tokenizer.decode(ids) == START + section.replace("{}", text) + "|END" + HEADER
     assert special(tokenizer, ids) == ["<|im_start|>", "<|im_end|>", "<|im_start|>", "<|im_end|>", "<|im_start|>"]
-
-
-@pytest.mark.parametrize("text", [HOSTILE["braces and backslashes"], "\ue000 or \ue001"])
-def test_braces_backslashes_and_private_characters_in_the_question_survive(tokenizer, text):
-    asked = prompt(tokenizer, messages=[{"role": "user", "content": text}], solution="five")
-    assert asked == (f"<|im_start|>user\n{text}|S five s|END{HEADER}", 0)
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())

@@ -92,15 +92,10 @@ def test_token_logp_normalises_and_picks_the_token_at_its_position():
     close(L.token_logp(z, torch.tensor([[2, 1]])), [[log(0.1), log(0.3)]])
 
 
-def test_top_k_keeps_true_probabilities_and_the_tail_carries_the_mass_outside():
+def test_top_k_are_true_probabilities_at_the_students_tokens_and_the_tail_the_mass_outside():
     log_s, log_t = L.top_k_with_tail(logits(*S4), logits(*T4, offset=-1.0), 2)
     close(log_s.exp(), [[S4_BUCKETS]])
-    close(log_t.exp(), [[T4_BUCKETS]])
-
-
-def test_top_k_asks_the_teacher_at_the_students_tokens_not_at_its_own():
-    _, log_t = L.top_k_with_tail(logits(*S4), logits(*T4), 2)
-    close(log_t[..., :2].exp(), [[[T4[1], T4[3]]]])  # the teacher's own top 2 would be 0.4 and 0.35
+    close(log_t.exp(), [[T4_BUCKETS]])  # the teacher's own top 2 would be 0.4 and 0.35
     # Each position has its own top k: here the student likes token 0 first, then token 2.
     student = torch.cat([logits(0.6, 0.3, 0.1), logits(0.1, 0.2, 0.7)], dim=1)
     teacher = torch.cat([logits(0.5, 0.3, 0.2), logits(0.5, 0.3, 0.2)], dim=1)
@@ -152,8 +147,6 @@ def test_js_is_bounded_by_ln_2_where_the_kls_are_not():
     close(L.divergence(log_s, log_t, "js"), [log(2)])  # disjoint up to e^-60, so the bound is reached
     close(L.divergence(log_s, log_t, "kl_student_teacher"), [60.0])
     close(L.divergence(log_s, log_t, "kl_teacher_student"), [60.0])
-    random = L.distillation_loss(10 * normal(50, 4, 6, seed=3), 10 * normal(50, 4, 6, seed=4), "js")
-    assert (random >= 0).all() and (random <= log(2) + 1e-12).all() and random.max() > 0.6
 
 
 GRADIENT_BY_HAND = {
@@ -303,16 +296,6 @@ def test_sequence_mean_with_a_mask_equals_the_rows_cut_to_length(garbage):
     close(gradients(loss, per_token)[0], [[1 / 6, 0, 1 / 6], [1 / 9, 1 / 9, 1 / 9], [0, 0, 0]])
 
 
-@pytest.mark.parametrize("sizes", [[1] * 6, [4, 2], [1, 3, 2]])
-def test_micro_batches_with_the_whole_steps_n_add_up_to_the_whole_batch(sizes):
-    per_token = live(normal(6, 4, seed=5))
-    mask = torch.arange(4) < torch.tensor([4, 1, 0, 3, 2, 4]).unsqueeze(1)  # one row is empty
-    whole = L.sequence_mean(per_token, mask, 6)
-    parts = [L.sequence_mean(x, m, 6) for x, m in zip(per_token.split(sizes), mask.split(sizes))]
-    close(sum(parts), whole.detach())
-    close(gradients(sum(parts), per_token)[0], gradients(whole, per_token)[0])
-
-
 # ---- Policy gradient -------------------------------------------------------------------------------------
 
 
@@ -406,14 +389,11 @@ def test_reweighted_advantages_weigh_by_the_ratio_for_successes_and_its_inverse_
     close(out, [[A * ((1 - lam) + lam * weight) for weight in w]])
 
 
-def test_reweighted_advantages_treat_each_row_by_its_own_sign_and_keep_rows_without_a_context():
+def test_reweighted_advantages_treat_each_row_by_its_own_sign_and_clip_as_asked():
     student, teacher = tensor([0.5, 0.5], [0.5, 0.5]).log(), tensor([0.55, 0.45], [0.55, 0.45]).log()
     out = L.reweighted_advantages(tensor(1.0, -1.0), teacher, student, lam=1.0, clip=0.2)
     close(out, [[1.1, 0.9], [-1 / 1.1, -1 / 0.9]])
-    close(L.reweighted_advantages(tensor(1.0, -1.0), student, student, 1.0, 0.2), [[1.0, 1.0], [-1.0, -1.0]])
-    # Asked for a wider range, the same weights come out unclipped: clip is not a constant.
-    wide = L.reweighted_advantages(tensor(1.0), student[:1] + log(1.5), student[:1], lam=1.0, clip=0.6)
-    close(wide, [[1.5, 1.5]])
+    close(L.reweighted_advantages(tensor(1.0), student[:1] + log(1.5), student[:1], lam=1.0, clip=0.6), [[1.5, 1.5]])
 
 
 @pytest.mark.parametrize("function", [L.reshaped_advantages, L.reweighted_advantages])
@@ -497,19 +477,6 @@ def test_bco_gradient_pulls_the_teacher_up_on_successes_and_down_on_failures_and
     )
     close(d_teacher, coefficient.unsqueeze(1) * mask)
     assert untouched(d_student) and untouched(d_shift)
-
-
-@pytest.mark.parametrize("sizes", [[1] * 6, [2, 4], [3, 3], [2, 1, 3]])
-def test_bco_micro_batches_with_the_steps_class_counts_add_up_even_when_one_has_one_class(sizes):
-    r, rewards = live(normal(6, seed=13)), tensor(1, 1, 0, 0, 1, 1)
-    whole = L.bco_loss(r, rewards, 0.1)
-    pieces = list(zip(r.split(sizes), rewards.split(sizes)))
-    assert any(len(y.unique()) == 1 for _, y in pieces) or sizes == [3, 3]  # the one split that mixes both everywhere
-    summed = sum(L.bco_loss(x, y, 0.1, num_pos=4, num_neg=2) for x, y in pieces)
-    close(summed, whole.detach())
-    close(gradients(summed, r)[0], gradients(whole, r)[0])
-    # Without the counts each micro-batch would weigh its own classes, and the objective would depend on the split.
-    assert abs(sum(L.bco_loss(x, y, 0.1) for x, y in pieces) - whole) > 0.01
 
 
 # ---- Every function at once ------------------------------------------------------------------------------

@@ -83,12 +83,6 @@ TOLD = {
     "with and without a space": ("3", [("3", 0.25, {" 3": 0.25, "3": 0.25, "5": 0.25})], (0.5 * 3 + 0.25 * 5) / 0.75),
     "a space in the token": ("S 6", [("S", 1.0, {}), (" 6", 0.5, {" 6": 0.5, "4": 0.5})], 0.5 * 6 + 0.5 * 4),
     "sampled but not likely": ("1", [("1", 0.2, {"9": 0.6})], (0.2 * 1 + 0.6 * 9) / 0.8),
-    "after a thought": (
-        "<think>4</think>2",
-        [("<think>", 1.0, {}), ("4", 1.0, {"4": 1.0}), ("</think>", 1.0, {}), ("2", 0.5, {"2": 0.5, "3": 0.5})],
-        2.5,
-    ),
-    "zero": ("0", [("0", 1.0, {"0": 1.0})], 0.0),
     "several characters in a token": ("8/9", [("8/9", 0.5, {"8/9": 0.5, "3": 0.5})], 8.0),
     "the tokens of another text": ("8", [("No", 0.5, {"3": 0.5})], 8.0),  # a thought that the server took out
     "the tokens of a thought": ("9", [("1", 0.5, {"1": 0.5, "9": 0.1}), (". so", 1.0, {}), ("9", 1.0, {"9": 1.0})], 9.0),
@@ -109,15 +103,15 @@ def test_a_score_is_the_expected_digit_at_the_replys_digit_or_that_digit(server,
 
 
 def test_scores_are_in_order_and_a_reply_without_a_digit_is_no_failure(server):
-    server.answer = lambda body, _: (
-        (500, "busy") if body["messages"][0]["content"] == "down" else server.reply_with(body["messages"][0]["content"])
-    )
+    told = [("6", 0.5, {"6": 0.5, "4": 0.5})]
+    said = {"down": (500, "busy"), "long": (400, "too long"), "both": server.reply_with("6", told)}
+    server.answer = lambda body, _: (text := body["messages"][0]["content"]) and said.get(text, server.reply_with(text))
     served = ServedModel(server.url, "judge", timeout=5)
-    replies = served.score(ask("It is a 4.", "nine", "down", "7.5", "0"), seed=3, max_tokens=7)
-    assert replies == [(4.0,), (None,), None, (None,), (0.0,)]
-    assert list(served.failures.values()) == [1] and "InternalServerError" in next(iter(served.failures))
-    assert not served.without and server.attempts["down"] == 3
-    assert len({body["seed"] for _, _, body in server.seen}) == 5
+    replies = served.score(ask("It is a 4.", "nine", "down", "7.5", "0", "long", "both"), seed=3, max_tokens=7)
+    assert replies == [(4.0,), (None,), None, (None,), (0.0,), None, (5.0,)]
+    assert set(served.failures.values()) == {1} and sum(served.failures.values()) == 2
+    assert not served.without and server.attempts["down"] == 3  # refused for another reason: the probabilities stay
+    assert len({body["seed"] for _, _, body in server.seen}) == 7
 
 
 @pytest.mark.parametrize("status", [400, 403, 422])
@@ -143,17 +137,6 @@ def test_a_cut_reply_has_no_score_unless_it_is_a_digit_alone():
     assert read_score(choice("Okay, there are 2 parts", "length")) is None  # a thought that the prompt has opened
     assert read_score(choice("Okay, there are 2 parts", "stop")) == 2
     assert read_score(choice(" 7", "length")) == 7
-
-
-def test_what_is_refused_for_another_reason_is_a_failure_and_log_probabilities_stay(server):
-    told = [("6", 0.5, {"6": 0.5, "4": 0.5})]
-    server.answer = lambda body, _: (
-        (400, "too long") if body["messages"][0]["content"] == "long" else server.reply_with("6", told)
-    )
-    served = ServedModel(server.url, "judge", timeout=5, at_once=1)
-    assert served.score(ask("long", "a"), seed=3, max_tokens=7) == [None, (pytest.approx(5.0),)]
-    assert sum(served.failures.values()) == 1 and not served.without
-    assert served.score(ask("b"), seed=3, max_tokens=7) == [(pytest.approx(5.0),)] and not served.failures
 
 
 # ---- A served expert's next token --------------------------------------------------------------------------
@@ -193,43 +176,26 @@ def test_the_score_is_the_expected_digit_of_what_is_rescaled_to_sum_to_1():
     p = [0.0] * 10
     p[2], p[9] = 0.125, 0.375  # 1/4 and 3/4 of their sum
     assert expected_digit(p) == 0.25 * 2 + 0.75 * 9
-    assert expected_digit([1.0, *[0.0] * 9]) == 0.0
-    assert expected_digit([0.1] * 10) == pytest.approx(4.5)
     assert expected_digit([0.0] * 10) is None
-
-
-def test_digits_of_no_more_than_the_least_probability_are_no_score():
-    p = [0.0] * 8 + [0.25, 0.25]
-    assert expected_digit(p, least=0.5) is None  # as likely something else
-    assert expected_digit(p, least=0.49) == 8.5
+    assert expected_digit(p, least=0.5) is None and expected_digit(p, least=0.49) is not None  # as likely something else
 
 
 REPLIES = {  # reply: its digit and what stands after it
     "7": "7",
-    "Score: 8.": "8.",
-    "7\n": "7\n",
     "From 0 (certainly wrong) to 9 (certainly right): 6": "6",  # the request's own words
     "9.0": "9.0",
     "9.05": None,
     "**6**": "6**",
-    "8/9": "8/9",
     "10 then 3": "3",
     "42, 007, 5": "5",
-    "7.5": None,
     "0.5 or 7": "7",
-    ".5": None,
     "on a scale of 0-9: 6": "6",
     "0 – 9: 4": "4",
     "from 0 to 9, 0": "0",
-    "0 to 9": None,
     "0 to 90": "0 to 90",
-    "<think>4</think> 2": "2",
     "<think>4\nor 5</think>\n2": "2",
-    "<think>4</think> <think>5</think> 2, 3": "2, 3",
     "opened by the prompt: 4</think> 2": "2",
     "1 <think>4": "1 <think>4",
-    "<think>4": None,
-    "nine": None,
     "": None,
     "٣ ９ ²": None,  # digits of Unicode, which int() would take in part
 }
