@@ -64,7 +64,7 @@ def test_over_many_seeds_a_row_sees_exactly_these_texts(source, rewards, row, ex
 
 
 @pytest.mark.parametrize("source", ["sibling", "solution_first", "both"])
-def test_a_solution_is_another_rows_success_never_ones_own_and_joined_by_feedback_only_in_both(source):
+def test_a_solution_is_another_rows_success_and_joined_by_feedback_only_in_both(source):
     for rewards, seed in itertools.product(GROUPS, range(40)):
         for i, context in enumerate(draw(source, rewards, seed)):
             others = {f"S{j}" for j in range(4) if rewards[j] == 1 and j != i}
@@ -177,7 +177,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize("section, texts", LAYOUTS)
-def test_one_user_message_of_question_sections_closing_line_between_system_and_header(tokenizer, section, texts):
+def test_the_user_message_is_question_sections_and_closing_line(tokenizer, section, texts):
     messages = [dict(SYSTEM), dict(QUESTION)]
     assert prompt(tokenizer, messages=messages, **texts) == (START + section + "|END" + HEADER, 0)
     assert messages == [SYSTEM, QUESTION]

@@ -92,7 +92,7 @@ def test_token_logp_normalises_and_picks_the_token_at_its_position():
     close(L.token_logp(z, torch.tensor([[2, 1]])), [[log(0.1), log(0.3)]])
 
 
-def test_top_k_are_true_probabilities_at_the_students_tokens_and_the_tail_the_mass_outside():
+def test_top_k_are_at_the_students_tokens_and_the_tail_is_the_mass_outside():
     log_s, log_t = L.top_k_with_tail(logits(*S4), logits(*T4, offset=-1.0), 2)
     close(log_s.exp(), [[S4_BUCKETS]])
     close(log_t.exp(), [[T4_BUCKETS]])  # the teacher's own top 2 would be 0.4 and 0.35
@@ -253,7 +253,7 @@ def test_future_advantages_are_the_others_mean_cost_to_go_minus_ones_own(mask_dt
     assert not found.requires_grad
 
 
-def test_future_advantages_of_two_groups_do_not_mix_and_a_group_of_one_has_no_baseline():
+def test_future_advantages_do_not_mix_groups_and_one_row_has_no_baseline():
     cost, mask = torch.cat([COST, 100 * COST.flip(0)]), torch.cat([COST_MASK, COST_MASK.flip(0)])
     close(L.future_advantages(cost, mask, 3), torch.cat([tensor(*FUTURE), 100 * tensor(*FUTURE).flip(0)]))
     close(L.future_advantages(COST, COST_MASK, 1), [[-14, -12, -8, 0], [-16, 0, 0, 0], [0, 0, 0, 0]])
@@ -381,7 +381,7 @@ def test_reshaped_advantages_add_the_teachers_log_ratio_to_the_sequences_advanta
 
 @pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("A", [2.0, -2.0])
-def test_reweighted_advantages_weigh_by_the_ratio_for_successes_and_its_inverse_for_failures(A, lam):
+def test_reweighted_advantages_weigh_by_the_ratio_and_on_failures_its_inverse(A, lam):
     ratio = tensor([1.1, 0.9, 3.0, 0.2, 1.0])  # q/π of five tokens; clip 0.2 keeps w in [0.8, 1.2]
     student = tensor([0.2, 0.3, 0.1, 0.5, 0.4]).log()
     w = [1.1, 0.9, 1.2, 0.8, 1.0] if A > 0 else [1 / 1.1, 1 / 0.9, 0.8, 1.2, 1.0]
@@ -463,7 +463,7 @@ def test_a_class_without_rows_adds_nothing_to_bco_loss(r, x):
     close(L.bco_loss(tensor(x, x), tensor(r, r), 0.0), -log(sigmoid(0.5)))
 
 
-def test_bco_gradient_pulls_the_teacher_up_on_successes_and_down_on_failures_and_moves_nothing_else():
+def test_bco_gradient_pulls_the_teacher_up_on_successes_and_down_on_failures():
     beta, mask = 0.1, torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0]])
     teacher, student, shift = live(normal(3, 3, seed=11)), live(normal(3, 3, seed=12)), live(tensor(0.05)[0])
     r = L.implicit_reward(teacher, student, mask, beta)
@@ -524,7 +524,7 @@ def test_no_input_is_changed(name):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_function_works_in_another_project_with_the_helpers_that_its_docstring_names(name):
+def test_a_function_works_elsewhere_with_the_helpers_that_its_docstring_names(name):
     named = re.findall("`(.*?)`", (re.findall(r"Needs\s(.*?)\.", getattr(L, name).__doc__, re.DOTALL) or [""])[0])
     copied = [inspect.getsource(getattr(L, helper)) for helper in (*named, name)]
     used = {node.id for text in copied for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
@@ -593,7 +593,7 @@ def test_values_and_gradients_stay_finite_at_logits_of_plus_and_minus_50(functio
     assert gradient.isfinite().all()
 
 
-def test_the_functions_without_a_gradient_stay_finite_at_log_ratios_of_plus_and_minus_100():
+def test_what_has_no_gradient_stays_finite_at_log_ratios_of_plus_and_minus_100():
     student, teacher = picked(FAR_STUDENT), picked(FAR_TEACHER)
     assert (student - teacher).max() > 99 and (student - teacher).min() < -99  # as did the test above
     ratio = L.truncated_ratio(student, teacher, 2.0)

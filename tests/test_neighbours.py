@@ -27,7 +27,7 @@ def ask(*texts):
     return [[{"role": "user", "content": text}] for text in texts]
 
 
-def test_a_served_model_answers_in_order_with_the_key_of_the_environment_and_seeds_per_row(server, monkeypatch):
+def test_a_served_model_answers_in_order_with_the_environments_key_and_seeds(server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
     server.answer = lambda body, _: server.reply_with(body["messages"][-1]["content"].upper())
     served = ServedModel(server.url, "judge", timeout=5)
@@ -142,7 +142,7 @@ def test_a_cut_reply_has_no_score_unless_it_is_a_digit_alone():
 # ---- A served expert's next token --------------------------------------------------------------------------
 
 
-def test_the_next_piece_of_each_text_is_drawn_at_temperature_1_and_empty_where_the_model_ends(server):
+def test_the_next_piece_of_a_text_is_drawn_at_temperature_1_and_empty_at_its_end(server):
     said = {"ends": ("", "stop"), "nothing": ("", "length"), "goes on": (" then", "length"), "done": (".", "stop")}
     server.answer = lambda body, _: server.complete_with(*said[body["prompt"]])
     served = ServedModel(server.url, "expert", timeout=5)
@@ -158,7 +158,7 @@ def test_the_next_piece_of_each_text_is_drawn_at_temperature_1_and_empty_where_t
     assert all(seeds[body["prompt"]] == body["seed"] for _, _, body in server.seen)
 
 
-def test_the_expert_is_asked_for_its_plain_distribution_or_as_the_server_will_have_it(server):
+def test_the_expert_is_asked_for_its_plain_distribution_where_the_server_has_it(server):
     server.answer = lambda body, _: server.complete_with("a", "length")
     served = ServedModel(server.url, "expert", timeout=5, at_once=1)
     served.next_piece(["x"], seed=3)
@@ -280,7 +280,7 @@ def test_the_students_own_score_comes_from_its_digits_where_it_would_rather_say_
     assert "question 1|two|0 TO 9<" in decode(asked[0][1])  # without its thought
 
 
-def test_a_served_judges_score_is_none_where_it_failed_or_named_no_digit_and_both_are_counted(byte_tokenizer, server, capsys):
+def test_a_served_judge_that_failed_or_named_no_digit_gives_no_score(byte_tokenizer, server, capsys):
     replies = {"one": (200, "8"), "two": (400, "no"), "three": (200, "good"), "four": (200, "0"), "five": (200, "7.5")}
 
     def answer(body, _):
@@ -350,7 +350,7 @@ X = ["<|im_start|>user\nadd 1<|im_end|>\n", "two: ", "é three: "]
 Y = ["abcdefgh", "never asked", "xyz<|im_end|>"]
 
 
-def test_the_expert_reads_prompt_and_response_up_to_a_place_and_ours_is_its_answers_first_token(expert, server, byte_tokenizer):
+def test_the_expert_reads_up_to_a_place_and_ours_is_its_answers_first_token(expert, server, byte_tokenizer):
     server.answer = lambda body, _: server.complete_with(body["prompt"][-1].upper() + "zz")
     asked, taken, weight = expert(X, Y, rows=[2, 0], places=3)
     texts = []
@@ -483,7 +483,7 @@ def test_distil_s_updates_are_those_of_the_formulas(case, tmp_path, monkeypatch)
         if case == "samples":
             (xC, y, asked, teacher, seeds), ids = drawn[k]
             assert xC == batch.xC and y == batch.y and asked == [i for i, row in enumerate(rows) if row.has_context]
-            assert teacher is drawn[0][0][3] and len({*seeds, *drawn[k - 1][0][4]}) == 2 * len(rows)  # others in each batch
+            assert teacher not in (None, done.sampler.drawn[0][2]) and len({*seeds, *drawn[k - 1][0][4]}) == 2 * len(rows)  # others in each batch
             taken = [ids[i, : len(row.response)] for i, row in enumerate(rows)]
         if case == "served":
             taken, weight = ([x[i, : len(row.response)] for i, row in enumerate(rows)] for x in served[k])
@@ -606,7 +606,7 @@ def test_where_the_expert_s_server_goes_down_the_run_ends_after_three_batches(se
     assert "expert: BadRequestError" in error and f"the expert at {server.url} has not answered for 3 batches" in error
 
 
-def test_a_served_critic_writes_what_the_teacher_reads_and_the_key_stays_out_of_the_run(server, tmp_path, monkeypatch):
+def test_a_served_critic_reaches_the_teacher_and_the_key_stays_out_of_the_run(server, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
     good = lambda text: text == "1 +" or sum(map(ord, text)) % 2  # noqa: E731  the question before the run; some of its own
     server.answer = lambda body, _: server.reply_with("look again") if good(body["messages"][0]["content"]) else (400, "no")

@@ -33,7 +33,7 @@ def test_batches_visit_every_problem_once_an_epoch_and_drop_the_incomplete_last(
     assert drawn != list(vpd.batches(list(range(7)), 3, 4, seed=1))
 
 
-def test_e_step_takes_groups_in_which_both_outcomes_have_a_context_and_counts_the_rest():
+def test_e_step_takes_groups_in_which_both_outcomes_have_a_context():
     r = torch.tensor([1.0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 0, 0])
     has_C = torch.tensor([1, 1, 0, 1, 1, 1, 1, 1, 1, 0, 1, 1], dtype=torch.bool)
     # Group 1 is mixed, row 2 has no context. Group 2 has successes only, group 3 failures only. Group 4 was sampled with
@@ -103,7 +103,7 @@ def test_the_log_s_figures_of_a_batch_by_hand():
     assert "reward 0.500" in line and "D 1.2e-03" in line and line.endswith("2.0 s")
 
 
-def test_five_updates_in_a_row_that_are_not_finite_end_the_run_and_five_in_all_do_not():
+def test_five_bad_updates_in_a_row_end_the_run_and_five_in_all_do_not():
     norms = iter([math.nan] * 4 + [1.0] + [math.nan] * 5)
     policy = SimpleNamespace(step=lambda optimizer, lr, limit, skip: next(norms))
     run = SimpleNamespace(policy=policy, cfg=SimpleNamespace(max_grad_norm=1.0), bad_in_a_row=0)
