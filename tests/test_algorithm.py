@@ -1,8 +1,8 @@
-"""The loop of vpd.py, update by update, against a plain reference of Algorithm 1 (algorithm.py), and the reference itself
-against hand arithmetic, closed forms and torch's AdamW.
+"""The loop of vpd.py, update by update, against a plain reference of Algorithm 1 (algorithm.py), and the reference
+itself against hand arithmetic, closed forms and torch's AdamW.
 
-The task, its grader and the sampler are scripts: groups with both outcomes and with one, rows that the grader failed on,
-failures without a text, unequal lengths, rows of one token, cut rows, and a sampler whose log-probs are not the trainer's.
+The task, its grader and the sampler are scripts: groups with both outcomes and with one, rows that the grader failed
+on, failures without a text, rows of one token, cut rows, and a sampler whose log-probs are not the trainer's.
 """
 
 import json
@@ -40,12 +40,12 @@ def text(ids):
 
 
 def tiny(seed=0):
-    """Qwen3 with 2 layers in float64 throughout: its own RMSNorm computes in float32, so torch's takes its place. With dropout,
-    which has no place in a loop whose student is the one that sampled."""
+    """Qwen3 with 2 layers in float64 throughout: its own RMSNorm computes in float32, so torch's takes its place. With
+    dropout, which has no place in a loop whose student is the one that sampled."""
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=8, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.3, attention_dropout=0.3,
+        vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, head_dim=8,
+        num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.3, attention_dropout=0.3,
         pad_token_id=0, eos_token_id=EOS, bos_token_id=None,
     )).double().eval()  # fmt: skip
     for parent in list(model.modules()):
@@ -65,7 +65,7 @@ def weights(model):
 
 
 class Sampler:
-    """Responses by chance: of one word and more, ended, or cut at the limit; the log-probs of an engine that is far off."""
+    """Responses by chance: ended, or cut at the limit; the log-probs of an engine that is far off."""
 
     other_engine = True
 
@@ -90,7 +90,7 @@ class Sampler:
 
 
 def scripted(script, calls):
-    """A task of four problems whose grader says what the script has, call by call; a failure's text is like no other's."""
+    """A task of four problems whose grader says what the script has, call by call; each failure has its own text."""
     problems = [Problem(str(i), [{"role": "user", "content": text(words(random.Random(i), 3, 6))}]) for i in range(4)]
 
     def verify(rows, responses):
@@ -113,9 +113,9 @@ def tokenizer():
 
 def config(method, of=vpd, **changes):
     base = dict(
-        task="own", method=method, steps=3, prompts_per_batch=4, group_size=G, minibatch_prompts=4, e_minibatch_prompts=4,
-        e_step_every=1, max_response_tokens=6, lr=0.01, feedback="environment", eval_every=0, checkpoint_every=0, top_k=0,
-        ema_rate=0.2, solution_template="{solution}", feedback_template="{feedback}", closing_line="w5",
+        task="own", method=method, steps=3, prompts_per_batch=4, group_size=G, minibatch_prompts=4,
+        e_minibatch_prompts=4, e_step_every=1, max_response_tokens=6, lr=0.01, top_k=0, feedback="environment",
+        eval_every=0, checkpoint_every=0, ema_rate=0.2, solution_template="{solution}", feedback_template="{feedback}", closing_line="w5",
     )  # fmt: skip
     cfg = of.Config(**(base | changes))
     cfg.given, cfg.preset = set(), {}
@@ -124,8 +124,8 @@ def config(method, of=vpd, **changes):
 
 
 def trained(cfg, out, train=vpd.train, script=SCRIPT, also=None, **how):
-    """What a loop did. after: the weights after each update; batches: of each the batch, its numbers of E- and M-updates and the
-    row of the log; calls: the letters and texts of the grader's calls; and the sampler."""
+    """What a loop did. after: the weights after each update; batches: of each the batch, its numbers of E- and M-updates
+    and the row of the log; calls: the letters and texts of the grader's calls; and the sampler."""
     calls, ended, after, sampler = [], [], [], Sampler()
     policy = Policy(tiny(), tokenizer(), micro_batch_tokens=40, temperature=cfg.temperature, **how)
     task, record = scripted(script, calls), {"teacher": cfg.reader(), "commit": ""}
@@ -142,7 +142,7 @@ def trained(cfg, out, train=vpd.train, script=SCRIPT, also=None, **how):
 
 
 def reference(cfg, after):
-    """The settings as the reference reads them, its state, and what compares its updates with the loop's one after the other."""
+    """The settings as the reference reads them, its state, and what compares its next update with the loop's."""
     s = SimpleNamespace(**vars(cfg))
     s.teacher, s.mismatch_limit = cfg.reader(), None if cfg.mismatch_limit == "none" else float(cfg.mismatch_limit)
     model = tiny()
@@ -170,7 +170,7 @@ def seen_by(i, letters, told, batch, source):
 
 
 def rows_of(batch, letters, told, cfg):
-    """The batch as the reference has it, from the script; of the loop's only which of several texts a row's teacher sees."""
+    """The batch as the reference has it, from the script; of the loop's only which of several texts a teacher sees."""
     ids, rows = lambda text: [int(word[1:]) for word in text.split()], []
     for i, letter in enumerate(letters):
         x = ids(batch.problems[i].messages[0]["content"])
@@ -190,8 +190,8 @@ CASES = {
     "vpd, EMA": SEVERAL | dict(teacher="ema", e_minibatch_prompts=1, divergence="js", feedback="solution_first"),
     "vpd, EMA, one update": dict(teacher="ema", e_groups="all", feedback="solution_first", shift_rate=1.0),
     "vpd, fixed prior, own optimizer": dict(prior="fixed", e_optimizer="own", beta=0.6, e_lr=0.003, adam_beta1=0.7),
-    "vpd, F, schedule": dict(e_step_every=2, schedule="linear", warmup_steps=2, divergence="kl_teacher_student", top_k=3),
-    "vpd, all groups, recomputed": dict(e_groups="all", e_minibatch_prompts=1, feedback="sibling", mismatch_limit="none"),
+    "vpd, schedule": dict(e_step_every=2, schedule="linear", warmup_steps=2, divergence="kl_teacher_student", top_k=3),
+    "vpd, recomputed": dict(e_groups="all", e_minibatch_prompts=1, feedback="sibling", mismatch_limit="none"),
     "sdpo": dict(divergence="js", top_k=5, weight_decay=0.5, temperature=1.5),
     "sdpo, many updates": SEVERAL | dict(ratio_limit=1.05, top_k=2, feedback="sibling"),
     "sdpo, live": dict(minibatch_prompts=2, teacher="live", divergence="kl_teacher_student", max_grad_norm=0.05),
@@ -219,8 +219,8 @@ def test_the_loop_makes_the_updates_of_the_reference(case, tmp_path):
         left_out = row["left_out"]
         assert left_out.get("grader failed", 0) == letters.count("x") and (row["e_rows"] or 0) == expected.pop("e_rows")
         assert sum(left_out.get(f"m_step: no {why}", 0) for why in ("signal", "context")) == 16 - expected.pop("m_rows")
-        # What the log does not have: delta where it did not move, and the margin where no pass of the teacher's is at the weights
-        # that sampled the batch, or (reweight, one update) where such a pass is over the rows with an advantage only.
+        # What the log does not have: delta where it did not move, and the margin where no pass of the teacher's is at the
+        # weights that sampled the batch, or (reweight, one update) where it is over the rows with an advantage only.
         if not e_updates:
             expected["shift"] = None
         if cfg.minibatch_prompts < 4 and not e_updates and cfg.row().distils:
@@ -230,7 +230,8 @@ def test_the_loop_makes_the_updates_of_the_reference(case, tmp_path):
         for name, value in expected.items():
             assert row[name] == (None if value is None else pytest.approx(value, rel=1e-9, abs=1e-12)), name
         total += e_updates + m_updates
-    assert total == len(done.after) and len({seed for _, seed, _ in done.sampler.drawn}) == len(done.batches) == cfg.steps
+    assert total == len(done.after) and len(done.batches) == cfg.steps
+    assert len({seed for _, seed, _ in done.sampler.drawn}) == cfg.steps
 
 
 def test_a_new_method_is_a_row_and_an_objective(tmp_path, monkeypatch):
@@ -265,9 +266,8 @@ def float64():
 
 def settings(method="vpd", **changes):
     """Of two groups and one update for each step."""
-    cfg = vpd.Config(method=method, group_size=G, minibatch_prompts=2, e_minibatch_prompts=2, e_step_every=1, lr=1e-3, top_k=0)
-    changes = dict(teacher=cfg.reader(), mismatch_limit=2.0) | changes
-    return SimpleNamespace(**(vars(cfg) | changes))
+    cfg = vpd.Config(method=method, group_size=G, minibatch_prompts=2, e_minibatch_prompts=2, e_step_every=1, lr=1e-3)
+    return SimpleNamespace(**(vars(cfg) | dict(teacher=cfg.reader(), mismatch_limit=2.0, top_k=0) | changes))
 
 
 def batch_of(rewards, contexts=None, ungraded=()):
@@ -313,7 +313,8 @@ def test_advantages_and_tokens_of_every_method_by_hand():
     expected = [2 / 3, -1 / 3, -1 / 3, 0, 0.5, 0.5, -0.5, -0.5]
     assert algorithm.advantages(rows, settings()) == pytest.approx(expected)
     std = math.sqrt(4 * 0.5**2 / 3) + 1e-6
-    assert algorithm.advantages(rows, settings(divide_by_std=True))[4:] == pytest.approx([a / std for a in expected[4:]])
+    divided = algorithm.advantages(rows, settings(divide_by_std=True))
+    assert divided[4:] == pytest.approx([a / std for a in expected[4:]])
 
     old, D, A_sdpo = torch.tensor([-1.0, -2.0]), torch.tensor([0.3, 0.4]), torch.tensor([0.1, -0.5])
     now = old + torch.tensor([1.1, 3.0]).log()  # the ratios
@@ -356,7 +357,7 @@ def test_the_e_step_has_eq_9s_closed_form_gradient_and_a_moving_shift():
     state, figures, trace = taught(s, rows)
     assert [kind for kind, _ in trace] == ["e", "e", "m"]
     r, deltas, points = torch.tensor([row.reward for row in rows]), [], [weights(tiny()), trace[0][1]]
-    for part, vector in ((range(4), points[0]), (range(4, 8), points[1])):  # the second at the weights after the first update
+    for part, vector in ((range(4), points[0]), (range(4, 8), points[1])):  # the second after the first update
         model, good = at(vector), r[part] == 1
         log_q = torch.stack([algorithm.logp(model, rows[i].teacher_prompt, rows[i].response).sum() for i in part])
         log_pi = torch.stack([algorithm.logp(tiny(), rows[i].prompt, rows[i].response).sum() for i in part])
@@ -393,10 +394,11 @@ def test_one_m_update_a_batch_has_the_gradient_of_its_row_losses_written_out(met
             A_sdpo = (algorithm.logp(teacher, row.teacher_prompt, row.response) - now).detach()
         w = torch.exp((1 if A > 0 else -1) * A_sdpo).clamp(0.8, 1.2)
         tokens = {"vpd": D, "sdpo": D, "grpo": -A * now, "joint": 0.7 * D - 1.3 * A * now,
-                  "reshape": -(1.3 * A + 0.7 * A_sdpo) * now, "reweight": -A * (1 - lam + lam * w) * now}[method]  # fmt: skip
+                  "reshape": -(1.3 * A + 0.7 * A_sdpo) * now,
+                  "reweight": -A * (1 - lam + lam * w) * now}[method]  # fmt: skip
         mismatch = torch.exp(now.detach() - torch.tensor(row.sampler_logp)).clamp(max=2.0)
         loss = loss + (mismatch * tokens).mean() / 8  # all 8 rows in the divisor
     gradient = algorithm.clip(torch.autograd.grad(loss, list(student.parameters())), 1.0)
     m = [torch.cat([x.flatten() for x in state.optimizers["m"].m.values()]) for state, _, _ in (one, two)]
     gradient = torch.cat([g.flatten() for g in gradient])
-    assert torch.allclose((m[1] - 0.9 * m[0]) / 0.1, gradient, atol=1e-12)  # what the second batch put into the first moment
+    assert torch.allclose((m[1] - 0.9 * m[0]) / 0.1, gradient, atol=1e-12)  # what the second batch added to AdamW's m

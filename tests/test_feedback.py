@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 import feedback
-from feedback import SOURCES, TEXTS, Context, Templates, contexts, critique_prompt, strip_thinking, student_prompt, teacher_prompt
+from feedback import SOURCES, TEXTS, Context, Templates, contexts, critique_prompt, strip_thinking
+from feedback import student_prompt, teacher_prompt
 from tasks import Outcome
 
 GROUPS = list(itertools.product((0, 1), repeat=4))  # every pattern of rewards in a group of four
@@ -273,12 +274,13 @@ def test_a_template_without_its_hole_is_refused(name, template):
 
 # ---- A batch -----------------------------------------------------------------------------------------------
 
-RIGHT, WRONG, BROKEN = Outcome(1, "passed"), Outcome(0, "wrong", "off by one"), Outcome(0, "internal", "the grader broke")
+RIGHT, WRONG, BROKEN = Outcome(1, "passed"), Outcome(0, "wrong", "off by one"), Outcome(0, "internal", "it broke")
 
 
 def in_batch(outcomes, step=0, seed=0, responses=None, **settings):
     """The texts that the rows of a batch in groups of four see."""
-    cfg = SimpleNamespace(**dict(feedback="environment", seed=seed, group_size=4, borrow=True, passed_text="") | settings)
+    defaults = dict(feedback="environment", seed=seed, group_size=4, borrow=True, passed_text="")
+    cfg = SimpleNamespace(**(defaults | settings))
     responses = responses or [f"S{i}" for i in range(len(outcomes))]
     critic = SimpleNamespace(write=lambda problems, texts, outcomes, step: [f"{text} {step}" for text in texts])
     found = feedback.batch_contexts(cfg, [None] * len(outcomes), responses, outcomes, step, critic)
@@ -303,13 +305,17 @@ def test_which_text_a_row_sees_is_drawn_anew_in_every_group_batch_and_run():
 def test_a_critic_is_asked_about_failures_only_and_not_where_the_grader_failed():
     asked = []
     policy = SimpleNamespace(tokenizer=None, decode=lambda tokens: f"<think>hm</think>about {tokens[0]}")
-    sample = lambda prompts, n, seed, *how: asked.append((n, seed, how)) or [SimpleNamespace(tokens=[p]) for p in prompts]  # noqa: E731
-    cfg = SimpleNamespace(critic_url="", seed=3, max_critique_tokens=7, temperature=0.5, top_p=0.9, max_teacher_tokens=99,
-                          templates=Templates)  # fmt: skip
+
+    def sample(prompts, n, seed, *how):
+        asked.append((n, seed, how))
+        return [SimpleNamespace(tokens=[prompt]) for prompt in prompts]
+
+    cfg = SimpleNamespace(critic_url="", seed=3, max_critique_tokens=7, temperature=0.5, top_p=0.9,
+                          max_teacher_tokens=99, templates=Templates)  # fmt: skip
     critic = feedback.Critic(cfg, policy, SimpleNamespace(sample=sample))
     problems = [SimpleNamespace(messages=None, reference=i) for i in range(4)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(feedback, "critique_prompt", lambda tokenizer, m, attempt, reference, t, limit: (f"{attempt}{reference}", 0))
+        patch.setattr(feedback, "critique_prompt", lambda tokenizer, m, attempt, about, *_: (f"{attempt}{about}", 0))
         for step in (0, 1):
             texts = critic.write(problems, list("abcd"), [WRONG, RIGHT, BROKEN, WRONG], step)
             assert texts == ["about a0", "", "", "about d3"]

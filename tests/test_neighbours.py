@@ -1,4 +1,4 @@
-"""DistIL, OVD and models behind a server: the loops against plain references, the server against one on this machine."""
+"""DistIL, OVD and models behind a server: the loops against plain references, and a server on this machine."""
 
 import json
 import time
@@ -72,12 +72,12 @@ def test_a_server_that_does_not_answer_in_time_is_left_after_three_attempts(serv
 
 # ---- A served judge's score --------------------------------------------------------------------------------
 
-# Probabilities at the tokens of a reply, and the expected digit by hand. The likely tokens that are no digits do not count.
+# Probabilities at the tokens of a reply, and the expected digit by hand. Likely tokens that are no digits do not count.
 TOLD = {
     "one token": ("7", [("7", 0.5, {"7": 0.5, "2": 0.25, "no": 0.25})], (0.5 * 7 + 0.25 * 2) / 0.75),
     "not the first": (
         "Score: 8.",
-        [("Score", 0.9, {"1": 0.1}), (":", 1.0, {"2": 0.1}), (" ", 1.0, {}), ("8", 0.6, {"8": 0.6, "9": 0.4}), (".", 1.0, {})],
+        [("Score", 0.9, {"1": 0.1}), (":", 1.0, {"2": 0.1}), (" ", 1.0, {}), ("8", 0.6, {"8": 0.6, "9": 0.4})],
         0.6 * 8 + 0.4 * 9,
     ),
     "with and without a space": ("3", [("3", 0.25, {" 3": 0.25, "3": 0.25, "5": 0.25})], (0.5 * 3 + 0.25 * 5) / 0.75),
@@ -177,7 +177,7 @@ def test_the_score_is_the_expected_digit_of_what_is_rescaled_to_sum_to_1():
     p[2], p[9] = 0.125, 0.375  # 1/4 and 3/4 of their sum
     assert expected_digit(p) == 0.25 * 2 + 0.75 * 9
     assert expected_digit([0.0] * 10) is None
-    assert expected_digit(p, least=0.5) is None and expected_digit(p, least=0.49) is not None  # as likely something else
+    assert expected_digit(p, least=0.5) is None != expected_digit(p, least=0.49)  # as likely something else
 
 
 REPLIES = {  # reply: its digit and what stands after it
@@ -272,7 +272,8 @@ def test_the_students_own_score_comes_from_its_digits_where_it_would_rather_say_
     p[4, 8] = 0.5 - 1e-9
     asked = []
     judge = judge_of(byte_tokenizer, lambda prompts, ids: asked.extend([prompts, ids]) or p.log())
-    assert judge.scores(PROBLEMS, ATTEMPTS, 5) == [pytest.approx(2 / 3 * 7 + 1 / 3 * 2), None, 0.0, pytest.approx(4.5), None]
+    expected = [pytest.approx(2 / 3 * 7 + 1 / 3 * 2), None, 0.0, pytest.approx(4.5), None]
+    assert judge.scores(PROBLEMS, ATTEMPTS, 5) == expected
     assert judge.missing == {"judge: no digit, kept": 2}
     decode = byte_tokenizer.decode
     assert [decode(token) for token in asked[1]] == list("0123456789")
@@ -293,7 +294,7 @@ def test_a_served_judge_that_failed_or_named_no_digit_gives_no_score(byte_tokeni
     server.seen.clear()
     assert judge.scores(PROBLEMS, ATTEMPTS, step=5) == [8.0, None, None, 0.0, None]
     bodies = {body["messages"][0]["content"]: body for _, _, body in server.seen}
-    assert set(bodies) == {f"question {i}|{text}|0 TO 9" for i, text in enumerate(("one", "two", "three", "four", "five"))}
+    assert set(bodies) == {f"question {i}|{text}|0 TO 9" for i, text in enumerate(replies)}
     assert {(body["model"], body["max_tokens"]) for body in bodies.values()} == {("m", 5)}
     assert judge.missing == {"judge: no digit, kept": 2, "judge: the server failed": 1}
     seeds = {body["seed"] for body in bodies.values()}
@@ -316,7 +317,7 @@ def test_a_judges_figures_by_hand():
     right, wrong, failed = Outcome(1, "passed"), Outcome(0, "wrong"), Outcome(0, "internal")
     outcomes = [right, right, right, wrong, wrong, failed, wrong, right]
     figures = ovd.judge_figures([9.0, 4.5, 2.0, 4.5, 2.49, 0.0, None, None], outcomes, 4.5)
-    assert figures["judge_auc"] == pytest.approx((1 + 1 + 0.5 + 1 + 0 + 0) / 6)  # 9 beats both; 4.5 ties and beats; 2 loses
+    assert figures["judge_auc"] == pytest.approx((1 + 1 + 0.5 + 1 + 0 + 0) / 6)  # 9 and 4.5 against 4.5 and 2.49
     assert figures["scores"] == [1, 0, 2, 0, 0, 2, 0, 0, 0, 1]  # a half rounds up
     assert figures["accepted"] == 5 / 8  # 9, twice exactly 4.5, and the two without a score
     for outcomes in ([right, right, right], [right, wrong, failed]):
@@ -328,7 +329,7 @@ def test_a_judges_figures_by_hand():
 
 @pytest.fixture
 def expert(byte_tokenizer, server):
-    """expert(prompts, responses, rows, step, places, seed): the Asked, and ids and weights of texts, by server.answer."""
+    """expert(prompts, responses, rows, step, places, seed): the Asked, ids and weights, by server.answer."""
 
     def take(prompts, responses, rows, step=0, places=100, seed=0, **policy):
         answer, server.answer = server.answer, lambda body, _: server.complete_with("a")
@@ -414,8 +415,8 @@ def end_of_batch(state, s):
 
 
 def distil_batch(state, rows, asked, s, compare):
-    """DistIL on one batch, a row at a time. asked: of each row (T,) what D counts for at its tokens, and what a black box took
-    there, or None where the teacher tells its probabilities. Returns the losses of the updates."""
+    """DistIL on one batch, a row at a time. asked: of each row (T,) what D counts for at its tokens, and what a black box
+    took there, or None where the teacher tells its probabilities. Returns the losses of the updates."""
 
     def cost(i):  # CE_t, (T,)
         weight, taken = asked[i]
@@ -437,9 +438,9 @@ def distil_batch(state, rows, asked, s, compare):
     A = {}
     for i in part:
         others = [costs[j] for j in part if j // G == i // G and j != i]
-        later = lambda c, t: sum(c[t + 1 :])  # noqa: E731  0 where it has ended
-        A[i] = [sum(later(c, t) for c in others) / max(1, len(others)) - later(costs[i], t) for t in range(len(costs[i]))]
-        A[i] = f64(A[i]) * s.future / (len(costs[i]) if s.distil_norm == "length" else 1)
+        later = lambda c: f64([sum(c[t + 1 :]) for t in range(len(costs[i]))])  # noqa: E731, B023  0 where c has ended
+        A[i] = (sum(map(later, others)) / max(1, len(others)) - later(costs[i])) * s.future
+        A[i] = A[i] / (len(costs[i]) if s.distil_norm == "length" else 1)
     size, losses = s.minibatch_prompts * G, []
     for first in range(0, len(rows), size):
         loss = 0.0
@@ -471,19 +472,20 @@ def test_distil_s_updates_are_those_of_the_formulas(case, tmp_path, monkeypatch)
     drawn, served, draw, tokens = [], [], Policy.draw, distil.served_tokens
     monkeypatch.setattr(Policy, "draw", lambda self, *args: drawn.append((args, draw(self, *args))) or drawn[-1][1])
     monkeypatch.setattr(distil, "served_tokens", lambda *args: served.append(tokens(*args)) or served[-1])
-    piece = lambda texts, seed: [None if len(text) % 5 == 0 else f"w{3 + len(text) % 30}" for text in texts]  # noqa: E731
+    piece = lambda texts, seed: [f"w{3 + len(text) % 30}" if len(text) % 5 else None for text in texts]  # noqa: E731
     expert = SimpleNamespace(missing=Counter(), ask=lambda ask: ask(SimpleNamespace(next_piece=piece)))
     done = trained(cfg, tmp_path / "run", distil.train, also=expert)
     s, state, compare = reference(cfg, done.after)
     for k, ((batch, _, updates, row), call) in enumerate(zip(done.batches, done.calls)):
-        cfg_C = SimpleNamespace(**vars(cfg) | {"reader": lambda: True})  # a served expert's prompts hold contexts as well
+        cfg_C = SimpleNamespace(**vars(cfg) | {"reader": lambda: True})  # a served expert reads contexts as well
         rows = rows_of(batch, *call, cfg_C)
         weight = [f64([float(row.has_context)] * len(row.response)) for row in rows]
         taken = [None] * len(rows)
         if case == "samples":
             (xC, y, asked, teacher, seeds), ids = drawn[k]
             assert xC == batch.xC and y == batch.y and asked == [i for i, row in enumerate(rows) if row.has_context]
-            assert teacher not in (None, done.sampler.drawn[0][2]) and len({*seeds, *drawn[k - 1][0][4]}) == 2 * len(rows)  # others in each batch
+            assert teacher not in (None, done.sampler.drawn[0][2])
+            assert len({*seeds, *drawn[k - 1][0][4]}) == 2 * len(rows)  # others in each batch
             taken = [ids[i, : len(row.response)] for i, row in enumerate(rows)]
         if case == "served":
             taken, weight = ([x[i, : len(row.response)] for i, row in enumerate(rows)] for x in served[k])
@@ -493,7 +495,7 @@ def test_distil_s_updates_are_those_of_the_formulas(case, tmp_path, monkeypatch)
 
 
 def ovd_batch(state, rows, shown, s, compare):
-    """OVD's updates on the mixed groups: rows hold the demonstrations, of the rows `shown`, with their own log-probs."""
+    """OVD's updates on the mixed groups: the rows `shown` hold demonstrations, with their log-probs."""
     A, size, losses = algorithm.advantages(rows, s), s.minibatch_prompts * G, []
     with torch.no_grad():
         old = [algorithm.logp(state.model, row.prompt, row.response) for row in rows]
@@ -514,15 +516,16 @@ def ovd_batch(state, rows, shown, s, compare):
     return losses
 
 
-OVD_SCRIPT = [letters for batch in SCRIPT for letters in (batch, ["sfsx", "fssf", "sfsf", "sxsf"])]  # then demonstrations
+OVD_SCRIPT = [letters for batch in SCRIPT for letters in (batch, ["sfsxfssfsfsfsxsf"])]  # rollouts, demonstrations, ...
 SCORES = [0.0, 5.0, 9.0, 4.99, 4.99, 4.0, None, 7.5, 1.0, 2.0, 8.0, 9.0, 2.0, 3.0, 0.0, 5.01]
 
 
 @pytest.mark.parametrize(
     "flags",
-    [dict(), dict(ovd_ratio="one", teacher="ema"), dict(minibatch_prompts=1, ovd_failed=False), dict(minibatch_prompts=2, ovd_ratio="one")],
+    [dict(), dict(ovd_ratio="one", teacher="ema"), dict(minibatch_prompts=1, ovd_failed=False)]
+    + [dict(minibatch_prompts=2, ovd_ratio="one")],
     ids=str,
-)  # fmt: skip
+)
 def test_ovd_s_updates_are_the_clipped_policy_gradient_over_the_mixed_groups(flags, tmp_path):
     cfg = config("ovd", ovd, **flags)
     judge = SimpleNamespace(missing=Counter(), scores=lambda problems, texts, step: list(SCORES))
@@ -538,7 +541,8 @@ def test_ovd_s_updates_are_the_clipped_policy_gradient_over_the_mixed_groups(fla
         # The teacher draws them: its prompts, a seed of their own, and where it is a copy that copy.
         prompts, seed, model = done.sampler.drawn[2 * k + 1]
         assert prompts == [batch.xC[i] for i in asked] and (model is student) == (s.teacher == "live")
-        demonstrations = Sampler.sample(SimpleNamespace(drawn=[], model=None), prompts, 1, seed, cfg.max_response_tokens, 1, 1)
+        again = SimpleNamespace(drawn=[], model=None)
+        demonstrations = Sampler.sample(again, prompts, 1, seed, cfg.max_response_tokens, 1, 1)
         shown = {}
         for i, demonstration, grade in zip(asked, demonstrations, grades, strict=True):
             if grade == "s" or grade == "f" and cfg.ovd_failed:
@@ -561,7 +565,8 @@ def test_ovd_s_updates_are_the_clipped_policy_gradient_over_the_mixed_groups(fla
 
 # ---- Whole runs ----------------------------------------------------------------------------------------------
 
-CHOICE = "--subset choice --prompts_per_batch 4 --minibatch_prompts 4 --group_size 4 --max_response_tokens 30 --eval_every 0".split()
+CHOICE = ["--subset", "choice", "--prompts_per_batch", "4", "--minibatch_prompts", "4", "--group_size", "4",
+          "--max_response_tokens", "30", "--eval_every", "0"]  # fmt: skip
 
 
 def log_of(out):
@@ -608,10 +613,16 @@ def test_where_the_expert_s_server_goes_down_the_run_ends_after_three_batches(se
 
 def test_a_served_critic_reaches_the_teacher_and_the_key_stays_out_of_the_run(server, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
-    good = lambda text: text == "1 +" or sum(map(ord, text)) % 2  # noqa: E731  the question before the run; some of its own
-    server.answer = lambda body, _: server.reply_with("look again") if good(body["messages"][0]["content"]) else (400, "no")
+
+    def answer(body, _):
+        text = body["messages"][0]["content"]
+        fine = text == "1 +" or sum(map(ord, text)) % 2  # the question before the run; some of its own
+        return server.reply_with("look again") if fine else (400, "no")
+
+    server.answer = answer
     flags = ["--critic_url", server.url, "--critic_model", "judge", "--feedback", "critique", "--no_borrow"]
-    vpd.main([*CHOICE, "--method", "sdpo", *flags, "--steps", "1", "--log_samples", "16", "--out", str(tmp_path / "run")])
+    flags += ["--method", "sdpo", "--steps", "1", "--log_samples", "16", "--out", str(tmp_path / "run")]
+    vpd.main([*CHOICE, *flags])
     (row,) = log_of(tmp_path / "run")
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     seen = [sample["context"] and sample["context"]["critique"] for sample in samples if not sample["reward"]]

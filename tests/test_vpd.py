@@ -36,8 +36,8 @@ def test_batches_visit_every_problem_once_an_epoch_and_drop_the_incomplete_last(
 def test_e_step_takes_groups_in_which_both_outcomes_have_a_context():
     r = torch.tensor([1.0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 0, 0])
     has_C = torch.tensor([1, 1, 0, 1, 1, 1, 1, 1, 1, 0, 1, 1], dtype=torch.bool)
-    # Group 1 is mixed, row 2 has no context. Group 2 has successes only, group 3 failures only. Group 4 was sampled with
-    # both outcomes, but its success has no context.
+    # Group 1 is mixed, row 2 has no context. Group 2 has successes only, group 3 failures only. Group 4 was sampled
+    # with both outcomes, but its success has no context.
     assert vpd.e_step_groups("mixed", r, has_C, 3) == [[0, 1]]
     assert vpd.e_step_groups("all", r, has_C, 3) == [[0, 1], [3, 4, 5], [6, 7, 8], [10, 11]]
     batch, skipped = SimpleNamespace(r=r, has_C=has_C, y=[[0]] * 12), []
@@ -59,16 +59,13 @@ def test_margin_is_mean_of_successes_minus_mean_of_failures():
     assert log.margin(r_tilde[:2], torch.ones(2), lengths[:2]) == {"margin": None, "length_correlation": None}
 
 
-def batch_of(mask, sampler_logp, r, has_C):
-    return SimpleNamespace(mask=torch.tensor(mask), sampler_logp=torch.tensor(sampler_logp).log(), r=torch.tensor(r),
-                           has_C=torch.tensor(has_C))  # fmt: skip
-
-
 def test_the_log_s_figures_of_a_batch_by_hand():
     """Three rows of 2, 1 and 1 tokens, of which the third does not take part; the second has no context."""
     logp = torch.tensor([[0.5, 0.2], [0.3, 0.9], [0.1, 0.9]]).log()
     q = torch.tensor([[0.6, 0.4], [0.3, 0.9], [0.9, 0.9]]).log()
-    batch = batch_of([[1, 1], [1, 0], [1, 0]], [[0.1, 0.4], [0.3, 0.1], [0.9, 0.1]], [1.0, 0.0, 0.0], [True, False, True])
+    batch = SimpleNamespace(mask=torch.tensor([[1, 1], [1, 0], [1, 0]]), r=torch.tensor([1.0, 0.0, 0.0]),
+                            sampler_logp=torch.tensor([[0.1, 0.4], [0.3, 0.1], [0.9, 0.1]]).log(),
+                            has_C=torch.tensor([True, False, True]))  # fmt: skip
     entropy = torch.tensor([[1.0, 2.0], [6.0, 99.0], [99.0, 99.0]])
     row = log.BatchLog(0, World(), beta=0.5, limit=2.0)
     row.measured(batch, torch.tensor([True, True, False]), logp, entropy, q)
@@ -91,9 +88,9 @@ def test_the_log_s_figures_of_a_batch_by_hand():
     )  # fmt: skip
     found = row.row(whole, lr=0.1, distils=True)
     expected = dict(
-        e_loss=0.5, e_grad_norm=1.5, e_rows=6, e_died=2 / 6, m_loss=1.0, m_grad_norm=2.0, updates_not_finite=2, reward=0.5,
-        response_length=4 / 3, truncated=1 / 3, with_context=2 / 3, success_given_context={"sibling": 0.5}, divergence=None,
-        left_out={"a": 3}, tokens_per_second=2.0, lr=0.1, contexts_cut=1,
+        e_loss=0.5, e_grad_norm=1.5, e_rows=6, e_died=2 / 6, m_loss=1.0, m_grad_norm=2.0, updates_not_finite=2,
+        reward=0.5, response_length=4 / 3, truncated=1 / 3, with_context=2 / 3, divergence=None,
+        success_given_context={"sibling": 0.5}, left_out={"a": 3}, tokens_per_second=2.0, lr=0.1, contexts_cut=1,
         verdicts={"right": 1, "internal": 1, "wrong": 1},
     )  # fmt: skip
     assert {name: found[name] for name in expected} == {
@@ -120,8 +117,8 @@ SMALL = ["--subset", "choice", "--prompts_per_batch", "4", "--minibatch_prompts"
 
 
 def run(out, *flags, steps=2):
-    e_step = [] if "--method" in flags and flags[flags.index("--method") + 1] != "vpd" else ["--e_minibatch_prompts", "4"]
-    vpd.main([*SMALL, *e_step, "--steps", str(steps), "--out", str(out), *flags])
+    method = flags[flags.index("--method") + 1] if "--method" in flags else "vpd"
+    vpd.main([*SMALL, *(["--e_minibatch_prompts", "4"] if method == "vpd" else []), "--steps", str(steps), "--out", str(out), *flags])
     return read_log(out)
 
 
@@ -168,8 +165,9 @@ def test_a_delta_that_is_not_finite_skips_its_update_and_is_not_kept(tmp_path, m
 
 
 def test_a_run_repeats_itself_and_another_seed_does_not(tmp_path):
-    logs = [run(tmp_path / name, "--eval_every", "0", "--seed", seed) for name, seed in (("a", "0"), ("b", "0"), ("c", "1"))]
-    plain = [[{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in log] for log in logs]
+    logs = [run(tmp_path / out, "--eval_every", "0", "--seed", seed) for out, seed in (("a", "0"), ("b", "0"), ("c", "1"))]
+    timed = ("seconds", "tokens_per_second")
+    plain = [[{k: v for k, v in row.items() if k not in timed} for row in rows] for rows in logs]
     assert plain[0] == plain[1] != plain[2]
 
 
