@@ -70,16 +70,19 @@ class Sampler:
     other_engine = True
 
     def __init__(self):
-        self.drawn = []  # (prompts, seed, the model in charge) of each call
+        self.drawn, self.model = [], None  # (prompts, seed, the model in charge) of each call
+        self.calls = ""
 
     def sync(self, policy):
         self.model = policy.model
+        self.calls += "sync "
 
     def sleep(self):
-        pass
+        self.calls += "sleep "
 
     def sample(self, prompts, n, seed, max_tokens, temperature, top_p):
         self.drawn.append((prompts, seed, self.model))
+        self.calls += "sample "
         rng, drawn = random.Random(seed), []
         for i in range(len(prompts) * n):
             y = words(rng, 1, max_tokens) + [EOS]
@@ -232,6 +235,7 @@ def test_the_loop_makes_the_updates_of_the_reference(case, tmp_path):
         total += e_updates + m_updates
     assert total == len(done.after) and len(done.batches) == cfg.steps
     assert len({seed for _, seed, _ in done.sampler.drawn}) == cfg.steps
+    assert done.sampler.calls == "sync " + "sample sleep sync " * cfg.steps
 
 
 def test_a_new_method_is_a_row_and_an_objective(tmp_path, monkeypatch):

@@ -541,8 +541,8 @@ def test_ovd_s_updates_are_the_clipped_policy_gradient_over_the_mixed_groups(fla
         # The teacher draws them: its prompts, a seed of their own, and where it is a copy that copy.
         prompts, seed, model = done.sampler.drawn[2 * k + 1]
         assert prompts == [batch.xC[i] for i in asked] and (model is student) == (s.teacher == "live")
-        again = SimpleNamespace(drawn=[], model=None)
-        demonstrations = Sampler.sample(again, prompts, 1, seed, cfg.max_response_tokens, 1, 1)
+        again = Sampler()
+        demonstrations = again.sample(prompts, 1, seed, cfg.max_response_tokens, 1, 1)
         shown = {}
         for i, demonstration, grade in zip(asked, demonstrations, grades, strict=True):
             if grade == "s" or grade == "f" and cfg.ovd_failed:
