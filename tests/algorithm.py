@@ -199,8 +199,9 @@ def bco(r_tilde, rewards, delta):
 
 
 def e_step(state, rows, old_logp, s, after_update):
-    """One update for every e_minibatch_prompts groups that take part; returns their losses, and how many rows they had."""
-    groups, losses, count = [], [], 0
+    """One update for every e_minibatch_prompts groups that take part; returns their losses, and of each row whether
+    its pull, the derivative of its log sigmoid, is below 0.01."""
+    groups, losses, died = [], [], []
     for start in range(0, len(rows), s.group_size):
         taught = [i for i in range(start, start + s.group_size) if rows[i].has_context]
         outcomes = {rows[i].reward for i in taught}
@@ -225,8 +226,9 @@ def e_step(state, rows, old_logp, s, after_update):
         loss = bco(r_tilde, rewards, state.delta)  # Eq. 9
         update(state, "e", loss, s, after_update)
         losses.append(loss.item())
-        count += len(chosen)
-    return losses, count
+        u = r_tilde.detach() - state.delta
+        died += (torch.sigmoid(torch.where(rewards == 1, -u, u)) < 0.01).tolist()
+    return losses, died
 
 
 # ---- M-step: distil into the student, or a baseline's objective
@@ -289,7 +291,7 @@ def one_batch(state, rows, s, after_update=lambda kind, model: None):
     margin = mean(r_tilde[1.0]) - mean(r_tilde[0.0]) if all(r_tilde.values()) else None  # Fig. 1
     # 4. E-step, on every F-th batch
     e_due = s.method == "vpd" and state.step % s.e_step_every == 0
-    e_losses, e_rows = e_step(state, rows, old_logp, s, after_update) if e_due else ([], 0)
+    e_losses, died = e_step(state, rows, old_logp, s, after_update) if e_due else ([], [])
     # 5. M-step, then the moving average: teacher <- (1 - tau) teacher + tau student
     m_losses, divergences, m_rows = m_step(state, rows, old_logp, A_sdpo, s, after_update)
     if state.teacher is not None:
@@ -299,4 +301,4 @@ def one_batch(state, rows, s, after_update=lambda kind, model: None):
     state.step += 1
     return {"margin": margin, "shift": state.delta, "e_loss": mean(e_losses), "m_loss": mean(m_losses),
             "divergence": mean(divergences), "e_updates": len(e_losses), "m_updates": len(m_losses),
-            "e_rows": e_rows, "m_rows": m_rows}  # fmt: skip
+            "e_rows": len(died) or None, "e_died": mean(died), "m_rows": m_rows}  # fmt: skip

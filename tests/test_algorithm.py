@@ -191,7 +191,7 @@ CASES = {
     "vpd": dict(),
     "vpd, many updates": SEVERAL | dict(e_minibatch_prompts=2, shift_rate=0.3, e_lr=0.02, mismatch_limit="1.2"),
     "vpd, EMA": SEVERAL | dict(teacher="ema", e_minibatch_prompts=1, divergence="js", feedback="solution_first"),
-    "vpd, EMA, one update": dict(teacher="ema", e_groups="all", feedback="solution_first", shift_rate=1.0),
+    "vpd, EMA, one update": dict(teacher="ema", beta=8.0, e_groups="all", feedback="solution_first", shift_rate=1.0),
     "vpd, fixed prior, own optimizer": dict(prior="fixed", e_optimizer="own", beta=0.6, e_lr=0.003, adam_beta1=0.7),
     "vpd, schedule": dict(e_step_every=2, schedule="linear", warmup_steps=2, divergence="kl_teacher_student", top_k=3),
     "vpd, recomputed": dict(e_groups="all", e_minibatch_prompts=1, feedback="sibling", mismatch_limit="none"),
@@ -220,7 +220,7 @@ def test_the_loop_makes_the_updates_of_the_reference(case, tmp_path):
         expected = algorithm.one_batch(state, rows_of(batch, letters, told, cfg), s, compare) | {"lr": lr}
         assert (e_updates, m_updates) == (expected.pop("e_updates"), expected.pop("m_updates"))
         left_out = row["left_out"]
-        assert left_out.get("grader failed", 0) == letters.count("x") and (row["e_rows"] or 0) == expected.pop("e_rows")
+        assert left_out.get("grader failed", 0) == letters.count("x")
         assert sum(left_out.get(f"m_step: no {why}", 0) for why in ("signal", "context")) == 16 - expected.pop("m_rows")
         # What the log does not have: delta where it did not move, and the margin where no pass of the teacher's is at the
         # weights that sampled the batch, or (reweight, one update) where it is over the rows with an advantage only.
