@@ -226,6 +226,9 @@ def reshaped_advantages(
     (B, T), detached. For a row without a context pass its student_logp twice: A^SDPO = 0, and the row keeps its GRPO part.
     """
     A = advantages if advantages.ndim == 2 else advantages.unsqueeze(-1)
+    assert A.shape in (teacher_logp.shape, (len(teacher_logp), 1)), (
+        f"advantages {tuple(advantages.shape)} are neither (B,) nor (B, T) of teacher_logp {tuple(teacher_logp.shape)}"
+    )
     assert teacher_logp.shape == student_logp.shape, (
         f"teacher_logp {tuple(teacher_logp.shape)} and student_logp {tuple(student_logp.shape)} differ"
     )
@@ -237,14 +240,16 @@ def reweighted_advantages(
 ) -> torch.Tensor:
     """Aₜ = A · ((1−λ) + λ · clip(wₜ, 1−ε_w, 1+ε_w)),  wₜ = exp(sign(A) · A^SDPOₜ).  (B.26 to B.28)
 
-    advantages: (B,) or (B, T); teacher_logp, student_logp: (B, T), both at the weights that sampled the rollouts; lam: λ in
-    [0, 1]; clip: ε_w. Returns (B, T), detached. For a row without a context pass its student_logp twice: wₜ = 1. Source of
-    the values: RLSD (2604.03128), ε_w 0.2.
+    advantages: (B,) or (B, T); teacher_logp, student_logp: (B, T); lam: λ in [0, 1]; clip: ε_w. Returns (B, T), detached. For a
+    row without a context pass its student_logp twice: wₜ = 1. Source of the values: RLSD (2604.03128), ε_w 0.2.
     """
+    A = advantages if advantages.ndim == 2 else advantages.unsqueeze(-1)
+    assert A.shape in (teacher_logp.shape, (len(teacher_logp), 1)), (
+        f"advantages {tuple(advantages.shape)} are neither (B,) nor (B, T) of teacher_logp {tuple(teacher_logp.shape)}"
+    )
     assert teacher_logp.shape == student_logp.shape, (
         f"teacher_logp {tuple(teacher_logp.shape)} and student_logp {tuple(student_logp.shape)} differ"
     )
-    A = advantages if advantages.ndim == 2 else advantages.unsqueeze(-1)
     w = (A.sign() * (teacher_logp - student_logp)).exp().clamp(1 - clip, 1 + clip)
     return (A * ((1 - lam) + lam * w)).detach()
 

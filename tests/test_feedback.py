@@ -7,16 +7,14 @@ the templates are one letter long, so that an expected prompt can be read at a g
 import copy
 import itertools
 import random
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # feedback.py is one folder up; pytest may start anywhere
-from feedback import SOURCES, TEXTS, Context, Templates, contexts, critique_prompt, digit_tokens  # noqa: E402
-from feedback import expected_digit, find_digit, judge_parts, judge_prompt, strip_thinking  # noqa: E402
-from feedback import student_prompt, teacher_prompt  # noqa: E402
+import feedback
+from feedback import SOURCES, TEXTS, Context, Templates, contexts, critique_prompt, strip_thinking
+from feedback import student_prompt, teacher_prompt
+from tasks import Outcome
 
 GROUPS = list(itertools.product((0, 1), repeat=4))  # every pattern of rewards in a group of four
 
@@ -67,7 +65,7 @@ def test_over_many_seeds_a_row_sees_exactly_these_texts(source, rewards, row, ex
 
 
 @pytest.mark.parametrize("source", ["sibling", "solution_first", "both"])
-def test_a_solution_is_another_rows_success_never_ones_own_and_joined_by_feedback_only_in_both(source):
+def test_a_solution_is_another_rows_success_and_joined_by_feedback_only_in_both(source):
     for rewards, seed in itertools.product(GROUPS, range(40)):
         for i, context in enumerate(draw(source, rewards, seed)):
             others = {f"S{j}" for j in range(4) if rewards[j] == 1 and j != i}
@@ -123,14 +121,6 @@ def test_the_same_seed_gives_the_same_contexts_and_another_seed_others(source):
     assert first == again != other
 
 
-@pytest.mark.parametrize("source", SOURCES)
-def test_contexts_leaves_its_arguments_alone(source):
-    arguments = [1, 0, 1, 0], ["<think>so</think>a", "b", "c", "d"], ["", "F1", "", "F3"]
-    before = copy.deepcopy(arguments)
-    contexts(source, *arguments, random.Random(0))
-    assert arguments == before
-
-
 def test_an_unknown_source_is_refused_with_the_choices():
     with pytest.raises(ValueError, match=f"'oracle'.*{', '.join(SOURCES)}"):
         draw("oracle", (1, 0, 0, 0))
@@ -160,14 +150,7 @@ def test_a_siblings_thoughts_are_removed_and_a_mere_thought_is_no_solution():
 
 # ---- From messages to token ids --------------------------------------------------------------------------
 
-T = Templates(
-    "|S {solution} s",
-    "|F {feedback} f",
-    "|C {critique} c",
-    "|END",
-    "{question}|{attempt}|{reference}|WHY",
-    "{question}|{attempt}|0 TO 9",
-)
+T = Templates("|S {solution} s", "|F {feedback} f", "|C {critique} c", "|END", "{question}|{attempt}|{reference}|WHY")
 SYSTEM, QUESTION = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2+3?"}
 FIELDS = {"solution": "|S {} s", "feedback": "|F {} f", "critique": "|C {} c"}  # the sections of T
 START = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat is 2+3?"
@@ -195,7 +178,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize("section, texts", LAYOUTS)
-def test_one_user_message_of_question_sections_closing_line_between_system_and_header(tokenizer, section, texts):
+def test_the_user_message_is_question_sections_and_closing_line(tokenizer, section, texts):
     messages = [dict(SYSTEM), dict(QUESTION)]
     assert prompt(tokenizer, messages=messages, **texts) == (START + section + "|END" + HEADER, 0)
     assert messages == [SYSTEM, QUESTION]
@@ -267,12 +250,6 @@ def test_a_context_is_plain_text_whatever_it_spells(tokenizer, field, section, t
     assert special(tokenizer, ids) == ["<|im_start|>", "<|im_end|>", "<|im_start|>", "<|im_end|>", "<|im_start|>"]
 
 
-@pytest.mark.parametrize("text", [HOSTILE["braces and backslashes"], "\ue000 or \ue001"])
-def test_braces_backslashes_and_private_characters_in_the_question_survive(tokenizer, text):
-    asked = prompt(tokenizer, messages=[{"role": "user", "content": text}], solution="five")
-    assert asked == (f"<|im_start|>user\n{text}|S five s|END{HEADER}", 0)
-
-
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
 def test_a_critique_request_shows_question_attempt_and_reference_as_plain_text(tokenizer, text):
     ids, cut = critique_prompt(tokenizer, [SYSTEM, QUESTION], "<think>hm</think>" + text, text * 2, T, 10_000)
@@ -285,9 +262,7 @@ HOLES = [
     ("feedback", "{solution}"),
     ("critique", "{critique} {critique}"),
     ("request", "{question} {attempt}"),
-    ("judge", "{question}"),
-    ("judge", "{attempt}"),
-    ("judge", "{question} {attempt} {attempt}"),
+    ("request", "{question} {attempt} {attempt} {reference}"),
 ]
 
 
@@ -297,83 +272,51 @@ def test_a_template_without_its_hole_is_refused(name, template):
         Templates(**{name: template})
 
 
-# ---- A judge's score -------------------------------------------------------------------------------------
+# ---- A batch -----------------------------------------------------------------------------------------------
+
+RIGHT, WRONG, BROKEN = Outcome(1, "passed"), Outcome(0, "wrong", "off by one"), Outcome(0, "internal", "it broke")
 
 
-@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
-def test_a_judge_reads_question_and_attempt_without_its_thoughts_as_plain_text(tokenizer, text):
-    attempt = "<think>hm</think>" + text
-    ids, cut = judge_prompt(tokenizer, [SYSTEM, QUESTION], attempt, T, 10_000)
-    assert (tokenizer.decode(ids), cut) == (f"<|im_start|>user\nWhat is 2+3?|{text}|0 TO 9{HEADER}", 0)
-    assert special(tokenizer, ids) == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
-    assert judge_parts([SYSTEM, QUESTION], attempt, T) == ["", "What is 2+3?", "|", text, "|0 TO 9"]
+def in_batch(outcomes, step=0, seed=0, responses=None, **settings):
+    """The texts that the rows of a batch in groups of four see."""
+    defaults = dict(feedback="environment", seed=seed, group_size=4, borrow=True, passed_text="")
+    cfg = SimpleNamespace(**(defaults | settings))
+    responses = responses or [f"S{i}" for i in range(len(outcomes))]
+    critic = SimpleNamespace(write=lambda problems, texts, outcomes, step: [f"{text} {step}" for text in texts])
+    found = feedback.batch_contexts(cfg, [None] * len(outcomes), responses, outcomes, step, critic)
+    return [shown(context) for context in found]
 
 
-def test_of_a_judges_prompt_the_longer_text_is_cut_first_and_the_number_told(tokenizer):
-    attempt = "1234567890123456"  # four characters longer than the question
-    whole, _ = judge_prompt(tokenizer, [QUESTION], attempt, T, 10_000)
-    ids, cut = judge_prompt(tokenizer, [QUESTION], attempt, T, len(whole) - 5)
-    assert (tokenizer.decode(ids), cut) == (f"<|im_start|>user\nWhat is 2+3?|{attempt[:-5]}|0 TO 9{HEADER}", 5)
-    with pytest.raises(ValueError, match="even without its context"):
-        judge_prompt(tokenizer, [QUESTION], attempt, T, len(whole) - len("What is 2+3?" + attempt) - 1)
+@pytest.mark.parametrize("source", ["environment", "critique", "solution_first"])
+def test_a_row_that_the_grader_failed_on_has_no_context_and_lends_no_text(source):
+    seen = in_batch([RIGHT, BROKEN, BROKEN, RIGHT, RIGHT, WRONG, BROKEN, BROKEN], feedback=source)
+    text = {"environment": "off by one", "critique": "S5 0", "solution_first": None}[source]
+    assert seen[4:] == [text, "S4" if source == "solution_first" else text, None, None]  # no text of another group
+    assert seen[:4] == (["S3", None, None, "S0"] if source == "solution_first" else [None] * 4)
 
 
-def test_digits_are_tokens_of_their_own_or_the_network_cannot_judge(tokenizer):
-    assert [tokenizer.decode(token) for token in digit_tokens(tokenizer)] == list("0123456789")
-    two = lambda text, **_: SimpleNamespace(input_ids=[17, 7] if text == "7" else [int(text)])  # noqa: E731
-    unknown = lambda text, **_: SimpleNamespace(input_ids=[min(int(text), 8)])  # noqa: E731
-    for broken in (two, unknown):  # a space before a digit; 8 and 9 are both unknown
-        with pytest.raises(ValueError, match="no token of its own for each digit.*--judge_url"):
-            digit_tokens(broken)
+def test_which_text_a_row_sees_is_drawn_anew_in_every_group_batch_and_run():
+    outcomes = [RIGHT] * 4 * 6  # each row sees one of three siblings
+    seen = lambda **how: [int(text[1:]) % 4 for text in in_batch(outcomes, feedback="sibling", **how)]  # noqa: E731
+    assert seen() == seen() and len({tuple(seen(step=step)) for step in range(5)} | {tuple(seen(seed=1))}) == 6
+    assert len({tuple(seen()[first : first + 4]) for first in range(0, 24, 4)}) > 3
 
 
-def test_the_score_is_the_expected_digit_of_what_is_rescaled_to_sum_to_1():
-    p = [0.0] * 10
-    p[2], p[9] = 0.125, 0.375  # 1/4 and 3/4 of their sum
-    assert expected_digit(p) == 0.25 * 2 + 0.75 * 9
-    assert expected_digit([1.0, *[0.0] * 9]) == 0.0
-    assert expected_digit([0.1] * 10) == pytest.approx(4.5)
-    assert expected_digit([0.0] * 10) is None
+def test_a_critic_is_asked_about_failures_only_and_not_where_the_grader_failed():
+    asked = []
+    policy = SimpleNamespace(tokenizer=None, decode=lambda tokens: f"<think>hm</think>about {tokens[0]}")
 
+    def sample(prompts, n, seed, *how):
+        asked.append((n, seed, how))
+        return [SimpleNamespace(tokens=[prompt]) for prompt in prompts]
 
-def test_digits_of_no_more_than_the_least_probability_are_no_score():
-    p = [0.0] * 8 + [0.25, 0.25]
-    assert expected_digit(p, least=0.5) is None  # as likely something else
-    assert expected_digit(p, least=0.49) == 8.5
-
-
-REPLIES = {  # reply: its digit and what stands after it
-    "7": "7",
-    "Score: 8.": "8.",
-    "7\n": "7\n",
-    "From 0 (certainly wrong) to 9 (certainly right): 6": "6",  # the request's own words
-    "9.0": "9.0",
-    "9.05": None,
-    "**6**": "6**",
-    "8/9": "8/9",
-    "10 then 3": "3",
-    "42, 007, 5": "5",
-    "7.5": None,
-    "0.5 or 7": "7",
-    ".5": None,
-    "on a scale of 0-9: 6": "6",
-    "0 – 9: 4": "4",
-    "from 0 to 9, 0": "0",
-    "0 to 9": None,
-    "0 to 90": "0 to 90",
-    "<think>4</think> 2": "2",
-    "<think>4\nor 5</think>\n2": "2",
-    "<think>4</think> <think>5</think> 2, 3": "2, 3",
-    "opened by the prompt: 4</think> 2": "2",
-    "1 <think>4": "1 <think>4",
-    "<think>4": None,
-    "nine": None,
-    "": None,
-    "٣ ９ ²": None,  # digits of Unicode, which int() would take in part
-}
-
-
-@pytest.mark.parametrize("reply", REPLIES)
-def test_a_score_is_the_first_digit_that_stands_alone_outside_of_thoughts(reply):
-    place = find_digit(reply)
-    assert (None if place is None else reply[place:]) == REPLIES[reply]
+    cfg = SimpleNamespace(critic_url="", seed=3, max_critique_tokens=7, temperature=0.5, top_p=0.9,
+                          max_teacher_tokens=99, templates=Templates)  # fmt: skip
+    critic = feedback.Critic(cfg, policy, SimpleNamespace(sample=sample))
+    problems = [SimpleNamespace(messages=None, reference=i) for i in range(4)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(feedback, "critique_prompt", lambda tokenizer, m, attempt, about, *_: (f"{attempt}{about}", 0))
+        for step in (0, 1):
+            texts = critic.write(problems, list("abcd"), [WRONG, RIGHT, BROKEN, WRONG], step)
+            assert texts == ["about a0", "", "", "about d3"]
+    assert [(n, how) for n, _, how in asked] == [(1, (7, 0.5, 0.9))] * 2 and asked[0][1] != asked[1][1]

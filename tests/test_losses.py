@@ -9,20 +9,16 @@ import inspect
 import itertools
 import math
 import re
-import sys
-from math import exp, expm1, log
+from math import exp, log
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # losses.py is one folder up; pytest may start anywhere
-import losses as L  # noqa: E402
-
-torch.set_num_threads(1)
+import losses as L
 
 f64 = torch.float64
-KINDS = ("kl_student_teacher", "kl_teacher_student", "js")
+KINDS = L.DIVERGENCES
 
 
 def tensor(*values):
@@ -96,31 +92,30 @@ def test_token_logp_normalises_and_picks_the_token_at_its_position():
     close(L.token_logp(z, torch.tensor([[2, 1]])), [[log(0.1), log(0.3)]])
 
 
-def test_top_k_keeps_true_probabilities_and_the_tail_carries_the_mass_outside():
+def test_top_k_are_at_the_students_tokens_and_the_tail_is_the_mass_outside():
     log_s, log_t = L.top_k_with_tail(logits(*S4), logits(*T4, offset=-1.0), 2)
     close(log_s.exp(), [[S4_BUCKETS]])
-    close(log_t.exp(), [[T4_BUCKETS]])
-
-
-def test_top_k_asks_the_teacher_at_the_students_tokens_not_at_its_own():
-    _, log_t = L.top_k_with_tail(logits(*S4), logits(*T4), 2)
-    close(log_t[..., :2].exp(), [[[T4[1], T4[3]]]])  # the teacher's own top 2 would be 0.4 and 0.35
+    close(log_t.exp(), [[T4_BUCKETS]])  # the teacher's own top 2 would be 0.4 and 0.35
     # Each position has its own top k: here the student likes token 0 first, then token 2.
     student = torch.cat([logits(0.6, 0.3, 0.1), logits(0.1, 0.2, 0.7)], dim=1)
     teacher = torch.cat([logits(0.5, 0.3, 0.2), logits(0.5, 0.3, 0.2)], dim=1)
     close(L.top_k_with_tail(student, teacher, 1)[1].exp(), [[[0.5, 0.5], [0.2, 0.8]]])
 
 
-@pytest.mark.parametrize("k, z", [(1, [50.0, -50.0, -50.0]), (3, [0.3, -0.2, 0.1])])
-def test_a_full_head_pins_the_tail_and_stops_its_gradient_in_float32(k, z):
-    """The wart of the clamp: the tail is log(−expm1(−1e-7)), about −16.1, and nothing can push mass into it."""
-    z = torch.tensor([[z]], requires_grad=True)
-    log_s, log_t = L.top_k_with_tail(z, z, k)
-    for buckets in (log_s, log_t):
-        assert buckets.dtype == torch.float32
-        assert buckets[0, 0, -1].item() == pytest.approx(log(-expm1(-1e-7)), abs=1e-5)
-    (d_z,) = gradients(log_s[..., -1], z)
-    assert (d_z == 0).all()
+def test_the_tail_is_exact_however_little_is_in_it_and_none_of_it_is_log_0():
+    z = torch.tensor([[[50.0, -50.0, -50.0]]], requires_grad=True)  # float32, in which 1 - p is 0
+    log_s, log_t = L.top_k_with_tail(z, z, 1)
+    close(log_s, [[[0.0, -100 + log(2)]]], tol=1e-6)
+    close(gradients(log_s[..., -1], z)[0], [[[-1.0, 0.5, 0.5]]], tol=1e-6)  # something can push mass into it
+    whole, _ = L.top_k_with_tail(logits(*S4), logits(*T4), 4)
+    assert whole[0, 0, -1] == -math.inf
+
+
+def test_sdpos_own_tail_is_what_the_head_leaves_and_pinned_at_1e_7():
+    close(L.clamped_tail(tensor([0.5, 0.2], [0.1, 0.1]).log()).exp(), [[1 - 0.7], [1 - 0.2]])
+    full = live(tensor([0.5, 0.5]).log())
+    close(L.clamped_tail(full).exp(), [[1e-7]])
+    close(gradients(L.clamped_tail(full), full)[0], [[0.0, 0.0]])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -147,24 +142,11 @@ def test_distillation_loss_with_top_k_is_the_divergence_of_the_buckets(kind):
     close(L.distillation_loss(logits(*S4), logits(*T4), kind, top_k=2), [[expected]])
 
 
-def test_the_two_kls_change_places_with_student_and_teacher_and_js_does_not():
-    log_s, log_t = tensor(*S).log().view(1, 1, 3), tensor(*T).log().view(1, 1, 3)
-    there = {kind: L.divergence(log_s, log_t, kind).item() for kind in KINDS}
-    back = {kind: L.divergence(log_t, log_s, kind).item() for kind in KINDS}
-    assert there["js"] == pytest.approx(back["js"], rel=1e-12)
-    assert there["kl_student_teacher"] == pytest.approx(back["kl_teacher_student"], rel=1e-12)
-    assert there["kl_teacher_student"] == pytest.approx(back["kl_student_teacher"], rel=1e-12)
-    # Three different numbers: neither KL is an end point of the mixture formula, whose limits are 0.
-    assert len({round(value, 3) for value in there.values()}) == 3
-
-
 def test_js_is_bounded_by_ln_2_where_the_kls_are_not():
     log_s, log_t = tensor([60.0, 0.0]).log_softmax(-1), tensor([0.0, 60.0]).log_softmax(-1)
     close(L.divergence(log_s, log_t, "js"), [log(2)])  # disjoint up to e^-60, so the bound is reached
     close(L.divergence(log_s, log_t, "kl_student_teacher"), [60.0])
     close(L.divergence(log_s, log_t, "kl_teacher_student"), [60.0])
-    random = L.distillation_loss(10 * normal(50, 4, 6, seed=3), 10 * normal(50, 4, 6, seed=4), "js")
-    assert (random >= 0).all() and (random <= log(2) + 1e-12).all() and random.max() > 0.6
 
 
 GRADIENT_BY_HAND = {
@@ -185,16 +167,6 @@ def test_the_gradient_in_the_students_logits_is_the_closed_form(kind):
     z = live(logits(*S))
     (d_z,) = gradients(L.distillation_loss(z, logits(*T), kind), z)
     close(d_z, [[GRADIENT_BY_HAND[kind]]])
-
-
-def test_the_js_gradient_runs_through_the_mixture_as_well():
-    """In log s_i it is s_i ∂D/∂s_i = ½ s_i log(s_i/m_i); with M held constant it would be ½ s_i (log(s_i/m_i) + 1).
-
-    Softmax takes any constant out of ∂D/∂s, so in the logits both give the same: only here does M's part show.
-    """
-    log_s = live(tensor(S).log())
-    (d_log_s,) = gradients(L.divergence(log_s, tensor(T).log(), "js"), log_s)
-    close(d_log_s, [[0.5 * s * log(s / m) for s, m in zip(S, M)]])
 
 
 def test_the_gradient_of_bucketed_kl_reaches_the_tokens_in_the_tail():
@@ -281,7 +253,7 @@ def test_future_advantages_are_the_others_mean_cost_to_go_minus_ones_own(mask_dt
     assert not found.requires_grad
 
 
-def test_future_advantages_of_two_groups_do_not_mix_and_a_group_of_one_has_no_baseline():
+def test_future_advantages_do_not_mix_groups_and_one_row_has_no_baseline():
     cost, mask = torch.cat([COST, 100 * COST.flip(0)]), torch.cat([COST_MASK, COST_MASK.flip(0)])
     close(L.future_advantages(cost, mask, 3), torch.cat([tensor(*FUTURE), 100 * tensor(*FUTURE).flip(0)]))
     close(L.future_advantages(COST, COST_MASK, 1), [[-14, -12, -8, 0], [-16, 0, 0, 0], [0, 0, 0, 0]])
@@ -313,14 +285,6 @@ def test_sequence_weights_are_a_tokens_share_of_the_mean():
     close(L.sequence_weights(MASK, 4), [[1 / (2 * 4), 1 / (2 * 4), 0], third, [0, 0, 0]])
 
 
-def test_with_tail_appends_what_the_head_leaves():
-    close(L.with_tail(tensor([0.5, 0.2], [0.1, 0.1]).log()).exp(), [[0.5, 0.2, 1 - 0.7], [0.1, 0.1, 1 - 0.2]])
-    full = live(tensor([0.5, 0.5]).log())
-    buckets = L.with_tail(full)  # nothing is left: the tail is pinned, and gives no gradient
-    close(buckets[..., -1].sum().exp(), 1e-7, tol=1e-12)
-    close(gradients(buckets[..., -1].sum(), full)[0], torch.zeros_like(full))
-
-
 @pytest.mark.parametrize("garbage", [1e30, math.nan, math.inf, -math.inf])
 def test_sequence_mean_with_a_mask_equals_the_rows_cut_to_length(garbage):
     compact = [tensor([1.0, 2.0]), tensor([4.0, 5.0, 7.0])]
@@ -330,16 +294,6 @@ def test_sequence_mean_with_a_mask_equals_the_rows_cut_to_length(garbage):
     close(loss, sum(L.sequence_mean(row, torch.ones_like(row), 3) for row in compact))
     # A token's weight is 1 / (N · length of its row), and garbage has none.
     close(gradients(loss, per_token)[0], [[1 / 6, 0, 1 / 6], [1 / 9, 1 / 9, 1 / 9], [0, 0, 0]])
-
-
-@pytest.mark.parametrize("sizes", [[1] * 6, [4, 2], [1, 3, 2]])
-def test_micro_batches_with_the_whole_steps_n_add_up_to_the_whole_batch(sizes):
-    per_token = live(normal(6, 4, seed=5))
-    mask = torch.arange(4) < torch.tensor([4, 1, 0, 3, 2, 4]).unsqueeze(1)  # one row is empty
-    whole = L.sequence_mean(per_token, mask, 6)
-    parts = [L.sequence_mean(x, m, 6) for x, m in zip(per_token.split(sizes), mask.split(sizes))]
-    close(sum(parts), whole.detach())
-    close(gradients(sum(parts), per_token)[0], gradients(whole, per_token)[0])
 
 
 # ---- Policy gradient -------------------------------------------------------------------------------------
@@ -427,7 +381,7 @@ def test_reshaped_advantages_add_the_teachers_log_ratio_to_the_sequences_advanta
 
 @pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("A", [2.0, -2.0])
-def test_reweighted_advantages_weigh_by_the_ratio_for_successes_and_its_inverse_for_failures(A, lam):
+def test_reweighted_advantages_weigh_by_the_ratio_and_on_failures_its_inverse(A, lam):
     ratio = tensor([1.1, 0.9, 3.0, 0.2, 1.0])  # q/π of five tokens; clip 0.2 keeps w in [0.8, 1.2]
     student = tensor([0.2, 0.3, 0.1, 0.5, 0.4]).log()
     w = [1.1, 0.9, 1.2, 0.8, 1.0] if A > 0 else [1 / 1.1, 1 / 0.9, 0.8, 1.2, 1.0]
@@ -435,19 +389,19 @@ def test_reweighted_advantages_weigh_by_the_ratio_for_successes_and_its_inverse_
     close(out, [[A * ((1 - lam) + lam * weight) for weight in w]])
 
 
-def test_reweighted_advantages_treat_each_row_by_its_own_sign_and_keep_rows_without_a_context():
+def test_reweighted_advantages_treat_each_row_by_its_own_sign_and_clip_as_asked():
     student, teacher = tensor([0.5, 0.5], [0.5, 0.5]).log(), tensor([0.55, 0.45], [0.55, 0.45]).log()
     out = L.reweighted_advantages(tensor(1.0, -1.0), teacher, student, lam=1.0, clip=0.2)
     close(out, [[1.1, 0.9], [-1 / 1.1, -1 / 0.9]])
-    close(L.reweighted_advantages(tensor(1.0, -1.0), student, student, 1.0, 0.2), [[1.0, 1.0], [-1.0, -1.0]])
-    # Asked for a wider range, the same weights come out unclipped: clip is not a constant.
-    wide = L.reweighted_advantages(tensor(1.0), student[:1] + log(1.5), student[:1], lam=1.0, clip=0.6)
-    close(wide, [[1.5, 1.5]])
+    close(L.reweighted_advantages(tensor(1.0), student[:1] + log(1.5), student[:1], lam=1.0, clip=0.6), [[1.5, 1.5]])
 
 
 @pytest.mark.parametrize("function", [L.reshaped_advantages, L.reweighted_advantages])
-def test_hybrid_advantages_are_constants(function):
-    assert not function(live(normal(2)), live(normal(2, 3)), live(normal(2, 3)), 0.5, 0.2).requires_grad
+def test_hybrid_advantages_are_constants_of_an_advantage_per_sequence_or_per_token(function):
+    A, teacher, student = live(normal(2)), live(normal(2, 3, seed=1)), live(normal(2, 3, seed=2))
+    found = function(A, teacher, student, 0.5, 0.2)
+    assert not found.requires_grad
+    assert torch.equal(function(A[:, None].expand(2, 3), teacher, student, 0.5, 0.2), found)
 
 
 # ---- E-step ----------------------------------------------------------------------------------------------
@@ -487,6 +441,12 @@ def test_reward_shift_refuses_a_batch_of_one_class(rewards, message):
         L.reward_shift(tensor(0.3, 0.4), tensor(*rewards))
 
 
+def test_the_moving_shift_starts_at_the_first_value_and_an_overflow_moves_nothing():
+    assert L.moving_shift(None, 4.0, 0.25) == 4.0
+    assert L.moving_shift(4.0, 8.0, 0.25) == 0.75 * 4 + 0.25 * 8
+    assert L.moving_shift(4.0, math.inf, 0.25) == L.moving_shift(4.0, math.nan, 0.25) == 4.0
+
+
 @pytest.mark.parametrize("shift", [0.2, tensor(0.2)[0]])
 @pytest.mark.parametrize("dtype", [f64, torch.int64, torch.bool])
 def test_bco_loss_averages_each_class_on_its_own(shift, dtype):
@@ -503,7 +463,7 @@ def test_a_class_without_rows_adds_nothing_to_bco_loss(r, x):
     close(L.bco_loss(tensor(x, x), tensor(r, r), 0.0), -log(sigmoid(0.5)))
 
 
-def test_bco_gradient_pulls_the_teacher_up_on_successes_and_down_on_failures_and_moves_nothing_else():
+def test_bco_gradient_pulls_the_teacher_up_on_successes_and_down_on_failures():
     beta, mask = 0.1, torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0]])
     teacher, student, shift = live(normal(3, 3, seed=11)), live(normal(3, 3, seed=12)), live(tensor(0.05)[0])
     r = L.implicit_reward(teacher, student, mask, beta)
@@ -519,19 +479,6 @@ def test_bco_gradient_pulls_the_teacher_up_on_successes_and_down_on_failures_and
     assert untouched(d_student) and untouched(d_shift)
 
 
-@pytest.mark.parametrize("sizes", [[1] * 6, [2, 4], [3, 3], [2, 1, 3]])
-def test_bco_micro_batches_with_the_steps_class_counts_add_up_even_when_one_has_one_class(sizes):
-    r, rewards = live(normal(6, seed=13)), tensor(1, 1, 0, 0, 1, 1)
-    whole = L.bco_loss(r, rewards, 0.1)
-    pieces = list(zip(r.split(sizes), rewards.split(sizes)))
-    assert any(len(y.unique()) == 1 for _, y in pieces) or sizes == [3, 3]  # the one split that mixes both everywhere
-    summed = sum(L.bco_loss(x, y, 0.1, num_pos=4, num_neg=2) for x, y in pieces)
-    close(summed, whole.detach())
-    close(gradients(summed, r)[0], gradients(whole, r)[0])
-    # Without the counts each micro-batch would weigh its own classes, and the objective would depend on the split.
-    assert abs(sum(L.bco_loss(x, y, 0.1) for x, y in pieces) - whole) > 0.01
-
-
 # ---- Every function at once ------------------------------------------------------------------------------
 
 TOKENS = torch.tensor([[0, 4, 2], [3, 1, 1]])
@@ -545,7 +492,7 @@ def log_probs(*shape, seed):
 ARGUMENTS = {  # one well-formed call of each function
     "kl": lambda: (log_probs(2, 3, 5, seed=20), log_probs(2, 3, 5, seed=21)),
     "token_logp": lambda: (normal(2, 3, 5, seed=20), TOKENS.clone()),
-    "with_tail": lambda: (log_probs(2, 3, 5, seed=20)[..., :3],),
+    "clamped_tail": lambda: (log_probs(2, 3, 5, seed=20)[..., :3],),
     "cross_entropy": lambda: (log_probs(2, 3, 5, seed=20), log_probs(2, 3, 5, seed=21)),
     "cost_to_go": lambda: (normal(3, 3, seed=22), MASK.clone()),
     "future_advantages": lambda: (normal(3, 3, seed=22), MASK.clone(), 3, tensor(1, 0, 1)),
@@ -561,6 +508,7 @@ ARGUMENTS = {  # one well-formed call of each function
     "reweighted_advantages": lambda: (normal(2, seed=24), normal(2, 3, seed=22), normal(2, 3, seed=23), 0.5, 0.2),
     "implicit_reward": lambda: (normal(3, 3, seed=22), normal(3, 3, seed=23), MASK.clone(), 0.1),
     "reward_shift": lambda: (normal(4, seed=24), OUTCOMES.clone()),
+    "moving_shift": lambda: (0.3, 0.5, 0.1),
     "bco_loss": lambda: (normal(4, seed=24), OUTCOMES.clone(), tensor(0.1)[0]),
 }
 FUNCTIONS = [name for name, f in inspect.getmembers(L, inspect.isfunction) if f.__module__ == L.__name__]
@@ -576,7 +524,7 @@ def test_no_input_is_changed(name):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_function_works_in_another_project_with_the_helpers_that_its_docstring_names(name):
+def test_a_function_works_elsewhere_with_the_helpers_that_its_docstring_names(name):
     named = re.findall("`(.*?)`", (re.findall(r"Needs\s(.*?)\.", getattr(L, name).__doc__, re.DOTALL) or [""])[0])
     copied = [inspect.getsource(getattr(L, helper)) for helper in (*named, name)]
     used = {node.id for text in copied for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
@@ -585,7 +533,7 @@ def test_a_function_works_in_another_project_with_the_helpers_that_its_docstring
     exec("import math\nimport torch\nimport torch.nn.functional as F\n" + "\n".join(copied), elsewhere)
     theirs, ours = elsewhere[name](*ARGUMENTS[name]()), getattr(L, name)(*ARGUMENTS[name]())
     for there, here in zip(*((x if isinstance(x, tuple) else (x,)) for x in (theirs, ours)), strict=True):
-        assert torch.equal(there, here)
+        assert torch.equal(torch.as_tensor(there), torch.as_tensor(here))
 
 
 # Two rows of five tokens in float32; the second row swaps student and teacher. Between them: the same choice,
@@ -636,12 +584,6 @@ def test_gradients_agree_with_finite_differences(function):
     assert torch.autograd.gradcheck(lambda z: function(z, t), live(normal(2, 5, 3, seed=20)))
 
 
-def test_grpo_gradient_agrees_with_finite_differences_in_every_region():
-    logp = tensor([0.7, 0.9, 1.1, 1.5, 2.5, 4.0], [0.7, 0.9, 1.1, 1.5, 2.5, 4.0]).log()  # ratios, none on a kink
-    old_logp, A = torch.zeros(2, 6, dtype=f64), tensor(1.3, -0.8)
-    assert torch.autograd.gradcheck(lambda x: L.grpo_loss(x, old_logp, A), live(logp))
-
-
 @pytest.mark.parametrize("function", DIFFERENTIABLE.values(), ids=DIFFERENTIABLE.keys())
 def test_values_and_gradients_stay_finite_at_logits_of_plus_and_minus_50(function):
     z = live(FAR_STUDENT)
@@ -651,7 +593,7 @@ def test_values_and_gradients_stay_finite_at_logits_of_plus_and_minus_50(functio
     assert gradient.isfinite().all()
 
 
-def test_the_functions_without_a_gradient_stay_finite_at_log_ratios_of_plus_and_minus_100():
+def test_what_has_no_gradient_stays_finite_at_log_ratios_of_plus_and_minus_100():
     student, teacher = picked(FAR_STUDENT), picked(FAR_TEACHER)
     assert (student - teacher).max() > 99 and (student - teacher).min() < -99  # as did the test above
     ratio = L.truncated_ratio(student, teacher, 2.0)
@@ -696,10 +638,10 @@ WRONG = [
     (L.grpo_loss, (X, X, B1), "advantages"),
     (L.grpo_loss, (X, X, torch.zeros(2, 1)), "advantages"),
     (L.reshaped_advantages, (B1, X, X, 1.0, 1.0), "advantages"),
-    (L.reshaped_advantages, (X, X, X, 1.0, 1.0), "advantages"),
+    (L.reshaped_advantages, (X1, X, X, 1.0, 1.0), "advantages"),
     (L.reshaped_advantages, (B2, X, X1, 1.0, 1.0), "teacher_logp.*student_logp"),
     (L.reweighted_advantages, (B1, X, X, 0.5, 0.2), "advantages"),
-    (L.reweighted_advantages, (X, X, X, 0.5, 0.2), "advantages"),
+    (L.reweighted_advantages, (X1, X, X, 0.5, 0.2), "advantages"),
     (L.reweighted_advantages, (B2, X, X1, 0.5, 0.2), "teacher_logp.*student_logp"),
     (L.implicit_reward, (X, X1, X, 0.1), "teacher_logp.*student_logp"),
     (L.implicit_reward, (X, X, X1, 0.1), "mask"),

@@ -66,7 +66,7 @@ REWARD, P = tensor(1, 0, 0, 1, 0), 0.1 + 0.15
 
 
 @pytest.mark.parametrize("beta", BETAS)
-def test_the_tilted_reference_maximises_j_which_falls_below_beta_log_z_by_beta_times_the_kl_from_policy_to_it(beta):
+def test_j_falls_below_beta_log_z_by_beta_times_the_kl_to_the_tilted_reference(beta):
     """A.6, A.9, A.10: J(π) = β log Z − β KL(π‖π*), Z = 1 − p + p exp(1/β) for a reference that is right with p."""
     (star, _), pi, ceiling = tilt(REF, REWARD, beta), draws(2000, 5, seed=1), beta * log(1 - P + P * exp(1 / beta))
     close(J(star, REF, REWARD, beta), ceiling)
@@ -85,7 +85,7 @@ def test_log_z_is_the_elbo_plus_the_teachers_divergence_from_the_optimum(beta):
     close(beta * elbo, J(q, REF, REWARD, beta))
 
 
-def test_the_global_divergence_splits_into_the_m_steps_and_a_rest_that_depends_on_the_student():
+def test_the_global_divergence_is_the_m_steps_and_a_rest_that_is_not_constant():
     """A.17: KL(π‖π*) = KL(π‖q) + E_π[log q/π*]. Appendix B.2 takes the last term for constant in π: it is not."""
     (star, _), pi = tilt(REF, REWARD, 0.5), draws(200, 5, seed=4)
     rest = mean(pi, (Q / star).log())
@@ -94,7 +94,7 @@ def test_the_global_divergence_splits_into_the_m_steps_and_a_rest_that_depends_o
 
 
 @pytest.mark.parametrize("beta", BETAS)
-def test_the_dynamic_target_is_the_static_one_times_the_students_ratio_and_the_e_step_splits_both_ways(beta):
+def test_the_dynamic_target_is_the_static_one_times_the_students_ratio(beta):
     """A.19  π*_dyn = π* · (π/π_ref) · Z/Z_dyn
     A.20  KL(q‖π*_dyn) = KL(q‖π*) − E_q[log π/π_ref] + log Z_dyn/Z
     A.21  KL(q‖π*_dyn) = KL(q‖π) − E_q[r]/β + log Z_dyn
@@ -107,7 +107,7 @@ def test_the_dynamic_target_is_the_static_one_times_the_students_ratio_and_the_e
     close(implicit, REWARD - beta * Z_dynamic.log())
 
 
-def test_the_dynamic_target_has_the_highest_reward_inside_the_trust_region_that_it_touches():
+def test_the_dynamic_target_has_the_highest_reward_inside_its_trust_region():
     """A.22: max E_q[r] subject to KL(q‖π) ≤ ε has the solution π*_dyn at the one ε = KL(π*_dyn‖π)."""
     (dynamic, _), q = tilt(PI, REWARD, 0.5), (PI.log() + normal(5000, 5, seed=6)).softmax(-1)
     inside = KL(q, PI) <= KL(dynamic, PI)
@@ -116,7 +116,7 @@ def test_the_dynamic_target_has_the_highest_reward_inside_the_trust_region_that_
 
 
 @pytest.mark.parametrize("shift", [-0.7, 0.0, 0.4])
-def test_bco_loss_bounds_the_paired_loss_from_above_and_the_midpoint_makes_the_bound_tightest(shift):
+def test_bco_loss_bounds_the_paired_loss_and_the_midpoint_bounds_it_best(shift):
     """Eq. 8: −log σ(w − l) ≤ −log σ(w − δ) − log σ(−(l − δ)), from σ(u + v) ≥ σ(u) σ(v); Eq. 9's δ narrows the gap."""
     wins, losses, outcome = 2 * normal(6, seed=7), 2 * normal(4, seed=8), tensor(1, 0)
     paired = -logsigmoid(wins.unsqueeze(1) - losses).mean()
@@ -179,7 +179,7 @@ def test_j_falls_in_restricted_families_though_both_steps_are_globally_optimal()
     close(torch.stack([J(x, ref, reward, beta) for x in (ref, q, pi)]), [0.2, 0.2390, 0.1432], tol=1e-4)
 
 
-def test_an_m_step_lowers_j_by_at_most_twice_beta_times_the_teachers_largest_log_error():
+def test_an_m_step_lowers_j_by_at_most_2_beta_times_the_teachers_log_error():
     """What is left of Proposition 1 by A.9 and A.17: KL(π'‖q) ≤ KL(π‖q) gives J(π') ≥ J(π) − 2β max|log q/π*|."""
     beta = 0.5
     ref, old, new, q = (draws(40_000, 3, seed=seed) for seed in (10, 11, 12, 13))
@@ -192,7 +192,7 @@ def test_an_m_step_lowers_j_by_at_most_twice_beta_times_the_teachers_largest_log
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.5])
-def test_descent_on_bco_loss_runs_past_the_e_steps_optimum_to_a_teacher_that_never_fails(beta):
+def test_descent_on_bco_loss_runs_past_the_e_steps_optimum(beta):
     """Eq. 9 at a fixed δ is a classifier's loss. Its infimum log(1 + e^δ p^β) is at q(failure) = 0, not at π*_dyn."""
     shift, z, failure = 0.1, REF.log().requires_grad_(), []
     rows = torch.arange(5).repeat_interleave(torch.tensor([2, 5, 6, 3, 4]))  # 20 rows hold each response as REF does
@@ -250,7 +250,7 @@ def groups(pi, group_size):
 
 @pytest.mark.parametrize("kind", L.DIVERGENCES)
 @pytest.mark.parametrize("token_mean", [False, True])
-def test_distillation_loss_follows_the_divergence_at_the_visited_prefixes_with_the_visits_frozen(kind, token_mean):
+def test_distillation_loss_follows_the_divergence_with_the_visits_frozen(kind, token_mean):
     """Eq. 10 and Eq. 2: Σ_s w(s) ∇D(π(·|s), q(·|s)), w(s) the sum over responses through s of π(y), or of π(y)/|y|."""
     x = UNEQUAL
     per_token = L.distillation_loss(x.z[x.states], x.teacher[x.states], kind)
@@ -267,7 +267,7 @@ def test_distillation_loss_follows_the_divergence_at_the_visited_prefixes_with_t
     close(gradient(loss, x.z), visits * by_hand[kind])
 
 
-def test_the_m_step_follows_the_gradient_of_the_sequence_kl_without_its_score_function_term():
+def test_the_m_step_follows_the_sequence_kl_without_its_score_function_term():
     """Eq. 10 has the value of KL(π‖q) over sequences, not its gradient. What it lacks is a token's effect on the
     divergences met after it: E_π Σ_t ∇log π(y_t|y_<t) Σ_{i>t} KL_i."""
     x = UNEQUAL
@@ -289,7 +289,7 @@ def grpo_gradient(logp, mask, reward, group_size, z):
 
 
 @pytest.mark.parametrize("group_size", [2, 3])
-def test_grpo_follows_g_minus_1_over_g_of_the_policy_gradient_at_equal_lengths_and_has_a_length_bias_else(group_size):
+def test_grpo_follows_g_minus_1_over_g_of_the_policy_gradient_at_equal_lengths(group_size):
     """The row's own reward in its baseline costs 1/G. The token mean weighs an advantage by 1/|y|: what is followed is
     (1 − 1/G) E[(r − E r)/|y| ∇log π(y)], at unequal lengths no multiple of ∇E[r]."""
     for x in (EQUAL, UNEQUAL):
@@ -303,19 +303,7 @@ def test_grpo_follows_g_minus_1_over_g_of_the_policy_gradient_at_equal_lengths_a
             assert torch.cosine_similarity(followed.flatten(), -exact.flatten(), dim=0) < 0.97
 
 
-def test_length_bias_can_lower_the_probability_of_a_right_answer_because_it_is_long():
-    """GRPO by value: one choice between a short right, a long right and a long wrong answer of 1, 3 and 3 tokens."""
-    z = tensor(0.6, 0.2, 0.2).log().requires_grad_()
-    choice, certain, mask = z.log_softmax(-1), torch.zeros(3), torch.tensor([[1, 0, 0], [1, 1, 1], [1, 1, 1]])
-    followed = grpo_gradient(torch.stack([choice, certain, certain], 1), mask, tensor(1, 1, 0), 2, z)
-    close(gradient(choice[:2].exp().sum(), z), [0.6 * (1 - 0.8), 0.2 * (1 - 0.8), 0.2 * (0 - 0.8)])  # E[r] = 0.8
-    bias = 0.6 * 0.2 / 1 + 0.2 * 0.2 / 3 - 0.2 * 0.8 / 3  # E[(r − E r)/|y|] = 0.08, which is 0 at equal lengths
-    ascent = [0.6 * (0.2 / 1 - bias), 0.2 * (0.2 / 3 - bias), 0.2 * (-0.8 / 3 - bias)]
-    close(followed, [-step / 2 for step in ascent])
-    assert ascent[1] < -0.002  # E[r] rises with this logit, and the update lowers it
-
-
-def test_reshape_and_joint_follow_one_gradient_at_equal_lengths_and_two_at_unequal_ones():
+def test_reshape_and_joint_follow_one_gradient_at_equal_lengths_only():
     """B.23 and B.24 at ratio 1 with KL(π‖q) over all tokens: E_a[(log q − log π) ∇log π] = −∇KL(π‖q) at each prefix."""
     for x in (EQUAL, UNEQUAL):
         A = x.reward - mean(x.pi, x.reward)
@@ -327,7 +315,7 @@ def test_reshape_and_joint_follow_one_gradient_at_equal_lengths_and_two_at_unequ
 
 
 @pytest.mark.parametrize("one_class_too", [False, True])
-def test_bco_loss_at_a_fixed_shift_follows_the_enumerated_classifiers_loss_with_class_weights(one_class_too):
+def test_bco_loss_at_a_fixed_shift_follows_the_enumerated_classifiers_loss(one_class_too):
     """Eq. 9 over every batch of 3: Σ_y c ∇log q(y), c = −β π(y)/p σ(δ − r~) on successes, β π(y)/(1 − p) σ(r~ − δ) on
     failures, exact over batches of both. Counting the others, a class loses those without it, (1 − p)³ or p³."""
     x, beta, shift, total, weight = EQUAL, 0.5, 0.2, 0.0, 0.0
@@ -345,7 +333,7 @@ def test_bco_loss_at_a_fixed_shift_follows_the_enumerated_classifiers_loss_with_
 
 @pytest.mark.parametrize("kind", L.DIVERGENCES)
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_the_divergence_with_a_tail_is_a_lower_bound_that_is_met_when_the_tokens_outside_are_proportional(kind, k):
+def test_the_divergence_with_a_tail_is_a_lower_bound_met_by_proportional_tails(kind, k):
     """Eq. 2 and 10 with top_k, by the data processing inequality: pooled tokens lose what their ratios differ in."""
     student, teacher = normal(1, 500, 6, seed=30), normal(1, 500, 6, seed=31)
     assert (L.distillation_loss(student, teacher, kind, k) < L.distillation_loss(student, teacher, kind)).all()
@@ -379,23 +367,13 @@ def followed(x, cost, advantages, rows, weights):
     return gradient(average(per_token, x.mask[rows], weights * x.length[rows]), x.z)
 
 
-def spread(x, advantages, rows, weights, group_size):
-    """E‖g‖² − ‖E g‖² of one group's g = (1/G) Σ_rows Σ_t (∇CE_t − A_t ∇log π(y_t|s_t)); E g = ∇L is checked."""
-    gap = (x.z.detach().softmax(-1) - x.teacher.softmax(-1))[x.states]  # ∇CE_t = π − T at s_t
-    local = torch.einsum("nts,ntv->nsv", x.here.to(f64), gap)
-    g = local[rows] - torch.einsum("nt,ntsv->nsv", advantages * x.mask[rows], x.score[rows])
-    g, p = g.view(-1, group_size, x.z.numel()).mean(1), weights.view(-1, group_size).sum(1)  # (N^G, SV), (N^G,)
-    close((p @ g).view_as(x.z), exact_gradient(x, disagreement(x, x.teacher[x.states])))
-    return (p @ g.square().sum(1) - (p @ g).square().sum()).item()
-
-
 def off(followed, exact):
     return ((followed - exact).norm() / exact.norm()).item()
 
 
 @pytest.mark.parametrize("baseline", [False, True])
 @pytest.mark.parametrize("group_size", [2, 3])
-def test_distil_with_the_constant_norm_follows_the_exact_gradient_of_the_sequence_cross_entropy(group_size, baseline):
+def test_distil_with_the_constant_norm_follows_the_exact_gradient(group_size, baseline):
     """∇L = E[Σ_t ∇CE_t + Σ_t ∇log π(y_t|s_t) Σ_{i>t} CE_i]. b_t, made of the other rows, meets E[∇log π(y_t|s_t)] = 0.
     The local term alone, visits frozen, is off by 18 percent (equal lengths) and 32 percent of the norm."""
     for x, local_off in ((EQUAL, 0.18), (UNEQUAL, 0.32)):
@@ -424,37 +402,14 @@ def test_a_student_equal_to_its_teacher_is_still_moved_to_shorter_responses():
     assert torch.cosine_similarity(pull.flatten(), longer.flatten(), dim=0) > 0.99  # and the step is against both
 
 
-def test_a_cost_to_go_that_includes_the_present_token_has_the_same_expectation_and_five_times_the_variance():
-    """E[∇log π(y_t|s_t) CE_t] = 0: CE_t is known before y_t is drawn. i ≥ t is as exact as i > t, only noisier, 5.0 and
-    5.8 times, and no such expectation proves the code strict. (One does where a sampled CE_t depends on y_t: below.)"""
+def test_a_cost_to_go_that_includes_the_present_token_has_the_same_expectation():
+    """E[∇log π(y_t|s_t) CE_t] = 0: CE_t is known before y_t is drawn. i ≥ t is as exact as i > t, only noisier, and no such
+    expectation proves the code strict. (One does where a sampled CE_t depends on y_t: below.)"""
     for x in (EQUAL, UNEQUAL):
         cost, rows = disagreement(x, x.teacher[x.states]), torch.arange(len(x.pi))
         later = L.cost_to_go(cost, x.mask)
-        strict, inclusive = (followed(x, cost, -c, rows, x.pi) for c in (later, later + cost.detach()))
-        close(inclusive, strict)
-        close(inclusive, exact_gradient(x, cost))
-        spread_strict, spread_inclusive = (spread(x, -c, rows, x.pi, 1) for c in (later, later + cost.detach()))
-        assert spread_inclusive / spread_strict == pytest.approx(4.97 if x is EQUAL else 5.76, abs=0.01)
-
-
-def test_the_baseline_lowers_the_variance_eightfold_at_equal_lengths_and_little_or_not_at_all_at_unequal_ones():
-    """Variance with the baseline over that without, G = 2, 3, 8: 0.13, 0.12, 0.11 for nine responses of two tokens,
-    1.21, 0.98, 0.82 for fifteen of one to three. There a row's cost to go depends most on where it ends, and the other
-    rows, some of them ended, are a noisy guess of it; with one other row (G = 2) the guess costs more than it saves.
-
-    The estimate is a U-statistic of order 2 (each row paired with each other), so that G = 2 and 3 give every G:
-    Var_G = (2 (G − 2) ζ₁ + ζ₂) / (G (G − 1) / 2), ζ₂ = Var_2, 2 ζ₁ + ζ₂ = 3 Var_3. Without a baseline, Var_1 / G.
-    """
-    for x, expected in ((EQUAL, (0.133, 0.122, 0.114)), (UNEQUAL, (1.215, 0.982, 0.815))):
-        cost, variance = disagreement(x, x.teacher[x.states]), {}
-        for G, baseline in ((1, 1), (2, 1), (2, 2), (3, 3)):
-            rows, weights = groups(x.pi, G)
-            A = L.future_advantages(cost[rows], x.mask[rows], baseline)
-            variance[G, baseline] = spread(x, A, rows, weights, G)
-        one, two, three = variance[1, 1], variance[2, 2], variance[3, 3]
-        assert variance[2, 1] == pytest.approx(one / 2)
-        eight = (6 * (3 * three - two) + two) / 28
-        assert [two / (one / 2), three / (one / 3), eight / (one / 8)] == pytest.approx(expected, abs=0.001)
+        for c in (later, later + cost.detach()):
+            close(followed(x, cost, -c, rows, x.pi), exact_gradient(x, cost))
 
 
 def with_samples(x, coupled):
@@ -478,7 +433,7 @@ def with_samples(x, coupled):
 
 @pytest.mark.parametrize("coupled", [False, True])
 @pytest.mark.parametrize("group_size", [1, 2])
-def test_one_teacher_sample_per_position_serves_local_term_and_costs_and_the_gradient_stays_exact(group_size, coupled):
+def test_one_teacher_sample_per_position_keeps_the_gradient_exact(group_size, coupled):
     """Black-box expert: −log π(a_t|s_t), a_t ~ T(·|s_t), in the place of CE_t everywhere. The expectation is
     E_y[Σ_t E_a[−∇log π(a_t|s_t)] + Σ_t ∇log π(y_t|s_t) Σ_{i>t} E_a[−log π(a_i|s_i)]]: no two draws are multiplied, so
     the same ones may serve both terms, and all that is asked of a_i is that its law given s_i is T. A shared random
@@ -538,7 +493,7 @@ def test_an_expert_asked_at_m_random_places_of_a_response_keeps_the_gradient_exa
         assert off(estimate((share > 0).to(f64)), exact) == pytest.approx(unweighed, abs=0.01)
 
 
-def test_the_length_norm_weighs_the_future_by_1_over_the_length_even_at_equal_lengths_and_has_a_length_bias_else():
+def test_the_length_norm_weighs_the_future_by_1_over_the_length():
     """mean_t (CE_t + PG_t(A_t/|y|)) divides the local term by |y| and the future by |y|². Where every |y| is T that
     follows (local + future/T)/T, no multiple of ∇L. At unequal lengths 1/|y| is besides a weight that depends on y,
     also on the baseline, whose product with ∇log π then no longer has the mean 0.
@@ -572,7 +527,7 @@ def test_the_length_norm_weighs_the_future_by_1_over_the_length_even_at_equal_le
 
 
 @pytest.mark.parametrize("told", ["failures", "both"])
-def test_feedback_on_the_response_itself_makes_past_disagreement_count_and_strict_cost_to_go_leaves_that_out(told):
+def test_feedback_on_the_response_itself_makes_past_disagreement_count(told):
     """C = C(y): told of failures, T lowers the logits of a wrong y's own tokens by 2; told both, it also raises a right
     y's. Then CE_i for i ≤ t depends on y_t as well, through C, and the exact gradient charges a decision with the whole
     Σ_i CE_i. Strict cost to go lacks E Σ_t ∇log π(y_t|s_t) Σ_{i≤t} CE_i: 7 percent off (failures), 33 (both). i ≥ t has
@@ -595,7 +550,7 @@ def test_feedback_on_the_response_itself_makes_past_disagreement_count_and_stric
 
 @pytest.mark.parametrize("group_size", [2, 3])
 @pytest.mark.parametrize("successes_alone", [False, True])
-def test_a_siblings_response_as_context_is_exact_with_its_law_frozen_until_the_baseline_meets_it(
+def test_a_siblings_response_as_context_is_exact_with_its_law_frozen(
     successes_alone, group_size
 ):
     """Each row reads the row before it in its group, y': T raises the logits along y' by 1. Where right siblings alone
@@ -656,7 +611,7 @@ def apart(g, exact):
     return round(100 * off(g, exact)), round(100 * torch.cosine_similarity(g.flatten(), exact.flatten(), dim=0).item())
 
 
-def test_a_demonstration_of_one_token_has_the_students_policy_gradient_by_its_ratio_to_the_teacher():
+def test_a_demonstration_of_one_token_has_the_students_policy_gradient():
     """ρ = π/q: E_q[ρ A ∇log π] = E_π[A ∇log π]. With sg π in the place of q it is imitation by advantage, E_q[A ∇log π]:
     193 percent off here (cosine .93). With ρ from 0.2 to 5.2 the limits .8, 1.28 and 3 undo it, 105 percent (.43)."""
     x = tree(5, 1, None, [1, 0, 0, 1, 0])
@@ -668,7 +623,7 @@ def test_a_demonstration_of_one_token_has_the_students_policy_gradient_by_its_ra
     assert apart(imitated(x, A, "teacher", wide=False), exact) == (105, 43)
 
 
-def test_in_longer_demonstrations_a_token_has_its_own_ratio_and_prefix_and_continuation_stay_the_teachers():
+def test_in_longer_demonstrations_prefix_and_continuation_stay_the_teachers():
     """E_q[Σ_t ρ_t A ∇log π(y_t|s_t)] = Σ_t E_{s_t~q} Σ_a π(a|s_t) ∇log π(a|s_t) Q(s_t, a), Q the mean A where q goes on: exact
     for a token, at prefixes and with continuations that are the teacher's, so that a constant in A adds nothing, as in the
     policy gradient E_π[A ∇log π(y)], which the product of all ratios would give. With ratio one it is E_q[A ∇log π(y)],
@@ -715,7 +670,7 @@ def bandit_losses(z, teacher):
     return {"ce": L.cross_entropy(log_t, log_pi)} | {kind: L.divergence(log_pi, log_t, kind) for kind in L.DIVERGENCES}
 
 
-def test_a_natural_step_on_cross_entropy_never_lowers_the_reward_below_a_better_teacher_and_on_other_divergences_can():
+def test_a_natural_step_on_cross_entropy_never_lowers_the_reward():
     """DistIL's bandit: one state, r in {0, 1}, E_T[r] ≥ E_π[r]. For CE, and KL(T‖π) with the same gradient, g = π − T:
     Δlog π = T/π − 1, ΔE[r] = E_T[r] − E_π[r] ≥ 0. For KL(π‖T) ΔE[r] = −Cov_π(r, log π/T), for JS −½ Cov_π(r, log π/M):
     18 and 10 percent of these draws lose reward. All of them have several right actions: with one, log π/T ≤ 0 there,
@@ -743,25 +698,3 @@ def test_a_natural_step_on_cross_entropy_never_lowers_the_reward_below_a_better_
         close(natural[kind], -scale * (mean(pi, reward * ratio) - mean(pi, reward) * mean(pi, ratio)), tol=1e-10)
         assert natural[kind][one].min() >= -1e-10 and natural[kind][~one].min() < -0.05
         assert (natural[kind] < -1e-10).to(f64).mean() == pytest.approx(share, abs=0.01)
-
-
-def test_three_actions_where_a_better_teacher_lowers_the_reward():
-    """The first two actions are right, and the teacher, .82 against .80, all but forbids one of them: KL(π‖T) and JS
-    flee it, partly to the wrong one. CE's natural step gains .82 − .80. Its plain step on the logits loses even with a
-    single right action, where the teacher raises a likely wrong one: π_1 moves by π_1 (Δz_1 − E_π Δz)."""
-    z, teacher, reward = tensor([0.4, 0.4, 0.2]).log().requires_grad_(), tensor([0.8, 0.02, 0.18]), tensor([1, 1, 0])
-    change = {kind: change_of_reward(x, z, reward, True) for kind, x in bandit_losses(z, teacher).items()}
-    kl = 0.4 * log(0.4 / 0.8) + 0.4 * log(0.4 / 0.02) + 0.2 * log(0.2 / 0.18)
-    close(change["kl_student_teacher"], [-(0.4 * log(0.4 / 0.8) + 0.4 * log(0.4 / 0.02) - 0.8 * kl)])
-    kl = 0.4 * log(0.4 / 0.6) + 0.4 * log(0.4 / 0.21) + 0.2 * log(0.2 / 0.19)  # to M = ½ π + ½ T
-    close(change["js"], [-0.5 * (0.4 * log(0.4 / 0.6) + 0.4 * log(0.4 / 0.21) - 0.8 * kl)])
-    assert change["kl_student_teacher"] < -0.16 and change["js"] < -0.005
-    close(change["ce"], [0.82 - 0.8])
-
-    z, teacher, reward = tensor([0.1, 0.6, 0.3]).log().requires_grad_(), tensor([0.12, 0.86, 0.02]), tensor([1, 0, 0])
-    step = (0.12 - 0.1, 0.86 - 0.6, 0.02 - 0.3)  # Δz = T − π
-    by_hand = 0.1 * (step[0] - (0.1 * step[0] + 0.6 * step[1] + 0.3 * step[2]))
-    loss = bandit_losses(z, teacher)["ce"]
-    close(change_of_reward(loss, z, reward, natural=False), [by_hand])
-    assert by_hand == pytest.approx(-0.0054)
-    close(change_of_reward(loss, z, reward, natural=True), [0.12 - 0.1])

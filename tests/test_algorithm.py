@@ -1,0 +1,408 @@
+"""The loop of vpd.py, update by update, against a plain reference of Algorithm 1 (algorithm.py), and the reference
+itself against hand arithmetic, closed forms and torch's AdamW.
+
+The task, its grader and the sampler are scripts: groups with both outcomes and with one, rows that the grader failed
+on, failures without a text, rows of one token, cut rows, and a sampler whose log-probs are not the trainer's.
+"""
+
+import json
+import math
+import random
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import algorithm
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+import feedback
+import vpd
+from harness import session
+from harness.settings import parse
+from model.policy import Policy
+from rollout import Rollout
+from tasks import Outcome, Problem, Task
+
+V, EOS, G = 40, 2, 4
+# s success, f failure with a text, e failure without one, x the grader failed. Each row of letters is a group.
+SCRIPT = [["sffs", "sxfe", "ffff", "ssfs"], ["fssf", "ssss", "fesf", "xfsf"], ["sfff", "ffxf", "ssff", "fsss"]]
+
+
+def words(rng, least, most):
+    return [rng.randrange(3, V) for _ in range(rng.randint(least, most))]
+
+
+def text(ids):
+    return " ".join(f"w{i}" for i in ids)
+
+
+def tiny(seed=0):
+    """Qwen3 with 2 layers in float64 throughout: its own RMSNorm computes in float32, so torch's takes its place. With
+    dropout, which has no place in a loop whose student is the one that sampled."""
+    torch.manual_seed(seed)
+    model = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, head_dim=8,
+        num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.3, attention_dropout=0.3,
+        pad_token_id=0, eos_token_id=EOS, bos_token_id=None,
+    )).double().eval()  # fmt: skip
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child).__name__ == "Qwen3RMSNorm":
+                norm = torch.nn.RMSNorm(len(child.weight), eps=child.variance_epsilon)
+                norm.weight = child.weight
+                setattr(parent, name, norm)
+    return model
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()]).clone()
+
+
+# ---- The loop against the reference --------------------------------------------------------------------------
+
+
+class Sampler:
+    """Responses by chance: ended, or cut at the limit; the log-probs of an engine that is far off."""
+
+    other_engine = True
+
+    def __init__(self):
+        self.drawn, self.model = [], None  # (prompts, seed, the model in charge) of each call
+        self.calls = ""
+
+    def sync(self, policy):
+        self.model = policy.model
+        self.calls += "sync "
+
+    def sleep(self):
+        self.calls += "sleep "
+
+    def sample(self, prompts, n, seed, max_tokens, temperature, top_p):
+        self.drawn.append((prompts, seed, self.model))
+        self.calls += "sample "
+        rng, drawn = random.Random(seed), []
+        for i in range(len(prompts) * n):
+            y = words(rng, 1, max_tokens) + [EOS]
+            finish = "length" if len(y) > max_tokens else "stop"
+            y = y[:max_tokens]
+            drawn.append(Rollout(y, [-rng.randrange(128, 384) / 64 for _ in y], finish))  # exact in float32
+        return drawn
+
+
+def scripted(script, calls):
+    """A task of four problems whose grader says what the script has, call by call; each failure has its own text."""
+    problems = [Problem(str(i), [{"role": "user", "content": text(words(random.Random(i), 3, 6))}]) for i in range(4)]
+
+    def verify(rows, responses):
+        letters = "".join(script[len(calls)])[: len(rows)]
+        told = [text(words(random.Random(100 * len(calls) + i), 4, 5)) for i in range(len(rows))]
+        calls.append((letters, told))
+        outcome = {"s": lambda _: Outcome(1, "right"), "f": lambda told: Outcome(0, "wrong", told),
+                   "e": lambda _: Outcome(0, "wrong"), "x": lambda told: Outcome(0, "internal", told)}  # fmt: skip
+        return [outcome[letter](text) for letter, text in zip(letters, told)]
+
+    return Task("scripted", problems, [], [], verify)
+
+
+def tokenizer():
+    vocabulary = {"<pad>": 0, "<unk>": 1, "<eos>": EOS} | {f"w{i}": i for i in range(3, V)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def config(method, of=vpd, **changes):
+    base = dict(
+        task="own", method=method, steps=3, prompts_per_batch=4, group_size=G, minibatch_prompts=4,
+        e_minibatch_prompts=4, e_step_every=1, max_response_tokens=6, lr=0.01, top_k=0, feedback="environment",
+        eval_every=0, checkpoint_every=0, ema_rate=0.2, solution_template="{solution}", feedback_template="{feedback}", closing_line="w5",
+    )  # fmt: skip
+    cfg = of.Config(**(base | changes))
+    cfg.given, cfg.preset = set(), {}
+    of.check(cfg)
+    return cfg
+
+
+def trained(cfg, out, train=vpd.train, script=SCRIPT, also=None, **how):
+    """What a loop did. after: the weights after each update; batches: of each the batch, its numbers of E- and M-updates
+    and the row of the log; calls: the letters and texts of the grader's calls; and the sampler."""
+    calls, ended, after, sampler = [], [], [], Sampler()
+    policy = Policy(tiny(), tokenizer(), micro_batch_tokens=40, temperature=cfg.temperature, **how)
+    task, record = scripted(script, calls), {"teacher": cfg.reader(), "commit": ""}
+    out.mkdir()
+    run = session.Run(cfg, policy, sampler, task, out, record, None, feedback.Critic(cfg, policy), also)
+    step, end = policy.step, run.end_of_batch
+    policy.step = lambda *args, **kwargs: (step(*args, **kwargs), after.append(weights(policy.model)))[0]
+    run.end_of_batch = lambda log, batch: (ended.append((batch, len(log.e_norms), len(log.m_norms))), end(log, batch))
+    run.save_state = lambda step: None
+    train(cfg, run)
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    batches = [(*batch, row) for batch, row in zip(ended, rows, strict=True)]
+    return SimpleNamespace(after=after, batches=batches, calls=calls, sampler=sampler)
+
+
+def reference(cfg, after):
+    """The settings as the reference reads them, its state, and what compares its next update with the loop's."""
+    s = SimpleNamespace(**vars(cfg))
+    s.teacher, s.mismatch_limit = cfg.reader(), None if cfg.mismatch_limit == "none" else float(cfg.mismatch_limit)
+    model = tiny()
+    model.register_forward_hook(lambda module, args, out: setattr(out, "logits", out.logits / cfg.temperature))
+    state, last, found = algorithm.new_state(model, s), weights(model), iter(after)
+
+    def compare(kind, model):
+        nonlocal last
+        now = weights(model)
+        off = (next(found) - now).abs().max() / (now - last).abs().max()
+        assert off < 1e-9, f"{kind}-update of batch {state.step}: {off:.1e} of its size off"
+        last = now
+
+    return s, state, compare
+
+
+def seen_by(i, letters, told, batch, source):
+    """The texts of which the teacher may see one in row i; none: it has no context."""
+    group = range(i // G * G, i // G * G + G)
+    solutions = [text(t for t in batch.y[j] if t != EOS) for j in group if j != i and letters[j] == "s"]
+    own = [told[i]] if letters[i] == "f" else []
+    lent = [told[j] for j in group if letters[j] == "f"] if letters[i] == "s" else []
+    by_source = {"sibling": solutions, "solution_first": solutions or own, "environment": own + lent}
+    return [] if letters[i] == "x" else by_source[source]
+
+
+def rows_of(batch, letters, told, cfg):
+    """The batch as the reference has it, from the script; of the loop's only which of several texts a teacher sees."""
+    ids, rows = lambda text: [int(word[1:]) for word in text.split()], []
+    for i, letter in enumerate(letters):
+        x = ids(batch.problems[i].messages[0]["content"])
+        assert batch.x[i] == x
+        allowed = [x + ids(t) + [5] for t in seen_by(i, letters, told, batch, cfg.feedback)] if cfg.reader() else []
+        assert batch.xC[i] in (allowed or [x])
+        rollout = batch.rollouts[i]
+        context = batch.xC[i] if allowed else None
+        rows.append(algorithm.Row(x, context, rollout.tokens, float(letter == "s"), rollout.logp, letter != "x"))
+    return rows
+
+
+SEVERAL = dict(minibatch_prompts=1)  # M-updates in a batch
+CASES = {
+    "vpd": dict(),
+    "vpd, many updates": SEVERAL | dict(e_minibatch_prompts=2, shift_rate=0.3, e_lr=0.02, mismatch_limit="1.2"),
+    "vpd, EMA": SEVERAL | dict(teacher="ema", e_minibatch_prompts=1, divergence="js", feedback="solution_first"),
+    "vpd, EMA, one update": dict(teacher="ema", beta=8.0, e_groups="all", feedback="solution_first", shift_rate=1.0),
+    "vpd, fixed prior, own optimizer": dict(prior="fixed", e_optimizer="own", beta=0.6, e_lr=0.003, adam_beta1=0.7),
+    "vpd, schedule": dict(e_step_every=2, schedule="linear", warmup_steps=2, divergence="kl_teacher_student", top_k=3),
+    "vpd, recomputed": dict(e_groups="all", e_minibatch_prompts=1, feedback="sibling", mismatch_limit="none"),
+    "sdpo": dict(divergence="js", top_k=5, weight_decay=0.5, temperature=1.5),
+    "sdpo, many updates": SEVERAL | dict(ratio_limit=1.05, top_k=2, feedback="sibling"),
+    "sdpo, live": dict(minibatch_prompts=2, teacher="live", divergence="kl_teacher_student", max_grad_norm=0.05),
+    "grpo": dict(divide_by_std=True, adam_beta2=0.9),
+    "grpo, many updates": SEVERAL | dict(clip_low=0.04, clip_high=0.06, dual_clip=1.1, lr=0.02),
+    "joint": dict(w_opd=0.6, w_rl=1.4, feedback="sibling"),
+    "joint, many updates": SEVERAL | dict(w_opd=2.0, w_rl=0.5, ratio_limit=1.1, clip_low=0.05, mismatch_limit="none"),
+    "reshape": dict(w_opd=0.3, w_rl=0.8, feedback="solution_first"),
+    "reshape, many updates": SEVERAL | dict(w_opd=0.7, w_rl=1.3, clip_high=0.05, teacher="live", temperature=0.8),
+    "reweight": dict(reweight_lam=0.9, reweight_steps=1, feedback="solution_first"),
+    "reweight, many updates": SEVERAL | dict(reweight_clip=0.5, reweight_steps=4, dual_clip=1.2, ema_rate=0.5),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_loop_makes_the_updates_of_the_reference(case, tmp_path):
+    cfg = config(case.split(",")[0], **CASES[case])
+    done = trained(cfg, tmp_path / "run", recompute=0 if "recomputed" in case else None)
+    s, state, compare = reference(cfg, done.after)
+    total = 0
+    for (batch, e_updates, m_updates, row), (letters, told) in zip(done.batches, done.calls, strict=True):
+        lr = algorithm.learning_rate(s.lr, state.step, s)
+        expected = algorithm.one_batch(state, rows_of(batch, letters, told, cfg), s, compare) | {"lr": lr}
+        assert (e_updates, m_updates) == (expected.pop("e_updates"), expected.pop("m_updates"))
+        left_out = row["left_out"]
+        assert left_out.get("grader failed", 0) == letters.count("x")
+        assert sum(left_out.get(f"m_step: no {why}", 0) for why in ("signal", "context")) == 16 - expected.pop("m_rows")
+        # What the log does not have: delta where it did not move, and the margin where no pass of the teacher's is at the
+        # weights that sampled the batch, or (reweight, one update) where it is over the rows with an advantage only.
+        if not e_updates:
+            expected["shift"] = None
+        if cfg.minibatch_prompts < 4 and not e_updates and cfg.row().distils:
+            expected["margin"] = None
+        if case == "reweight":
+            expected["margin"] = row["margin"]
+        for name, value in expected.items():
+            assert row[name] == (None if value is None else pytest.approx(value, rel=1e-9, abs=1e-12)), name
+        total += e_updates + m_updates
+    assert total == len(done.after) and len(done.batches) == cfg.steps
+    assert len({seed for _, seed, _ in done.sampler.drawn}) == cfg.steps
+    assert done.sampler.calls == "sync " + "sample sleep sync " * cfg.steps
+
+
+def test_a_new_method_is_a_row_and_an_objective(tmp_path, monkeypatch):
+    """README's recipe, on a copy of vpd.py: the flag, what reads it and two batches of training follow."""
+    edited = ModuleType("edited")
+    monkeypatch.setitem(sys.modules, "edited", edited)
+    source = Path(vpd.__file__).read_text()
+    assert source.count("\nMETHODS = {\n") == 1
+    objective = "\ndef half(t, cfg):\n    return 0.5 * t.D + 0.5 * grpo(t, cfg)\n\n"
+    row = '    "half": Method(half, "ema", "either", distils=True, reinforces=True),\n'
+    exec(source.replace("\nMETHODS = {\n", f"{objective}\nMETHODS = {{\n{row}"), vars(edited))
+    parsed = lambda *flags: parse(["--method", "half", *flags], edited.Config, "", "", lambda given: {})  # noqa: E731
+    edited.check(parsed("--clip_low", "0.1", "--ema_rate", "0.1", "--divergence", "js"))
+    for flag in ("--w_opd", "--ratio_limit", "--e_lr"):
+        with pytest.raises(ValueError, match=f"{flag} is for"):
+            edited.check(parsed(flag, "0.5"))
+    mine = trained(config("half", edited, steps=2), tmp_path / "half", edited.train)
+    same = trained(config("joint", steps=2, w_opd=0.5, w_rl=0.5), tmp_path / "joint")
+    assert len(mine.after) == 2 and all(map(torch.equal, mine.after, same.after))
+    assert [row["divergence"] for *_, row in mine.batches] == [row["divergence"] for *_, row in same.batches]
+
+
+# ---- The reference by itself ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def settings(method="vpd", **changes):
+    """Of two groups and one update for each step."""
+    cfg = vpd.Config(method=method, group_size=G, minibatch_prompts=2, e_minibatch_prompts=2, e_step_every=1, lr=1e-3)
+    return SimpleNamespace(**(vars(cfg) | dict(teacher=cfg.reader(), mismatch_limit=2.0, top_k=0) | changes))
+
+
+def batch_of(rewards, contexts=None, ungraded=()):
+    """Rows with random tokens; contexts: which rows have one, default all."""
+    rng, rows = random.Random(1), []
+    for i, r in enumerate(rewards):
+        x, y, C = words(rng, 3, 6), words(rng, 2, 6), words(rng, 2, 5)
+        rows.append(algorithm.Row(x, x + C if contexts is None or contexts[i] else None, y, float(r),
+                                  [-rng.random() * 4 for _ in y], i not in ungraded))  # fmt: skip
+    return rows
+
+
+def taught(s, rows, batches=1):
+    """The state, the figures of the last batch, and (kind, weights) after each update."""
+    state, trace = algorithm.new_state(tiny(), s), []
+    for _ in range(batches):
+        figures = algorithm.one_batch(state, rows, s, lambda kind, model: trace.append((kind, weights(model))))
+    return state, figures, trace
+
+
+def at(vector):
+    model = tiny()
+    torch.nn.utils.vector_to_parameters(vector.clone(), model.parameters())
+    return model
+
+
+@pytest.mark.usefixtures("float64")
+def test_divergences_and_the_tail_by_hand():
+    s, t, mixed = (0.8, 0.2), (0.5, 0.5), (0.65, 0.35)
+    kl = lambda p, q: sum(a * math.log(a / b) for a, b in zip(p, q))  # noqa: E731
+    found = {kind: kl(*pair) for kind, pair in (("kl_student_teacher", (s, t)), ("kl_teacher_student", (t, s)))}
+    logits = lambda *p: torch.tensor([p]).log() + 3  # noqa: E731
+    for kind, value in (found | {"js": 0.5 * kl(s, mixed) + 0.5 * kl(t, mixed)}).items():
+        assert algorithm.divergence(logits(*s), logits(*t), kind).item() == pytest.approx(value, abs=1e-14)
+    # the student's top 2, tokens 1 and 3, and what is left
+    tailed = algorithm.divergence(logits(0.1, 0.6, 0.05, 0.25), logits(0.4, 0.1, 0.3, 0.2), "kl_student_teacher", 2)
+    assert tailed.item() == pytest.approx(kl((0.6, 0.25, 0.15), (0.1, 0.2, 0.7)), abs=1e-14)
+
+
+@pytest.mark.usefixtures("float64")
+def test_advantages_and_tokens_of_every_method_by_hand():
+    rows = batch_of([1, 0, 0, 0, 1, 1, 0, 0], ungraded=[3])
+    expected = [2 / 3, -1 / 3, -1 / 3, 0, 0.5, 0.5, -0.5, -0.5]
+    assert algorithm.advantages(rows, settings()) == pytest.approx(expected)
+    std = math.sqrt(4 * 0.5**2 / 3) + 1e-6
+    divided = algorithm.advantages(rows, settings(divide_by_std=True))
+    assert divided[4:] == pytest.approx([a / std for a in expected[4:]])
+
+    old, D, A_sdpo = torch.tensor([-1.0, -2.0]), torch.tensor([0.3, 0.4]), torch.tensor([0.1, -0.5])
+    now = old + torch.tensor([1.1, 3.0]).log()  # the ratios
+    token = lambda method, A, step=0: algorithm.m_step_tokens(  # noqa: E731
+        now, D, old, A, A_sdpo, step, settings(method, w_rl=2.0, w_opd=0.5)
+    ).tolist()
+    assert token("vpd", 1.0) == [0.3, 0.4]
+    assert token("sdpo", 1.0) == pytest.approx([1.1 * 0.3, 2 * 0.4])
+    assert token("grpo", 1.0) == pytest.approx([-1.1, -1.28])
+    assert token("joint", 1.0) == pytest.approx([0.5 * 1.1 * 0.3 - 2 * 1.1, 0.5 * 2 * 0.4 - 2 * 1.28])
+    assert token("reshape", 0.1) == pytest.approx([-1.1 * (0.2 + 0.05), 3 * (0.25 - 0.2)])
+    for step, lam in [(0, 0.5), (25, 0.25), (60, 0.0)]:
+        A = [-0.5 * (1 - lam + lam * w) for w in (math.exp(-0.1), 1.2)]  # sign(A) = -1; exp(0.5) is over 1.2
+        assert token("reweight", -0.5, step) == pytest.approx([-1.1 * A[0], -3 * A[1]])
+
+
+@pytest.mark.usefixtures("float64")
+def test_adamw_and_clipping_are_torchs_and_the_rate_warms_up_and_falls():
+    s = settings(weight_decay=0.1, adam_beta2=0.95)
+    mine = [torch.randn(3, 2), torch.randn(4)]
+    theirs = [torch.nn.Parameter(p.clone()) for p in mine]
+    optimizer, reference = algorithm.AdamW(), torch.optim.AdamW(theirs, betas=(0.9, 0.95), weight_decay=0.1)
+    for k in range(6):
+        grads = [torch.randn(3, 2) * 3, torch.randn(4) if k % 3 else None]
+        for p, g in zip(theirs, grads):
+            p.grad = None if g is None else g.clone()
+        torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+        reference.param_groups[0]["lr"] = 0.01 * (k + 1)
+        reference.step()
+        optimizer.step(mine, algorithm.clip(grads, 1.0), 0.01 * (k + 1), s)
+        assert all(torch.allclose(a, b, atol=1e-13) for a, b in zip(mine, theirs))
+    rates = [algorithm.learning_rate(2.0, k, settings(warmup_steps=4, schedule="linear", steps=10)) for k in (0, 3, 9)]
+    assert rates == pytest.approx([2 * 0.25, 2 * 0.7, 2 * 0.1])
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_e_step_has_eq_9s_closed_form_gradient_and_a_moving_shift():
+    s = settings(teacher="ema", e_minibatch_prompts=1, ema_rate=0.3)
+    rows = batch_of([1, 0, 0, 1, 0, 1, 1, 0])
+    state, figures, trace = taught(s, rows)
+    assert [kind for kind, _ in trace] == ["e", "e", "m"]
+    r, deltas, points = torch.tensor([row.reward for row in rows]), [], [weights(tiny()), trace[0][1]]
+    for part, vector in ((range(4), points[0]), (range(4, 8), points[1])):  # the second after the first update
+        model, good = at(vector), r[part] == 1
+        log_q = torch.stack([algorithm.logp(model, rows[i].teacher_prompt, rows[i].response).sum() for i in part])
+        log_pi = torch.stack([algorithm.logp(tiny(), rows[i].prompt, rows[i].response).sum() for i in part])
+        r_tilde = 0.1 * (log_q - log_pi).detach()
+        value = (r_tilde[good].mean() + r_tilde[~good].mean()) / 2
+        deltas.append(0.9 * deltas[-1] + 0.1 * value if deltas else value)
+        u = r_tilde - deltas[-1]
+        c = torch.where(good, -0.1 * torch.sigmoid(-u) / 2, 0.1 * torch.sigmoid(u) / 2)
+        gradients = torch.autograd.grad((c * log_q).sum(), list(model.parameters()))
+        points.append(torch.cat([g.flatten() for g in algorithm.clip(gradients, 1.0)]))
+    m = 0.9 * 0.1 * points[2] + 0.1 * points[3]  # AdamW's first moment after both
+    moved = (1 - s.lr * s.weight_decay) * trace[0][1] - trace[1][1]
+    v = 0.999 * 0.001 * points[2] ** 2 + 0.001 * points[3] ** 2
+    assert torch.allclose(moved, s.lr * (m / (1 - 0.9**2)) / ((v / (1 - 0.999**2)).sqrt() + 1e-8), atol=1e-12)
+    assert figures["shift"] == pytest.approx(deltas[1].item(), abs=1e-12)
+    assert torch.allclose(weights(state.teacher), 0.7 * weights(tiny()) + 0.3 * trace[-1][1], atol=1e-15)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("method", vpd.METHODS)
+def test_one_m_update_a_batch_has_the_gradient_of_its_row_losses_written_out(method):
+    """Of the second batch, where student and EMA teacher differ; at ratio 1 all losses are simple."""
+    s = settings(method, teacher="ema", e_step_every=2, divergence="js", top_k=5, w_opd=0.7, w_rl=1.3, ema_rate=0.05)
+    rows = batch_of([1, 0, 0, 1, 1, 1, 1, 1], contexts=[1, 0, 1, 1, 1, 1, 0, 1])
+    one, two = taught(s, rows, batches=1), taught(s, rows, batches=2)  # vpd: E and M, then M
+    student, teacher = at(one[2][-1][1]), at(0.95 * weights(tiny()) + 0.05 * one[2][-1][1])
+    loss, lam = 0, 0.5 * (1 - 1 / 50)
+    for row, A in zip(rows, [0.5, -0.5, -0.5, 0.5, 0, 0, 0, 0]):
+        z = algorithm.logits(student, row.prompt, row.response)
+        now = z.log_softmax(-1).gather(-1, torch.tensor(row.response)[:, None])[:, 0]
+        D = A_sdpo = torch.zeros(len(row.response))
+        if row.teacher_prompt:
+            D = algorithm.divergence(z, algorithm.logits(teacher, row.teacher_prompt, row.response), "js", 5)
+            A_sdpo = (algorithm.logp(teacher, row.teacher_prompt, row.response) - now).detach()
+        w = torch.exp((1 if A > 0 else -1) * A_sdpo).clamp(0.8, 1.2)
+        tokens = {"vpd": D, "sdpo": D, "grpo": -A * now, "joint": 0.7 * D - 1.3 * A * now,
+                  "reshape": -(1.3 * A + 0.7 * A_sdpo) * now,
+                  "reweight": -A * (1 - lam + lam * w) * now}[method]  # fmt: skip
+        mismatch = torch.exp(now.detach() - torch.tensor(row.sampler_logp)).clamp(max=2.0)
+        loss = loss + (mismatch * tokens).mean() / 8  # all 8 rows in the divisor
+    gradient = algorithm.clip(torch.autograd.grad(loss, list(student.parameters())), 1.0)
+    m = [torch.cat([x.flatten() for x in state.optimizers["m"].m.values()]) for state, _, _ in (one, two)]
+    gradient = torch.cat([g.flatten() for g in gradient])
+    assert torch.allclose((m[1] - 0.9 * m[0]) / 0.1, gradient, atol=1e-12)  # what the second batch added to AdamW's m

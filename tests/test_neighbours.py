@@ -1,0 +1,632 @@
+"""DistIL, OVD and models behind a server: the loops against plain references, and a server on this machine."""
+
+import json
+import time
+from collections import Counter
+from functools import partial
+from types import SimpleNamespace
+
+import algorithm
+import pytest
+import torch
+from test_algorithm import SCRIPT, G, Sampler, config, reference, rows_of, trained
+from test_vpd import weights
+
+import feedback
+import vpd
+from model.parallel import World
+from model.policy import Policy
+from neighbours import distil, ovd
+from neighbours.served import FIRST, Asked, ServedModel, ServerSilent, expected_digit, find_digit, read_score
+from tasks import Outcome, Problem
+
+# ---- A served model -----------------------------------------------------------------------------------------
+
+
+def ask(*texts):
+    return [[{"role": "user", "content": text}] for text in texts]
+
+
+def test_a_served_model_answers_in_order_with_the_environments_key_and_seeds(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
+    server.answer = lambda body, _: server.reply_with(body["messages"][-1]["content"].upper())
+    served = ServedModel(server.url, "judge", timeout=5)
+    texts = [f"text {i}" for i in range(20)]
+    assert served.reply(ask(*texts), seed=3, max_tokens=7, temperature=0.5) == [text.upper() for text in texts]
+    assert not served.failures
+    assert {path for path, _, _ in server.seen} == {"/v1/chat/completions"}
+    assert {key for _, key, _ in server.seen} == {"Bearer secret-key"}
+    body = server.seen[0][2]
+    assert (body["model"], body["max_tokens"], body["temperature"]) == ("judge", 7, 0.5)
+    seeds = {body["messages"][0]["content"]: body["seed"] for _, _, body in server.seen}
+    assert len(set(seeds.values())) == 20
+    server.seen.clear()
+    served.reply(ask(*texts[:3]), seed=3, max_tokens=7)
+    assert all(seeds[body["messages"][0]["content"]] == body["seed"] for _, _, body in server.seen)
+
+
+def test_two_retries_and_then_an_empty_reply_that_is_counted(server):
+    def answer(body, attempt):
+        said = body["messages"][-1]["content"]
+        broken = {"never": True, "third time": attempt < 3, "no protocol": True}.get(said, False)
+        return (
+            (200, "[]") if said == "no protocol" else (500, {"error": "busy"}) if broken else server.reply_with("fine")
+        )
+
+    server.answer = answer
+    served = ServedModel(server.url, "judge", timeout=5)
+    replies = served.reply(ask("good", "never", "third time", "no protocol"), seed=0, max_tokens=5)
+    assert replies == ["fine", None, "fine", None]
+    assert (server.attempts["never"], server.attempts["third time"]) == (3, 3)
+    assert sum(served.failures.values()) == 2
+    assert served.reply(ask("good"), seed=0, max_tokens=5) == ["fine"] and not served.failures
+
+
+def test_a_server_that_does_not_answer_in_time_is_left_after_three_attempts(server):
+    server.answer = lambda body, _: (time.sleep(1.0), server.reply_with("late"))[1]
+    served = ServedModel(server.url, "judge", timeout=0.2)
+    assert served.reply(ask("slow"), seed=0, max_tokens=5) == [None]
+    assert "imeout" in next(iter(served.failures))
+    assert server.attempts["slow"] == 3
+
+
+# ---- A served judge's score --------------------------------------------------------------------------------
+
+# Probabilities at the tokens of a reply, and the expected digit by hand. Likely tokens that are no digits do not count.
+TOLD = {
+    "one token": ("7", [("7", 0.5, {"7": 0.5, "2": 0.25, "no": 0.25})], (0.5 * 7 + 0.25 * 2) / 0.75),
+    "not the first": (
+        "Score: 8.",
+        [("Score", 0.9, {"1": 0.1}), (":", 1.0, {"2": 0.1}), (" ", 1.0, {}), ("8", 0.6, {"8": 0.6, "9": 0.4})],
+        0.6 * 8 + 0.4 * 9,
+    ),
+    "with and without a space": ("3", [("3", 0.25, {" 3": 0.25, "3": 0.25, "5": 0.25})], (0.5 * 3 + 0.25 * 5) / 0.75),
+    "a space in the token": ("S 6", [("S", 1.0, {}), (" 6", 0.5, {" 6": 0.5, "4": 0.5})], 0.5 * 6 + 0.5 * 4),
+    "sampled but not likely": ("1", [("1", 0.2, {"9": 0.6})], (0.2 * 1 + 0.6 * 9) / 0.8),
+    "several characters in a token": ("8/9", [("8/9", 0.5, {"8/9": 0.5, "3": 0.5})], 8.0),
+    "the tokens of another text": ("8", [("No", 0.5, {"3": 0.5})], 8.0),  # a thought that the server took out
+    "the tokens of a thought": ("9", [("1", 0.5, {"1": 0.5, "9": 0.1}), (". so", 1.0, {}), ("9", 1.0, {"9": 1.0})], 9.0),
+    "fewer tokens than the reply": ("is 8", [("is", 0.5, {"3": 0.5})], 8.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TOLD)
+def test_a_score_is_the_expected_digit_at_the_replys_digit_or_that_digit(server, case):
+    text, told, score = TOLD[case]
+    server.answer = lambda body, _: server.reply_with(text, told)
+    served = ServedModel(server.url, "judge", timeout=5)
+    ((found,),) = served.score(ask("a"), seed=3, max_tokens=7)
+    assert found == pytest.approx(score) and not served.failures
+    ((path, _, body),) = server.seen
+    assert path == "/v1/chat/completions" and (body["max_tokens"], body["temperature"]) == (7, 0)
+    assert body["logprobs"] is True and body["top_logprobs"] == 20
+
+
+def test_scores_are_in_order_and_a_reply_without_a_digit_is_no_failure(server):
+    told = [("6", 0.5, {"6": 0.5, "4": 0.5})]
+    said = {"down": (500, "busy"), "long": (400, "too long"), "both": server.reply_with("6", told)}
+    server.answer = lambda body, _: (text := body["messages"][0]["content"]) and said.get(text, server.reply_with(text))
+    served = ServedModel(server.url, "judge", timeout=5)
+    replies = served.score(ask("It is a 4.", "nine", "down", "7.5", "0", "long", "both"), seed=3, max_tokens=7)
+    assert replies == [(4.0,), (None,), None, (None,), (0.0,), None, (5.0,)]
+    assert set(served.failures.values()) == {1} and sum(served.failures.values()) == 2
+    assert not served.without and server.attempts["down"] == 3  # refused for another reason: the probabilities stay
+    assert len({body["seed"] for _, _, body in server.seen}) == 7
+
+
+@pytest.mark.parametrize("status", [400, 403, 422])
+@pytest.mark.parametrize("refused", [["logprobs"], ["chat_template_kwargs"], ["logprobs", "chat_template_kwargs"]])
+def test_what_a_server_refuses_is_left_out_and_never_asked_for_again(server, capsys, status, refused):
+    server.answer = lambda body, _: (status, "no") if set(refused) & set(body) else server.reply_with("6")
+    served = ServedModel(server.url, "judge", timeout=5, at_once=1)
+    assert served.score(ask("a", "b", "c"), seed=3, max_tokens=7) == [(6.0,)] * 3 and not served.failures
+    asked = [[name for name in ("logprobs", "chat_template_kwargs") if name in body] for _, _, body in server.seen]
+    kept = [name for name in ("logprobs", "chat_template_kwargs") if name not in refused]
+    assert asked[0] == ["logprobs", "chat_template_kwargs"] and asked[-3:] == [kept] * 3 and len(asked) <= 6
+    assert server.seen[0][2]["chat_template_kwargs"] == {"enable_thinking": False}
+    assert all(body["seed"] == server.seen[0][2]["seed"] for _, _, body in server.seen[:-2])
+    assert served.score(ask("d"), seed=4, max_tokens=7) == [(6.0,)] and not set(refused) & set(server.seen[-1][2])
+    (line,) = capsys.readouterr().err.splitlines()  # said once
+    assert server.url in line and str(status) in line
+
+
+def test_a_cut_reply_has_no_score_unless_it_is_a_digit_alone():
+    def choice(text, finish):
+        return SimpleNamespace(message=SimpleNamespace(content=text), finish_reason=finish, logprobs=None)
+
+    assert read_score(choice("Okay, there are 2 parts", "length")) is None  # a thought that the prompt has opened
+    assert read_score(choice("Okay, there are 2 parts", "stop")) == 2
+    assert read_score(choice(" 7", "length")) == 7
+
+
+# ---- A served expert's next token --------------------------------------------------------------------------
+
+
+def test_the_next_piece_of_a_text_is_drawn_at_temperature_1_and_empty_at_its_end(server):
+    said = {"ends": ("", "stop"), "nothing": ("", "length"), "goes on": (" then", "length"), "done": (".", "stop")}
+    server.answer = lambda body, _: server.complete_with(*said[body["prompt"]])
+    served = ServedModel(server.url, "expert", timeout=5)
+    assert served.next_piece(list(said), seed=3) == ["", None, " then", "."]
+    assert list(served.failures.items()) == [("ValueError: a token without a text", 1)]
+    assert {path for path, _, _ in server.seen} == {"/v1/completions"}
+    asked = dict(model="expert", max_tokens=1, temperature=1.0, top_p=1.0)
+    assert all({name: body[name] for name in asked} == asked for _, _, body in server.seen)
+    assert len({body["seed"] for _, _, body in server.seen}) == 4
+    assert max(body["seed"] for _, _, body in server.seen) < 2**31  # what servers take
+    seeds = {body["prompt"]: body["seed"] for _, _, body in server.seen}
+    served.next_piece(list(said), seed=3)
+    assert all(seeds[body["prompt"]] == body["seed"] for _, _, body in server.seen)
+
+
+def test_the_expert_is_asked_for_its_plain_distribution_where_the_server_has_it(server):
+    server.answer = lambda body, _: server.complete_with("a", "length")
+    served = ServedModel(server.url, "expert", timeout=5, at_once=1)
+    served.next_piece(["x"], seed=3)
+    plain = {"top_k": -1, "min_p": 0, "repetition_penalty": 1, "add_special_tokens": False}
+    assert plain.items() <= server.seen[0][2].items()
+    server.answer = lambda body, _: (400, "top_k?") if "top_k" in body else server.complete_with("a", "length")
+    assert served.next_piece(["x", "y"], seed=3) == ["a", "a"] and served.without == {"plain"}
+    assert [bool(plain.keys() & body.keys()) for _, _, body in server.seen[1:]] == [True, False, False]
+
+
+# ---- A score in words ----------------------------------------------------------------------------------------
+
+
+def test_the_score_is_the_expected_digit_of_what_is_rescaled_to_sum_to_1():
+    p = [0.0] * 10
+    p[2], p[9] = 0.125, 0.375  # 1/4 and 3/4 of their sum
+    assert expected_digit(p) == 0.25 * 2 + 0.75 * 9
+    assert expected_digit([0.0] * 10) is None
+    assert expected_digit(p, least=0.5) is None != expected_digit(p, least=0.49)  # as likely something else
+
+
+REPLIES = {  # reply: its digit and what stands after it
+    "7": "7",
+    "From 0 (certainly wrong) to 9 (certainly right): 6": "6",  # the request's own words
+    "9.0": "9.0",
+    "9.05": None,
+    "**6**": "6**",
+    "10 then 3": "3",
+    "42, 007, 5": "5",
+    "0.5 or 7": "7",
+    "on a scale of 0-9: 6": "6",
+    "0 – 9: 4": "4",
+    "from 0 to 9, 0": "0",
+    "0 to 90": "0 to 90",
+    "<think>4\nor 5</think>\n2": "2",
+    "opened by the prompt: 4</think> 2": "2",
+    "1 <think>4": "1 <think>4",
+    "": None,
+    "٣ ９ ²": None,  # digits of Unicode, which int() would take in part
+}
+
+
+@pytest.mark.parametrize("reply", REPLIES)
+def test_a_score_is_the_first_digit_that_stands_alone_outside_of_thoughts(reply):
+    place = find_digit(reply)
+    assert (None if place is None else reply[place:]) == REPLIES[reply]
+
+
+# ---- Asked by a run ------------------------------------------------------------------------------------------
+
+
+def test_a_server_is_asked_before_the_run_and_one_that_is_not_there_is_named(server):
+    server.answer = lambda body, _: server.complete_with(" 1", "length") if "prompt" in body else server.reply_with("")
+    for who, path in (("critic", "chat/completions"), ("judge", "chat/completions"), ("expert", "completions")):
+        Asked(who, server.url, "m", 5, World(), Counter())  # an empty reply is an answer
+        assert server.seen.pop()[0] == f"/v1/{path}" and not server.seen
+    server.answer = lambda body, _: (404, "no such model")
+    with pytest.raises(ValueError, match=f"--judge_url {server.url} with --judge_model m does not answer: .*404"):
+        Asked("judge", server.url, "m", 5, World(), Counter())
+
+
+@pytest.fixture
+def asked(server):
+    """asked(world): what asks a server that has answered its first question."""
+    server.answer = lambda body, _: server.reply_with("yes")
+    return lambda world=World(): Asked("critic", server.url, "m", 5, world, Counter())
+
+
+def test_failures_are_counted_in_every_process_and_said_by_the_first(asked, capsys):
+    failing = SimpleNamespace(failures={"Timeout: slow": 2, "ValueError: an empty reply": 1}, url="u")
+    for rank, lines in ((0, 2), (1, 0)):
+        one = asked()
+        one.server, one.world = failing, SimpleNamespace(rank=rank, first=lambda ask: ask())
+        assert one.ask(lambda server: ["answer", None]) == ["answer", None]
+        assert one.missing == {"critic: the server failed": 3}
+        said = capsys.readouterr().err.splitlines()
+        assert said == ["critic: Timeout: slow (2 times)", "critic: ValueError: an empty reply (1 times)"][:lines]
+
+
+def test_a_server_without_an_answer_for_three_batches_in_a_row_ends_the_run(asked):
+    one = asked()
+    one.server = SimpleNamespace(url="http://here", failures={"Timeout: slow": 2})
+    silent = lambda: one.ask(lambda _: [None, None])  # noqa: E731
+    silent(), silent(), one.ask(lambda _: [None, "answer"]), silent(), silent()  # one answer is enough
+    with pytest.raises(ServerSilent, match="the critic at http://here has not answered for 3 batches: Timeout: slow"):
+        silent()
+    one.silent, one.server.failures = 0, {}
+    for _ in range(4):  # nobody asked
+        one.ask(lambda _: [])
+
+
+# ---- OVD's judge ---------------------------------------------------------------------------------------------
+
+PROBLEMS = [Problem(str(i), [{"role": "user", "content": f"question {i}"}], reference="secret") for i in range(5)]
+ATTEMPTS = ["one", "<think>hm</think>two", "three", "four", "five"]
+REQUEST = "{question}|{attempt}|0 TO 9"
+
+
+def judge_of(byte_tokenizer, choose=None, **settings):
+    cfg = config("ovd", ovd, judge_request=REQUEST, **settings)
+    policy = SimpleNamespace(tokenizer=byte_tokenizer, world=World(), choose=choose)
+    return ovd.Judge(cfg, policy, SimpleNamespace(name="t", notes=[]))
+
+
+def test_the_students_own_score_comes_from_its_digits_where_it_would_rather_say_one(byte_tokenizer):
+    p = torch.zeros(5, 10, dtype=torch.float64)
+    p[0, 7], p[0, 2] = 0.5, 0.25  # 2/3 and 1/3
+    p[1, 9] = 0.4
+    p[2, 0] = 0.9
+    p[3] = 0.051  # 0.51 together
+    p[4, 8] = 0.5 - 1e-9
+    asked = []
+    judge = judge_of(byte_tokenizer, lambda prompts, ids: asked.extend([prompts, ids]) or p.log())
+    expected = [pytest.approx(2 / 3 * 7 + 1 / 3 * 2), None, 0.0, pytest.approx(4.5), None]
+    assert judge.scores(PROBLEMS, ATTEMPTS, 5) == expected
+    assert judge.missing == {"judge: no digit, kept": 2}
+    decode = byte_tokenizer.decode
+    assert [decode(token) for token in asked[1]] == list("0123456789")
+    assert all("secret" not in decode(prompt) for prompt in asked[0])
+    assert "question 1|two|0 TO 9<" in decode(asked[0][1])  # without its thought
+
+
+def test_a_served_judge_that_failed_or_named_no_digit_gives_no_score(byte_tokenizer, server, capsys):
+    replies = {"one": (200, "8"), "two": (400, "no"), "three": (200, "good"), "four": (200, "0"), "five": (200, "7.5")}
+
+    def answer(body, _):
+        said = body["messages"][0]["content"]
+        status, text = next((v for k, v in replies.items() if f"|{k}|" in said), (200, "1"))
+        return server.reply_with(text) if status == 200 else (status, {"error": {"message": text}})
+
+    server.answer = answer
+    judge = judge_of(byte_tokenizer, judge_url=server.url, judge_model="m", max_judge_tokens=5)
+    server.seen.clear()
+    assert judge.scores(PROBLEMS, ATTEMPTS, step=5) == [8.0, None, None, 0.0, None]
+    bodies = {body["messages"][0]["content"]: body for _, _, body in server.seen}
+    assert set(bodies) == {f"question {i}|{text}|0 TO 9" for i, text in enumerate(replies)}
+    assert {(body["model"], body["max_tokens"]) for body in bodies.values()} == {("m", 5)}
+    assert judge.missing == {"judge: no digit, kept": 2, "judge: the server failed": 1}
+    seeds = {body["seed"] for body in bodies.values()}
+    server.seen.clear()
+    judge.scores(PROBLEMS, ATTEMPTS, step=6)  # another step, other draws
+    assert len(seeds) == 5 and not seeds & {body["seed"] for _, _, body in server.seen}
+
+
+def test_digits_are_tokens_of_their_own_or_the_network_cannot_judge():
+    two = lambda text, **_: SimpleNamespace(input_ids=[17, 7] if text == "7" else [int(text)])  # noqa: E731
+    unknown = lambda text, **_: SimpleNamespace(input_ids=[min(int(text), 8)])  # noqa: E731
+    for broken in (two, unknown):  # a space before a digit; 8 and 9 are both unknown
+        with pytest.raises(ValueError, match="no token of its own for each digit.*--judge_url"):
+            ovd.digit_tokens(broken)
+
+
+def test_a_judges_figures_by_hand():
+    """The AUC counts the pairs of a success and a failure, a tie for one half; a row that the grader failed on, or that
+    has no score, is in no pair."""
+    right, wrong, failed = Outcome(1, "passed"), Outcome(0, "wrong"), Outcome(0, "internal")
+    outcomes = [right, right, right, wrong, wrong, failed, wrong, right]
+    figures = ovd.judge_figures([9.0, 4.5, 2.0, 4.5, 2.49, 0.0, None, None], outcomes, 4.5)
+    assert figures["judge_auc"] == pytest.approx((1 + 1 + 0.5 + 1 + 0 + 0) / 6)  # 9 and 4.5 against 4.5 and 2.49
+    assert figures["scores"] == [1, 0, 2, 0, 0, 2, 0, 0, 0, 1]  # a half rounds up
+    assert figures["accepted"] == 5 / 8  # 9, twice exactly 4.5, and the two without a score
+    for outcomes in ([right, right, right], [right, wrong, failed]):
+        assert ovd.judge_figures([3.0, None, 7.0], outcomes, 5.0)["judge_auc"] is None
+
+
+# ---- DistIL's served expert ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def expert(byte_tokenizer, server):
+    """expert(prompts, responses, rows, step, places, seed): the Asked, ids and weights, by server.answer."""
+
+    def take(prompts, responses, rows, step=0, places=100, seed=0, **policy):
+        answer, server.answer = server.answer, lambda body, _: server.complete_with("a")
+        asked = Asked("expert", server.url, "m", 5, World(), Counter())
+        server.answer = answer
+        server.seen.clear()
+        x, y = ([byte_tokenizer(text).input_ids for text in texts] for texts in (prompts, responses))
+        policy = SimpleNamespace(**{"tokenizer": byte_tokenizer, "eos_ids": [3, 9]} | policy)
+        mask = torch.tensor([[t < len(row) for t in range(max(map(len, y)))] for row in y]).long()
+        has_C = torch.tensor([i in rows for i in range(len(y))])
+        batch = SimpleNamespace(xC=x, y=y, step=step, mask=mask, has_C=has_C, sampler_logp=mask.double())
+        cfg = SimpleNamespace(seed=seed, expert_places=places)
+        return asked, *distil.served_tokens(cfg, policy, asked, batch)
+
+    return take
+
+
+X = ["<|im_start|>user\nadd 1<|im_end|>\n", "two: ", "é three: "]
+Y = ["abcdefgh", "never asked", "xyz<|im_end|>"]
+
+
+def test_the_expert_reads_up_to_a_place_and_ours_is_its_answers_first_token(expert, server, byte_tokenizer):
+    server.answer = lambda body, _: server.complete_with(body["prompt"][-1].upper() + "zz")
+    asked, taken, weight = expert(X, Y, rows=[2, 0], places=3)
+    texts = []
+    for i, n in {0: 8, 2: 4}.items():
+        places = weight[i].nonzero().flatten().tolist()
+        assert len(places) == 3 and max(places) < n
+        assert weight[i, places].tolist() == [pytest.approx(n / 3)] * 3  # the sum is that over all places, expected
+        for t in places:
+            texts.append(X[i] + Y[i][:t])
+            assert byte_tokenizer.decode(taken[i, t]) == texts[-1][-1].upper()
+    assert sorted(body["prompt"] for _, _, body in server.seen) == sorted(texts)
+    assert len({body["seed"] for _, _, body in server.seen}) == 6
+    assert (weight[1] == 0).all() and (taken[weight == 0] == 0).all() and not asked.missing
+
+
+def test_places_are_random_and_a_function_of_seed_step_and_row(expert, server):
+    server.answer = lambda body, _: server.complete_with(chr(97 + body["seed"] % 26))
+    take = lambda **settings: expert(["p"] * 2, ["abcdefgh"] * 2, **dict(places=2) | settings)[1:]  # noqa: E731
+    both = take(rows=[0, 1])
+    assert all(map(torch.equal, take(rows=[0, 1]), both))
+    assert torch.equal(take(rows=[1])[1][1], both[1][1])  # the other rows have no say in a row's places
+    others = [take(rows=[0, 1], step=step)[1] for step in range(1, 20)]
+    assert len({tuple(weight[0].tolist()) for weight in others}) > 5
+    assert sum(not torch.equal(weight[0], weight[1]) for weight in others) > 10
+    assert (sum(others).sum(0) > 0).all() and not torch.equal(take(rows=[0, 1], seed=1)[1], both[1])
+    assert take(rows=[0], places=9)[1].tolist() == [[1.0] * 8, [0.0] * 8]  # all places of a shorter response
+    seeds = [(take(rows=[0, 1], step=step), {body["seed"] for _, _, body in server.seen})[1] for step in (0, 1)]
+    assert len(seeds[0] | seeds[1]) == 2 * 2 * 2  # draws of their own at another step
+
+
+def test_a_place_without_an_experts_token_has_no_loss_and_the_others_stand_for_it(expert, server, byte_tokenizer):
+    said = {
+        ">": server.complete_with("", "stop"),  # it ends there
+        ">a": (400, {"error": {"message": "no"}}),
+        ">aé": server.complete_with("<|im_end|>"),  # text that spells a special token
+        ">aéb": server.complete_with("\ufffd"),  # a part of a character
+        ">aébc": server.complete_with("", "length"),  # a token that is no text
+    }
+    server.answer = lambda body, _: said[body["prompt"]]
+    asked, taken, weight = expert([">"], ["aébcd"], rows=[0])  # six tokens: é is two, and no text ends inside
+    eos, less = byte_tokenizer.eos_token_id, byte_tokenizer("<").input_ids[0]
+    assert taken.tolist() == [[eos, 0, 0, less, 0, 0]] and weight.tolist() == [[6 / 2, 0, 0, 6 / 2, 0, 0]]
+    assert asked.missing == {"expert: no token": 2, "expert: the server failed": 2}
+    without = SimpleNamespace(eos_token_id=None, decode=lambda ids: ">")  # it ends with an EOS of the policy
+    assert expert([">"], ["ab"], rows=[0], tokenizer=without)[1].tolist() == [[3, 3]]
+    said = dict.fromkeys(said, (400, "no"))
+    assert not expert([">"], ["aébcd"], rows=[0])[2].any()
+
+
+# ---- The loops, update by update -----------------------------------------------------------------------------
+
+
+f64 = partial(torch.tensor, dtype=torch.float64)
+
+
+@torch.no_grad()
+def end_of_batch(state, s):
+    for mine, theirs in zip(state.teacher.parameters(), state.model.parameters()) if state.teacher else ():
+        mine.copy_((1 - s.ema_rate) * mine + s.ema_rate * theirs)
+    state.step += 1
+
+
+def distil_batch(state, rows, asked, s, compare):
+    """DistIL on one batch, a row at a time. asked: of each row (T,) what D counts for at its tokens, and what a black box
+    took there, or None where the teacher tells its probabilities. Returns the losses of the updates."""
+
+    def cost(i):  # CE_t, (T,)
+        weight, taken = asked[i]
+        z = algorithm.logits(state.model, rows[i].prompt, rows[i].response)
+        if taken is not None:
+            return -weight * algorithm.chosen_logp(z, taken.tolist())
+        with torch.no_grad():
+            q = algorithm.logits(state.teacher, rows[i].teacher_prompt, rows[i].response).log_softmax(-1)
+        log_s = z.log_softmax(-1)
+        if s.top_k:
+            top = z.detach().topk(s.top_k).indices
+            log_s, q = algorithm.with_tail(log_s, top), algorithm.with_tail(q, top)
+        return -weight * (q.exp() * log_s).sum(-1)
+
+    part = [i for i in range(len(rows)) if asked[i][0].any()]
+    with torch.no_grad():
+        old = [algorithm.logp(state.model, row.prompt, row.response) for row in rows]
+        costs = {i: cost(i).tolist() for i in part}
+    A = {}
+    for i in part:
+        others = [costs[j] for j in part if j // G == i // G and j != i]
+        later = lambda c: f64([sum(c[t + 1 :]) for t in range(len(costs[i]))])  # noqa: E731, B023  0 where c has ended
+        A[i] = (sum(map(later, others)) / max(1, len(others)) - later(costs[i])) * s.future
+        A[i] = A[i] / (len(costs[i]) if s.distil_norm == "length" else 1)
+    size, losses = s.minibatch_prompts * G, []
+    for first in range(0, len(rows), size):
+        loss = 0.0
+        for i in (i for i in part if first <= i < first + size):
+            now = algorithm.logp(state.model, rows[i].prompt, rows[i].response)
+            before = now.detach() if len(rows) == size else old[i]
+            ratio = (now.detach() - before).exp().clamp(max=s.ratio_limit)
+            tokens = ratio * cost(i) + algorithm.grpo(now, before, A[i], s)
+            tokens = tokens * (old[i] - f64(rows[i].sampler_logp)).exp().clamp(max=s.mismatch_limit)
+            loss = loss + (tokens.mean() if s.distil_norm == "length" else tokens.sum() / s.max_response_tokens) / size
+        if not isinstance(loss, float):
+            algorithm.update(state, "m", loss, s, compare)
+            losses.append(loss.item())
+    return losses
+
+
+DISTIL = {
+    "probabilities": dict(top_k=3),
+    "probabilities, many updates": dict(minibatch_prompts=1, distil_norm="constant", ratio_limit=1.05, clip_high=0.1),
+    "samples": dict(expert="samples", distil_norm="constant", feedback="sibling"),
+    "served": dict(expert="served", expert_url="http://x/v1", expert_model="m", expert_places=2, minibatch_prompts=2),
+    "probabilities, no future": dict(future=False, temperature=1.5),
+}
+
+
+@pytest.mark.parametrize("case", DISTIL)
+def test_distil_s_updates_are_those_of_the_formulas(case, tmp_path, monkeypatch):
+    cfg = config("distil", distil, **DISTIL[case])
+    drawn, served, draw, tokens = [], [], Policy.draw, distil.served_tokens
+    monkeypatch.setattr(Policy, "draw", lambda self, *args: drawn.append((args, draw(self, *args))) or drawn[-1][1])
+    monkeypatch.setattr(distil, "served_tokens", lambda *args: served.append(tokens(*args)) or served[-1])
+    piece = lambda texts, seed: [f"w{3 + len(text) % 30}" if len(text) % 5 else None for text in texts]  # noqa: E731
+    expert = SimpleNamespace(missing=Counter(), ask=lambda ask: ask(SimpleNamespace(next_piece=piece)))
+    done = trained(cfg, tmp_path / "run", distil.train, also=expert)
+    s, state, compare = reference(cfg, done.after)
+    for k, ((batch, _, updates, row), call) in enumerate(zip(done.batches, done.calls)):
+        cfg_C = SimpleNamespace(**vars(cfg) | {"reader": lambda: True})  # a served expert reads contexts as well
+        rows = rows_of(batch, *call, cfg_C)
+        weight = [f64([float(row.has_context)] * len(row.response)) for row in rows]
+        taken = [None] * len(rows)
+        if case == "samples":
+            (xC, y, asked, teacher, seeds), ids = drawn[k]
+            assert xC == batch.xC and y == batch.y and asked == [i for i, row in enumerate(rows) if row.has_context]
+            assert teacher not in (None, done.sampler.drawn[0][2])
+            assert len({*seeds, *drawn[k - 1][0][4]}) == 2 * len(rows)  # others in each batch
+            taken = [ids[i, : len(row.response)] for i, row in enumerate(rows)]
+        if case == "served":
+            taken, weight = ([x[i, : len(row.response)] for i, row in enumerate(rows)] for x in served[k])
+        losses = distil_batch(state, rows, list(zip(weight, taken)), s, compare)
+        assert updates == len(losses) and row["m_loss"] == pytest.approx(algorithm.mean(losses), rel=1e-9)
+        end_of_batch(state, s)
+
+
+def ovd_batch(state, rows, shown, s, compare):
+    """OVD's updates on the mixed groups: the rows `shown` hold demonstrations, with their log-probs."""
+    A, size, losses = algorithm.advantages(rows, s), s.minibatch_prompts * G, []
+    with torch.no_grad():
+        old = [algorithm.logp(state.model, row.prompt, row.response) for row in rows]
+    for first in range(0, len(rows), size):
+        loss = 0.0
+        for i in (i for i in range(first, first + size) if A[i]):
+            now, drawn = algorithm.logp(state.model, rows[i].prompt, rows[i].response), f64(rows[i].sampler_logp)
+            if i in shown:  # the teacher's own probability, or none
+                before, mismatch = (drawn if s.ovd_ratio == "teacher" else now.detach()), 1.0
+            else:
+                before = now.detach() if len(rows) == size else old[i]
+                mismatch = (old[i] - drawn).exp().clamp(max=s.mismatch_limit)
+            tokens = algorithm.grpo(now, before, torch.full_like(now, A[i]), s) * mismatch
+            loss = loss + tokens.mean() / size
+        if not isinstance(loss, float):
+            algorithm.update(state, "m", loss, s, compare)
+            losses.append(loss.item())
+    return losses
+
+
+OVD_SCRIPT = [letters for batch in SCRIPT for letters in (batch, ["sfsxfssfsfsfsxsf"])]  # rollouts, demonstrations, ...
+SCORES = [0.0, 5.0, 9.0, 4.99, 4.99, 4.0, None, 7.5, 1.0, 2.0, 8.0, 9.0, 2.0, 3.0, 0.0, 5.01]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [dict(), dict(ovd_ratio="one", teacher="ema"), dict(minibatch_prompts=1, ovd_failed=False)]
+    + [dict(minibatch_prompts=2, ovd_ratio="one")],
+    ids=str,
+)
+def test_ovd_s_updates_are_the_clipped_policy_gradient_over_the_mixed_groups(flags, tmp_path):
+    cfg = config("ovd", ovd, **flags)
+    judge = SimpleNamespace(missing=Counter(), scores=lambda problems, texts, step: list(SCORES))
+    done = trained(cfg, tmp_path / "run", ovd.train, OVD_SCRIPT, judge)
+    s, state, compare = reference(cfg, done.after)
+    student = done.sampler.drawn[0][2]
+    for k, (batch, _, updates, row) in enumerate(done.batches):
+        (letters, told), (grades, _) = done.calls[2 * k : 2 * k + 2]
+        own = SimpleNamespace(**vars(batch) | {"y": [rollout.tokens for rollout in batch.rollouts]})
+        rows = rows_of(own, letters, told, cfg)
+        rejected = [i for i, score in enumerate(SCORES) if score is not None and score < 5]
+        asked = [i for i in rejected if rows[i].has_context]
+        # The teacher draws them: its prompts, a seed of their own, and where it is a copy that copy.
+        prompts, seed, model = done.sampler.drawn[2 * k + 1]
+        assert prompts == [batch.xC[i] for i in asked] and (model is student) == (s.teacher == "live")
+        again = Sampler()
+        demonstrations = again.sample(prompts, 1, seed, cfg.max_response_tokens, 1, 1)
+        shown = {}
+        for i, demonstration, grade in zip(asked, demonstrations, grades, strict=True):
+            if grade == "s" or grade == "f" and cfg.ovd_failed:
+                shown[i] = grade
+                rows[i].response, rows[i].sampler_logp = demonstration.tokens, demonstration.logp
+                rows[i].reward = float(grade == "s")
+        losses = ovd_batch(state, rows, shown, s, compare)
+        assert updates == len(losses) and row["m_loss"] == pytest.approx(algorithm.mean(losses), rel=1e-9)
+        # The log is about the student's rollouts; what was shown is told beside.
+        graded = [letter for letter in letters if letter != "x"]
+        assert row["reward"] == graded.count("s") / len(graded) and row["demonstrations"] == len(shown) / 16
+        assert row["demonstration_reward"] == algorithm.mean([float(grade == "s") for grade in shown.values()])
+        counts = {"rejected without a context, kept": len(rejected) - len(asked),
+                  "demonstration without a grade, rollout kept": grades.count("x"),
+                  "demonstration failed, rollout kept": (len(asked) - len(shown) - grades.count("x"))}  # fmt: skip
+        assert {reason: row["left_out"].get(reason, 0) for reason in counts} == counts and shown
+        end_of_batch(state, s)
+    assert len({seed for _, seed, _ in done.sampler.drawn}) == 2 * 3
+
+
+# ---- Whole runs ----------------------------------------------------------------------------------------------
+
+CHOICE = ["--subset", "choice", "--prompts_per_batch", "4", "--minibatch_prompts", "4", "--group_size", "4",
+          "--max_response_tokens", "30", "--eval_every", "0"]  # fmt: skip
+
+
+def log_of(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_ovd_whose_judge_accepts_everything_is_grpo_bit_for_bit(tmp_path):
+    """choice's model, which has not learned to judge, names no digit."""
+    fixed = [*CHOICE, *"--steps 2 --lr 0.001 --divide_by_std False --minibatch_prompts 2".split()]
+    ovd.main([*fixed, "--ovd_threshold", "9", "--out", str(tmp_path / "ovd")])
+    vpd.main([*fixed, "--method", "grpo", "--out", str(tmp_path / "grpo")])
+    one, other = (weights(tmp_path / name / "model") for name in ("ovd", "grpo"))
+    assert all(torch.equal(one[k], other[k]) for k in one)
+    for row in log_of(tmp_path / "ovd"):
+        assert row["accepted"] == 1 and row["demonstrations"] == 0 and row["left_out"]["judge: no digit, kept"] == 16
+
+
+def test_ovd_on_a_model_that_judges(tmp_path):
+    """The whole method, nothing replaced by a stand-in: its judge knows right from wrong."""
+    flags = "--subset code-judge --prompts_per_batch 6 --minibatch_prompts 6 --eval_every 0 --steps 1 --log_samples 48"
+    ovd.main([*flags.split(), "--out", str(tmp_path / "run")])
+    (row,), samples = log_of(tmp_path / "run"), (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
+    assert row["judge_auc"] > 0.7 and 0.1 < row["accepted"] < 0.9 and row["demonstration_reward"] > 0
+    for sample in map(json.loads, samples):
+        rejected = sample["score"] is not None and sample["score"] < 5
+        assert (sample["demonstration"] is not None) == (rejected and sample["context"] is not None)
+
+
+def test_where_the_expert_s_server_goes_down_the_run_ends_after_three_batches(server, tmp_path, capfd):
+    there = server.complete_with("7")
+    server.answer = lambda body, _: there if body["prompt"] == "1 +" else (400, {"error": {"message": "no"}})
+    flags = ["--expert", "served", "--expert_url", server.url, "--expert_model", "big", "--expert_places", "2"]
+    with pytest.raises(SystemExit) as stop:
+        distil.main([*CHOICE, *flags, "--steps", "9", "--out", str(tmp_path / "run")])
+    assert stop.value.code == 1
+    rows = log_of(tmp_path / "run")
+    assert [row["step"] for row in rows] == [0, 1]
+    for row in rows:
+        assert row["left_out"]["expert: the server failed"] == 2 * round(16 * row["with_context"]) > 0
+        assert row["left_out"]["m_step: no expert's token"] == 16 and row["m_loss"] is None
+    error = capfd.readouterr().err
+    assert "expert: BadRequestError" in error and f"the expert at {server.url} has not answered for 3 batches" in error
+
+
+def test_a_served_critic_reaches_the_teacher_and_the_key_stays_out_of_the_run(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+
+    def answer(body, _):
+        text = body["messages"][0]["content"]
+        fine = text == "1 +" or sum(map(ord, text)) % 2  # the question before the run; some of its own
+        return server.reply_with("look again") if fine else (400, "no")
+
+    server.answer = answer
+    flags = ["--critic_url", server.url, "--critic_model", "judge", "--feedback", "critique", "--no_borrow"]
+    flags += ["--method", "sdpo", "--steps", "1", "--log_samples", "16", "--out", str(tmp_path / "run")]
+    vpd.main([*CHOICE, *flags])
+    (row,) = log_of(tmp_path / "run")
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    seen = [sample["context"] and sample["context"]["critique"] for sample in samples if not sample["reward"]]
+    assert set(seen) == {"look again", None} and row["left_out"]["critic: the server failed"] == seen.count(None)
+    assert {key for _, key, _ in server.seen} == {"Bearer sk-very-secret"}
+    for file in (p for p in (tmp_path / "run").rglob("*") if p.is_file()):
+        assert b"sk-very-secret" not in file.read_bytes(), file
