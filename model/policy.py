@@ -6,6 +6,7 @@ Nothing after this file shifts anything. Only response places are projected on t
 """
 
 import copy
+import json
 import math
 import shutil
 from collections.abc import Iterable, Sequence
@@ -76,7 +77,7 @@ class Policy:
             if not tokenizer("a").input_ids:  # what transformers makes of a folder without tokenizer files
                 raise ValueError("there is no tokenizer")
             folder = hub.folder(str(path)) if world.sharded else None
-            sliced = folder is not None and any(folder.glob("*.safetensors"))
+            sliced = folder is not None and bool(_weight_files(folder))
             model = _sliced(folder, dtype, world, kwargs.get("compute")) if sliced else _whole(path, dtype)
             _mend_generation_config(model)
             policy = cls(model, tokenizer, world=world, placed=sliced, **kwargs)
@@ -373,6 +374,7 @@ def _whole(path: str, dtype: torch.dtype) -> nn.Module:
 def _sliced(folder: Path, dtype: torch.dtype, world: World, compute: torch.dtype | None) -> nn.Module:
     """The network in shards, each filled from its slices of the files: nobody holds the whole of it."""
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -383,8 +385,11 @@ def _sliced(folder: Path, dtype: torch.dtype, world: World, compute: torch.dtype
     model = shard(model, compute).to_empty(device=world.device)
     model.tie_weights()
     try:
-        dcp.load(dict(model.named_parameters()), storage_reader=HuggingFaceStorageReader(folder))
-    except Exception as error:  # the library wraps the causes of all processes
+        reader = HuggingFaceStorageReader(folder)
+        reader.fs.ls = lambda _: _weight_files(folder)  # it would take every file in the folder, a variant's too
+        reader.read_metadata()  # of a damaged file dcp.load would print a traceback
+        dcp.load(dict(model.named_parameters()), storage_reader=reader)
+    except (Exception, CheckpointException) as error:  # the causes of all processes, wrapped in what is no Exception
         why = " ".join(str(next(iter(getattr(error, "failures", {}).values()), [error])[0]).split())
         raise ValueError(f"its weights are not those of its config.json: {why}") from None
     for module in model.modules():  # buffers that no file holds, the rotary embedding's frequencies
@@ -394,6 +399,14 @@ def _sliced(folder: Path, dtype: torch.dtype, world: World, compute: torch.dtype
     if with_generation.exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """The safetensors files that transformers would read; none where it would read others."""
+    one, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if one.exists() or not index.exists():
+        return [str(one)] * one.exists()
+    return sorted({str(folder / name) for name in json.loads(index.read_text())["weight_map"].values()})
 
 
 def _mend_generation_config(model: nn.Module) -> None:
