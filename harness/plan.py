@@ -27,7 +27,8 @@ class Plan:
     three peaks, one at a time; sampling: what trainer and engine hold beside the cache. gpu: bytes of one GPU, 0 for a
     CPU, where only the state is counted. share: of the GPU, the engine's while it samples; cache: what that leaves for
     keys and values; cache_token: of one token; longest: tokens of the longest sequence sampled; host: of the process that
-    gathers the whole weights to save them; model, checkpoint (with optimizer and copies): on disk."""
+    gathers the whole weights to save them; model, checkpoint (with optimizer and copies): on disk; stored: tokens of a
+    micro-batch whose activations fit, so that no layer has to be run again in the backward pass."""
 
     parameters: int
     processes: int
@@ -42,6 +43,7 @@ class Plan:
     host: int
     model: int
     checkpoint: int
+    stored: float = 0.0
 
     @property
     def peak(self) -> str:
@@ -129,17 +131,20 @@ def memory(config, cfg, method, processes: int, gpu_bytes: float = 0) -> Plan:
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     d = getattr(text, "head_dim", None) or H // heads
     student, taught, longest = tokens(cfg, method)
-    moments, sampling, guard = {}, {}, 0
+    moments, sampling, guard, stored = {}, {}, 0, 0.0
     if gpu_bytes:
         # A micro-batch fills micro_batch_tokens or is one longer row. Only the E-step goes backward through the teacher's
         # rows.
         n = max(cfg.micro_batch_tokens, taught if e_step else student)
-        recomputed = n * (
+        activations = (
             2 * (F32 + 2 * BF16) * H  # two norms: input in float32, normalised, output
             + (F32 + BF16) * (heads + kv_heads) * d  # norms of queries and keys
             + BF16 * (heads + 2 * kv_heads) * d  # queries, keys and values as attention takes them
             + BF16 * heads * d  # its output
             + BF16 * 4 * inner  # MLP: gate, its activation, up, their product
+        )  # fmt: skip  (of a layer and token)
+        recomputed = n * (
+            activations
             + BF16 * (3 * inner + 3 * H)  # gradients on their way: three of the MLP, three of states
             + F32 * 3 * H  # a norm's backward pass, in float32
             + F32 * heads * d + 2 * BF16 * heads * d  # attention's: of queries in float32, of keys and values for every head
@@ -174,6 +179,8 @@ def memory(config, cfg, method, processes: int, gpu_bytes: float = 0) -> Plan:
             },
         }
         moments = {name: {**parts, "framework (assumed)": FRAMEWORK + ASLEEP} for name, parts in moments.items()}
+        training = sum(state.values()) + max(sum(parts.values()) for parts in moments.values())
+        stored = max(0.0, 0.9 * gpu_bytes - training) / (activations * len(layers))
         # After a push, with the engine awake, the trainer scores two probes, a layer at a time and without gradients.
         n = 2 * (cfg.max_prompt_tokens + PROBE)
         passing = n * (2 * F32 * H + BF16 * (4 * H + 4 * inner)) + min(n, 2 * PROBE) * 2 * F32 * V
@@ -191,7 +198,7 @@ def memory(config, cfg, method, processes: int, gpu_bytes: float = 0) -> Plan:
     return Plan(
         whole, processes, gpu_bytes, state, moments, sampling, share, cache,
         cache_token=2 * BF16 * text.num_hidden_layers * kv_heads * d, longest=longest,
-        host=whole * (master + (compute if compute < master else 0)), model=whole * compute, checkpoint=whole * master * (1 + 2 * optimizers + len(copies)),
+        host=whole * (master + (compute if compute < master else 0)), model=whole * compute, checkpoint=whole * master * (1 + 2 * optimizers + len(copies)), stored=stored,
     )  # fmt: skip
 
 
@@ -268,4 +275,5 @@ def lines(plan: Plan, cfg, method) -> list[str]:
     cache = f"{size(max(0, plan.cache))} of the engine's {plan.share:.2f} of the GPU for its key-value cache: {plan.cache_token} bytes a token, "
     cache += f"{max(0, int(plan.sequences))} sequences of {plan.longest} tokens"
     peak = f"training peaks in {plan.peak}; the other moments beside the state: {', '.join(others)}"
+    peak += f"; layers are run again in micro-batches of more than {plan.stored:.0f} tokens"
     return [rows, most, *table, peak, cache, end]

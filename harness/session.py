@@ -155,8 +155,10 @@ def open_run(cfg, world: World, also: Callable = lambda *_: None) -> "Run":
         found = plan.show(cfg, method, path, world.size)
         task.notes += notes + world.first(lambda: machine.check(cfg, found))
         policy = Policy.load(
-            path, getattr(torch, cfg.dtype), world, micro_batch_tokens=cfg.micro_batch_tokens, temperature=cfg.temperature
-        )
+            path, getattr(torch, cfg.dtype), world, micro_batch_tokens=cfg.micro_batch_tokens, temperature=cfg.temperature,
+            # transformers' generate would compile the layers anew for each length of its cache.
+            compiled=found.gpu > 0 and cfg.sampler != "hf", recompute=found.stored if found.gpu else None,
+        )  # fmt: skip
         world.wait()  # everybody has read it
     if method.distils and cfg.top_k > policy.vocabulary:
         raise ValueError(f"--top_k {cfg.top_k} exceeds the vocabulary of {policy.vocabulary} tokens")

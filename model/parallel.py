@@ -105,15 +105,17 @@ class World:
         return max(numbers)
 
 
-def shard(model: nn.Module, compute: torch.dtype | None) -> nn.Module:
+def shard(model: nn.Module, compute: torch.dtype | None, compiled: bool = False) -> nn.Module:
     """FSDP2: every decoder layer a unit, and the root with embedding, norm and head. The shards stay in the model's dtype,
-    gradients are averaged in it, and compute is in `compute` (None: the same)."""
+    gradients are averaged in it, and compute is in `compute` (None: the same). compiled: each layer by torch.compile."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     precision = (
         MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32) if compute else MixedPrecisionPolicy()
     )
     for layer in model.base_model.layers:
+        if compiled:
+            layer.compile()
         fully_shard(layer, mp_policy=precision)
     fully_shard(model, mp_policy=precision)
     # The head is used outside of forward, on the states that this method returns: as a method of the root it gathers the

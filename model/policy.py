@@ -29,7 +29,8 @@ class Policy:
     """The network with its tokenizer. `micro_batch_tokens` bounds rows x longest row of one forward pass. compute: dtype
     of forward and backward passes over shards, bfloat16 on CUDA, else the weights' own. recompute: of a micro-batch with more
     tokens than this, only a layer's input is stored and the layer is run again in the backward pass (activation
-    checkpointing); default: never on a CPU, always on CUDA. temperature: that of the rollouts, at which tokens are scored."""
+    checkpointing); default: never on a CPU, always on CUDA. temperature: that of the rollouts, at which tokens are scored. compiled: over
+    shards, each layer by torch.compile."""
 
     def __init__(
         self,
@@ -40,11 +41,12 @@ class Policy:
         compute: torch.dtype | None = None,
         recompute: float | None = None,
         temperature: float = 1.0,
+        compiled: bool = False,
         placed: bool = False,
     ):
         cuda = world.device.type == "cuda"
         self.tokenizer, self.micro_batch_tokens, self.world = tokenizer, micro_batch_tokens, world
-        self.temperature = temperature
+        self.temperature, self.compiled = temperature, compiled
         self.recompute = (0 if cuda else math.inf) if recompute is None else recompute
         self.dtype = model.dtype  # of weights, gradients and optimizer
         self.compute = torch.bfloat16 if compute is None and cuda else compute
@@ -78,7 +80,7 @@ class Policy:
                 raise ValueError("there is no tokenizer")
             folder = hub.folder(str(path)) if world.sharded else None
             sliced = folder is not None and bool(_weight_files(folder))
-            model = _sliced(folder, dtype, world, kwargs.get("compute")) if sliced else _whole(path, dtype)
+            model = _sliced(folder, dtype, world, kwargs.get("compute"), kwargs.get("compiled", False)) if sliced else _whole(path, dtype)
             _mend_generation_config(model)
             policy = cls(model, tokenizer, world=world, placed=sliced, **kwargs)
             policy._check_head()
@@ -103,7 +105,7 @@ class Policy:
 
     def _placed(self, model: nn.Module) -> nn.Module:
         """On this process's device, in shards when there is a group."""
-        return shard(model, self.compute) if self.world.sharded else model.to(self.world.device)
+        return shard(model, self.compute, self.compiled) if self.world.sharded else model.to(self.world.device)
 
     @property
     def device(self) -> torch.device:
@@ -160,7 +162,7 @@ class Policy:
         self.model.reshard()
         with torch.device("meta"):
             twin = AutoModelForCausalLM.from_config(self.model.config, dtype=self.dtype)
-        twin = shard(twin.eval(), self.compute).to_empty(device=self.device)
+        twin = shard(twin.eval(), self.compute, self.compiled).to_empty(device=self.device)
         twin.tie_weights()
         twin.requires_grad_(False)
         with torch.no_grad():
@@ -371,7 +373,7 @@ def _whole(path: str, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def _sliced(folder: Path, dtype: torch.dtype, world: World, compute: torch.dtype | None) -> nn.Module:
+def _sliced(folder: Path, dtype: torch.dtype, world: World, compute: torch.dtype | None, compiled: bool) -> nn.Module:
     """The network in shards, each filled from its slices of the files: nobody holds the whole of it."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
@@ -382,7 +384,7 @@ def _sliced(folder: Path, dtype: torch.dtype, world: World, compute: torch.dtype
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     compute = torch.bfloat16 if compute is None and world.device.type == "cuda" else compute
-    model = shard(model, compute).to_empty(device=world.device)
+    model = shard(model, compute, compiled).to_empty(device=world.device)
     model.tie_weights()
     try:
         reader = HuggingFaceStorageReader(folder)

@@ -145,7 +145,7 @@ def random_policy(config, world: World, tokenizer=TOKENIZER, **kwargs) -> Policy
     """Random weights made in the shards, where they stay: a large model on the CPU first takes minutes."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model = shard(model, BF16).to_empty(device=world.device)
+    model = shard(model, BF16, compiled=GPU).to_empty(device=world.device)
     model.tie_weights()
     torch.manual_seed(0)
     for p in model.parameters():
@@ -298,14 +298,18 @@ def test_the_head_beside_whole_logits_and_its_products(case, world, table, monke
         return total, *torch.autograd.grad(total, [states, matrix])
 
     def on_whole_logits(n: int):
-        logits = (states[:n] @ matrix.T).float()[None]  # of rounded logits, as there
+        logits = product(states[:n], matrix)[None]
         if compared:
-            kind, taught = compared["divergence"].keywords["kind"], (teacher[:n] @ matrix.T)[None]
+            kind, taught = compared["divergence"].keywords["kind"], product(teacher[:n], matrix)[None]
             per_token = losses.distillation_loss(logits, taught, kind, compared["top_k"])
         else:
             per_token = -losses.token_logp(logits, tokens[None, :n])
         total = losses.sequence_mean(per_token, torch.ones_like(per_token), 1)
         return total, *torch.autograd.grad(total, [states, matrix])
+
+    def product(states, matrix):
+        """In float32 of bfloat16 factors, unrounded on CUDA, as there."""
+        return states.float() @ matrix.float().T if GPU else (states @ matrix.T).float()
 
     @torch.no_grad()
     def products():
