@@ -64,20 +64,20 @@ def test_the_log_s_figures_of_a_batch_by_hand():
     logp = torch.tensor([[0.5, 0.2], [0.3, 0.9], [0.1, 0.9]]).log()
     q = torch.tensor([[0.6, 0.4], [0.3, 0.9], [0.9, 0.9]]).log()
     batch = SimpleNamespace(mask=torch.tensor([[1, 1], [1, 0], [1, 0]]), r=torch.tensor([1.0, 0.0, 0.0]),
-                            sampler_logp=torch.tensor([[0.1, 0.4], [0.3, 0.1], [0.9, 0.1]]).log(),
+                            sampler_logp=torch.tensor([[0.1, 0.3], [0.3, 0.1], [0.9, 0.1]]).log(),
                             has_C=torch.tensor([True, False, True]))  # fmt: skip
     entropy = torch.tensor([[1.0, 2.0], [6.0, 99.0], [99.0, 99.0]])
     row = log.BatchLog(0, World(), beta=0.5, limit=2.0)
     row.measured(batch, torch.tensor([True, True, False]), logp, entropy, q)
     assert row.figures["entropy"] == pytest.approx((1 + 2 + 6) / 3)
-    assert row.figures["sampler_gap"] == pytest.approx((math.log(5) + math.log(2) + 0) / 3)
+    assert row.figures["sampler_gap"] == pytest.approx((math.log(5) + math.log(1.5) + 0) / 3)
     assert row.figures["mismatch_truncated"] == pytest.approx(1 / 3)  # 0.5 / 0.1 over 2
     assert row.figures["margin"] is None  # one success
     row.measured(batch, torch.ones(3, dtype=torch.bool), logp, entropy, q)
     assert row.figures["margin"] == pytest.approx(0.5 * (math.log(0.6 / 0.5) + math.log(0.4 / 0.2) - math.log(9)))
 
     row.e_update(0.25, 1.5, torch.tensor([5.0, 4.0, -5.0, -4.0]), torch.tensor([1, 1, 0, 0]))  # σ(−5) < 0.01 < σ(−4)
-    row.e_update(0.75, math.nan, torch.tensor([-5.0, 5.0]), torch.tensor([1, 0]))
+    row.e_update(0.75, math.nan, torch.tensor([-5.0]), torch.tensor([1]))
     row.m_losses, row.m_norms = [1.0, math.nan], [2.0, math.nan]
     row.skip("a", 2), row.skip("b", 0), row.skip("a")
     row.seconds = {"rollout": 1.5, "m_step": 0.5}
@@ -88,7 +88,7 @@ def test_the_log_s_figures_of_a_batch_by_hand():
     )  # fmt: skip
     found = row.row(whole, lr=0.1, distils=True)
     expected = dict(
-        e_loss=0.5, e_grad_norm=1.5, e_rows=6, e_died=2 / 6, m_loss=1.0, m_grad_norm=2.0, updates_not_finite=2,
+        e_loss=0.5, e_grad_norm=1.5, e_rows=5, e_died=2 / 5, m_loss=1.0, m_grad_norm=2.0, updates_not_finite=2,
         reward=0.5, response_length=4 / 3, truncated=1 / 3, with_context=2 / 3, divergence=None,
         success_given_context={"sibling": 0.5}, left_out={"a": 3}, tokens_per_second=2.0, lr=0.1, contexts_cut=1,
         verdicts={"right": 1, "internal": 1, "wrong": 1},
