@@ -51,6 +51,13 @@ def test_e_step_takes_groups_in_which_both_outcomes_have_a_context():
     assert skipped == [10, 2, 3, 3, 2, 2, 5, 2]
 
 
+def test_a_row_without_a_grade_has_an_advantage_of_0_and_not_of_a_rounding():
+    r, graded = torch.tensor([1.0] + [0.0] * 7), torch.tensor([True] * 6 + [False] * 2)
+    A = vpd.advantages(SimpleNamespace(group_size=8, divide_by_std=False), SimpleNamespace(r=r, graded=graded))
+    torch.testing.assert_close(A, torch.tensor([5 / 6] + [-1 / 6] * 5 + [0.0] * 2))
+    assert not A[6:].any()
+
+
 def test_margin_is_mean_of_successes_minus_mean_of_failures():
     r_tilde, lengths = torch.tensor([0.5, -0.1, 0.1, -0.6]), torch.tensor([4, 1, 1, 5])
     figures = log.margin(r_tilde, torch.tensor([1.0, 0, 1, 0]), lengths)
