@@ -10,12 +10,11 @@ unbiased estimator from n samples. Intervals are 95% bootstrap intervals over pr
 for new training runs, whose spread only seeds show.
 """
 
-import hashlib
 import json
 import sys
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from math import comb, inf
 from pathlib import Path
 from typing import NamedTuple
@@ -25,11 +24,11 @@ import torch
 
 import tasks
 from feedback import student_prompt
-from harness import plan
-from harness.command import CannotWrite, Parser, check_out, run, write
+from harness import machine, plan, runs
+from harness.command import CannotWrite, Parser, check_out, fail, run, write
 from model.parallel import World
 from model.policy import Policy
-from rollout import HFSampler, StaleEngine, VLLMSampler, check_sampler, open_sampler, seed_for
+from rollout import StaleEngine, check_sampler, open_sampler, seed_for
 
 
 class Protocol(NamedTuple):
@@ -48,6 +47,8 @@ PROTOCOLS = {  # n is the paper's (Sec. 5), temperature and top_p are SDPO's
     "math": Protocol(4, 0.6, 0.95, 8192),
     "own": Protocol(4, 0.6, 0.95, 8192),
 }
+
+# ---- Numbers -----------------------------------------------------------------------------------------------------
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -71,25 +72,15 @@ def summarise(rewards: np.ndarray) -> dict:
     problems, n = rewards.shape
     low, high = interval(rewards.mean(1))
     result = {"avg": float(rewards.mean()), "low": low, "high": high, "problems": problems, "n": n}
-    for k in (2**i for i in range(1, n.bit_length()) if 2**i <= n):
+    for k in (2**i for i in range(1, n.bit_length())):
         per_problem = np.array([pass_at_k(n, int(c), k) for c in rewards.sum(1)])
         low, high = interval(per_problem)
         result[f"pass@{k}"] = {"value": float(per_problem.mean()), "low": low, "high": high}
     return result
 
 
-def measure(
-    policy: Policy,
-    sampler: HFSampler | VLLMSampler,
-    verify: Callable,
-    problems: list[tasks.Problem],
-    n: int,
-    seed: int,
-    max_tokens: int,
-    temperature: float,
-    top_p: float,
-    prompts: list[list[int]] | None = None,
-) -> dict:
+def measure(policy: Policy, sampler, verify: Callable, problems: list[tasks.Problem], n: int, seed: int, max_tokens: int,
+            temperature: float, top_p: float, prompts: list[list[int]] | None = None) -> dict:  # fmt: skip
     """Samples n responses to each problem (`prompts`: token ids, by default the student's) and grades them: `summarise`'s
     figures; the share of truncated responses; how many the grader itself failed on (they count as failures); under
     "parts" a summary of each part of the benchmark and under "columns" of the verifier's further columns; under
@@ -99,41 +90,36 @@ def measure(
     outcomes = verify([p for p in problems for _ in range(n)], [policy.decode(r.tokens) for r in rollouts])
     rewards = np.array([o.reward for o in outcomes]).reshape(len(problems), n)
     parts = dict.fromkeys(p.part for p in problems)
-    columns = {}
-    for name in dict.fromkeys(name for o in outcomes for name in o.columns):
-        rows = []
+    several = len(parts) > 1
+    columns: dict[str, list] = {name: [] for o in outcomes for name in o.columns}
+    for name, rows in columns.items():
         for i, problem in enumerate(problems):
-            has = [name in o.columns for o in outcomes[i * n : (i + 1) * n]]
-            if any(has) and not all(has):
-                raise tasks.BadTask(
-                    f"problem {problem.id}: some of its outcomes have the column {name!r}, and some have not"
-                )
-            rows += [i] if all(has) else []
-        columns[name] = summarise(np.array([[outcomes[i * n + j].columns[name] for j in range(n)] for i in rows]))
+            has = [o.columns[name] for o in outcomes[i * n : (i + 1) * n] if name in o.columns]
+            if has and len(has) < n:
+                raise tasks.BadTask(f"problem {problem.id}: some of its outcomes have the column {name!r}, and some have not")
+            rows += [has] if has else []
     return {
         **summarise(rewards),
         "truncated": float(np.mean([r.finish == "length" for r in rollouts])),
         "internal": sum(o.verdict == "internal" for o in outcomes),
         "verdicts": dict(Counter(o.verdict for o in outcomes).most_common()),
-        "parts": {part: summarise(rewards[[p.part == part for p in problems]]) for part in parts}
-        if len(parts) > 1
-        else {},
-        "columns": columns,
-        "rewards": {f"{p.part}/{p.id}" if len(parts) > 1 else p.id: row.tolist() for p, row in zip(problems, rewards)},
+        "parts": {part: summarise(rewards[[p.part == part for p in problems]]) for part in parts} if several else {},
+        "columns": {name: summarise(np.array(rows)) for name, rows in columns.items()},
+        "rewards": {f"{p.part}/{p.id}" if several else p.id: row.tolist() for p, row in zip(problems, rewards)},
     }
+
+
+# ---- Lines -------------------------------------------------------------------------------------------------------
 
 
 def line(result: dict) -> str:
     """One line of a table."""
-    cells = [f"avg@{result['n']} {result['avg']:.3f} [{result['low']:.3f}, {result['high']:.3f}]"]
-    cells += [
-        f"{k} {v['value']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" for k, v in result.items() if k.startswith("pass@")
-    ]
-    for name, column in result.get("columns", {}).items():
-        cells.append(f"{name} {column['avg']:.3f} [{column['low']:.3f}, {column['high']:.3f}]")
-    if "truncated" in result:
-        cells.append(f"truncated {result['truncated']:.3f}")
-    return "  ".join(cells) + (f"  grader failed on {result['internal']}" if result.get("internal") else "")
+    show = lambda name, value, v: f"{name} {value:.3f} [{v['low']:.3f}, {v['high']:.3f}]"  # noqa: E731
+    cells = [show(f"avg@{result['n']}", result["avg"], result)]
+    cells += [show(k, v["value"], v) for k, v in result.items() if k.startswith("pass@")]
+    cells += [show(name, v["avg"], v) for name, v in result.get("columns", {}).items()]
+    cells += [f"truncated {result['truncated']:.3f}"] if "truncated" in result else []
+    return "  ".join(cells + ([f"grader failed on {result['internal']}"] if result.get("internal") else []))
 
 
 def table(name: str, label: str, result: dict) -> list[str]:
@@ -146,61 +132,6 @@ def table(name: str, label: str, result: dict) -> list[str]:
         mean = np.mean([figures["avg"] for figures in result["parts"].values()])
         lines.append(row("", "  mean of the domains", f"avg@{result['n']} {mean:.3f}"))
     return lines
-
-
-def fingerprint(model: str) -> str:
-    """Of the weights' files in a folder, by their sizes and their ends; "" for a hub id."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(model).glob("*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(1 << 20))
-            file.seek(max(0, path.stat().st_size - (1 << 20)))
-            digest.update(file.read())
-    return digest.hexdigest()[:16] if Path(model).is_dir() else ""
-
-
-def settings_of(run: Path) -> dict:
-    """The config.json of a run that came to weights. Raises ValueError with one line for what is none."""
-    if not (run / "config.json").is_file() or not (run / "model").is_dir():
-        raise ValueError(f"--run {run} is no finished run directory: config.json or model/ is missing")
-    path, number = run / "config.json", (int, float)
-    needed = {"task": str, "model": str, "method": str, "eval_samples": int, "eval_temperature": number, "eval_top_p": number,
-              "max_response_tokens": int}  # fmt: skip
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is not the configuration of a run")
-    if wrong := [name for name, kind in needed.items() if not isinstance(config.get(name), kind)]:
-        raise ValueError(f"{path} is not the configuration of a run: {wrong[0]} is {config.get(wrong[0])!r}")
-    return config
-
-
-def first_weights(run: Path, config: dict) -> str:
-    """The model that a run started from; of a run that was moved with its model, beside it. Raises ValueError for one that
-    has been changed since."""
-    model = config["model"]
-    beside = [Path(model), run / Path(model).name, Path(__file__).parent / "tasks" / "toy_models" / Path(model).name]
-    found = next((str(folder) for folder in beside if folder.is_dir()), model)
-    if config.get("model_files") and fingerprint(found) != config["model_files"]:
-        raise ValueError(f"{found} no longer holds the weights that {run} started from: evaluate {run}/model by --model")
-    return found
-
-
-def stopped(run: Path, config: dict, task: tasks.Task) -> list[str]:
-    """A line for a run that has not done all of its batches, or whose log does not tell."""
-    log = run / "log.jsonl"
-    if not log.is_file():
-        return [f"{run} has no log.jsonl: how many batches it was trained for is not known"]
-    done = 0
-    for line in log.read_text(errors="replace").splitlines():
-        with suppress(ValueError, KeyError, TypeError):  # a torn line is no batch
-            row = json.loads(line)
-            done = max(done, row["step"] + 1 if row["kind"] == "train" else 0)
-    problems = len(task.train) - config.get("prompts_dropped", 0)
-    asked = config.get("steps") or config.get("epochs", 0) * (problems // config.get("prompts_per_batch", 1))
-    return [f"{run} was stopped after {done} of {asked} batches"] if done < asked else []
 
 
 def grade(task: tasks.Task, path: Path) -> tuple[list[str], list[dict]]:
@@ -219,28 +150,30 @@ def grade(task: tasks.Task, path: Path) -> tuple[list[str], list[dict]]:
         if str(row["id"]) not in problems:
             raise ValueError(f"{path}, row {number}: no problem of --data has the id {row['id']!r}")
     outcomes = task.verify([problems[str(row["id"])] for row in rows], [row["response"] for row in rows])
-    by_problem: dict[str, list[int]] = {}
-    for row, outcome in zip(rows, outcomes):
-        by_problem.setdefault(str(row["id"]), []).append(outcome.reward)
     keys = ("reward", "verdict", "feedback")
     graded = [{"id": row["id"], **{key: getattr(o, key) for key in keys}} for row, o in zip(rows, outcomes)]
+    by_problem: dict[str, list[int]] = {}
+    for row in graded:
+        by_problem.setdefault(str(row["id"]), []).append(row["reward"])
     means = np.array([np.mean(rewards) for rewards in by_problem.values()])
     low, high = interval(means)
     verdicts = ", ".join(f"{count} {verdict}" for verdict, count in Counter(o.verdict for o in outcomes).most_common())
+    without = len(problems) - len(by_problem)
     return [
-        f"{len(rows)} responses to {len(by_problem)} problems, {len(problems) - len(by_problem)} problems without one: {verdicts}",
+        f"{len(rows)} responses to {len(by_problem)} problems, {without} problems without one: {verdicts}",
         f"mean reward of the answered problems {means.mean():.4f} [{low:.4f}, {high:.4f}]",
     ], graded
 
 
-def main(argv: list[str] | None = None) -> None:
+# ---- The command -------------------------------------------------------------------------------------------------
+
+
+def arguments(argv: list[str] | None) -> Namespace:
     parser = Parser("evaluate.py", "avg@n and pass@k of a model on a task, or grades of responses.")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="folder or hub id")
     source.add_argument("--run", type=Path, help="run directory: its first and its last weights, with its own settings")
-    source.add_argument(
-        "--responses", type=Path, help='JSONL of {"id", "response"}, graded without a model; needs --data'
-    )
+    source.add_argument("--responses", type=Path, help='JSONL of {"id", "response"}, graded without a model; needs --data')
     parser.add_argument("--task", choices=tasks.TASKS, help="default toy")
     parser.add_argument("--subset", default="", help="of the task; its first by default")
     parser.add_argument("--data", default="", help="problems in the source's own schema: a file, all of which is used")
@@ -253,81 +186,90 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max_tokens", type=int, help="default 100 for toy, else 8192")
     parser.add_argument("--sampler", choices=("", "vllm", "hf"), default="", help="default: vllm on a GPU, else hf")
     parser.add_argument("--engine_memory", type=float, default=0.6, help="vLLM's share of the GPU's memory")
+    parser.add_argument("--unsafe_sandbox", action="store_true", help="run programs although a layer of the sandbox is missing")
     parser.add_argument("--out", type=Path, help="file for every problem's rewards, or every response's grade")
     args = parser.parse_args(argv)
     given = lambda *flags: [f"--{f}" for f in flags if getattr(args, f) is not parser.get_default(f)]  # noqa: E731
     if args.run and (unused := given("task", "subset")):
         parser.error(f"--run goes without {' and '.join(unused)}: a run has its own")
-    if args.responses and (unused := given("n", "greedy", "temperature", "top_p", "max_tokens", "split")):
+    if args.responses and (unused := given("n", "greedy", "temperature", "top_p", "max_tokens", "split", "seed", "sampler")):
         parser.error(f"--responses goes without {' and '.join(unused)}: they are graded as they are")
     if args.greedy and (args.n not in (None, 1) or args.temperature not in (None, 0)):
         parser.error("--greedy is one sample at temperature 0: it goes without another --n or --temperature")
     args.task, args.split = args.task or "toy", args.split or "test"
+    if args.greedy:
+        args.n, args.temperature = 1, 0.0
+    return args
+
+
+def prepare(args: Namespace) -> tuple[tasks.Task, dict[str, str]]:
+    """The task, and the models by name; what `args` leaves open is set. Raises ValueError with one line."""
+    config = runs.settings_of(args.run) if args.run else {}
+    protocol, models = PROTOCOLS[args.task], {"model": args.model}
+    if args.run:
+        models = {"before": runs.first_weights(args.run, config), "after": str(args.run / "model")}
+        protocol = [config[name] for name in ("eval_samples", "eval_temperature", "eval_top_p", "max_response_tokens")]
+        args.task, args.out = config["task"], args.out or args.run / "evaluation.json"
+        args.subset, args.unsafe_sandbox = config.get("subset", ""), args.unsafe_sandbox or config.get("unsafe_sandbox", False)
+    for name, value in zip(("n", "temperature", "top_p", "max_tokens"), protocol):
+        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    if args.n < 1 or args.max_tokens < 1 or not 0 <= args.temperature < inf or not 0 < args.top_p <= 1:
+        raise ValueError("--n and --max_tokens must be at least 1, --temperature at least 0, --top_p in (0, 1]")
+    if not 0 < args.engine_memory <= 1:
+        raise ValueError(f"--engine_memory must be in (0, 1], not {args.engine_memory}")
+    check_sampler(args.sampler)
+    if args.out:
+        check_out(args.out)
+    for what, path in (("the responses", args.responses), ("the problems", args.data)):
+        if args.out and path and args.out.resolve() == Path(path).resolve():
+            raise ValueError(f"--out {args.out} would replace {what}")
+    whole = args.data and args.task != "own"  # a file of problems; an own task's is code
+    if args.data and args.run or whole and (args.subset or args.split != "test"):
+        raise ValueError("--data takes all rows of a file: it goes without --run, --subset and --split")
+    if args.responses and not args.data:
+        raise ValueError("--responses needs --data, the problems they answer")
+    unsafe = machine.judged(*machine.sandbox(args))
+    if whole:
+        task = tasks.read(args.task, args.data, official=args.responses is not None)
+    else:
+        keys = ("data", "train_tests", "since", "until")
+        options = {key: config[key] for key in keys if key in config} | ({"data": args.data} if args.data else {})
+        task = tasks.load(args.task, args.subset, **options)
+    task.notes += unsafe + (runs.stopped(args.run, config, len(task.train)) if args.run else [])
+    if not getattr(task, args.split) and not args.responses:
+        raise ValueError(f"{task.name} has no {args.split} problems")
+    for path in [] if args.responses else models.values():
+        plan.read(path)
+    return task, models
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(argv)
     try:
-        # Of a run its own settings, else the task's protocol; flags go over both.
-        config = settings_of(args.run) if args.run else {}
-        own = [config.get(name) for name in ("eval_samples", "eval_temperature", "eval_top_p", "max_response_tokens")]
-        protocol = Protocol(*own) if args.run else PROTOCOLS[args.task]
-        first = first_weights(args.run, config) if args.run else args.model
-        models = {"before": first, "after": str(args.run / "model")} if args.run else {"model": first}
-        out = args.out or (args.run / "evaluation.json" if args.run else None)
-        flags = (args.n, args.temperature, args.top_p, args.max_tokens)
-        n, temperature, top_p, limit = (own if flag is None else flag for flag, own in zip(flags, protocol))
-        n, temperature = (1, 0.0) if args.greedy else (n, temperature)
-        if n < 1 or limit < 1 or not 0 <= temperature < inf or not 0 < top_p <= 1:
-            raise ValueError("--n and --max_tokens must be at least 1, --temperature at least 0, --top_p in (0, 1]")
-        if not 0 < args.engine_memory <= 1:
-            raise ValueError(f"--engine_memory must be in (0, 1], not {args.engine_memory}")
-        check_sampler(args.sampler)
-        if out:
-            check_out(out)
-        for what, path in (("the responses", args.responses), ("the problems", args.data)):
-            if out and path and out.resolve() == Path(path).resolve():
-                raise ValueError(f"--out {out} would replace {what}")
-        whole = args.data and args.task != "own"  # a file of problems; an own task's is code
-        if whole and (args.run or args.subset or args.split != "test"):
-            raise ValueError("--data takes all rows of a file: it goes without --run, --subset and --split")
-        if args.responses and not args.data:
-            raise ValueError("--responses needs --data, the problems they answer")
-        if args.run:
-            keys = ("subset", "data", "train_tests", "since", "until")
-            task = tasks.load(config["task"], **{key: config[key] for key in keys if key in config})
-        elif whole:
-            task = tasks.read(args.task, args.data, official=args.responses is not None)
-        else:
-            task = tasks.load(args.task, args.subset, **({"data": args.data} if args.data else {}))
+        task, models = prepare(args)
         if args.responses:
             lines, graded = grade(task, args.responses)
-            print("\n".join([*task.notes, *lines]))
             task.close()
-            if out:
-                write(out, "".join(json.dumps(row) + "\n" for row in graded))
+            print("\n".join([*task.notes, *lines]))
+            if args.out:
+                write(args.out, "".join(json.dumps(row) + "\n" for row in graded))
             return
-        if not torch.cuda.is_available():
-            torch.set_num_threads(1)
-        from transformers.utils import logging as hf_logging
-
-        hf_logging.set_verbosity_error()
-        hf_logging.disable_progress_bar()
-        for path in models.values():
-            plan.read(path)
         world = World.start()
-        task.verify = world.shared(task.verify)
     except CannotWrite:
         raise
     except (ValueError, OSError) as error:
-        parser.error(str(error))
-    problems, results = getattr(task, args.split), {}
-    if not problems:
-        parser.error(f"{task.name} has no {args.split} problems")
-    settings = {"task": task.name, "split": args.split, "seed": args.seed, "temperature": temperature,
-                "top_p": top_p, "max_tokens": limit}  # fmt: skip
-    for note in [*task.notes, *(stopped(args.run, config, task) if args.run else [])]:
-        print(note)
-    print(
-        f"{task.name}, {len(problems)} {args.split} problems, {n} samples each, temperature {temperature}, top_p {top_p}"
-    )
-    sampler = None
+        fail(error, "evaluate.py")
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    problems, results, sampler, verify = getattr(task, args.split), {}, None, world.shared(task.verify)
+    keys = ("split", "seed", "temperature", "top_p", "max_tokens")
+    settings = {"task": task.name, **{key: getattr(args, key) for key in keys}}
+    print("\n".join(task.notes + [f"{task.name}, {len(problems)} {args.split} problems, {args.n} samples each, temperature "
+                                  f"{args.temperature}, top_p {args.top_p}"]))  # fmt: skip
     for name, path in models.items():
         if sampler is not None:  # one network at a time; the engine stays, since both are of one shape
             sampler.sleep()
@@ -336,22 +278,21 @@ def main(argv: list[str] | None = None) -> None:
         try:
             policy = Policy.load(path, torch.bfloat16 if torch.cuda.is_available() else torch.float32, world=world)
         except ValueError as error:
-            parser.error(str(error))
+            fail(error, "evaluate.py")
         if sampler is None:
-            longest = max(len(student_prompt(policy.tokenizer, p.messages)) for p in problems) + limit
+            longest = max(len(student_prompt(policy.tokenizer, p.messages)) for p in problems) + args.max_tokens
             sampler = open_sampler(args.sampler, policy, path, longest, args.engine_memory)
         try:
             sampler.sync(policy)
         except StaleEngine as error:
             print(f"evaluate.py: {error}", file=sys.stderr)
             sys.exit(1)
-        seed = seed_for(args.seed, "evaluation")
-        result = measure(policy, sampler, task.verify, problems, n, seed, limit, temperature, top_p)
-        results[name] = {"model": models[name], **settings, **result}
-        print("\n".join(table(name, models[name], results[name])))
+        drawn = args.n, seed_for(args.seed, "evaluation"), args.max_tokens, args.temperature, args.top_p
+        results[name] = {"model": path, **settings, **measure(policy, sampler, verify, problems, *drawn)}
+        print("\n".join(table(name, path, results[name])))
     task.close()
-    if out and world.rank == 0:
-        write(out, json.dumps(results["model"] if args.model else results, indent=1) + "\n")
+    if args.out and world.rank == 0:
+        write(args.out, json.dumps(results if args.run else results["model"], indent=1) + "\n")
 
 
 if __name__ == "__main__":

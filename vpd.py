@@ -45,7 +45,7 @@ import feedback
 import losses
 from evaluate import PROTOCOLS
 from feedback import SOURCES, TEXTS, Templates
-from harness import presets, session
+from harness import machine, presets, session
 from harness.settings import Group, check_fields, parse, read_by
 from losses import DIVERGENCES
 from model.policy import Policy, ema_update
@@ -89,13 +89,14 @@ def reweight(t, cfg):  # B.26 to B.28; lambda falls linearly to 0
 class Method:
     """What a method is. objective: what the M-step minimises, one of the functions above; teacher: whose weights read the context
     by default ("": nobody's); rows: which rollouts take part, those with a context, with an advantage, or with either; e_step:
-    whether the teacher is trained; distils: whether the objective reads t.D; reinforces: whether it reads t.A."""
+    whether the teacher is trained. What the objective reads: distils, t.D; scores, t.teacher_logp; reinforces, t.A."""
 
     objective: Callable
     teacher: Literal["", "live", "ema"]
     rows: Literal["context", "advantage", "either"]
     e_step: bool = False
     distils: bool = False
+    scores: bool = False
     reinforces: bool = False
 
 
@@ -104,8 +105,8 @@ METHODS = {
     "sdpo": Method(sdpo, "ema", "context", distils=True),
     "grpo": Method(grpo, "", "advantage", reinforces=True),
     "joint": Method(joint, "ema", "either", distils=True, reinforces=True),
-    "reshape": Method(reshape, "ema", "either", reinforces=True),
-    "reweight": Method(reweight, "ema", "advantage", reinforces=True),
+    "reshape": Method(reshape, "ema", "either", scores=True, reinforces=True),
+    "reweight": Method(reweight, "ema", "advantage", scores=True, reinforces=True),
 }
 
 # ---- Settings ----------------------------------------------------------------------------------------------------
@@ -116,6 +117,11 @@ MODEL, ROLLOUTS, ADAMW = Group("Model"), Group("Rollouts"), Group("Optimizer (Ad
 LCB_ONLY = dict(need="--task lcb", reads=lambda c: c.task == "lcb")
 FEEDBACK = Group("Feedback", "a method with a teacher", lambda c: c.row().teacher)
 CRITIQUE = dict(need="--feedback critique and a teacher", reads=lambda c: c.row().teacher and c.feedback == "critique")
+SHOWN = lambda *sources: dict(  # noqa: E731
+    need=f"a teacher and --feedback {', '.join(sources)}", reads=lambda c: c.row().teacher and c.feedback in sources
+)
+SERVERS = dict(need="a model behind a server", reads=lambda c: any(getattr(c, f"{who}_url", "") for who in ("critic", "judge", "expert")))
+VLLM = dict(need="--sampler vllm", reads=lambda c: c.sampler != "hf")
 E_STEP = Group("E-step", "a method with an E-step", lambda c: c.row().e_step)
 DISTIL = Group("Distillation", "a method that distils (its loss reads D)", lambda c: c.row().distils)
 GRADIENT = Group("Policy gradient and hybrids", "a method with a policy gradient", lambda c: c.row().reinforces)
@@ -137,16 +143,17 @@ class Config:
     since: str = RUN("2025-02-01", "lcb: problems from this contest date on", **LCB_ONLY)
     until: str = RUN("2025-05-01", "lcb: problems before this contest date", **LCB_ONLY)
     smoke: Literal["", "qwen3", "olmo3"] = RUN("", "[optional]2 batches of a tiny random model on the project's own records")
-    method: Literal[*METHODS] = RUN("vpd", "what is minimised; METHODS in vpd.py says what each needs")
+    method: Literal[*METHODS] = RUN("vpd", "a row of METHODS in vpd.py; DistIL and OVD are python -m neighbours.distil, .ovd")
     seed: int = RUN(0, "of the order of problems, rollouts, contexts and evaluation")
     out: str = RUN("", "run directory; by default runs/TASK-METHOD-seedN and the time")
     overwrite: bool = RUN(False, "delete the run directory if it exists")
     resume: bool = RUN(False, "go on from the last checkpoint in --out; starts the run if there is none")
     checkpoint_every: int = RUN(10, "rollout batches between checkpoints, of which two are kept; 0: only at the end", least=0)
-    epochs: int = RUN(30, "passes over the training problems, when --steps is 0", least=0)
+    epochs: int = RUN(30, "passes over the training problems", least=0, need="--steps 0", reads=lambda c: not c.steps)
     steps: int = RUN(0, "rollout batches; 0: by --epochs", least=0)
     log_samples: int = RUN(8, "rollouts of each batch that go to samples.jsonl", least=0)
-    unsafe_sandbox: bool = RUN(False, "run programs although this machine lacks a layer of the sandbox")
+    unsafe_sandbox: bool = RUN(False, "run programs although this machine lacks a layer of the sandbox",
+                                need="tasks that run programs", reads=machine.runs_programs)  # fmt: skip
     plan: bool = PLAN(False, "print what the run needs, check this machine, and end")
     gpus: int = PLAN(0, "with --plan: GPUs to plan for; 0: those here", least=0, need="--plan", reads=lambda c: c.plan)
     gpu_memory: float = PLAN(0.0, "with --plan: GB of each; 0: as here", least=0, need="--plan", reads=lambda c: c.plan)
@@ -156,7 +163,7 @@ class Config:
     eval_temperature: float = WATCH(LCB.temperature, "SDPO's 0.6 on the paper's tasks", least=0)
     eval_top_p: float = WATCH(LCB.top_p, "SDPO's 0.95 on the paper's tasks", above=0, most=1)
     teacher_probe: int = WATCH(0, "base failures on which the teacher's pass rate is measured at every evaluation", least=0,
-                               need="a method with a teacher", reads=lambda c: c.row().teacher)  # fmt: skip
+                               need="a method with a teacher, and --eval_every", reads=lambda c: c.row().teacher and c.eval_every)  # fmt: skip
 
     model: str = MODEL("Qwen/Qwen3-8B", "folder or hub id")
     dtype: Literal["float32", "float64"] = MODEL("float32", "of the weights")
@@ -169,7 +176,7 @@ class Config:
     temperature: float = ROLLOUTS(1.0, "of rollouts, at which the trainer scores as well", above=0)
     top_p: float = ROLLOUTS(1.0, "of rollouts", above=0, most=1)
     sampler: Literal["", "vllm", "hf"] = ROLLOUTS("", "vLLM on a GPU and transformers' generate on a CPU by default")
-    engine_memory: float = ROLLOUTS(0.0, "vLLM's share of the GPU while it samples; 0: by the plan", least=0, most=1)
+    engine_memory: float = ROLLOUTS(0.0, "vLLM's share of the GPU while it samples; 0: by the plan", least=0, most=1, **VLLM)
 
     lr: float = ADAMW(1e-6, "learning rate of the M-step", above=0)
     warmup_steps: int = ADAMW(0, "rollout batches over which the learning rate rises", least=0)
@@ -181,16 +188,18 @@ class Config:
     minibatch_prompts: int = ADAMW(1, "prompts per M-step update; at 1 a batch of 32 prompts makes 32 updates", above=0)
 
     feedback: Literal[*SOURCES] = FEEDBACK("solution_first", "where C comes from (feedback.py)")
-    borrow: bool = FEEDBACK(True, "a success borrows a failing sibling's text")
+    borrow: bool = FEEDBACK(True, "a success borrows a failing sibling's text", **SHOWN("both", *TEXTS))
     passed_text: str = FEEDBACK("", "a success sees this text instead, which gives its label away (ablation)")
     max_teacher_tokens: int = FEEDBACK(10240, "of the teacher's prompt; beyond it the context is cut", above=0)
     max_critique_tokens: int = FEEDBACK(512, "of a critique", above=0, **CRITIQUE)
     critic_url: str = FEEDBACK("", "critiques from an OpenAI-compatible server (key: OPENAI_API_KEY), not the student", **CRITIQUE)
     critic_model: str = FEEDBACK("", "the name it serves", **CRITIQUE)
-    server_timeout: float = FEEDBACK(60.0, "seconds to wait for a server, three times", above=0)
-    solution_template: str = FEEDBACK(WORDS.solution, "section of the teacher's prompt, with {solution}")
-    feedback_template: str = FEEDBACK(WORDS.feedback, "section of the teacher's prompt, with {feedback}")
-    critique_template: str = FEEDBACK(WORDS.critique, "section of the teacher's prompt, with {critique}")
+    server_timeout: float = FEEDBACK(60.0, "seconds to wait for a server, three times", above=0, **SERVERS)
+    solution_template: str = FEEDBACK(WORDS.solution, "section of the teacher's prompt, with {solution}",
+                                  **SHOWN("sibling", "solution_first", "both"))  # fmt: skip
+    feedback_template: str = FEEDBACK(WORDS.feedback, "section of the teacher's prompt, with {feedback}",
+                                  **SHOWN("environment", "solution_first", "both"))  # fmt: skip
+    critique_template: str = FEEDBACK(WORDS.critique, "section of the teacher's prompt, with {critique}", **CRITIQUE)
     closing_line: str = FEEDBACK(WORDS.closing, "end of the teacher's prompt")
     critique_request: str = FEEDBACK(WORDS.request, "what a critic is asked: {question}, {attempt}, {reference}", **CRITIQUE)
 
@@ -209,7 +218,7 @@ class Config:
     ema_rate: float = FEEDBACK(0.01, "teacher <- (1 - rate) teacher + rate student, per rollout batch", least=0, most=1,
                                need="an EMA teacher", reads=lambda c: c.reader() == "ema")  # fmt: skip
     ratio_limit: float = DISTIL(2.0, "SDPO's token weight min(pi / pi_old, limit)", above=0, **objective_reads("ratio_limit"))
-    mismatch_limit: str = ROLLOUTS("2", "SDPO's token weight min(pi_old / pi_sampler, limit) when vLLM samples; none: off")
+    mismatch_limit: str = ROLLOUTS("2", "SDPO's token weight min(pi_old / pi_sampler, limit) when vLLM samples; none: off", **VLLM)
 
     divide_by_std: bool = GRADIENT(False, "advantages over their group's standard deviation; SDPO's code does not")
     clip_low: float = GRADIENT(0.2, "the ratio pi / pi_old is clipped to 1 - clip_low", above=0)
@@ -276,6 +285,13 @@ class Batch:
     def lengths(self) -> list[int]:
         """Tokens of each row through the network, in the longer of its two views."""
         return [max(len(x), len(xC)) + len(y) for x, xC, y in zip(self.x, self.xC, self.y)]
+
+    def known(self, A: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What is known of each token before an update, (B, T) each. A: (B,), the rows' advantages."""
+        known = {"sampler_logp": self.sampler_logp, "A": A, "has_C": self.has_C,
+                 "old_logp": self.old_logp, "teacher_logp": self.teacher_logp}  # fmt: skip
+        wide = lambda x: x if x.ndim == 2 else x[:, None].expand_as(self.mask)  # noqa: E731
+        return {name: wide(x) for name, x in known.items() if x is not None}
 
     def student(self, policy: Policy, rows: list[int]):
         """The rows under the student's prompt, pi_theta(.|x)."""
@@ -378,8 +394,8 @@ def advantages(cfg: Config, batch: Batch) -> torch.Tensor:
 
 
 def adamw(cfg: Config, policy: Policy) -> torch.optim.AdamW:
-    betas = cfg.adam_beta1, cfg.adam_beta2
-    return torch.optim.AdamW(policy.model.parameters(), cfg.lr, betas, weight_decay=cfg.weight_decay)
+    betas, fused = (cfg.adam_beta1, cfg.adam_beta2), policy.device.type == "cuda"  # fused: half the time, no copy of the state
+    return torch.optim.AdamW(policy.model.parameters(), cfg.lr, betas, weight_decay=cfg.weight_decay, fused=fused)
 
 
 def train(cfg: Config, run: session.Run) -> None:
@@ -415,8 +431,7 @@ def train(cfg: Config, run: session.Run) -> None:
             e_due = method.e_step and step % cfg.e_step_every == 0
             frozen = e_due or size < len(batch.y)
             if frozen:
-                hybrid = bool(cfg.reader()) and not method.distils
-                log.frozen(batch, freeze(batch, policy, teacher, with_teacher=e_due or hybrid))
+                log.frozen(batch, freeze(batch, policy, teacher, with_teacher=e_due or method.scores))
             log.lap("freeze")
 
             # ---- 4. E-step: refine the teacher (Eq. 9), every F-th batch
@@ -452,22 +467,17 @@ def train(cfg: Config, run: session.Run) -> None:
             A = advantages(cfg, batch) if method.reinforces else torch.zeros_like(batch.r)  # (B,)
             takes_part = {"context": batch.has_C, "advantage": A != 0, "either": batch.has_C | (A != 0)}[method.rows]
             log.skip("m_step: no signal" if method.reinforces else "m_step: no context", int((~takes_part).sum()))
-            known = {"sampler_logp": batch.sampler_logp, "A": A, "has_C": batch.has_C}
-            known |= {"old_logp": batch.old_logp} if frozen else {}
-            known |= {"teacher_logp": batch.teacher_logp} if batch.teacher_logp is not None else {}
-            known = {name: v if v.ndim == 2 else v[:, None].expand_as(batch.mask) for name, v in known.items()}  # (B, T)
-            reads = bool(cfg.reader()) and (method.distils or not frozen)
+            known = batch.known(A)
+            reads = method.distils or method.scores and not frozen  # whether the update's passes need the teacher's view
 
             def per_token(t):
-                """The M-step's loss of each token: the objective, weighed for the gap between trainer and sampler."""
-                if size == len(batch.y):  # pi_old is the student as it is now
-                    t.frozen_logp, t.old_logp = t.old_logp if frozen else t.logp.detach(), t.logp.detach()
-                else:
-                    t.frozen_logp = t.old_logp
-                if reads and batch.teacher_logp is None:
-                    t.teacher_logp = torch.where(t.has_C, t.teacher_logp, t.old_logp)  # no context: A^SDPO = 0
-                t.D, t.step = t.D * t.has_C, step
-                mismatch = 1.0 if limit is None else losses.truncated_ratio(t.frozen_logp, t.sampler_logp, limit)
+                """The objective at each token, weighed for the gap between trainer and sampler."""
+                now, t.step, t.D = t.logp.detach(), step, t.D * t.has_C
+                frozen_logp = t.old_logp if frozen else now
+                t.old_logp = now if size == len(batch.y) else frozen_logp  # one update a batch: its ratio is exactly 1
+                if method.scores and not frozen:
+                    t.teacher_logp = torch.where(t.has_C, t.teacher_logp, now)  # no context: A^SDPO = 0
+                mismatch = 1.0 if limit is None else losses.truncated_ratio(frozen_logp, t.sampler_logp, limit)
                 return method.objective(t, cfg) * mismatch
 
             for first in range(0, len(batch.y), size):
@@ -532,6 +542,9 @@ def check(cfg: Config) -> None:
             "--feedback both with --no_borrow gives failures a text and successes none: the label is given away"
         )
     feedback.check_server("critic", cfg.critic_url, cfg.critic_model)
+    number = cfg.mismatch_limit.replace(".", "", 1)
+    if cfg.mismatch_limit != "none" and not (number.isdecimal() and float(cfg.mismatch_limit) > 0):
+        raise ValueError(f"--mismatch_limit must be a number above 0, or none, not {cfg.mismatch_limit}")
     if cfg.passed_text and cfg.feedback not in TEXTS:
         raise ValueError(f"--passed_text takes the place of a borrowed text: it needs --feedback {' or '.join(TEXTS)}")
     if cfg.teacher and not method.teacher:
@@ -539,10 +552,14 @@ def check(cfg: Config) -> None:
     cfg.templates()  # raises ValueError for a template without its hole
 
 
-def main(argv: list[str] | None = None) -> None:
+def settings(argv: list[str] | None = None) -> Config:
+    """What a command's flags mean."""
     preset = partial(presets.of, PRESETS)
-    cfg = parse(argv, Config, "python vpd.py", "Variational Policy Distillation and its baselines.", preset)
-    session.launch(cfg, check, train)
+    return parse(argv, Config, "python vpd.py", "Variational Policy Distillation and its baselines.", preset)
+
+
+def main(argv: list[str] | None = None) -> None:
+    session.launch(settings(argv), check, train)
 
 
 if __name__ == "__main__":

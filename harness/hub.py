@@ -4,17 +4,21 @@ A library that finds no hub tries for half a minute and tells of every attempt. 
 later, tells whether there is a hub; what it answers is left to the library, whose time limits and retries for real downloads stay.
 """
 
+import json
 import logging
 import time
 from pathlib import Path
 
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, snapshot_download, try_to_load_from_cache
-from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every attempt; the outcome is enough
-
 # By name: the hub's client has changed the package that these come from, and some leave them as they are.
 NO_HUB = ("ConnectError", "ConnectTimeout", "ProxyError", "OfflineModeIsEnabled")
+
+
+def library():
+    """The hub's client, which only a model or data of the hub needs: it takes a third of a second."""
+    import huggingface_hub
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every attempt; the outcome is enough
+    return huggingface_hub
 
 
 def look(path: str) -> None:
@@ -26,40 +30,64 @@ def look(path: str) -> None:
         return
     if Path(path).exists():
         raise ValueError("it is a file, and a model is a folder or an id on the hub")
-    missing = "there is no folder of this name"
+    none = "there is no folder of this name"
     if path.startswith(("/", "./", "../", "~")):
-        raise ValueError(missing)
+        raise ValueError(none)
     try:
-        validate_repo_id(path)
-    except HFValidationError:
-        raise ValueError(f"{missing}, and an id on the hub is OWNER/NAME") from None
+        library().utils.validate_repo_id(path)
+    except ValueError:
+        raise ValueError(f"{none}, and an id on the hub is OWNER/NAME") from None
     if not cached(path, "config.json") and (reason := unreachable(path, "config.json")):
-        raise ValueError(f"{missing}, and {reason}")
+        raise ValueError(f"{none}, and {reason}")
 
 
 def cached(repo: str, file: str, kind: str = "model") -> bool:
     """Is the file in the library's cache? (Which also notes the files that a repository has not.)"""
-    return isinstance(try_to_load_from_cache(repo, file, repo_type=kind), str)
+    return isinstance(library().try_to_load_from_cache(repo, file, repo_type=kind), str)
+
+
+def missing(model: str) -> bool:
+    """Are weights of this model of the hub still to be downloaded?"""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = library().try_to_load_from_cache(model, f"{name}.index.json")
+        files = set(json.loads(Path(index).read_text())["weight_map"].values()) if isinstance(index, str) else {name}
+        if all(cached(model, file) for file in files):
+            return False
+    return True
+
+
+def cache() -> Path:
+    """Where the library keeps what it downloads."""
+    return Path(library().constants.HF_HUB_CACHE)
 
 
 def unreachable(repo: str, file: str, kind: str = "model") -> str:
     """Why the hub cannot be asked for this file, "" if it answers, whatever it says. Asks a second time after a second, since
     a name server may stumble when many processes start at once."""
-    reason = ""
+    hf, reason = library(), ""
     for wait in (1.0, 0.0):
         try:
-            get_hf_file_metadata(hf_hub_url(repo, file, repo_type=kind))
+            hf.get_hf_file_metadata(hf.hf_hub_url(repo, file, repo_type=kind))
             return ""
         except Exception as error:  # the client's errors share no base with the library's own
             if type(error).__name__ not in NO_HUB:
                 return ""
-            if constants.is_offline_mode():
-                return f"{constants.ENDPOINT} cannot be reached (HF_HUB_OFFLINE is set)"
-            reason = f"{constants.ENDPOINT} cannot be reached ({' '.join(str(error).split())})"
+            if hf.constants.is_offline_mode():
+                return f"{hf.constants.ENDPOINT} cannot be reached (HF_HUB_OFFLINE is set)"
+            reason = f"{hf.constants.ENDPOINT} cannot be reached ({' '.join(str(error).split())})"
         time.sleep(wait)
     return reason
 
 
 def folder(model: str) -> Path:
     """The folder of a model: itself, or where the library keeps what it has downloaded of the hub's."""
-    return Path(model) if Path(model).is_dir() else Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors"]))
+    return Path(model) if Path(model).is_dir() else Path(library().snapshot_download(model, allow_patterns=["*.json", "*.safetensors"]))
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether a folder is a model's and nothing else's, so that another may replace it: a run's has a config.json as well."""
+    try:
+        named = "model_type" in json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError, TypeError):
+        return False
+    return named and not any(path.is_dir() for path in folder.iterdir())

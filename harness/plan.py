@@ -3,7 +3,7 @@ model's config. No weights are read and no GPU is needed, so that `python vpd.py
 
 A GPU's memory has two peaks. In training the engine that samples sleeps; in sampling the gradients are gone, and what
 the trainer does not keep is for the engine's weights and its key-value cache. Tensors are counted one by one, as
-policy.py and head.py hold them; the three constants below are assumptions. GB is 10^9 bytes.
+policy.py and head.py hold them; the constants below are assumptions. GB is 10^9 bytes.
 """
 
 from dataclasses import dataclass
@@ -16,16 +16,18 @@ from model import head
 FRAMEWORK = 4.0e9  # assumed: CUDA context, NCCL's buffers, and what the allocator holds but cannot use
 ENGINE = 3.0e9  # assumed: CUDA graphs and activations of an engine awake
 ASLEEP = 1.5e9  # assumed: what stays of an engine asleep, mostly its graphs
+LARGEST_SHARE = 0.65  # of the GPU, for the engine: a larger cache than this fills no faster
+PROBE = 32  # tokens at most of each of a process's two probes after a push (rollout.VLLMSampler)
 BF16, F32 = 2, 4  # bytes
 
 
 @dataclass(frozen=True)
 class Plan:
     """Bytes per GPU, by name. state: what stands throughout training; moments: what comes on top at each of training's
-    four peaks, one at a time; sampling: what trainer and engine hold beside the cache. gpu: bytes of one GPU, 0 for a
-    CPU, where the state alone is counted. share: of the GPU, the engine's while it samples; cache: what that leaves for
-    keys and values; cache_token: of one token; longest: tokens of the longest sequence sampled;
-    host: all processes together while weights are loaded; model, checkpoint (with optimizer and copies): on disk."""
+    three peaks, one at a time; sampling: what trainer and engine hold beside the cache. gpu: bytes of one GPU, 0 for a
+    CPU, where only the state is counted. share: of the GPU, the engine's while it samples; cache: what that leaves for
+    keys and values; cache_token: of one token; longest: tokens of the longest sequence sampled; host: of the process that
+    gathers the whole weights to save them; model, checkpoint (with optimizer and copies): on disk."""
 
     parameters: int
     processes: int
@@ -127,7 +129,7 @@ def memory(config, cfg, method, processes: int, gpu_bytes: float = 0) -> Plan:
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     d = getattr(text, "head_dim", None) or H // heads
     student, taught, longest = tokens(cfg, method)
-    moments, sampling = {}, {}
+    moments, sampling, guard = {}, {}, 0
     if gpu_bytes:
         # A micro-batch fills micro_batch_tokens or is one longer row. Only the E-step goes backward through the teacher's
         # rows.
@@ -139,7 +141,9 @@ def memory(config, cfg, method, processes: int, gpu_bytes: float = 0) -> Plan:
             + BF16 * heads * d  # its output
             + BF16 * 4 * inner  # MLP: gate, its activation, up, their product
             + BF16 * (3 * inner + 3 * H)  # gradients on their way: three of the MLP, three of states
-        )
+            + F32 * 3 * H  # a norm's backward pass, in float32
+            + F32 * heads * d + 2 * BF16 * heads * d  # attention's: of queries in float32, of keys and values for every head
+        )  # fmt: skip
         compares = bool(teacher) and not writes_responses(method)  # the teacher's states meet the student's
         full = method.distils and not cfg.top_k
         chunk = min(n, head.tokens_per_chunk(V, compute, "cuda", 1 + compares))
@@ -160,7 +164,7 @@ def memory(config, cfg, method, processes: int, gpu_bytes: float = 0) -> Plan:
             "the loss head": {**standing, "logits in chunks": chunks},
             "a layer's backward pass": {
                 **standing,
-                "layers gathered, two": 2 * layer_size * compute,
+                "layers gathered, three": 3 * layer_size * compute,  # this one, the next one, and the buffer between
                 "a layer's gradient, to be reduced": layer_size * (compute + F32),
                 "a layer run again": recomputed,
             },
@@ -168,17 +172,26 @@ def memory(config, cfg, method, processes: int, gpu_bytes: float = 0) -> Plan:
                 "root gathered": root_size * compute,
                 "its gradient, to be reduced": root_size * (compute + F32),
             },
-            "the update": {"AdamW's square roots": shard * master},
         }
         moments = {name: {**parts, "framework (assumed)": FRAMEWORK + ASLEEP} for name, parts in moments.items()}
-        sampling = {**kept, "engine's weights, bf16": BF16 * whole, "framework, engine (assumed)": FRAMEWORK + ENGINE}
-    # The engine gets what the trainer does not keep, less a twentieth for what nobody counted.
-    share = cfg.engine_memory or min(0.8, 0.95 - (sum(kept.values()) + FRAMEWORK) / gpu_bytes if gpu_bytes else 0.8)
+        # After a push, with the engine awake, the trainer scores two probes, a layer at a time and without gradients.
+        n = 2 * (cfg.max_prompt_tokens + PROBE)
+        passing = n * (2 * F32 * H + BF16 * (4 * H + 4 * inner)) + min(n, 2 * PROBE) * 2 * F32 * V
+        guard = root_size * compute + 2 * layer_size * compute + passing
+        sampling = {
+            **kept,
+            "the check of a push, a forward pass": guard,
+            "engine's weights, bf16": BF16 * whole,
+            "framework, engine (assumed)": FRAMEWORK + ENGINE,
+        }
+    # The engine gets what the trainer does not need beside it, less a twentieth for what nobody counted.
+    beside = (sum(kept.values()) + guard + FRAMEWORK) / gpu_bytes if gpu_bytes else 0
+    share = cfg.engine_memory or min(LARGEST_SHARE, 0.95 - beside)
     cache = share * gpu_bytes - BF16 * whole - ENGINE
     return Plan(
         whole, processes, gpu_bytes, state, moments, sampling, share, cache,
-        cache_token=2 * BF16 * text.num_hidden_layers * kv_heads * d, longest=longest, host=whole * master * processes,
-        model=whole * compute, checkpoint=whole * master * (1 + 2 * optimizers + len(copies)),
+        cache_token=2 * BF16 * text.num_hidden_layers * kv_heads * d, longest=longest,
+        host=whole * (master + (compute if compute < master else 0)), model=whole * compute, checkpoint=whole * master * (1 + 2 * optimizers + len(copies)),
     )  # fmt: skip
 
 
@@ -239,7 +252,8 @@ def lines(plan: Plan, cfg, method) -> list[str]:
     if method.e_step:
         rows += f"; E-step: {B // cfg.e_minibatch_prompts} every {cfg.e_step_every} batches, {e_rows} sequences each"
         most += f", {e_rows * taught} an E-step update"
-    end = f"host memory to load the weights {size(plan.host)}; on disk: model {size(plan.model)}, "
+    end = f"host memory {size(plan.host)} in the process that gathers the weights to save them (each loads only its shard); "
+    end += f"on disk: model {size(plan.model)}, "
     end += f"weights with optimizer {size(plan.checkpoint)}"
     if not plan.gpu:
         end = f"{plan.parameters:.3g} parameters; {size(sum(plan.state.values()))} a process with optimizer; {end}"

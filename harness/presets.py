@@ -8,9 +8,10 @@ FIXTURES = Path(__file__).parents[1] / "tasks" / "fixtures"
 
 # Ours: models of 0.23M parameters, one CPU core, minutes.
 TOY = dict(
-    epochs=0, steps=30, eval_every=10, teacher_probe=32, prompts_per_batch=12, max_prompt_tokens=256, max_response_tokens=100,
-    max_teacher_tokens=512, max_critique_tokens=16, adam_beta2=0.95, weight_decay=0.0, minibatch_prompts=12, lr=1e-3,
-    feedback="environment", e_minibatch_prompts=12, e_lr=5e-4, e_optimizer="own", shift_rate=0.5, divergence="js", top_k=0,
+    model="tasks/toy_models/trace", epochs=0, steps=30, eval_every=10, teacher_probe=32, prompts_per_batch=12,
+    max_prompt_tokens=256, max_response_tokens=100, max_teacher_tokens=512, max_critique_tokens=16, adam_beta2=0.95,
+    weight_decay=0.0, minibatch_prompts=12, lr=1e-3, feedback="environment", e_minibatch_prompts=12, e_lr=5e-4,
+    e_optimizer="own", shift_rate=0.5, divergence="js", top_k=0,
     ema_rate=0.05, eval_temperature=1.0, eval_top_p=1.0, solution_template=toy.TEMPLATES.solution,
     feedback_template=toy.TEMPLATES.feedback, critique_template=toy.TEMPLATES.critique, closing_line=toy.TEMPLATES.closing,
     critique_request=toy.TEMPLATES.request,
@@ -19,10 +20,8 @@ TOY = dict(
 # of trace take its settings and then their own. trace-rare and trace-cold have none; hybrids are tuned on code only, OVD and
 # GRPO on code-judge, whose other methods have code's settings.
 TOY_SUBSETS = {
-    "trace": {"model": "tasks/toy_models/trace"},
     "code": {"model": "tasks/toy_models/code"},
     "choice": {"model": "tasks/toy_models/choice", "feedback": "sibling"},
-    "trace-rare": {"model": "tasks/toy_models/trace"},
     "trace-often": {"model": "tasks/toy_models/trace-often"},
     "trace-cold": {"model": "tasks/toy_models/trace-cold"},
     "code-judge": {"model": "tasks/toy_models/code-judge"},

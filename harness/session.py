@@ -25,7 +25,7 @@ from tqdm import tqdm
 import evaluate
 import feedback
 import tasks
-from harness import command, hub, machine, plan
+from harness import command, machine, plan, runs
 from harness.command import CannotWrite, Stopped, fail, write
 from harness.log import BatchLog, terminal_line
 from harness.settings import differing
@@ -116,8 +116,9 @@ def fingerprint(problems: list) -> str:
 
 def check_model(cfg) -> None:
     """Raises ValueError with one line where the model is no folder and this machine cannot train one of the hub's."""
-    if cfg.task == "toy" and not Path(cfg.model).is_dir():  # started from another folder
-        cfg.model = str(Path(__file__).parents[1] / cfg.model)
+    ours = Path(__file__).parents[1] / cfg.model
+    if cfg.task == "toy" and ours.is_dir() and not Path(cfg.model).is_dir():  # started from another folder
+        cfg.model = str(ours)
     if Path(cfg.model).is_dir():
         cfg.model = str(Path(cfg.model).resolve())  # --resume and evaluation may start from another folder
     elif not torch.cuda.is_available() and not cfg.smoke:
@@ -131,7 +132,7 @@ def open_run(cfg, world: World, also: Callable = lambda *_: None) -> "Run":
     """A run ready for its loop. The directory is made when nothing else can be wrong with the settings. also(cfg, policy, task):
     what else a loop needs, `Run.also`; it may raise ValueError. Raises ValueError, OSError or ImportError with one line."""
     method = cfg.row()
-    world.first(lambda: check_directory(cfg))
+    notes = world.first(lambda: check_directory(cfg) or machine.check_driver(cfg))
     check_model(cfg)
     check_sampler(cfg.sampler)
     task = tasks.load(cfg.task, cfg.subset, cfg.data, cfg.train_tests, cfg.since, cfg.until)
@@ -152,6 +153,7 @@ def open_run(cfg, world: World, also: Callable = lambda *_: None) -> "Run":
             world.first(lambda: tiny.smoke_model(cfg.task, cfg.smoke, Path(made)))
         path = made if making else cfg.model
         found = plan.show(cfg, method, path, world.size)
+        task.notes += notes + world.first(lambda: machine.check(cfg, found))
         policy = Policy.load(
             path, getattr(torch, cfg.dtype), world, micro_batch_tokens=cfg.micro_batch_tokens, temperature=cfg.temperature
         )
@@ -192,7 +194,7 @@ def open_run(cfg, world: World, also: Callable = lambda *_: None) -> "Run":
     record = {**asdict(cfg), "out": str(out), "teacher": cfg.reader(), "commit": git_commit(), "processes": world.size,
               "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
               "torch": torch.__version__, "command": " ".join(["python", *sys.argv]), "prompts_dropped": dropped,
-              "model_files": evaluate.fingerprint(path)}  # fmt: skip
+              "model_files": runs.fingerprint(path)}  # fmt: skip
     world.wait()  # everybody has looked
     lock = open_directory(cfg, out, record) if world.rank == 0 else None
     world.wait()
@@ -215,8 +217,10 @@ def launch(cfg, check: Callable, train: Callable, also: Callable = lambda *_: No
         if cfg.smoke and cfg.plan:
             raise ValueError("--plan is for the task's own model, which --smoke replaces by a tiny one")
         if cfg.plan:
-            plan.show(cfg, cfg.row(), cfg.model, torch.cuda.device_count() or 1)
-            machine.check(cfg)
+            notes = machine.check_driver(cfg)
+            found = plan.show(cfg, cfg.row(), cfg.model, torch.cuda.device_count() or 1)
+            for note in [*notes, *machine.check(cfg, found)]:
+                print(note)
             return
         from transformers.utils import logging as hf_logging
 
@@ -236,6 +240,7 @@ def launch(cfg, check: Callable, train: Callable, also: Callable = lambda *_: No
         print(note)
     # Of several processes none can save by itself, so that Ctrl-C is taken there like SIGTERM: they stop together.
     signals = [signal.SIGTERM, signal.SIGHUP] + [signal.SIGINT] * (run.policy.world.size > 1)
+    signals = [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]  # nohup
     before = {number: signal.signal(number, lambda *_: run.signals.append(1)) for number in signals}
     try:
         train(cfg, run)
@@ -316,7 +321,7 @@ class Run:
         else:
             self.policy.save(self.out / "model")
         finally:
-            for each in (self.log, self.samples):
+            for each in (self.log, self.samples, self.lock):
                 with suppress(OSError, AttributeError):  # whatever could not be written has been told
                     each.close()
             self.task.close()

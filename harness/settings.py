@@ -92,9 +92,9 @@ def flags(config: type, prog: str, description: str, values: dict) -> Parser:
 def parse(
     argv: list[str] | None, config: type, prog: str, description: str, preset: Callable[[dict], dict], method: str = ""
 ):
-    """An instance of `config`: flags over `preset(flags)` over the defaults; method: the loop's, where it has but one. Its `given` names the flags of the command, its
-    `preset` holds what they stand over. A run that is resumed has its own settings in the preset's place. Bad flags end the
-    program with one line."""
+    """An instance of `config`: flags over `preset(flags)` over the defaults; method: the loop's, where it has but one. Its `given`
+    names the flags of the command, its `preset` holds what they stand over. A run that is resumed has its own settings in the
+    preset's place. Bad flags end the program with one line."""
     argv = sys.argv[1:] if argv is None else argv
     rest = [flag for flag in argv if flag not in ("-h", "--help")]  # the help shows the preset's values
     given = vars(flags(config, prog, description, {}).parse_args(rest))
@@ -150,5 +150,6 @@ def check_fields(cfg) -> None:
 
 def differing(cfg) -> dict:
     """The flags with which a run departs from its preset."""
-    names = [field.name for field in dataclasses.fields(cfg) if field.name in cfg.given - set(NOT_OF_THE_RUN)]
-    return {name: getattr(cfg, name) for name in names if getattr(cfg, name) != cfg.preset.get(name)}
+    below = {field.name: cfg.preset.get(field.name, field.default) for field in dataclasses.fields(cfg)}
+    names = [name for name in below if name in cfg.given - set(NOT_OF_THE_RUN)]
+    return {name: getattr(cfg, name) for name in names if getattr(cfg, name) != below[name]}

@@ -6,6 +6,7 @@ Nothing after this file shifts anything. Only response places are projected on t
 """
 
 import copy
+import json
 import math
 import shutil
 from collections.abc import Iterable, Sequence
@@ -76,7 +77,7 @@ class Policy:
             if not tokenizer("a").input_ids:  # what transformers makes of a folder without tokenizer files
                 raise ValueError("there is no tokenizer")
             folder = hub.folder(str(path)) if world.sharded else None
-            sliced = folder is not None and any(folder.glob("*.safetensors"))
+            sliced = folder is not None and bool(_weight_files(folder))
             model = _sliced(folder, dtype, world, kwargs.get("compute")) if sliced else _whole(path, dtype)
             _mend_generation_config(model)
             policy = cls(model, tokenizer, world=world, placed=sliced, **kwargs)
@@ -90,11 +91,14 @@ class Policy:
     def _check_head(self) -> None:
         """Raises ValueError for a head that is not a plain matrix (bias, scale, soft cap): log-probs would be wrong."""
         ids = torch.arange(min(8, self.vocabulary), device=self.device)[None]
-        logits = self.model(input_ids=ids, use_cache=False).logits[0].float()
+        output = self.model.get_output_embeddings()
+        far = output.register_forward_hook(lambda module, args, logits: 1e4 * logits)  # a cap shows on large logits only
+        logits = self.model(input_ids=ids, use_cache=False).logits[0].float() / 1e4
+        far.remove()
         hidden = states(self.model, ids)[0]
-        plain = (hidden @ self.model.get_output_embeddings().weight.T.to(hidden.dtype)).float()
+        plain = (hidden @ output.weight.T.to(hidden.dtype)).float()
         self._reshard()
-        if not (logits - plain).norm() <= 0.02 * plain.norm():
+        if getattr(output, "bias", None) is not None or not (logits - plain).norm() <= 0.02 * plain.norm():
             raise ValueError("its head is not a plain matrix on the last states (a bias, scale or cap on the logits)")
 
     def _placed(self, model: nn.Module) -> nn.Module:
@@ -126,7 +130,7 @@ class Policy:
             once = {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}
             weights = {name: w.to(self.compute or w.dtype) for name, w in weights.items() if name in once}
             folder = Path(folder)
-            if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():
+            if folder.is_dir() and any(folder.iterdir()) and not hub.holds_model(folder):
                 raise CannotWrite(f"{folder}: it is a folder that holds other things than a model")
             part, old = folder.with_name(f"part-{folder.name}"), folder.with_name(f"part-old-{folder.name}")
             for left in (part, old):
@@ -370,6 +374,7 @@ def _whole(path: str, dtype: torch.dtype) -> nn.Module:
 def _sliced(folder: Path, dtype: torch.dtype, world: World, compute: torch.dtype | None) -> nn.Module:
     """The network in shards, each filled from its slices of the files: nobody holds the whole of it."""
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -380,8 +385,11 @@ def _sliced(folder: Path, dtype: torch.dtype, world: World, compute: torch.dtype
     model = shard(model, compute).to_empty(device=world.device)
     model.tie_weights()
     try:
-        dcp.load(dict(model.named_parameters()), storage_reader=HuggingFaceStorageReader(folder))
-    except Exception as error:  # the library wraps the causes of all processes
+        reader = HuggingFaceStorageReader(folder)
+        reader.fs.ls = lambda _: _weight_files(folder)  # it would take every file in the folder, a variant's too
+        reader.read_metadata()  # of a damaged file dcp.load would print a traceback
+        dcp.load(dict(model.named_parameters()), storage_reader=reader)
+    except (Exception, CheckpointException) as error:  # the causes of all processes, wrapped in what is no Exception
         why = " ".join(str(next(iter(getattr(error, "failures", {}).values()), [error])[0]).split())
         raise ValueError(f"its weights are not those of its config.json: {why}") from None
     for module in model.modules():  # buffers that no file holds, the rotary embedding's frequencies
@@ -391,6 +399,14 @@ def _sliced(folder: Path, dtype: torch.dtype, world: World, compute: torch.dtype
     if with_generation.exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """The safetensors files that transformers would read; none where it would read others."""
+    one, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if one.exists() or not index.exists():
+        return [str(one)] * one.exists()
+    return sorted({str(folder / name) for name in json.loads(index.read_text())["weight_map"].values()})
 
 
 def _mend_generation_config(model: nn.Module) -> None:

@@ -183,10 +183,13 @@ def train(cfg: Config, run: session.Run) -> None:
             run.end_of_batch(log, batch)
 
 
-def main(argv: list[str] | None = None) -> None:
+def settings(argv: list[str] | None = None) -> Config:
     preset = partial(presets.of, vpd.PRESETS | PRESETS)
-    cfg = parse(argv, Config, "python -m neighbours.distil", "DistIL, a neighbour of VPD.", preset, method="distil")
-    session.launch(cfg, check, train, also=open_expert)
+    return parse(argv, Config, "python -m neighbours.distil", "DistIL, a neighbour of VPD.", preset, method="distil")
+
+
+def main(argv: list[str] | None = None) -> None:
+    session.launch(settings(argv), check, train, also=open_expert)
 
 
 if __name__ == "__main__":

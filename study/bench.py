@@ -1,9 +1,9 @@
-"""How fast, and in how much memory: training steps on the toy task, the loss head beside the matrix products that it
-cannot do without, the graders, and on a GPU a training step against the card's own matrix product and against plan.py.
+"""How fast, and in how much memory: training steps on the toy task and the loss head, each beside the matrix products
+that it cannot do without, and the graders.
 
-    python bench.py [--only steps head grader gpu] [--out FILE]
+    python -m study.bench [--only steps head grader] [--out FILE]
 
-Each measurement that asks for memory or sets up a device runs in a process of its own.
+Measurements of steps and memory run in a process of their own.
 """
 
 import contextlib
@@ -14,38 +14,31 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from model import head
-from harness import plan
+import feedback
+import losses
 import tasks
-from tasks import livecodebench
 import vpd
 from harness.command import Parser, check_out, run, write
-from model.policy import Policy, World
+from model import head
+from tasks import livecodebench
 from tasks.sandbox import Sandbox
-from harness.settings import METHODS, Config
 
 HERE = Path(__file__).resolve().parents[1]
 STEPS = dict(flags=["--steps", "3", "--e_step_every", "1"])
 HEAD = dict(tokens=8 * 256, vocabulary=151936, width=256, top_k=20)  # the vocabulary of Qwen3
 GRADER = dict(count=200)
-GPU = dict(
-    shape=dict(
-        vocab_size=151936, hidden_size=2048, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
-        head_dim=128, intermediate_size=6144, tie_word_embeddings=True,
-    ),
-    rows=4, prompt=512, context=512, response=1536, top_k=100, square=8192,
-)  # fmt: skip  # Qwen3-1.7B, 8,192 tokens of the student
 
 
 def fresh(function: str, **settings):
     """What `function(**settings)` of this file returns in a new process."""
-    code = f"from study import bench; import json, sys; print('\\n' + json.dumps(bench.{function}(**json.loads(sys.argv[1]))))"
+    call = f"bench.{function}(**json.loads(sys.argv[1]))"
+    code = f"from study import bench; import json, sys; print('\\n' + json.dumps({call}))"
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps(settings)], cwd=HERE, stdout=subprocess.PIPE, text=True, check=True
     )
@@ -56,15 +49,67 @@ def fresh(function: str, **settings):
 
 
 def steps(flags: list[str]) -> list[dict]:
-    """Median seconds of each phase of a step."""
+    """Median seconds of each phase of a step, and of its floor: the matrix products that it cannot do without."""
+    flags = ["--task", "toy", "--model", str(HERE / "tasks" / "toy_models" / "trace"), "--eval_every", "0", *flags]
+    cfg = vpd.settings(flags)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        model = ["--model", str(HERE / "tasks" / "toy_models" / "trace")]
+        every = str(cfg.prompts_per_batch * cfg.group_size)  # each rollout goes to samples.jsonl
         with contextlib.redirect_stdout(io.StringIO()):
-            vpd.main(["--task", "toy", "--eval_every", "0", "--out", str(out), *model, *flags])
-        seconds = [json.loads(line)["seconds"] for line in (out / "log.jsonl").read_text().splitlines()]
-    phases = {phase: statistics.median(step[phase] for step in seconds) for phase in seconds[0]}
-    return [{"case": phase, "seconds": value} for phase, value in {**phases, "together": sum(phases.values())}.items()]
+            vpd.main([*flags, "--log_samples", every, "--out", str(out)])
+        log, samples = ([json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
+                        for name in ("log", "samples"))  # fmt: skip
+        model, tokenizer = (auto.from_pretrained(out / "model") for auto in (AutoModelForCausalLM, AutoTokenizer))
+    products = [passes(row, [s for s in samples if s["step"] == row["step"]], cfg, tokenizer) for row in log]
+    rows = []
+    for phase in log[0]["seconds"]:
+        rows.append({"case": phase, "seconds": statistics.median(row["seconds"][phase] for row in log)})
+        if phase in products[0]:
+            rows[-1]["floor"] = statistics.median(floor(model, of_step[phase]) for of_step in products)
+            rows[-1]["times_the_floor"] = rows[-1]["seconds"] / rows[-1]["floor"]
+    return [*rows, {"case": "together", "seconds": sum(row["seconds"] for row in rows)}]
+
+
+def passes(row: dict, samples: list[dict], cfg, tokenizer) -> dict[str, list[tuple[int, int, bool]]]:
+    """The passes that each phase of VPD's step needs at least: tokens through the layers, tokens through the head, and
+    whether there is a backward pass. Padding is left out; a prompt that rows share is counted in each."""
+    task, templates = tasks.load(cfg.task, cfg.subset), cfg.templates()
+    messages = {problem.id: problem.messages for problem in task.train}
+    task.close()
+    x, y, student, teacher, heard = [], [], 0, 0, 0
+    for sample in samples:
+        x.append(len(feedback.student_prompt(tokenizer, messages[sample["id"]])))
+        y.append(len(tokenizer(sample["response"]).input_ids) + (sample["finish"] == "stop"))
+        if sample["context"]:
+            asked = messages[sample["id"]], feedback.Context(**sample["context"]), templates, cfg.max_teacher_tokens
+            xC, _ = feedback.teacher_prompt(tokenizer, *asked)
+            student, teacher, heard = student + x[-1] + y[-1], teacher + len(xC) + y[-1], heard + y[-1]
+    alive = [sum(length > t for length in y) for t in range(max(y))]  # rows that draw a token t
+    share = (row["e_rows"] or 0) / max(1, sum(sample["context"] is not None for sample in samples))
+    return {
+        "rollout": [(sum(x), alive[0], False), *((rows, rows, False) for rows in alive[1:])],
+        "freeze": [(sum(x) + sum(y), sum(y), False), (teacher, heard, False)],
+        "e_step": [(round(share * teacher), round(share * heard), True)],
+        "m_step": [(teacher, heard, False), (student, heard, True)],
+    }
+
+
+def floor(model, of_phase: list[tuple[int, int, bool]]) -> float:
+    """Seconds of these passes' products with the model's matrices and of nothing else; attention's own are left out."""
+    body = [p.detach() for p in model.base_model.layers.parameters() if p.ndim == 2]
+    output = [model.get_output_embeddings().weight.detach()]
+    todo = [(tokens, matrix, backward) for layers, heads, backward in of_phase
+            for tokens, matrices in ((layers, body), (heads, output)) for matrix in matrices]  # fmt: skip
+    buffer = lambda width: torch.randn(max(tokens for tokens, *_ in todo), width)  # noqa: E731
+    buffers = {m.shape: [*(buffer(m.shape[side]) for side in (1, 0, 1)), torch.empty_like(m)] for _, m, _ in todo}
+    start = time.perf_counter()
+    for tokens, matrix, backward in todo:
+        given, made, d_given, d_matrix = buffers[matrix.shape]
+        torch.mm(given[:tokens], matrix.T, out=made[:tokens])
+        if backward:
+            torch.mm(made[:tokens], matrix, out=d_given[:tokens])
+            torch.mm(made[:tokens].T, given[:tokens], out=d_matrix)
+    return time.perf_counter() - start
 
 
 # ---- The loss head -------------------------------------------------------------------------------------------
@@ -88,7 +133,7 @@ def head_case(case: str, tokens: int, vocabulary: int, width: int, top_k: int) -
 
     def products(hidden, matrix, t_hidden, t_matrix, _):
         """The student's logits, the teacher's, d hidden and d head, in the head's own chunks."""
-        chunk = head.tokens_per_chunk(len(matrix), width, top_k, 4, "cpu")
+        chunk = head.tokens_per_chunk(len(matrix), 4, "cpu", 2)
         buffer = torch.empty(min(chunk, len(hidden)), len(matrix))
         d_hidden, d_matrix = torch.zeros_like(hidden), torch.zeros_like(matrix)
         for first in range(0, len(hidden), len(buffer)):
@@ -101,13 +146,14 @@ def head_case(case: str, tokens: int, vocabulary: int, width: int, top_k: int) -
 
     def loss(hidden, matrix, t_hidden, t_matrix, ids):
         hidden.requires_grad_(), matrix.requires_grad_()
+        kl, js = (partial(losses.divergence, kind=kind) for kind in ("kl_student_teacher", "js"))
         weights, teacher = torch.full((len(ids),), 1 / len(ids)), (t_hidden, t_matrix)
-        if case == "log-probs alone":
-            total, *_ = head.loss(lambda logp, _: -logp, weights, hidden, matrix, ids)
+        if case == "log-probs only":
+            total, *_ = head.loss(lambda t: -t.logp, weights, hidden, matrix, ids)
         elif case == "top-k, KL(student||teacher)":
-            total, *_ = head.loss(lambda _, d: d, weights, hidden, matrix, ids, teacher=teacher, top_k=top_k)
+            total, *_ = head.loss(lambda t: t.D, weights, hidden, matrix, ids, None, teacher, kl, top_k)
         else:
-            total, *_ = head.loss(lambda _, d: d, weights, hidden, matrix, ids, teacher=teacher, kind="js")
+            total, *_ = head.loss(lambda t: t.D, weights, hidden, matrix, ids, None, teacher, js)
         total.backward()
 
     torch.set_num_threads(1)
@@ -121,7 +167,7 @@ def head_case(case: str, tokens: int, vocabulary: int, width: int, top_k: int) -
     return {"case": case, "cpu_seconds": cpu, "seconds": wall, "logits_tensors": above}
 
 
-HEAD_CASES = ["the four products", "top-k, KL(student||teacher)", "all of V, JS", "log-probs alone"]
+HEAD_CASES = ["the four products", "top-k, KL(student||teacher)", "all of V, JS", "log-probs only"]
 
 
 def heads(**sizes) -> list[dict]:
@@ -159,88 +205,11 @@ def grader(count: int) -> list[dict]:
         answers = [rf"So \boxed{{{problem.reference}}}." for problem in problems]
         timed("math, the reference itself", lambda: [o.reward for o in maths.verify(problems, answers)])
         problems = [tasks.Problem("p", [], r"\frac{7}{2}")] * count
-        answers = [rf"So \boxed{{{7 * i}/{2 * i}}}." for i in range(2, count + 2)]  # equal by arithmetic alone
+        answers = [rf"So \boxed{{{7 * i}/{2 * i}}}." for i in range(2, count + 2)]  # equal only by arithmetic
         timed("math, by math-verify", lambda: [o.reward for o in maths.verify(problems, answers)])
     finally:
         choice.close(), maths.close()
     return rows
-
-
-# ---- A training step on a GPU --------------------------------------------------------------------------------
-
-
-def flops(config, rows: int, prompt: int, context: int, response: int) -> dict[str, float]:
-    """Floating-point operations of an M-step's gradient: student forward and backward (3 times a forward pass), teacher
-    forward; 2 per weight and token in the decoder layers, and in the head for response tokens alone; attention's two
-    products over the causal half. again: what recomputation adds, no part of the model's own."""
-    layers, _ = plan.shapes(config)
-    weights = sum(shape.numel() for layer in layers for shape in layer if len(shape) == 2)
-    student, teacher = prompt + response, prompt + context + response
-    square = 2 * config.num_attention_heads * config.head_dim * len(layers)  # times length^2 of a row
-    body, attention = 2 * weights * rows, square * rows
-    return {
-        "body": body * (3 * student + teacher),
-        "attention": attention * (3 * student**2 + teacher**2),
-        "head": 2 * config.vocab_size * config.hidden_size * rows * response * (3 + 1),
-        "again": body * student + attention * student**2,
-    }
-
-
-def ceiling(device: str, square: int) -> float:
-    """Operations per second of a bfloat16 matrix product, the best of 10."""
-    a, b = (torch.randn(square, square, device=device, dtype=torch.bfloat16) for _ in range(2))
-    return 2 * square**3 / min(seconds(device, lambda: a @ b) for _ in range(10))
-
-
-def seconds(device: str, run) -> float:
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
-    run()
-    wait()
-    return time.perf_counter() - start
-
-
-def training_step(device: str, shape: dict, rows: int, prompt: int, context: int, response: int, top_k: int,
-                  square: int) -> list[dict]:  # fmt: skip
-    """One update of a network with random weights: the teacher's pass, the student's, loss, backward, AdamW."""
-    config, make = Qwen3Config(**shape), torch.manual_seed(0)
-    most = ceiling(device, square)
-    cfg = Config(
-        method="sdpo", teacher="live", max_prompt_tokens=prompt, max_response_tokens=response, top_k=top_k,
-        max_teacher_tokens=prompt + context, micro_batch_tokens=rows * (prompt + response),
-    )  # fmt: skip
-    world = World.start()
-    tokenizer = SimpleNamespace(eos_token_id=2, chat_template=None)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    policy = Policy(model, tokenizer, micro_batch_tokens=cfg.micro_batch_tokens, world=world)
-    optimizer = torch.optim.AdamW(policy.model.parameters())
-    draw = lambda length: torch.randint(3, config.vocab_size, (rows, length), generator=make).tolist()  # noqa: E731
-    x, c, y = draw(prompt), draw(context), draw(response)
-
-    def update():
-        with torch.no_grad():
-            q = policy.view([a + b for a, b in zip(x, c)], y)
-        view = policy.view(x, y)
-        weights = view.mask / view.mask.sum()
-        loss, _, _ = view.loss(lambda _, d: d, weights, teacher=q, kind=cfg.divergence, top_k=top_k)
-        policy.backward(loss)
-        policy.step(optimizer, 1e-6, 1.0)
-
-    update()  # moments come into being, libraries load
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    took = statistics.median(seconds(device, update) for _ in range(3))
-    parts = flops(config, rows, prompt, context, response)
-    own = sum(parts.values()) - parts["again"]
-    row = {"case": "update", "seconds": took, "tokens_per_second": rows * (prompt + response) / took,
-           "tflops_ceiling": most / 1e12, "share_of_ceiling": own / took / most,
-           "share_with_recomputation": sum(parts.values()) / took / most}  # fmt: skip
-    if device == "cuda":
-        planned = plan.memory(config, cfg, METHODS["sdpo"], 1, torch.cuda.mem_get_info()[1])
-        row |= {"peak_gb": torch.cuda.max_memory_allocated() / 1e9,
-                "planned_gb": (planned.training - plan.FRAMEWORK - plan.ASLEEP) / 1e9}  # fmt: skip
-    return [row]
 
 
 # ---- The table -----------------------------------------------------------------------------------------------
@@ -250,14 +219,13 @@ SECTIONS = {
     "steps": lambda: fresh("steps", **STEPS),
     "head": lambda: heads(**HEAD),
     "grader": lambda: grader(**GRADER),
-    "gpu": lambda: fresh("training_step", device="cuda", **GPU),
 }
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("bench.py", __doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument("--out", type=Path, help="JSON of all figures")
+    parser.add_argument("--out", type=Path, help="JSON of all numbers")
     args = parser.parse_args(argv)
     if args.out:
         try:
@@ -266,13 +234,10 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(error)
     found = {}
     for section in args.only:
-        if section == "gpu" and not torch.cuda.is_available():
-            print(f"{section:8}no CUDA device here")
-            continue
         found[section] = SECTIONS[section]()
         for row in found[section]:
-            figures = [f"{name} {value:.4g}" for name, value in row.items() if name != "case"]
-            print(f"{section:8}{row['case']:30}{'  '.join(figures)}", flush=True)
+            numbers = [f"{name} {value:.4g}" for name, value in row.items() if name != "case"]
+            print(f"{section:8}{row['case']:30}{'  '.join(numbers)}", flush=True)
     if args.out:
         write(args.out, json.dumps(found, indent=1) + "\n")
 

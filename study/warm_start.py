@@ -12,6 +12,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import feedback
+from harness import hub
 from harness.command import Parser, run
 from model.policy import Policy
 from tasks.tiny import build_tokenizer
@@ -94,8 +95,8 @@ def main(argv: list[str] | None = None) -> None:
         if not args.out.exists():
             args.out.mkdir(parents=True)
             args.out.rmdir()
-        elif any(args.out.iterdir()) and not (args.out / "config.json").exists():
-            parser.error(f"--out {args.out} holds no model (no config.json): it will not be replaced")
+        elif any(args.out.iterdir()) and not hub.holds_model(args.out):
+            parser.error(f"--out {args.out} holds other things than a model: it will not be replaced")
     except OSError as error:
         parser.error(f"--out {args.out} cannot be made: {error.strerror}")
     torch.set_num_threads(1)

@@ -2,6 +2,7 @@
 written whole; Ctrl-C is quiet."""
 
 import errno
+import importlib
 import os
 import signal
 import subprocess
@@ -10,45 +11,49 @@ from pathlib import Path
 
 import pytest
 
-from study import bench
 from harness import command
-import evaluate
-from study import figures
-from harness import settings
-from study import study
-from tasks import toy
-import vpd
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
+COMMANDS = {"evaluate": "evaluate.py", "study.bench": "bench.py", "study.figures": "figures.py", "study.study": "study.py",
+            "study.tables": "tables.py", "study.warm_start": "warm_start.py"}  # fmt: skip
 
 
-@pytest.mark.parametrize("module", [bench, evaluate, figures, study, toy, vpd])
-def test_every_command_refuses_an_unknown_flag_in_one_line_with_its_name(module, capsys):
+@pytest.mark.parametrize("module", [*COMMANDS, "vpd", "neighbours.distil", "neighbours.ovd"])
+def test_every_command_refuses_an_unknown_flag_in_one_line_with_its_name(module, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["vpd.py"])
     with pytest.raises(SystemExit) as stop:
-        module.main(["--no_such_flag", "1"])
+        importlib.import_module(module).main(["--no_such_flag", "1"])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1
-    assert error.startswith(f"{module.__name__}.py: error: ")
+    assert error.startswith(f"{COMMANDS.get(module, 'vpd.py')}: error: ")
 
 
 def test_flags_are_not_abbreviated(capsys):
+    parser = command.Parser("x.py", "")
+    parser.add_argument("--only")
     with pytest.raises(SystemExit):
-        bench.main(["--onl", "steps"])
-    assert "--onl" in capsys.readouterr().err
+        parser.parse_args(["--onl", "steps"])
+    assert capsys.readouterr().err == "x.py: error: unrecognized arguments: --onl steps\n"
 
 
 def test_a_message_of_several_lines_is_told_in_one_and_a_further_process_says_which_it_is(monkeypatch, capsys):
-    assert settings.fail is command.fail
     monkeypatch.setenv("RANK", "3")
     with pytest.raises(SystemExit) as stop:
         command.fail(ValueError("a  b\nc"), "x.py")
     assert stop.value.code == 2 and capsys.readouterr().err == "x.py: error: process 3: a b c\n"
 
 
-@pytest.mark.parametrize("name", ["command", "figures", "study"])
+@pytest.mark.parametrize("name", ["harness.command", "study.figures", "study.study"])
 def test_what_draws_and_tabulates_needs_no_torch(name):
     code = f"import {name}, sys; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_what_only_some_need_is_not_loaded_for_the_settings():
+    """--help has two seconds."""
+    late = ("transformers", "huggingface_hub", "datasets", "scipy", "matplotlib", "openai", "torch.distributed.checkpoint")
+    code = f"import vpd, sys; print([name for name in {late} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
 
 
 # ---- Files -------------------------------------------------------------------------------------------------------
@@ -61,22 +66,17 @@ def full(self, content):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_full_disk_leaves_the_earlier_file_whole_and_nothing_else(tmp_path, monkeypatch):
-    old, new = tmp_path / "old.txt", tmp_path / "new.png"
-    command.write(old, "as it was")
+def test_text_and_bytes_replace_what_was_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    old = tmp_path / "old"
+    for content in ("é", b"\x00", "as it was"):
+        command.write(old, content)
+        assert old.read_bytes() == (content.encode() if isinstance(content, str) else content)
     monkeypatch.setattr(Path, "write_bytes", full)
-    for path, content in ((old, "another"), (new, b"another")):
+    for path, content in ((old, "another"), (tmp_path / "new.png", b"another")):
         with pytest.raises(command.CannotWrite) as error:
             command.write(path, content)
         assert str(error.value) == f"{path}: No space left on device"
     assert old.read_text() == "as it was" and list(tmp_path.iterdir()) == [old]
-
-
-def test_text_and_bytes_replace_what_was_there(tmp_path):
-    for content in ("é", b"\x00", "short"):
-        command.write(tmp_path / "x", content)
-        assert (tmp_path / "x").read_bytes() == (content.encode() if isinstance(content, str) else content)
-    assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
 def test_links_and_pipes_stay_what_they_are(tmp_path):
@@ -96,7 +96,7 @@ def test_links_and_pipes_stay_what_they_are(tmp_path):
 @pytest.mark.parametrize(
     "error, refused, status, said",
     [(KeyboardInterrupt(), (), 130, ""), (command.CannotWrite("x: no space"), (), 1, "c.py: error: cannot write x: no space\n"),
-     (KeyError("a"), (KeyError,), 2, "c.py: error: 'a'\n")],
+     (KeyError("a"), (KeyError,), 2, "c.py: error: 'a'\n"), (SystemExit(143), (), 143, "")],
 )  # fmt: skip
 def test_what_ends_a_command_is_its_exit_status_and_at_most_a_line(error, refused, status, said, monkeypatch, capsys):
     def main():
@@ -111,8 +111,16 @@ def test_what_ends_a_command_is_its_exit_status_and_at_most_a_line(error, refuse
             command.run(main)
 
 
+@pytest.mark.parametrize("ends, status", [("1 / 0", 1), ("sys.exit(7)", 7), ("None", 0)])
+def test_one_of_several_processes_leaves_at_once_with_its_status(ends, status):
+    code = f"import atexit, sys; from harness import command; atexit.register(print, 'lingers'); command.run(lambda: {ends})"
+    environment = os.environ | {"WORLD_SIZE": "2"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout) == (status, "") and ("ZeroDivisionError" in done.stderr) == (status == 1)
+
+
 def test_ctrl_c_is_130_and_no_traceback():
-    code = "import command, time; command.run(lambda: (print('running', flush=True), time.sleep(60)))"
+    code = "from harness import command; import time; command.run(lambda: (print('running', flush=True), time.sleep(60)))"
     program = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -1,4 +1,4 @@
-"""Figures and tables: what is averaged, what is grouped, which run stands in which cell, and the one-line errors."""
+"""Figures and tables: what is averaged, what is grouped, which run is in which cell, and the one-line errors."""
 
 import json
 from dataclasses import asdict
@@ -8,21 +8,67 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import vpd
 from harness import command
-from study import figures
-from study import tables
-from harness import settings
+from neighbours import distil
+from study import figures, tables
 from test_command import full
 
 
-def run(folder, method, seed, rewards, margins=None, **settings):
+def run(folder, method, seed, rewards, margins=None, teacher=None, **settings):
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"method": method, "seed": seed, "out": str(folder), **settings}))
-    rows = [{"kind": "eval", "step": 0, "avg": rewards[0]}]
+    rows = [{"kind": "eval", "step": 0, "avg": rewards[0], "teacher_avg": teacher}]
     for step, reward in enumerate(rewards):
         rows.append({"kind": "train", "step": step, "reward": reward, "margin": margins[step] if margins else None})
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+def study_run(avg, **train):
+    """A run of study.json with two evaluations; `train`: lists by measure."""
+    nothing = {key: None for key in ("reward", "margin", "entropy", "divergence")}
+    return {"eval": {"step": [0, 10], "avg": avg, "teacher": None}, "train": nothing | train}
+
+
+def study(tmp_path, rows):
+    """study.json with rows {name: list of runs}."""
+    path = tmp_path / "study.json"
+    named = {name: {"label": name.split("/")[1].upper(), "runs": dict(enumerate(runs, 1))} for name, runs in rows.items()}
+    path.write_text(json.dumps({"hardware": "none", "rows": named}))
+    return path
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What is drawn: {"lines": [(x, y, colour, dash)], "bands": [(low, high)], "titles": [...], "ylabels": [...], "limits":
+    [(low, high)], "bases": [y]}; no PNG is made."""
+    seen = {"lines": [], "bands": [], "titles": [], "ylabels": [], "limits": [], "bases": []}
+    axes = figures.plt.Axes
+    plot, level, limit = axes.plot, axes.axhline, axes.set_ylim
+
+    def line(self, x, y, **k):
+        seen["lines"].append((list(x), list(y), k["color"], k["linestyle"]))
+        return plot(self, x, y, **k)
+
+    monkeypatch.setattr(axes, "plot", line)
+    monkeypatch.setattr(axes, "axhline", lambda self, y, **k: seen["bases"].append(y) or level(self, y, **k))
+    monkeypatch.setattr(axes, "fill_between", lambda self, x, low, high, **_: seen["bands"].append((list(low), list(high))))
+    monkeypatch.setattr(axes, "set_title", lambda self, text, **_: seen["titles"].append(text))
+    monkeypatch.setattr(axes, "set_ylabel", lambda self, text, **_: seen["ylabels"].append(text))
+    monkeypatch.setattr(axes, "set_ylim", lambda self, y, **k: (k or seen["limits"].append(y), limit(self, y, **k)))
+    monkeypatch.setattr(figures.plt.Figure, "savefig", lambda self, file, **_: file.write(b"picture"))
+    return seen
+
+
+def assert_refused(argv, reason, capsys, main=figures.main):
+    with pytest.raises(SystemExit) as stop:
+        main([str(word) for word in argv])
+    out, error = capsys.readouterr()
+    assert stop.value.code == 2 and error.count("\n") == 1 and reason in error and out == ""
+
+
+# ---- Curves of runs --------------------------------------------------------------------------------------------
 
 
 def test_seeds_are_one_curve_and_settings_that_differ_are_named(tmp_path):
@@ -37,36 +83,44 @@ def test_seeds_are_one_curve_and_settings_that_differ_are_named(tmp_path):
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_band_is_lowest_to_highest_seed_and_the_line_their_mean(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(figures.plt.Axes, "fill_between", lambda self, x, low, high, **_: drawn.append((x, low, high)))
-    lines = []
-    plot = figures.plt.Axes.plot
-    monkeypatch.setattr(
-        figures.plt.Axes, "plot", lambda self, x, y, *a, **k: lines.append(y) or plot(self, x, y, *a, **k)
-    )
-    runs = [run(tmp_path / "a", "vpd", 1, [0.2]), run(tmp_path / "b", "vpd", 2, [0.6])]
-    figures.draw(runs, tmp_path / "out.png")
-    assert lines[0] == pytest.approx([(0.2 + 0.6) / 2])
-    assert drawn[0][1] == pytest.approx([0.2]) and drawn[0][2] == pytest.approx([0.6])
+def test_the_band_is_lowest_to_highest_seed_and_the_line_their_mean(tmp_path, drawn):
+    figures.draw([run(tmp_path / "a", "vpd", 1, [0.2]), run(tmp_path / "b", "vpd", 2, [0.6])], tmp_path / "out.png")
+    assert drawn["lines"][0][1] == pytest.approx([(0.2 + 0.6) / 2]) and drawn["bands"][0] == ([0.2], [0.6])
+
+
+def test_the_teachers_pass_rate_is_drawn_only_where_a_run_has_one(tmp_path, drawn):
+    one, two = run(tmp_path / "a", "vpd", 1, [0.1], [0.5], teacher=0.25), run(tmp_path / "b", "grpo", 1, [0.1])
+    figures.draw([one, two], tmp_path / "x.png")
+    assert drawn["titles"] == [figures.MEASURES[m][0] for m in ("avg", "reward", "margin", "teacher_avg")]
+    assert drawn["lines"][-1][:2] == ([0], [0.25]) and len(drawn["lines"]) == 2 + 2 + 1 + 1
+    drawn["titles"].clear()
+    figures.draw([two], tmp_path / "x.png")
+    assert drawn["titles"] == [figures.MEASURES[m][0] for m in ("avg", "reward")]
+
+
+def test_the_base_model_is_a_line_at_its_mean_pass_rate_one_for_each_model(tmp_path, drawn):
+    starts = (("vpd", 1, 0.1, "a"), ("vpd", 2, 0.3, "a"), ("grpo", 1, 0.2, "a"), ("grpo", 1, 0.8, "b"))
+    figures.draw([run(tmp_path / str(i), method, seed, [avg, 1.0], model=model)
+                  for i, (method, seed, avg, model) in enumerate(starts)], tmp_path / "x.png")  # fmt: skip
+    assert drawn["bases"] == pytest.approx([(0.1 + 0.3 + 0.2) / 3, 0.8])  # and none in the panel of rewards
+
+
+@pytest.mark.parametrize("first, last", [(0.23, 0.31), (-0.2, -0.1), (-1, 2)])
+def test_zero_is_on_the_margins_axis_so_that_noise_is_no_rise(first, last, tmp_path, drawn):
+    figures.draw([run(tmp_path / "a", "vpd", 1, [0.1] * 10, [first] * 5 + [last] * 5)], tmp_path / "x.png")
+    rates, reward, (low, high) = drawn["limits"]
+    assert rates == reward == (0, 1) and low <= first < last <= high
+    assert low == 0 if first > 0 else high == 0 if last < 0 else low < 0 < high
 
 
 def test_smoothing_is_a_centred_mean_that_shrinks_at_the_ends():
-    values = np.array([1.0, 2.0, 6.0, 3.0, 3.0, 9.0])
-    expected = [
-        (1 + 2 + 6) / 3,
-        (1 + 2 + 6 + 3) / 4,
-        15 / 5,
-        (2 + 6 + 3 + 3 + 9) / 5,
-        (6 + 3 + 3 + 9) / 4,
-        (3 + 3 + 9) / 3,
-    ]
-    assert figures.smooth(values) == pytest.approx(expected)
+    expected = [(1 + 2 + 6) / 3, (1 + 2 + 6 + 3) / 4, 15 / 5, (2 + 6 + 3 + 3 + 9) / 5, (6 + 3 + 3 + 9) / 4, (3 + 3 + 9) / 3]
+    assert figures.smooth(np.array([1.0, 2.0, 6.0, 3.0, 3.0, 9.0])) == pytest.approx(expected)
 
 
 def test_steps_without_a_value_are_left_out_and_not_drawn_as_zero():
     rows = [{"kind": "train", "step": 0, "margin": None}, {"kind": "train", "step": 1, "margin": 0.5}]
-    assert figures.series(rows, "train", "margin") == {1: 0.5}
+    assert figures.series(rows, "margin") == {1: 0.5}
 
 
 @pytest.mark.parametrize(
@@ -87,11 +141,11 @@ VPD, ROW = '{"method": "vpd"}', '{"kind": "train", "step": 0, "reward": 0.5}'
 
 @pytest.mark.parametrize(
     "config, log, reason",
-    [("[]", ROW, "config.json holds no JSON object"), ("{}", ROW, "config.json is not the configuration of a run"),
-     ("{", ROW, "config.json is no JSON"), (VPD, "", "log.jsonl has no batch"),
+    [("[]", ROW, "config.json is no JSON object"), ("{}", ROW, "config.json is not the configuration of a run"),
+     ("{", ROW, "config.json is no JSON object"), (VPD, "", "log.jsonl has no batch"),
      (VPD, '{"kind": "resume", "step": 0}', "log.jsonl has no batch"),
-     (VPD, f"{ROW}\n{ROW[:30]}", "log.jsonl, line 2 is cut or no JSON"), (VPD, "\0\xff", "log.jsonl is no text"),
-     (VPD, '{"step": 0}', "log.jsonl, line 1 is no row"), (VPD, "[]", "log.jsonl, line 1 is no row"),
+     (VPD, f"{ROW}\n{ROW[:30]}", "log.jsonl, line 2 is no JSON object"), (VPD, "\0\xff", "log.jsonl is no JSON object"),
+     (VPD, '{"step": 0}', "log.jsonl, line 1 is no row"), (VPD, "[]", "log.jsonl, line 1 is no JSON object"),
      (VPD, '{"kind": "train", "step": "one"}', "log.jsonl, line 1 is no row"),
      (VPD, ROW.replace("0.5", '"high"'), "log.jsonl, line 1: reward is no number")],
 )  # fmt: skip
@@ -114,10 +168,8 @@ def test_curves_and_figures_stay_whole_on_a_full_disk(tmp_path, monkeypatch):
     path = study(tmp_path, {"trace/vpd": [study_run([0.1, 0.2])]})
     (tmp_path / "x.png").write_bytes(b"old"), (tmp_path / "progress.png").write_bytes(b"old")
     monkeypatch.setattr(Path, "write_bytes", full)
-    for argv, file in (
-        ([one, "--out", tmp_path / "x.png"], "x.png"),
-        (["--study", path, "--out", tmp_path], "progress.png"),
-    ):
+    for argv, file in (([one, "--out", tmp_path / "x.png"], "x.png"),
+                       (["--study", path, "--out", tmp_path], "progress.png")):  # fmt: skip
         with pytest.raises(command.CannotWrite, match=f"^{tmp_path / file}: No space left on device$"):
             figures.main([str(word) for word in argv])
         assert (tmp_path / file).read_bytes() == b"old"
@@ -129,71 +181,14 @@ def test_a_picture_without_an_ending_is_named_as_it_is_written(tmp_path, capsys)
     assert capsys.readouterr().out.startswith(f"{tmp_path}/curves.png: ") and (tmp_path / "curves.png").exists()
 
 
-def test_figures_of_a_study_do_not_go_to_a_file(tmp_path, capsys):
+def test_options_that_do_not_go_together_are_one_line_and_exit_2(tmp_path, capsys):
     path = study(tmp_path, {"trace/vpd": [study_run([0.1, 0.2])]})
     assert_refused(["--study", path, "--out", path], "go to a folder", capsys)
-
-
-def assert_refused(argv, reason, capsys):
-    with pytest.raises(SystemExit) as stop:
-        figures.main([str(word) for word in argv])
-    out, error = capsys.readouterr()
-    assert stop.value.code == 2 and error.count("\n") == 1 and reason in error and out == ""
-
-
-@pytest.mark.parametrize(
-    "argv, reason",
-    [
-        (["--tables"], "--tables needs runs"),
-        (["--tables", "a", "--out", "b"], "goes without --out"),
-        (["a", "--study", "b"], "--study goes without"),
-        (["--tables", "--study", "b"], "--study goes without"),
-        (["--nothing"], "--nothing"),
-    ],
-)
-def test_options_that_do_not_go_together_are_one_line_and_exit_2(argv, reason, capsys):
-    assert_refused(argv, reason, capsys)
+    assert_refused(["a", "--study", "b"], "--study goes without", capsys)
+    assert_refused(["--nothing"], "--nothing", capsys)
 
 
 # ---- The paper's figures ---------------------------------------------------------------------------------------
-
-
-def study_run(avg, **train):
-    """A run of study.json with two evaluations; `train`: lists by measure."""
-    nothing = {key: None for key in ("reward", "margin", "entropy", "divergence")}
-    return {"eval": {"step": [0, 10], "avg": avg, "teacher": None}, "train": nothing | train}
-
-
-def study(tmp_path, rows):
-    """study.json with rows {name: list of runs}."""
-    path = tmp_path / "study.json"
-    named = {
-        name: {"label": name.split("/")[1].upper(), "runs": {str(seed): run for seed, run in enumerate(runs, 1)}}
-        for name, runs in rows.items()
-    }
-    path.write_text(json.dumps({"hardware": "none", "rows": named}))
-    return path
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """What is drawn: {"lines": [(x, y, colour, dash)], "bands": [(low, high)], "titles": [...], "ylabels": [...]};
-    no PNG is made."""
-    seen = {"lines": [], "bands": [], "titles": [], "ylabels": []}
-    plot = figures.plt.Axes.plot
-
-    def line(self, x, y, **k):
-        seen["lines"].append((list(x), list(y), k["color"], k["linestyle"]))
-        return plot(self, x, y, **k)
-
-    monkeypatch.setattr(figures.plt.Axes, "plot", line)
-    band = lambda self, x, low, high, **_: seen["bands"].append((list(low), list(high)))  # noqa: E731
-    monkeypatch.setattr(figures.plt.Axes, "fill_between", band)
-    monkeypatch.setattr(figures.plt.Axes, "set_title", lambda self, text, **_: seen["titles"].append(text))
-    monkeypatch.setattr(figures.plt.Axes, "set_ylabel", lambda self, text, **_: seen["ylabels"].append(text))
-    save = lambda self, file, **_: hasattr(file, "write") and file.write(b"picture")  # noqa: E731
-    monkeypatch.setattr(figures.plt.Figure, "savefig", save)
-    return seen
 
 
 def test_every_figure_is_drawn_where_all_rows_are_there(tmp_path, monkeypatch, capsys):
@@ -201,22 +196,22 @@ def test_every_figure_is_drawn_where_all_rows_are_there(tmp_path, monkeypatch, c
     run = study_run([0.1, 0.4], **train)
     run["eval"]["teacher"] = [0.3, 0.5]
     names = {f"{subset}/{v}" for panels in figures.FIGURES.values() for subset, _, variants in panels for v in variants}
-    study(tmp_path, {name: [run, run] for name in sorted(names - {"trace-long/*"})})
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "results").mkdir()
-    (tmp_path / "study.json").rename(tmp_path / "results" / "study.json")
-    figures.main([])  # no argument: results/study.json, into results
+    results = tmp_path / "study" / "results"
+    results.mkdir(parents=True)
+    study(results, {name: [run, run] for name in sorted(names - {"trace-long/*"})})
+    figures.main([])  # no argument: study/results/study.json, into study/results
     out, error = capsys.readouterr()
     files = ["cold", "long", "margin", "prior", "progress"]
-    assert sorted(path.stem for path in (tmp_path / "results").glob("*.png")) == files and error == ""
-    assert all((tmp_path / "results" / f"{file}.png").read_bytes().startswith(b"\x89PNG") for file in files)
-    assert "results/margin.png: VPD (2 seeds), SDPO (2 seeds)\n" in out
+    assert sorted(path.stem for path in results.glob("*.png")) == files and error == ""
+    assert all((results / f"{file}.png").read_bytes().startswith(b"\x89PNG") for file in files)
+    assert "study/results/margin.png: VPD (2 seeds), SDPO (2 seeds)\n" in out
 
 
 def test_study_curve_is_the_mean_over_seeds_and_its_band_their_extremes(tmp_path, drawn):
     path = study(tmp_path, {"trace-cold/vpd": [study_run([0.1, 0.3]), study_run([0.1, 0.4]), study_run([0.4, 0.8])]})
     lines, _ = figures.draw_study(path, tmp_path)
-    assert lines == [f"{tmp_path}/cold.png: VPD (3 seeds)"]
+    assert lines == [f"{tmp_path}/cold.png: VPD (3 seeds)"] and drawn["bases"] == pytest.approx([(0.1 + 0.1 + 0.4) / 3])
     steps, mean, *_ = drawn["lines"][0]
     assert steps == [0, 10] and mean == pytest.approx([(0.1 + 0.1 + 0.4) / 3, (0.3 + 0.4 + 0.8) / 3])
     assert drawn["bands"] == [([0.1, 0.3], [0.4, 0.8])]
@@ -240,13 +235,12 @@ def test_rows_and_values_that_are_not_there_are_named_and_what_is_there_is_drawn
     figures.main(["--study", str(path), "--out", str(tmp_path / "new" / "folder")])
     said = [line.removeprefix(f"figures.py: {tmp_path}/new/folder/") for line in capsys.readouterr().err.splitlines()]
     assert said[:1] == ["margin.png: no row trace/sdpo"]
-    assert "progress.png: no row code/vpd" in said and "progress.png: no row trace/grpo" in said
-    assert "progress.png: no row trace/reweight" not in said  # the study has the hybrids on code alone
+    assert {"progress.png: no row code/vpd", "progress.png: no row trace/grpo", "long.png: no row trace-long/sdpo",
+            "long.png: no avg of trace-long/vpd", "long.png: no divergence of trace-long/grpo",
+            f"cold.png: not drawn, {path} has none of its rows"} <= set(said)  # fmt: skip
+    assert "progress.png: no row trace/reweight" not in said  # the study has the hybrids only on code
     assert not any("distil" in line or "ovd" in line for line in said)  # later methods are not missed
     assert said.count("prior.png: no row trace/vpd fixed prior") == 1  # once, for two panels
-    assert f"cold.png: not drawn, {path} has none of its rows" in said
-    assert "long.png: no row trace-long/sdpo" in said and "long.png: no avg of trace-long/vpd" in said
-    assert "long.png: no divergence of trace-long/grpo" in said
     files = sorted(path.name for path in (tmp_path / "new" / "folder").iterdir())
     assert files == ["long.png", "margin.png", "prior.png", "progress.png"]
 
@@ -259,15 +253,7 @@ def test_legend_gives_both_numbers_of_seeds_where_panels_differ(tmp_path, drawn)
 
 def test_method_looks_the_same_in_every_figure_and_no_two_look_alike(tmp_path, drawn):
     seed = study_run([0.1, 0.2], margin=[0.5])
-    rows = [
-        "code/grpo",
-        "trace/vpd",
-        "trace/sdpo",
-        "trace/grpo",
-        "trace-cold/grpo",
-        "trace-long/grpo",
-        "trace-long/new",
-    ]
+    rows = "code/grpo trace/vpd trace/sdpo trace/grpo trace-cold/grpo trace-long/grpo trace-long/new".split()
     figures.draw_study(study(tmp_path, {name: [seed] for name in rows}), tmp_path)
     one, two, three = (figures.STYLES[method] for method in ("vpd", "sdpo", "grpo"))
     margin, code, trace, cold, prior, long = [one, two], [three], [one, two, three], [three], [one] * 2, [three]
@@ -282,16 +268,11 @@ def test_method_looks_the_same_in_every_figure_and_no_two_look_alike(tmp_path, d
 
 @pytest.mark.parametrize(
     "broken",
-    [
-        {"label": "VPD"},
-        {"runs": {}},
-        {"label": "VPD", "runs": []},
-        {"label": "VPD", "runs": {"1": {}}},
-        {"label": "VPD", "runs": {"1": study_run([0.1])}},  # two steps
-        {"label": "VPD", "runs": {"1": study_run([0.1, "high"])}},
-        {"label": "VPD", "runs": {"1": study_run([0.1, 0.2], margin=3)}},
-    ],
-)
+    [{"label": "VPD"}, {"runs": {}}, {"label": "VPD", "runs": []}, {"label": "VPD", "runs": {"1": {}}},
+     {"label": "VPD", "runs": {"1": study_run([0.1])}},  # two steps
+     {"label": "VPD", "runs": {"1": study_run([0.1, "high"])}},
+     {"label": "VPD", "runs": {"1": study_run([0.1, 0.2], margin=3)}}],
+)  # fmt: skip
 def test_faulty_row_of_a_study_is_one_line_and_no_figure_is_written(broken, tmp_path, capsys):
     good = {"label": "SDPO", "runs": {"1": study_run([0.1, 0.2], margin=[1])}}
     (tmp_path / "study.json").write_text(json.dumps({"rows": {"trace/sdpo": good, "trace/broken": broken}}))
@@ -311,8 +292,9 @@ def test_file_that_is_no_study_is_one_line_and_exit_2(text, tmp_path, capsys):
 
 def evaluated(argv, after, before=0.3, parts=None, **differs):
     """(name, config.json, evaluation.json) of a run started with these flags; `differs`: changes of its evaluation."""
-    cfg = settings.parse(argv.split())
-    config = asdict(cfg) | {"out": "x", "teacher": cfg.teacher or settings.METHODS[cfg.method].teacher, "commit": "c"}
+    flags = [flag for flag in argv.replace("--method distil", "").split()]
+    cfg = (distil if "distil" in argv else vpd).settings(flags)
+    config = asdict(cfg) | {"out": "x", "teacher": cfg.reader(), "commit": "c"}
     subset = cfg.subset or {"lcb": "v6", "sciknoweval": "biology", "math": "dapo", "toy": "trace"}[cfg.task]
     result = {"task": f"{cfg.task}/{subset}", "split": "test", "seed": 0, "temperature": cfg.eval_temperature,
               "top_p": cfg.eval_top_p, "max_tokens": cfg.max_response_tokens, "n": cfg.eval_samples}  # fmt: skip
@@ -322,58 +304,94 @@ def evaluated(argv, after, before=0.3, parts=None, **differs):
 
 
 SMALL = "--task sciknoweval --model Qwen/Qwen3-1.7B"
+OLMO = "--task sciknoweval --model allenai/Olmo-3-7B-Instruct --subset physics"
+PARTS = {"biology": 0.6, "chemistry": 0.7, "material": 0.5, "physics": 0.8}
+TABLE_2 = "64.75 81.88 77.06 73.67 74.34"  # VPD of Qwen3-1.7B where nothing was measured
 
 
 def rows(*runs):
-    """The printed tables, {title: {"model/row": its other cells, joined by one blank}}, and the notes."""
+    """The printed tables, {"title/model/row": its other cells, joined by one blank}, and the notes."""
     found, notes = tables.collect(list(runs))
-    printed = {}
+    printed, table, model = {}, "", ""
     for line in tables.lines(found):
-        if line.startswith("Table"):
-            table, model = printed.setdefault(line.split(":")[0], {}), ""
+        if line.startswith(("Table", "Section")):
+            table, model = line.split(":")[0], ""
         elif line.startswith("  ") and model:
             label, *cells = [cell for cell in line.split("  ") if cell]
-            table[f"{model}/{label}"] = " ".join(cell.strip() for cell in cells)
+            printed[f"{table}/{model}/{label}"] = " ".join(cell.strip() for cell in cells)
         elif not line.startswith(" "):
             model = line
     return printed, notes
 
 
 @pytest.mark.parametrize(
-    "flags, when, figures",
-    [  # typed from the paper: Table 1
-        ("--task lcb --method vpd", "before", {"": 28.05}),
-        ("--task lcb --method vpd", "after", {"": 49.62}),
-        ("--task lcb --method reweight --model a/folder/qwen3-8b/", "after", {"": 44.85}),
-        # Table 2
-        (f"{SMALL} --subset physics --method vpd", "after", {"": 73.67}),
-        (f"{SMALL} --subset biology --feedback critique", "before", {"": 33.63}),  # the base has no feedback
-        ("--task sciknoweval --subset chemistry --method sdpo", "after", {"": 82.26}),
-        ("--task sciknoweval --subset material --model allenai/Olmo-3-7B-Instruct --lr 5e-6 --method joint", "after", {"": 71.21}),
-        ("--task sciknoweval --subset all --method reshape", "after",
-         {"biology": 52.0, "chemistry": 75.18, "material": 75.07, "physics": 74.14, "average": 69.1}),
-        # Table 3
-        ("--task sciknoweval --subset physics --feedback critique", "after", {"": 79.45}),
-        (f"{SMALL} --subset material --feedback critique --method sdpo", "after", {"": 71.21}),
-        ("--task sciknoweval --subset physics --feedback critique --method grpo", "after", {"": 76.09}),  # nor has grpo
-        # Tables 4 and 5, D.3, section 4.2
-        (f"{SMALL} --subset biology --e_step_every 1", "after", {"": tables.PAPER["sciknoweval"]["qwen3-1.7b"]["vpd F=1"]["biology"]}),
-        ("--task sciknoweval --subset chemistry --model Qwen/Qwen3-4B-Base", "after", {"": 70.45}),
-        ("--task math --method grpo", "after", {"math500": 83.8}),
-        # not in the paper, or not with these settings
-        ("--task math --method vpd", "after", {}),
-        ("--task lcb --method vpd --model Qwen/Qwen3-1.7B", "after", {}),
-        ("--task lcb --method distil", "after", {}),
-        ("--task lcb --method vpd --e_groups all", "after", {}),
-        ("--task lcb --method vpd --until 2025-04-01", "before", {}),
-        ("--task sciknoweval --subset physics --feedback critique --method reshape", "after", {}),
-        ("--method vpd", "after", {}),
+    "runs, expected",
+    [  # ours, then the paper's, typed from it; what was not measured is empty
+        # the base is measured once: both runs start from it, evaluated with one seed
+        (["--task lcb --seed 1"], {"1/Qwen3-8B/Base": "30.00 28.05", "1/Qwen3-8B/VPD": "50.00 49.62", "1/Qwen3-8B/GRPO": "45.61"}),
+        (["--task lcb --method reweight --model a/folder/qwen3-8b/"], {"1/Qwen3-8B/SDPO+RL (Adv Reweight)": "50.00 44.85"}),
+        (["--task lcb --method joint"], {"1/Qwen3-8B/SDPO+RL (Joint Loss)": "50.00 47.52", "1/Qwen3-8B/SDPO": "47.33"}),
+        (["--task sciknoweval --subset chemistry --method sdpo"], {"2/Qwen3-8B/SDPO": "61.62 50.00 82.26 79.59 74.30 74.44"}),
+        ([f"{SMALL} --subset physics --feedback critique --method sdpo"],
+         {"3/Qwen3-1.7B/SDPO": "62.12 78.66 71.21 50.00 58.13 67.53", "2/Qwen3-1.7B/SDPO": "61.50 72.41 71.54 59.92 66.34"}),
+        # GRPO reads no feedback, so that it is in Table 2 whatever the source is
+        ([f"{SMALL} --subset physics --feedback critique --method grpo"],
+         {"2/Qwen3-1.7B/GRPO": "61.25 75.65 74.93 50.00 67.42 69.81"}),
+        ([f"{SMALL} --subset physics {flags}" for flags in ("--e_step_every 1", "--e_step_every 10", "--prior fixed")],
+         {"2/Qwen3-1.7B/VPD": TABLE_2, "4/Qwen3-1.7B/VPD (F5)": TABLE_2, "5/Qwen3-1.7B/Dynamic": TABLE_2,
+          "4/Qwen3-1.7B/VPD (F1)": "61.12 78.51 72.47 50.00 68.75 70.21",
+          "4/Qwen3-1.7B/VPD (F10)": "59.50 79.50 71.61 50.00 66.48 69.27",
+          "5/Qwen3-1.7B/Fixed": "55.87 76.34 72.81 50.00 66.33 67.84"}),
+        (["--task sciknoweval --model Qwen/Qwen3-4B-Base --subset physics"],
+         {"D.3/Qwen3-4B-Base/Base": "29.37 32.71 50.84 30.00 51.33 41.06",
+          "D.3/Qwen3-4B-Base/GRPO": "58.63 77.98 81.12 80.23 74.49",
+          "D.3/Qwen3-4B-Base/VPD": "48.50 70.45 64.03 50.00 72.81 63.95"}),
+        ([f"{OLMO} --lr 5e-6"], {"2/Olmo-3-7B-Instruct/VPD": "55.62 80.33 76.06 50.00 71.17 70.80"}),
+        # settings of the machine keep no run out
+        (["--task lcb --micro_batch_tokens 99 --sampler hf --checkpoint_every 3 --eval_every 7 --seed 5 --engine_memory 0.3"],
+         {"1/Qwen3-8B/VPD": "50.00 49.62"}),
     ],
 )  # fmt: skip
-def test_the_papers_figure_beside_a_measurement_is_that_of_its_settings_or_none(flags, when, figures):
-    _, config, evaluation = evaluated(flags, 0.5)
-    assert tables.beside(config, evaluation[when], when) == figures
-    assert tables.beside(config, evaluation[when] | {"temperature": 0.7}, when) == {}  # another evaluation
+def test_a_run_is_in_the_cell_of_its_settings_beside_the_papers_number(runs, expected):
+    printed, notes = rows(*[evaluated(flags, 0.5) for flags in runs])
+    assert notes == [] and {key: printed.get(f"Table {key}") for key in expected} == expected
+    assert ("Table 3" in str(printed)) == any(key.startswith("3") for key in expected)
+
+
+@pytest.mark.parametrize(
+    "flags, reason",
+    [(f"--task lcb {flags}", f"{flags.split()[0].removeprefix('--').removeprefix('no_')}=") for flags in (
+        "--feedback environment", "--feedback sibling", "--lr 2e-6", "--steps 10", "--teacher ema", "--shift_rate 1",
+        "--beta 0.2", "--group_size 4", "--no_borrow", "--top_k 0", "--divergence js", "--e_groups all",
+        "--train_tests public", "--since 2025-01-01")]
+    + [("--task lcb --e_step_every 10", "the paper has no vpd F=10 of qwen3-8b"),
+       ("--task lcb --prior fixed", "the paper has no vpd fixed prior of qwen3-8b"),
+       ("--task lcb --model Qwen/Qwen3-1.7B", "the paper has no vpd of qwen3-1.7b"),
+       (f"{SMALL} --e_step_every 10 --prior fixed", "="), (f"{SMALL} --feedback critique --method reshape", "feedback=critique"),
+       (OLMO, "lr=1e-05"), ("--task lcb --method distil", "method=distil"), ("--task math", "the paper has no vpd of qwen3-8b"),
+       ("--task toy", "task=toy")],
+)  # fmt: skip
+def test_a_run_with_settings_of_no_cell_is_in_no_table_and_told_why(flags, reason):
+    run = evaluated(flags, 0.9)
+    found, notes = tables.collect([run])
+    assert not any(key != "base" for _, _, key, _ in found)
+    assert len(notes) == 2 and notes[0].startswith("run: in no table") and notes[1] == "1 of 1 runs in no table"
+    assert reason in notes[0]
+
+
+@pytest.mark.parametrize("differs", [{"n": 1}, {"temperature": 0.0}, {"top_p": 1.0}, {"split": "train"}, {"max_tokens": 9}])
+def test_evaluation_with_other_settings_is_in_no_table(differs):
+    found, notes = tables.collect([evaluated("--task lcb", 0.5, **differs)])
+    (name,) = differs
+    assert found == {} and f"evaluated with {name}=" in notes[0]
+
+
+def test_what_training_changes_keeps_no_base_out_and_what_changes_the_problems_does():
+    for flags, keys in (("--task lcb --e_groups all", {"base"}), ("--task lcb --until 2025-04-01", set()),
+                        (f"{SMALL} --subset biology --feedback critique --lr 1", {"base"})):  # fmt: skip
+        found, notes = tables.collect([evaluated(flags, 0.5)])
+        assert {key for _, _, key, _ in found} == keys
+        assert ("its base model is in one" in notes[0]) == bool(keys)
 
 
 def test_percent_is_the_mean_with_half_the_t_interval_over_seeds():
@@ -382,69 +400,15 @@ def test_percent_is_the_mean_with_half_the_t_interval_over_seeds():
     spread = sqrt((0.02**2 + 0.02**2) / 1)  # sample standard deviation of 0.48, 0.52
     assert tables.percent([0.48, 0.52]) == f"50.00 ± {100 * 12.706 * spread / sqrt(2):.2f} (2)" == "50.00 ± 25.41 (2)"
     spread = sqrt((0.02**2 + 0 + 0.02**2) / 2)
-    assert (
-        tables.percent([0.48, 0.5, 0.52]) == f"50.00 ± {100 * 4.303 * spread / sqrt(3):.2f} (3)" == "50.00 ± 4.97 (3)"
-    )
+    three = f"50.00 ± {100 * 4.303 * spread / sqrt(3):.2f} (3)"
+    assert tables.percent([0.48, 0.5, 0.52]) == three == "50.00 ± 4.97 (3)"
     assert tables.percent([0.5, 0.5]) == "50.00 ± 0.00 (2)"
 
 
-def test_table_1_has_our_mean_beside_the_papers_and_leaves_what_was_not_measured_empty():
-    runs = [evaluated(f"--task lcb --seed {seed}", after, 0.28) for seed, after in ((1, 0.48), (2, 0.52))]
-    printed, notes = rows(*runs)
-    assert notes == [] and printed == {
-        "Table 1": {
-            "Qwen3-8B/Base": "28.00 28.05",  # measured once: both runs start from it, evaluated with one seed
-            "Qwen3-8B/GRPO": "45.61",
-            "Qwen3-8B/SDPO": "47.33",
-            "Qwen3-8B/SDPO+RL (Adv Reshape)": "46.95",
-            "Qwen3-8B/SDPO+RL (Adv Reweight)": "44.85",
-            "Qwen3-8B/SDPO+RL (Joint Loss)": "47.52",
-            "Qwen3-8B/VPD": "50.00 ± 25.41 (2) 49.62",
-        }
-    }
-
-
-def test_columns_stand_under_each_other():
+def test_columns_are_under_each_other():
     lines = tables.lines(tables.collect([evaluated("--task lcb", 0.5)])[0])
     end = lines[1].index("paper") + len("paper")
-    assert all(len(line) == end for line in lines[3:10]) and [lines[9][:6], lines[9][end - 12 : end - 7]] == [
-        "  VPD ",
-        "50.00",
-    ]
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--e_step_every 10", "--e_step_every 1", "--prior fixed", "--feedback environment", "--feedback sibling",
-        "--lr 2e-6",
-        "--steps 10", "--teacher ema", "--model Qwen/Qwen3-1.7B", "--shift_rate 1", "--beta 0.2", "--group_size 4",
-        "--no_borrow", "--top_k 0", "--divergence js", "--e_groups all", "--train_tests public", "--since 2025-01-01",
-    ],
-)  # fmt: skip
-def test_run_with_a_changed_setting_is_not_in_table_1_and_is_named(flags):
-    _, notes = rows(evaluated(f"--task lcb {flags}", 0.9))
-    found, _ = tables.collect([evaluated(f"--task lcb {flags}", 0.9)])
-    assert not any(key != "base" for _, _, key, _ in found)
-    assert len(notes) == 2 and notes[0].startswith("run: in no table") and notes[1] == "1 of 1 runs in no table"
-    if not flags.startswith(("--e_step", "--prior", "--model")):  # those rows exist, for another model
-        name = flags.split()[0].removeprefix("--").removeprefix("no_")
-        assert f"{name}=" in notes[0]
-
-
-def test_settings_of_the_machine_keep_no_run_out():
-    flags = "--micro_batch_tokens 99 --sampler hf --checkpoint_every 3 --eval_every 7 --seed 5 --engine_memory 0.3"
-    printed, notes = rows(evaluated(f"--task lcb {flags}", 0.5))
-    assert notes == [] and printed["Table 1"]["Qwen3-8B/VPD"] == "50.00 49.62"
-
-
-@pytest.mark.parametrize(
-    "differs", [{"n": 1}, {"temperature": 0.0}, {"top_p": 1.0}, {"split": "train"}, {"max_tokens": 9}]
-)
-def test_evaluation_with_other_settings_is_in_no_table(differs):
-    found, notes = tables.collect([evaluated("--task lcb", 0.5, **differs)])
-    (name,) = differs
-    assert found == {} and f"evaluated with {name}=" in notes[0]
+    assert all(len(line) == end for line in lines[3:10]) and lines[9][:6] == "  VPD " and lines[9][end - 12 : end - 7] == "50.00"
 
 
 def test_note_gives_the_first_three_reasons_and_the_number_of_the_others():
@@ -454,91 +418,47 @@ def test_note_gives_the_first_three_reasons_and_the_number_of_the_others():
     assert notes == ["run: in no table: beta=0.2, lr=2e-06, steps=10 and 2 more", "1 of 1 runs in no table"]
 
 
-def test_ablations_stand_in_their_own_tables_and_not_in_table_2():
-    runs = [evaluated(f"{SMALL} --subset physics {f}", after) for f, after in (("--e_step_every 1", 0.51),
-            ("--e_step_every 10", 0.52), ("--prior fixed", 0.53))]  # fmt: skip
-    printed, notes = rows(*runs)
-    assert notes == [] and printed["Table 2"]["Qwen3-1.7B/VPD"] == "64.75 81.88 77.06 73.67 74.34"
-    assert printed["Table 4"] == {
-        "Qwen3-1.7B/VPD (F5)": "64.75 81.88 77.06 73.67 74.34",
-        "Qwen3-1.7B/VPD (F1)": "61.12 78.51 72.47 51.00 68.75 70.21",
-        "Qwen3-1.7B/VPD (F10)": "59.50 79.50 71.61 52.00 66.48 69.27",
-    }
-    assert printed["Table 5"] == {
-        "Qwen3-1.7B/Dynamic": "64.75 81.88 77.06 73.67 74.34",
-        "Qwen3-1.7B/Fixed": "55.87 76.34 72.81 53.00 66.33 67.84",
-    }
-    _, notes = rows(evaluated(f"{SMALL} --e_step_every 10 --prior fixed", 0.5))  # both at once
-    assert len(notes) == 2
-
-
-def test_critique_is_table_3_and_grpo_which_reads_no_feedback_table_2():
-    printed, notes = rows(evaluated(f"{SMALL} --subset physics --feedback critique --method sdpo", 0.5))
-    assert notes == [] and printed["Table 3"]["Qwen3-1.7B/SDPO"] == "62.12 78.66 71.21 50.00 58.13 67.53"
-    assert printed["Table 2"]["Qwen3-1.7B/SDPO"] == "61.50 72.41 71.54 59.92 66.34"
-    printed, notes = rows(evaluated(f"{SMALL} --subset physics --feedback critique --method grpo", 0.5))
-    assert notes == [] and printed["Table 2"]["Qwen3-1.7B/GRPO"] == "61.25 75.65 74.93 50.00 67.42 69.81"
-    assert "Table 3" not in printed
-    _, notes = rows(evaluated(f"{SMALL} --feedback critique --method reshape", 0.5))  # the paper has none
-    assert "feedback=critique" in notes[0]
-
-
-def test_cold_start_and_olmo_with_its_own_learning_rate():
-    printed, notes = rows(evaluated("--task sciknoweval --model Qwen/Qwen3-4B-Base --subset physics", 0.5, 0.2))
-    assert notes == [] and printed == {
-        "Table D.3": {
-            "Qwen3-4B-Base/Base": "29.37 32.71 50.84 20.00 51.33 41.06",
-            "Qwen3-4B-Base/GRPO": "58.63 77.98 81.12 80.23 74.49",
-            "Qwen3-4B-Base/VPD": "48.50 70.45 64.03 50.00 72.81 63.95",
-        }
-    }
-    olmo = "--task sciknoweval --model allenai/Olmo-3-7B-Instruct --subset physics"
-    printed, notes = rows(evaluated(f"{olmo} --lr 5e-6", 0.5))
-    assert notes == [] and printed["Table 2"]["Olmo-3-7B-Instruct/VPD"] == "55.62 80.33 76.06 50.00 71.17 70.80"
-    assert "lr=1e-05" in rows(evaluated(olmo, 0.5))[1][0]
-
-
-def test_average_is_the_mean_of_the_domains_over_the_seeds_that_have_all_of_them():
-    domains = {"biology": 0.6, "chemistry": 0.7, "material": 0.5, "physics": 0.8}
-    runs = [evaluated(f"{SMALL} --subset {d} --seed 1", avg) for d, avg in domains.items()]
-    printed, _ = rows(*runs)
-    assert printed["Table 2"]["Qwen3-1.7B/VPD"].endswith(f"{100 * (0.6 + 0.7 + 0.5 + 0.8) / 4:.2f} 74.34")
+def test_seeds_are_averaged_and_the_average_has_only_seeds_with_every_domain():
+    printed, _ = rows(*[evaluated(f"--task lcb --seed {seed}", after) for seed, after in ((1, 0.48), (2, 0.52))])
+    assert printed["Table 1/Qwen3-8B/VPD"] == "50.00 ± 25.41 (2) 49.62" and printed["Table 1/Qwen3-8B/Base"] == "30.00 28.05"
+    runs, vpd = [evaluated(f"{SMALL} --subset {d} --seed 1", avg) for d, avg in PARTS.items()], "Table 2/Qwen3-1.7B/VPD"
+    assert rows(*runs)[0][vpd].endswith(f"{100 * (0.6 + 0.7 + 0.5 + 0.8) / 4:.2f} 74.34")
     printed, _ = rows(*runs, evaluated(f"{SMALL} --subset physics --seed 2", 0.6))
-    assert printed["Table 2"]["Qwen3-1.7B/VPD"].endswith("70.00 ± 127.06 (2) 73.67 65.00 74.34")  # 12.706 x 0.1
-    printed, _ = rows(*runs[1:])
-    assert printed["Table 2"]["Qwen3-1.7B/VPD"] == "64.75 70.00 81.88 50.00 77.06 80.00 73.67 74.34"
+    assert printed[vpd].endswith("70.00 ± 127.06 (2) 73.67 65.00 74.34")  # 12.706 x 0.1
+    assert rows(*runs[1:])[0][vpd] == "64.75 70.00 81.88 50.00 77.06 80.00 73.67 74.34"
 
 
-def test_one_model_for_all_domains_is_a_row_of_its_own():
-    parts = {"biology": 0.6, "chemistry": 0.7, "material": 0.5, "physics": 0.8}
-    printed, notes = rows(evaluated(f"{SMALL} --subset all", 0.99, parts=parts))
-    assert notes == [] and printed["Table 2"]["Qwen3-1.7B/VPD"] == "64.75 81.88 77.06 73.67 74.34"
-    together = printed["Table 2"]["Qwen3-1.7B/VPD, one model for all domains"]
+def test_one_model_for_all_domains_is_a_row_of_its_own_and_mathematics_has_a_table():
+    printed, notes = rows(evaluated(f"{SMALL} --subset all", 0.99, parts=PARTS))
+    assert notes == [] and printed["Table 2/Qwen3-1.7B/VPD"] == TABLE_2
+    together = printed["Table 2/Qwen3-1.7B/VPD, one model for all domains"]
     assert together == "60.00 64.75 70.00 81.88 50.00 77.06 80.00 73.67 65.00 74.34"
+    printed, notes = rows(evaluated("--task math --method grpo", 0.5, parts={"math500": 0.8, "aime24": 0.2}))
+    assert notes == [] and printed == {"Section 4.2/Qwen3-8B/GRPO": "80.00 83.80"}
 
 
 def test_seed_that_is_there_already_is_named_and_not_averaged():
     printed, notes = rows(evaluated("--task lcb --seed 1", 0.5), evaluated("--task lcb --seed 1", 0.7))
-    assert printed["Table 1"]["Qwen3-8B/VPD"] == "50.00 49.62"
+    assert printed["Table 1/Qwen3-8B/VPD"] == "50.00 49.62"
     assert "seed 1 of these settings is there already" in notes[0] and notes[1] == "1 of 2 runs in no table"
 
 
-def test_runs_of_other_tasks_and_models_are_named_and_no_table_is_printed(tmp_path, capsys):
-    folders = []
-    for flags in ("--task toy", "--task math", "--task sciknoweval --model Qwen/Qwen3-0.6B"):
-        _, config, evaluation = evaluated(flags, 0.5)
-        folders.append(tmp_path / str(len(folders)))
-        folders[-1].mkdir()
-        (folders[-1] / "config.json").write_text(json.dumps(config))
-        (folders[-1] / "evaluation.json").write_text(json.dumps(evaluation))
-    figures.main(["--tables", *map(str, folders)])
-    out, error = capsys.readouterr()
-    assert out == "" and error.splitlines() == [
-        f"figures.py: {folders[0]}: in no table: task=toy",
-        f"figures.py: {folders[1]}: in no table: task=math",
-        f"figures.py: {folders[2]}: in no table: no table has vpd of qwen3-0.6b",
-        "figures.py: 3 of 3 runs in no table",
-    ]
+def write_run(folder, flags):
+    _, config, evaluation = evaluated(flags, 0.5)
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    return str(folder)
+
+
+def test_the_command_prints_tables_and_names_the_runs_that_are_in_none(tmp_path, capsys):
+    lcb, toy = write_run(tmp_path / "a", "--task lcb"), write_run(tmp_path / "b", "--task toy")
+    for runs in ([lcb, toy], [toy]):
+        tables.main(runs)
+        out, error = capsys.readouterr()
+        assert error.splitlines() == [
+            f"tables.py: {toy}: in no table: task=toy", f"tables.py: 1 of {len(runs)} runs in no table"]  # fmt: skip
+        assert out.startswith("Table 1: LiveCodeBench v6, avg@4, percent\n") if lcb in runs else out == ""
 
 
 @pytest.mark.parametrize(
@@ -547,12 +467,8 @@ def test_runs_of_other_tasks_and_models_are_named_and_no_table_is_printed(tmp_pa
      ("config.json", '{"model": "Qwen/Qwen3-8B", "task": "lcb", "seed": 1}')],
 )  # fmt: skip
 def test_run_that_was_not_evaluated_or_is_none_is_one_line_and_exit_2(name, text, tmp_path, capsys):
-    _, config, evaluation = evaluated("--task lcb", 0.5)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
-    if text is None:
-        (tmp_path / name).unlink()
-    else:
-        (tmp_path / name).write_text(text)
+    write_run(tmp_path, "--task lcb")
+    (tmp_path / name).write_text(text) if text else (tmp_path / name).unlink()
     reason = f"{tmp_path} is no run directory: it has no evaluation.json; python evaluate.py --run {tmp_path} makes it"
-    assert_refused(["--tables", tmp_path], str(tmp_path) if text else reason, capsys)
+    assert_refused([tmp_path], str(tmp_path) if text else reason, capsys, tables.main)
+    assert_refused([], "runs", capsys, tables.main)

@@ -357,7 +357,7 @@ def planned(config) -> float:
 @pytest.mark.parametrize("recompute", [0, math.inf], ids=["recomputed", "stored"])
 def test_speed_and_memory_of_a_training_step(recompute, world, table):
     policy = random_policy(LARGE, world, recompute=recompute)
-    optimizer = torch.optim.AdamW(policy.model.parameters())
+    optimizer = torch.optim.AdamW(policy.model.parameters(), fused=GPU)
     a, b, c = (draw(ROWS, n, LARGE.vocab_size, i) for i, n in enumerate((PROMPT, CONTEXT, RESPONSE)))
     update = lambda: distil(policy, a, [p + q for p, q in zip(a, b)], c, optimizer)  # noqa: E731
     norms = [update()]  # the optimizer's moments come into being
@@ -382,7 +382,7 @@ def test_speed_and_memory_of_a_training_step(recompute, world, table):
 
 def test_a_moving_average_and_a_checkpoint_come_back_bit_by_bit(world, table, tmp_path):
     policy = random_policy(SMALL, world)
-    optimizer = torch.optim.AdamW(policy.model.parameters())
+    optimizer = torch.optim.AdamW(policy.model.parameters(), fused=GPU)
     a, b, c = (draw(2, 64, SMALL.vocab_size, i) for i in range(3))
     update = lambda: distil(policy, a, b, c, optimizer, learning_rate=1e-3)  # noqa: E731
     local = lambda tensors: [getattr(x, "_local_tensor", x).detach().clone() for x in tensors]  # noqa: E731
@@ -481,7 +481,7 @@ def test_vllm_sleeps_takes_a_push_and_agrees(world, table, tmp_path):
     sampler.sleep()
     table.row("  asleep, memory free", free(), "GB", f"before the first push {asleep:.2f}")
     assert free() > asleep - 2
-    optimizer = torch.optim.AdamW(policy.model.parameters())
+    optimizer = torch.optim.AdamW(policy.model.parameters(), fused=GPU)
     distil(policy, prompts, prompts[::-1], [r.tokens[:64] for r in rollouts[::8]], optimizer, learning_rate=1e-3)
     sampler.sync(policy)  # raises where the engine went on with old weights
     table.row("  gap after a large step", sampler.gap, "nats a token")

@@ -1,34 +1,32 @@
 """hub.py: one request tells whether there is a hub, and paths are not asked for at all."""
 
 import functools
+import json
 import logging
 import socket
 import time
+from pathlib import Path
 
 import huggingface_hub
 import pytest
 
-from harness import hub
-from harness import plan
+from harness import hub, plan
 from model.policy import Policy
-
-
-waits = []
 
 
 @pytest.fixture
 def hub_at(monkeypatch, tmp_path):
-    """hub_at(port): the hub is on this machine, and the cache is empty. Returns the cache."""
-    waits.clear()
+    """hub_at(port): the hub is on this machine, and the cache is empty. Returns the cache and the waits."""
+    waits = []
 
     def at(port):
         # The name and kind of what is asked for stay in the address.
         url = lambda repo, file, repo_type: f"http://127.0.0.1:{port}/{repo_type}/{repo}/resolve/main/{file}"  # noqa: E731
-        monkeypatch.setattr(hub, "hf_hub_url", url)
+        monkeypatch.setattr(huggingface_hub, "hf_hub_url", url)
         monkeypatch.setattr(hub.time, "sleep", waits.append)
-        monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        return tmp_path / "cache"
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        return tmp_path / "cache", waits
 
     return at
 
@@ -64,55 +62,68 @@ def test_a_slow_hub_is_left_to_the_librarys_own_patience(hub_at, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the connection and says nothing
         hub_at(silent.getsockname()[1])
         impatient = functools.partial(huggingface_hub.get_hf_file_metadata, timeout=0.2)
-        monkeypatch.setattr(hub, "get_hf_file_metadata", impatient)
+        monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", impatient)
         assert hub.unreachable("owner/model", "config.json") == ""
 
 
+def keep(folder, **files):
+    """Files of a repository in the cache."""
+    for file, text in files.items():
+        path = folder / ("refs/main" if file == "refs" else f"snapshots/abc/{file.replace('__', '.')}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
 def test_what_is_in_the_cache_needs_no_hub(hub_at, closed):
-    cache = hub_at(closed)
+    cache, waits = hub_at(closed)
     for kind in ("model", "dataset"):
         assert not hub.cached("owner/name", "config.json", kind)
-        folder = cache / f"{kind}s--owner--name"
-        for file in ("refs/main", "snapshots/abc/config.json", ".no_exist/abc/tokenizer.json"):
-            (folder / file).parent.mkdir(parents=True)
-            (folder / file).write_text("abc")
-        assert hub.cached("owner/name", "config.json", kind)
-        assert not hub.cached("owner/name", "tokenizer.json", kind)  # known not to be there
+        keep(cache / f"{kind}s--owner--name", refs="abc", config__json="{}")
+        assert hub.cached("owner/name", "config.json", kind) and not hub.cached("owner/name", "tokenizer.json", kind)
     hub.look("owner/name")
-    assert waits == []
+    assert waits == [] and hub.cache() == cache
+
+
+def test_weights_are_missing_until_every_file_is_there(hub_at, closed):
+    cache, _ = hub_at(closed)
+    index = json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}})
+    for name, files, missing in (
+        ("single", {}, True), ("single", {"model__safetensors": ""}, False), ("old", {"pytorch_model__bin": ""}, False),
+        ("cut", {"model__safetensors__index__json": index}, True), ("cut", {"one__safetensors": ""}, True),
+        ("cut", {"two__safetensors": ""}, False),
+    ):  # fmt: skip
+        keep(cache / f"models--owner--{name}", refs="abc", **files)
+        assert hub.missing(f"owner/{name}") == missing, (name, files)
 
 
 @pytest.mark.parametrize("name", hub.NO_HUB)
-def test_every_sign_of_no_hub_is_asked_twice_and_then_said(name, monkeypatch):
-    asked, waited = [], []
-    monkeypatch.setattr(hub.time, "sleep", waited.append)
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+def test_every_sign_of_no_hub_is_asked_twice_and_then_said(name, hub_at, closed, monkeypatch):
+    (_, waits), asked = hub_at(closed), []
 
     def fail(url):
         asked.append(url)
         raise type(name, (Exception,), {})("no\nway")
 
-    monkeypatch.setattr(hub, "get_hf_file_metadata", fail)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", fail)
     assert hub.unreachable("owner/name", "a.json", "dataset").endswith(" cannot be reached (no way)")
-    assert len(asked) == 2 and asked[0].endswith("/datasets/owner/name/resolve/main/a.json") and waited[0] == 1.0
+    assert len(asked) == 2 and asked[0].endswith("/dataset/owner/name/resolve/main/a.json") and waits[0] == 1.0
 
 
-def test_a_hub_that_answers_the_second_time_is_one(monkeypatch):
+def test_a_hub_that_answers_the_second_time_is_one(hub_at, closed, monkeypatch):
+    hub_at(closed)
     answers = iter([type("ConnectError", (Exception,), {})("not yet"), None])
 
     def ask(_):
         if error := next(answers):
             raise error
 
-    monkeypatch.setattr(hub.time, "sleep", lambda _: None)
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub, "get_hf_file_metadata", ask)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", ask)
     assert hub.unreachable("owner/name", "a.json") == ""
 
 
 def test_offline_by_request_is_named(hub_at, closed, monkeypatch):
     hub_at(closed)
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     huggingface_hub.close_session()  # a client knows from its making whether it may ask
     assert hub.unreachable("owner/model", "config.json").endswith("(HF_HUB_OFFLINE is set)")
     huggingface_hub.close_session()
@@ -120,23 +131,26 @@ def test_offline_by_request_is_named(hub_at, closed, monkeypatch):
 
 @pytest.mark.parametrize(
     "path, reason",
-    [
-        ("", "the name is empty"),
-        ("./model", "there is no folder of this name"),
-        ("../model", "there is no folder of this name"),
-        ("/no/model", "there is no folder of this name"),
-        ("~/model", "there is no folder of this name"),
-        ("a/b/c", "there is no folder of this name, and an id on the hub is OWNER/NAME"),
-        (__file__, "it is a file, and a model is a folder or an id on the hub"),
-    ],
-)
+    [("", "the name is empty"), ("./no-model", "there is no folder of this name"), ("../no-model", "there is no folder of this name"),
+     ("/no/model", "there is no folder of this name"), ("~/model", "there is no folder of this name"),
+     ("a/b/c", "there is no folder of this name, and an id on the hub is OWNER/NAME"),
+     (__file__, "it is a file, and a model is a folder or an id on the hub"), (str(Path(__file__).parent), None)],
+)  # fmt: skip
 def test_what_can_be_no_id_is_not_asked_for(path, reason, monkeypatch):
-    monkeypatch.setattr(hub, "get_hf_file_metadata", lambda _: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda _: pytest.fail("the hub was asked"))
+    if reason is None:
+        return hub.look(path)
     with pytest.raises(ValueError) as error:
         hub.look(path)
     assert str(error.value) == reason
 
 
-def test_a_folder_is_not_asked_for(monkeypatch, tmp_path):
-    monkeypatch.setattr(hub, "get_hf_file_metadata", lambda _: pytest.fail("the hub was asked"))
-    hub.look(str(tmp_path))
+def test_a_folder_is_a_models_if_it_holds_nothing_else(tmp_path):
+    for name, text, holds in (("none", None, False), ("run", '{"task": "toy"}', False), ("torn", "{", False), ("list", "[]", False),
+                              ("model", '{"model_type": "qwen3"}', True)):  # fmt: skip
+        (tmp_path / name).mkdir()
+        if text is not None:
+            (tmp_path / name / "config.json").write_text(text)
+        assert hub.holds_model(tmp_path / name) == holds, name
+    (tmp_path / "model" / "thesis").mkdir()
+    assert not hub.holds_model(tmp_path / "model")

@@ -2,74 +2,95 @@
 
 import os
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
+PYTHON = """#!/bin/sh
+echo "$@" >> {told}
+case "$*" in
+  *refused*) echo "vpd.py: error: no" >&2; exit 2 ;;
+  *evaluate.py*|*study*|*--plan*) ;;
+  *vpd.py*|*neighbours*) [ -z "$VPD_OUT_FILE" ] || echo runs/here > "$VPD_OUT_FILE" ;;
+esac
+case "$*" in *slow*) trap 'echo "got $name" >> {told}; exit 143' TERM HUP; echo ready; for i in $(seq 50); do sleep 0.1; done ;; esac
+"""
 
 
 @pytest.fixture
 def sh(tmp_path):
     """sh(words, **environment): exit status, the commands started, standard output, standard error."""
     (tmp_path / "bin").mkdir()
-    python, told = tmp_path / "bin" / "python", tmp_path / "told"
-    python.write_text(f'#!/bin/sh\necho "$@" >> {told}\n')
-    python.chmod(0o755)
+    told = tmp_path / "told"
+    (tmp_path / "bin" / "python").write_text(PYTHON.replace("{told}", str(told)))
+    (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\nprintf 'GPU 0: H100\\nGPU 1: H100\\n'\n")
+    for name in ("python", "nvidia-smi"):
+        (tmp_path / "bin" / name).chmod(0o755)
     shutil.copy(ROOT / "requirements.txt", tmp_path / ".vpd-requirements")  # nothing is to be installed
 
-    def run(words, **environment):
-        environment = {"VIRTUAL_ENV": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""} | environment
+    def run(words, started=False, **environment):
+        kept = {name: value for name, value in os.environ.items() if name not in ("NPROC", "CUDA_VISIBLE_DEVICES")}
         path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
-        kept = {name: value for name, value in os.environ.items() if name != "NPROC"}
-        done = subprocess.run(
-            ["bash", str(ROOT / "run.sh"), *words.split()],
-            env=kept | {"PATH": path} | environment, capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
-        return done.returncode, told.read_text().splitlines() if told.exists() else [], done.stdout, done.stderr
+        environment = {"VIRTUAL_ENV": str(tmp_path), "CUDA_VISIBLE_DEVICES": "", "PATH": path} | environment
+        environment = {name: value for name, value in (kept | environment).items() if value is not None}
+        process = subprocess.Popen(["bash", str(ROOT / "run.sh"), *words.split()], env=environment, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+        if started:
+            return process, told
+        out, error = process.communicate(timeout=60)
+        return process.returncode, told.read_text().splitlines() if told.exists() else [], out, error
 
     return run
 
 
-@pytest.mark.parametrize("word", ["toy", "lcb", "sciknoweval", "math", "own"])
-def test_a_task_is_trained_evaluated_and_drawn(sh, word):
-    status, commands, _, error = sh(f"{word} --data mine --out here")
-    assert (status, error) == (0, "")
-    assert commands == [
-        f"vpd.py --task {word} --data mine --out here",
-        "evaluate.py --run here",
-        "figures.py here --out here/curves.png",
-    ]
-
-
-def test_a_run_without_a_name_gets_one_of_its_word_and_time(sh):
-    _, commands, _, _ = sh("own --data mine.py")
-    assert commands[0].startswith("vpd.py --task own --out runs/own-20") and commands[0].endswith(" --data mine.py")
-    assert commands[1] == f"evaluate.py --run {commands[0].split()[4]}"
-
-
-@pytest.mark.parametrize("words", ["toy --smoke", "own --data x.py --smoke", "--smoke --steps 2"])
-def test_a_smoke_run_of_what_runs_here_as_it_is_is_refused_before_it_is_announced(sh, words):
-    status, commands, out, _ = sh(words)
-    word = words.split()[0] if words[0] != "-" else "toy"
-    assert (
-        commands == [f"vpd.py --task {word} --smoke qwen3"] and out == ""
-    )  # which refuses, in the words of settings.py
-
-
-def test_a_smoke_run_goes_over_the_feedback_sources_and_families(sh):
-    status, commands, out, _ = sh("math --smoke")
-    assert status == 0 and len(out.splitlines()) == 3 and len(commands) == 9
-    assert sum("--smoke olmo3 --feedback sibling" in command for command in commands) == 1
+AFTER = ["evaluate.py --run runs/here", "-m study.figures runs/here --out runs/here/curves.png"]
+TORCHRUN = "-m torch.distributed.run --standalone --shutdown-timeout 1800 --nproc-per-node 2 -- "
+HIDDEN = {"CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.mark.parametrize(
-    "words, environment, reason",
-    [("mine", {}, "unknown word 'mine': toy, lcb, sciknoweval, math, own, eval"), ("toy --resume", {}, "--resume needs --out"),
-     ("toy", {"NPROC": "two"}, "NPROC is the number of processes, not 'two'")],
+    "words, environment, commands",
+    [("", HIDDEN, ["vpd.py --task toy", *AFTER]),
+     ("--steps 3", HIDDEN, ["vpd.py --task toy --steps 3", *AFTER]),
+     ("math --data mine --out x", HIDDEN, ["vpd.py --task math --data mine --out x", *AFTER]),
+     ("lcb --method distil", HIDDEN, ["-m neighbours.distil --task lcb --method distil", *AFTER]),
+     ("toy --method=ovd", HIDDEN, ["-m neighbours.ovd --task toy --method=ovd", *AFTER]),
+     ("lcb --help", HIDDEN, ["vpd.py --task lcb --help"]),
+     ("check", HIDDEN, ["vpd.py --task lcb --plan"]),
+     ("check math --gpus 8", HIDDEN, ["vpd.py --task math --plan --gpus 8"]),
+     ("eval --run x", HIDDEN, ["evaluate.py --run x"]),
+     ("bench steps", HIDDEN, ["-m study.bench steps"]),
+     ("test -x", HIDDEN, ["-m pytest -q -m not slow and not vllm and not gpu tests -x"]),
+     # Several processes: one checks first.
+     ("lcb", {"CUDA_VISIBLE_DEVICES": None}, ["vpd.py --task lcb --plan --gpus 2", f"{TORCHRUN}vpd.py --task lcb",
+                                               f"{TORCHRUN}{AFTER[0]}", AFTER[1]]),
+     ("math --smoke", {"CUDA_VISIBLE_DEVICES": "0,3"}, [f"{TORCHRUN}vpd.py --task math --smoke", f"{TORCHRUN}{AFTER[0]}", AFTER[1]]),
+     ("eval --run x", {"NPROC": "2"}, [f"{TORCHRUN}evaluate.py --run x"])],
 )  # fmt: skip
-def test_what_it_cannot_do_is_one_line_and_exit_2(sh, words, environment, reason):
+def test_a_word_starts_its_commands(words, environment, commands, sh):
+    status, started, _, error = sh(words, **environment)
+    assert (status, error, started) == (0, "", commands)
+
+
+@pytest.mark.parametrize(
+    "words, environment, reason, started",
+    [("mine", {}, "run.sh: error: unknown word 'mine'", 0), ("toy", {"NPROC": "two"}, "run.sh: error: NPROC is the number", 0),
+     ("lcb --refused", {}, "vpd.py: error: no", 1), ("lcb --refused", {"NPROC": "2"}, "vpd.py: error: no", 1)],
+)  # fmt: skip
+def test_what_it_cannot_do_is_one_line_and_exit_2(words, environment, reason, started, sh):
     status, commands, _, error = sh(words, **environment)
-    assert (status, commands) == (2, []) and error.startswith("run.sh: error: ")
-    assert reason in error and error.count("\n") == 1
+    assert status == 2 and error.startswith(reason) and error.count("\n") == 1 and len(commands) == started
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_reaches_the_run_whose_status_is_the_scripts(number, sh):
+    process, told = sh("toy --slow", started=True)
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.1)
+    process.send_signal(number)
+    assert process.wait(timeout=30) == 143
+    assert told.read_text().splitlines() == ["vpd.py --task toy --slow", "got "]  # and nothing is evaluated

@@ -1,246 +1,445 @@
-"""What surrounds the loop: the probe of the teacher, run directories, interruptions, updates that are not finite."""
+"""What surrounds the loop: run directories, what a model or a task brings that cannot be trained, interruptions, updates that
+are not finite, the best weights, and the probe of the teacher."""
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from tokenizers import processors
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GenerationConfig, PhiConfig
 
-from model import checkpoint
 import evaluate
 import feedback
-import losses
-from harness import plan
 import rollout
-from harness import session
-from harness import settings
 import tasks
 import vpd
+from harness import plan, session
+from harness.command import CannotWrite
 from model.policy import Policy
-from neighbours.reviews import Reviews
+from study import warm_start
 from tasks import Outcome
-from test_vpd import read_log, run, weights
+from test_settings import parsed
 
 torch.set_num_threads(1)
-ROOT = Path(__file__).parent.parent
+MODELS = Path(__file__).parents[1] / "tasks" / "toy_models"
+SMALL = ["--subset", "choice", "--prompts_per_batch", "4", "--minibatch_prompts", "4", "--group_size", "4",
+         "--max_response_tokens", "30", "--eval_samples", "1", "--dtype", "float64"]  # fmt: skip
 
 
-def probed(tmp_path, monkeypatch, *flags):
-    """The teachers that the base failures were shown to, the prompts of each time, and the run's evaluations."""
+def run(out, *flags, steps=2):
+    """A small run without evaluation: its rows of log.jsonl."""
+    more = [] if "--eval_every" in flags else ["--eval_every", "0"]
+    more += [] if "--method" in flags and "vpd" not in flags else ["--e_minibatch_prompts", "4"]
+    vpd.main([*SMALL, *more, "--steps", str(steps), "--out", str(out), *flags])
+    return read_log(out)
+
+
+def read_log(out, kind="train"):
+    return [row for row in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if row["kind"] == kind]
+
+
+def ended(status, capsys, out, *flags, **more) -> str:
+    """What a run that ends with this exit status says on stderr, less the bar of progress."""
+    with pytest.raises(SystemExit) as stop:
+        run(out, *flags, **more)
+    error = capsys.readouterr().err
+    assert stop.value.code == status, error
+    return error
+
+
+def refused(capsys, out, *flags, **more) -> str:
+    """The one line of a run that is refused before anything is written."""
+    error = ended(2, capsys, out, *flags, **more)
+    assert error.count("\n") == 1 and not out.exists(), error
+    return error
+
+
+def same(a, b) -> bool:
+    a, b = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    return all(torch.equal(a[name].double(), b[name].double()) for name in a)
+
+
+# ---- The run directory -------------------------------------------------------------------------------------------
+
+
+def test_an_existing_run_is_refused_and_overwrite_deletes_only_runs(tmp_path, capsys):
+    out = tmp_path / "run"
+    run(out, steps=1)
+    assert "--overwrite" in ended(2, capsys, out, steps=1)
+    (out / "left").touch()
+    run(out, "--overwrite", steps=1)
+    assert not (out / "left").exists()
+    for name, text in (("thesis.tex", ""), ("config.json", "{}"), ("config.json", '{"model_type": "qwen3"}')):
+        (tmp_path / name.split(".")[0]).mkdir(exist_ok=True)
+        (tmp_path / name.split(".")[0] / name).write_text(text)
+        assert "is no run directory" in ended(2, capsys, tmp_path / name.split(".")[0], "--overwrite", steps=1)
+        assert (tmp_path / name.split(".")[0] / name).exists()
+    for flag, path in (("--model", out / "model"), ("--model", out / "model" / ".." / "model")):
+        assert f"this run's own {flag}" in ended(2, capsys, out, "--overwrite", flag, str(path), steps=1)
+    assert (out / "model" / "config.json").exists()
+
+
+def test_a_warm_start_replaces_models_only(tmp_path, capsys):
+    run(tmp_path / "run", steps=1)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    for out, words in (("run", "holds other things"), ("mine", "holds other things"), ("mine/thesis.tex", "is a file")):
+        with pytest.raises(SystemExit) as stop:
+            warm_start.main(["--out", str(tmp_path / out)])
+        assert stop.value.code == 2 and words in capsys.readouterr().err
+    with pytest.raises(CannotWrite, match="it is a folder that holds other things than a model"):
+        Policy.load(MODELS / "choice").save(tmp_path / "run")
+    assert (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_a_run_that_goes_on_is_left_alone(tmp_path, capsys):
+    run(tmp_path / "run", "--checkpoint_every", "1", steps=1)
+    with session._lock(tmp_path / "run"):
+        for flag in ("--resume", "--overwrite"):
+            assert "belongs to a run that is still going on" in ended(2, capsys, tmp_path / "run", flag, steps=1)
+    with pytest.raises(ValueError, match="was made by another run a moment ago"):
+        session.open_directory(parsed(), tmp_path / "run", {})
+
+
+def test_a_model_is_saved_by_its_whole_path_and_the_run_goes_on_elsewhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(MODELS)
+    run(tmp_path / "run", "--model", "choice", "--checkpoint_every", "1", steps=1)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["model"] == str(MODELS / "choice")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "choice").mkdir()
+    (tmp_path / "run" / "log.jsonl").write_text("")
+    capsys.readouterr()
+    vpd.main(["--out", "run", "--resume"])
+    assert "log.jsonl has 0 of the 1 batches done" in capsys.readouterr().err
+
+
+# ---- What a task or a model brings -------------------------------------------------------------------------------
+
+OWN = """
+from tasks import Outcome, Problem, Task
+def load():
+    problems = [Problem(f"p{{i}}", {messages}, "r") for i in range({count})]
+    verify = lambda problems, texts: [Outcome({reward}, "v", "no") for _ in problems]
+    return Task("t", problems, [], problems[:2], verify)
+"""
+
+
+def own(path, messages='[{"role": "user", "content": f"start {i}"}]', count=8, reward=0):
+    """The flags of a small run of a task of one's own, on the toy model of choice."""
+    path.write_text(OWN.format(messages=messages, count=count, reward=reward))
+    return ["--task", "own", "--subset", "", "--data", str(path), "--model", str(MODELS / "choice"),
+            "--max_prompt_tokens", "64", "--max_response_tokens", "8"]  # fmt: skip
+
+
+def templated(folder, template):
+    """The flags for the toy model of choice with another chat template."""
+    Policy.load(MODELS / "choice").save(folder)
+    (folder / "chat_template.jinja").write_text(template)
+    return ["--model", str(folder)]
+
+
+LOOP = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + LOOP
+SYSTEM = '[{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]'
+TWICE = '[{"role": "user", "content": "a"}] * 2'
+ALTERNATE = "{% if messages[1] and messages[0].role == messages[1].role %}{{ raise_exception('roles must alternate') }}"
+ALTERNATE += "{% endif %}" + LOOP
+
+
+@pytest.mark.parametrize(
+    "messages, template, words",
+    [(SYSTEM, NO_SYSTEM, "cannot render problem p0 (TemplateError: no system role)"),
+     (TWICE, ALTERNATE, "cannot render problem p0 (TemplateError: roles must alternate)"),
+     ('[{"role": "assistant", "content": "a"}]', LOOP, "the last a user's"),
+     ('[{"role": "user", "content": "a " * 50}]', LOOP * 2, "problem p0: a prompt is ")],
+)  # fmt: skip
+def test_prompts_that_cannot_be_built_are_one_line(messages, template, words, tmp_path, capsys):
+    flags = [*own(tmp_path / "own.py", messages), *templated(tmp_path / "m", template), "--max_prompt_tokens", "127",
+             "--max_teacher_tokens", "128"]  # fmt: skip
+    capsys.readouterr()
+    assert words in refused(capsys, tmp_path / "run", *flags)
+
+
+def test_a_tokenizer_that_adds_blanks_where_texts_are_joined_is_refused(byte_tokenizer):
+    class Blanks:
+        def __getattr__(self, name):
+            return getattr(byte_tokenizer, name)
+
+        def __call__(self, text, **how):
+            return byte_tokenizer(" " + text, **how)
+
+    problem = tasks.Problem("p", [{"role": "user", "content": "a"}])
+    assert feedback.check_prompts(byte_tokenizer, [problem], parsed()) == [len("<user\na>\n<assistant\n" + "<think></think>")]
+    with pytest.raises(ValueError, match="adds blanks where the texts of a prompt are joined"):
+        feedback.check_prompts(Blanks(), [problem], parsed())
+
+
+@pytest.mark.parametrize("template", [None, LOOP, "<|pad|>" + LOOP])
+def test_a_tokenizer_that_begins_with_bos_gets_it_once_in_every_prompt(template, tokenizer):
+    import copy
+
+    messages, context = [{"role": "user", "content": "start 1"}], feedback.Context("", "one", "two", "three")
+    cfg, with_bos = parsed(), copy.deepcopy(tokenizer)
+    with_bos.bos_token, with_bos.chat_template = "<|pad|>", template
+    pad = with_bos.bos_token_id
+    plain = copy.deepcopy(with_bos)
+    with_bos._tokenizer.post_processor = processors.TemplateProcessing("<|pad|> $A", special_tokens=[("<|pad|>", pad)])
+    prompts = lambda t: [feedback.student_prompt(t, messages),  # noqa: E731
+                         feedback.teacher_prompt(t, messages, context, cfg.templates(), 10**6)[0],
+                         feedback.critique_prompt(t, messages, "a", "b", cfg.templates(), 10**6)[0]]  # fmt: skip
+    own = template is not None and template.startswith("<|pad|>")
+    for without, ids in zip(prompts(plain), prompts(with_bos)):
+        assert ids == (without if own else [pad, *without]) and ids.count(pad) == 1
+
+
+@pytest.mark.parametrize("config", [CohereConfig, Gemma2Config, PhiConfig])  # scaled, capped, with a bias
+def test_a_head_that_is_no_plain_matrix_is_one_line(config, tmp_path, capsys, tokenizer):
+    network = AutoModelForCausalLM.from_config(config(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, intermediate_size=64, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=16, pad_token_id=0, eos_token_id=2, bos_token_id=None,
+    ))  # fmt: skip
+    network.save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    assert "its head is not a plain matrix" in refused(capsys, tmp_path / "run", "--model", str(tmp_path / "m"))
+
+
+def test_a_generation_config_that_cannot_be_written_does_not_cost_the_trained_model(tmp_path):
+    Policy.load(MODELS / "choice").save(tmp_path / "m")
+    eos = GenerationConfig.from_pretrained(tmp_path / "m").eos_token_id
+    (tmp_path / "m" / "generation_config.json").write_text(json.dumps({"eos_token_id": [eos, 5], "temperature": 0.6}))
+    run(tmp_path / "run", "--model", str(tmp_path / "m"), steps=1)
+    assert GenerationConfig.from_pretrained(tmp_path / "run" / "model").eos_token_id == [eos, 5]
+
+
+def test_special_tokens_inside_a_response_are_graded(tokenizer):
+    policy = Policy.load(MODELS / "choice")
+    end, start = policy.eos_ids[0], tokenizer.convert_tokens_to_ids("<|im_start|>")
+    word = tokenizer("a").input_ids
+    assert policy.decode([*word, start, *word, end]) == policy.decode([*word, start, *word]) == "a<|im_start|>a"
+
+
+@pytest.mark.parametrize("temperature", ["0.5", "2"])
+def test_the_trainer_scores_at_the_temperature_of_the_rollouts(temperature, tmp_path, capsys):
+    rows = run(tmp_path / "run", "--temperature", temperature, "--top_p", "0.9", steps=1)
+    assert "--top_p below 1: rollouts come from a cut distribution" in capsys.readouterr().out
+    assert rows[0]["sampler_gap"] > 1e-4
+    rows = run(tmp_path / "whole", "--temperature", temperature, steps=1)
+    assert rows[0]["sampler_gap"] < 1e-6  # the library samples in float32
+
+
+def test_a_sequence_that_is_too_long_is_refused_and_what_a_run_may_meet_is_noted(tmp_path, monkeypatch, capsys):
+    """The longest sequence may be that of evaluation."""
+    load = tasks.load
+
+    def changed(*args):
+        task = load(*args)
+        long = replace(task.validation[-1], messages=[{"role": "user", "content": "start 1 " * 300}])
+        return replace(task, validation=[*task.validation, long], test=[])
+
+    def refuse(found, cfg):
+        if found.longest > 2100:
+            raise ValueError("too long a sequence")
+
+    monkeypatch.setattr(tasks, "load", changed)
+    monkeypatch.setattr(plan, "refuse", refuse)
+    flags = ["--max_prompt_tokens", "2000", "--max_teacher_tokens", "3000"]
+    assert "too long a sequence" in refused(capsys, tmp_path / "run", "--eval_every", "1", *flags)
+    run(tmp_path / "run", *flags, steps=1)
+    told = capsys.readouterr().out
+    assert "prompt and response may take 2030 tokens; the model was made for 1024" in told
+    assert "toy/choice has no test problems" in told
+
+
+# ---- How a run ends ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps, words", [(2, "no update was made"), (9, "three batches in a row made no update")])
+def test_a_run_without_a_signal_ends_with_a_line_and_status_1(steps, words, tmp_path, capsys):
+    flags = [*own(tmp_path / "own.py"), "--method", "grpo"]  # all wrong: no advantage
+    error = ended(1, capsys, tmp_path / "run", *flags, steps=steps)
+    assert words in error and len(read_log(tmp_path / "run")) == min(steps, 3)
+    assert (tmp_path / "run" / "model" / "config.json").exists()
+
+
+def test_a_run_does_not_go_on_with_other_problems(tmp_path, capsys):
+    flags = [*own(tmp_path / "own.py"), "--feedback", "environment", "--method", "sdpo"]
+    run(tmp_path / "run", *flags, steps=1)
+    own(tmp_path / "own.py", messages='[{"role": "user", "content": f"start {i + 1}"}]')
+    with pytest.raises(SystemExit) as stop:
+        vpd.main(["--resume", "--out", str(tmp_path / "run")])
+    assert stop.value.code == 2 and "the training problems are not those that the run began with" in capsys.readouterr().err
+
+
+def interrupting(monkeypatch, interrupt):
+    """Calls interrupt() while the second batch is sampled."""
+    sample, calls = rollout.HFSampler.sample, []
+
+    def interrupted(self, *args):
+        calls.append(1)
+        if len(calls) == 2:
+            interrupt()
+        return sample(self, *args)
+
+    monkeypatch.setattr(rollout.HFSampler, "sample", interrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_saves_the_state_and_the_run_that_goes_on_is_the_same(number, tmp_path, monkeypatch, capsys):
+    run(tmp_path / "whole", steps=3)
+    interrupting(monkeypatch, lambda: os.kill(os.getpid(), number))
+    handler = signal.getsignal(number)
+    assert "resume with --resume" in ended(143, capsys, tmp_path / "run", steps=3)
+    assert signal.getsignal(number) == handler and len(read_log(tmp_path / "run")) == 1  # the batch is drawn again
+    run(tmp_path / "run", "--resume", steps=3)
+    assert len(read_log(tmp_path / "run")) == 3 and same(tmp_path / "run" / "model", tmp_path / "whole" / "model")
+
+
+def test_a_run_under_nohup_goes_on(tmp_path, monkeypatch):
+    interrupting(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGHUP))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert len(run(tmp_path / "run", steps=2)) == 2
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_ctrl_c_leaves_a_usable_directory(tmp_path, monkeypatch, capsys):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    interrupting(monkeypatch, interrupt)
+    error = ended(130, capsys, tmp_path / "run", steps=5)
+    assert "it has no checkpoint yet: --resume starts again" in error and len(read_log(tmp_path / "run")) == 1
+    Policy.load(str(tmp_path / "run" / "model"))
+
+
+@pytest.mark.parametrize("bad, lasts", [((0, 1, 2, 3, 4), 4), ((0, 1, 2, 4, 5, 6, 7), 9)])
+def test_five_bad_updates_in_a_row_end_a_run_and_five_in_all_do_not(bad, lasts, tmp_path, monkeypatch, capsys):
+    update, calls = session.Run.update, []
+
+    def spoiled(self, optimizer, lr, loss):
+        calls.append(1)
+        return update(self, optimizer, lr, float("nan") if len(calls) - 1 in bad else loss)
+
+    monkeypatch.setattr(session.Run, "update", spoiled)
+    flags = ["--method", "sdpo", "--feedback", "solution_first"]  # an update for every batch
+    if lasts < 9:
+        assert "five updates in a row" in ended(1, capsys, tmp_path / "run", *flags, steps=9)
+        assert same(MODELS / "choice", tmp_path / "run" / "model")
+    else:
+        run(tmp_path / "run", *flags, steps=9)
+    rows = read_log(tmp_path / "run")
+    assert [row["updates_not_finite"] for row in rows] == [int(i in bad) for i in range(lasts)]
+
+
+def test_the_best_score_outlives_an_interruption(tmp_path, monkeypatch):
+    scores = iter([0.5, 0.9, 0.7, 0.8])
+    measure = evaluate.measure
+    monkeypatch.setattr(evaluate, "measure", lambda *a, **k: measure(*a, **k) | {"avg": next(scores)})
+    flags = ["--eval_every", "1", "--checkpoint_every", "1", "--teacher_probe", "0", "--lr", "0.01"]
+    small = tasks.load
+    monkeypatch.setattr(tasks, "load", lambda *a: replace(task := small(*a), validation=task.validation[:4]))
+    saved, save = [], Policy.save
+    monkeypatch.setattr(Policy, "save", lambda self, folder: (saved.append(Path(folder).name), save(self, folder)))
+    run(tmp_path / "run", *flags, steps=1)
+    assert saved == ["best", "best", "model"]
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"steps": 3}))
+    vpd.main(["--resume", "--out", str(tmp_path / "run")])  # as if it had been asked for three: 0.7 and 0.8 are no better
+    assert saved[3:] == ["model"]
+
+
+# ---- A disk that is full -----------------------------------------------------------------------------------------
+
+
+def full(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("what", ["config.json", "base_failures.json", "log.jsonl", "checkpoints/step-000001", "model"])
+def test_a_disk_that_is_full_is_one_line_and_nothing_half_written(what, tmp_path, monkeypatch, capsys):
+    import torch.distributed.checkpoint as dcp
+
+    flags, write, make = ["--eval_every", "1", "--teacher_probe", "2"], Path.write_bytes, session.open_directory
+    if what in ("config.json", "base_failures.json"):
+        half = lambda path, text: (write(path, b""), full()) if path.name == f"part-{what}" else write(path, text)  # noqa: E731
+        monkeypatch.setattr(Path, "write_bytes", half)
+    elif what == "log.jsonl":
+        link = lambda cfg, out, record: (make(cfg, out, record), (out / what).symlink_to("/dev/full"))[0]  # noqa: E731
+        monkeypatch.setattr(session, "open_directory", link)
+    elif what == "model":
+        flags = []  # of an evaluation the best weights would be the first to be saved
+        monkeypatch.setattr(type(Policy.load(str(MODELS / "choice")).model), "save_pretrained", full)
+    else:
+        flags = []
+        monkeypatch.setattr(dcp, "save", full)
+    error = ended(1, capsys, tmp_path / "run", *flags, steps=1)
+    *_, last = error.splitlines()
+    assert f"run/{what}: " in last and "No space left" in last
+    if not flags:
+        goes_on = "--resume goes on after 1 batches" if what == "model" else "no checkpoint yet: --resume starts again"
+        assert goes_on in last
+    assert not list((tmp_path / "run").rglob("part-*"))
+
+
+# ---- The probe of the teacher ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method, teacher", [("vpd", "live"), ("sdpo", "ema"), ("grpo", "")])
+def test_the_teacher_is_tested_on_the_same_failures_at_every_evaluation(
+    method, teacher, tmp_path, monkeypatch, small_validation
+):
     shown, measure = [], evaluate.measure
 
     def watched(policy, sampler, *args, prompts=None, **kwargs):
         if prompts:
             assert sampler.policy.model is policy.model  # the sampler draws from the teacher's weights
-            first = next(policy.model.parameters()).detach().double().sum().item()
-            shown.append((policy.model, first, prompts))
+            shown.append((next(policy.model.parameters()).detach().double().sum().item(), prompts))
         result = measure(policy, sampler, *args, prompts=prompts, **kwargs)
         return result | ({"avg": 0.125 * len(shown)} if prompts else {})
 
     monkeypatch.setattr(evaluate, "measure", watched)
-    rows = run(tmp_path / "run", "--eval_every", "1", "--teacher_probe", "3", *flags)
-    return shown, [row for row in rows if row["kind"] == "eval"]
-
-
-@pytest.mark.parametrize("method, teacher", [("vpd", "live"), ("sdpo", "ema")])
-def test_the_teacher_is_tested_on_the_same_base_failures_at_every_evaluation(
-    method, teacher, tmp_path, monkeypatch, small_validation
-):
-    shown, rows = probed(tmp_path, monkeypatch, "--method", method, "--lr", "0.01", "--ema_rate", "0.25")
+    probe = ["--teacher_probe", "3"] if teacher else []
+    moves = ["--ema_rate", "0.25"] if teacher == "ema" else []
+    run(tmp_path / "run", "--eval_every", "1", "--method", method, "--lr", "0.01", *probe, *moves)
+    rows = read_log(tmp_path / "run", "eval")
+    if not teacher:
+        assert not shown and all("teacher_avg" not in row for row in rows)
+        return
     assert [row["teacher_avg"] for row in rows] == [0.125, 0.25, 0.375]
-    assert shown[0][2] == shown[1][2] == shown[2][2]  # prompts: the contexts are those of the first weights
+    (first, prompts), (second, again), (third, once_more) = shown
+    assert prompts == again == once_more  # the contexts are those of the first weights
     kept = json.loads((tmp_path / "run" / "base_failures.json").read_text())
-    assert 1 <= len(kept) <= 3 and len({row["id"] for row in kept}) == len(kept) == len(shown[0][2])
+    assert 1 <= len(kept) <= 3 and len({row["id"] for row in kept}) == len(kept) == len(prompts)
     assert all(row["context"]["solution"] for row in kept)
-    # The weights move between evaluations, the moving average's less.
-    assert shown[0][1] != shown[1][1] != shown[2][1]
-    after = weights(tmp_path / "run" / "model")["model.embed_tokens.weight"].double().sum().item()
-    assert (shown[2][1] == pytest.approx(after, rel=1e-12)) == (teacher == "live")
-
-
-def test_only_a_method_with_a_teacher_is_probed(tmp_path, monkeypatch, small_validation):
-    shown, rows = probed(tmp_path, monkeypatch, "--method", "grpo")
-    assert not shown and all("teacher_avg" not in row for row in rows)
+    assert first != second != third  # the weights move between evaluations, the moving average's less
+    after = load_file(tmp_path / "run" / "model" / "model.safetensors")["model.embed_tokens.weight"].double().sum().item()
+    assert (third == pytest.approx(after, rel=1e-12)) == (teacher == "live")
 
 
 def test_base_failures_are_the_first_failure_with_a_context_of_each_problem(monkeypatch):
-    cfg = settings.parse(
-        ["--subset", "choice", "--group_size", "3", "--teacher_probe", "4", "--feedback", "environment"]
-    )
+    cfg = parsed("--subset", "choice", "--group_size", "3", "--teacher_probe", "4", "--feedback", "environment")
     problems = [tasks.Problem(name, [{"role": "user", "content": name}], "") for name in "abcde"]
     right = {"a": (1, 1, 1), "b": (1, 0, 0), "c": (0, 0, 0), "d": (0, 1, 0), "e": (0, 0, 0)}
     text = {("b", 1): "b1", ("b", 2): "b2", ("c", 0): "c0", ("d", 0): "", ("d", 2): "d2"}
 
-    class Sampler:
-        def sample(self, prompts, n, seed, max_tokens, temperature, top_p):
-            assert (len(prompts), n, temperature, top_p) == (4, 3, cfg.temperature, cfg.top_p)  # e is the fifth problem
-            return [rollout.Rollout([i], [0.0], "stop") for i in range(len(prompts) * n)]
+    def sample(prompts, n, seed, max_tokens, temperature, top_p):
+        assert (len(prompts), n, temperature, top_p) == (4, 3, cfg.temperature, cfg.top_p)  # e is the fifth problem
+        return [rollout.Rollout([i], [0.0], "stop") for i in range(len(prompts) * n)]
 
     def verify(rows, texts):
         places = [(p.id, i % 3) for i, p in enumerate(rows)]
         return [Outcome(right[p][j], "passed" if right[p][j] else "wrong", text.get((p, j), "")) for p, j in places]
 
-    policy = type("Policy", (), {"tokenizer": None, "decode": lambda self, tokens: f"y{tokens[0]}"})()
-    sampler = Sampler()
+    policy = SimpleNamespace(tokenizer=None, decode=lambda tokens: f"y{tokens[0]}")
     monkeypatch.setattr(feedback, "student_prompt", lambda tokenizer, messages: [0])
     task = tasks.Task("toy/none", [], problems, [], verify)
-    found = session.base_failures(cfg, policy, sampler, Reviews(cfg, policy, sampler), task)
+    critic = feedback.Critic(cfg, policy)
+    found = session.Run(cfg, policy, SimpleNamespace(sample=sample), task, Path(), {}, None, critic, None)._base_failures()
     assert [(row["id"], row["context"]["feedback"]) for row in found] == [("b", "b1"), ("c", "c0"), ("d", "d2")]
-
-
-def test_an_existing_run_is_refused_and_overwrite_replaces_only_runs(tmp_path, capsys):
-    run(tmp_path / "run", "--eval_every", "0", steps=1)
-    with pytest.raises(SystemExit) as stop:
-        run(tmp_path / "run", "--eval_every", "0", steps=1)
-    assert stop.value.code == 2 and "--overwrite" in capsys.readouterr().err
-    run(tmp_path / "run", "--eval_every", "0", "--overwrite", steps=1)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
-    with pytest.raises(SystemExit) as stop:
-        run(tmp_path / "mine", "--overwrite", steps=1)
-    assert stop.value.code == 2 and (tmp_path / "mine" / "thesis.tex").exists()
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (("--top_k", "100000"), "--top_k 100000 exceeds the vocabulary of"),
-        (
-            ("--max_prompt_tokens", "3"),
-            "0 training problems do not fill a batch of --prompts_per_batch 4 (480 more have",
-        ),
-        (("--method", "ovd", "--subset", "trace", "--model", str(ROOT / "tasks" / "toy_models" / "trace")), "no token for 7"),
-        (("--eval_every", "1", "--max_response_tokens", "90"), "one sequence of 9090 tokens is too long"),
-    ],
-)
-def test_what_only_the_model_and_the_problems_tell_is_said_before_anything_is_written(
-    flags, words, tmp_path, monkeypatch, capsys
-):
-    def no_digits(tokenizer):
-        raise ValueError("no token for 7")
-
-    def refuse(found, cfg):
-        if found.longest > 1000:
-            raise ValueError(f"one sequence of {found.longest} tokens is too long")
-
-    prompt, load = feedback.student_prompt, tasks.load
-
-    def with_a_long_one(*args, **kwargs):
-        task = load(*args, **kwargs)
-        task.validation[-1] = replace(task.validation[-1], messages=[{"role": "user", "content": "long"}])
-        return task
-
-    long = [{"role": "user", "content": "long"}]
-    monkeypatch.setattr(feedback, "digit_tokens", no_digits)
-    monkeypatch.setattr(plan, "refuse", refuse)
-    monkeypatch.setattr(tasks, "load", with_a_long_one)
-    monkeypatch.setattr(
-        feedback, "student_prompt", lambda tokenizer, m: [0] * 9000 if m == long else prompt(tokenizer, m)
-    )
-    with pytest.raises(SystemExit) as stop:
-        run(tmp_path / "run", "--eval_every", "0", *flags, steps=1)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and words in error and not (tmp_path / "run").exists()
-
-
-def test_what_a_run_may_meet_is_noted_before_it(tmp_path, capsys, monkeypatch):
-    load = tasks.load
-
-    def untested(*args, **kwargs):
-        task = load(*args, **kwargs)
-        task.test = []
-        return task
-
-    monkeypatch.setattr(tasks, "load", untested)
-    run(tmp_path / "run", "--eval_every", "0", "--max_prompt_tokens", "2000", "--max_teacher_tokens", "3000", steps=1)
-    told = capsys.readouterr().out
-    assert "prompt and response may take 2030 tokens, and the model was made for 1024" in told
-    assert "toy/choice has no test problems" in told
-
-
-def test_a_log_that_lost_batches_is_said_when_the_run_goes_on(tmp_path, capsys):
-    flags = ("--eval_every", "0", "--checkpoint_every", "1")
-    run(tmp_path / "run", *flags, steps=2)
-    (tmp_path / "run" / "log.jsonl").write_text("")
-    capsys.readouterr()
-    vpd.main(["--out", str(tmp_path / "run"), "--resume"])
-    assert "log.jsonl tells of 0 of the 2 batches done" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("what", ["config", "probe"])
-def test_a_disk_that_is_full_at_the_start_names_the_file_and_leaves_no_part(what, tmp_path, monkeypatch, capsys):
-    write = Path.write_bytes
-
-    def full(path, content):
-        if path.name == {"config": "part-config.json", "probe": "part-base_failures.json"}[what]:
-            write(path, b"")
-            raise OSError(28, "No space left on device")
-        return write(path, content)
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    flags = ("--eval_every", "1", "--teacher_probe", "2", "--max_teacher_tokens", "512")
-    with pytest.raises(SystemExit) as stop:
-        run(tmp_path / "run", *flags, steps=1)
-    error = capsys.readouterr().err
-    named = {"config": "config.json", "probe": "base_failures.json"}[what]
-    assert stop.value.code == 1 and error.count("\n") == 1
-    assert f"{named}" in error and "No space left on device" in error
-    assert not list((tmp_path / "run").glob("part-*")) and not (tmp_path / "run" / "base_failures.json").exists()
-
-
-@pytest.mark.parametrize("what", ["log", "checkpoint", "model"])
-def test_a_disk_that_is_full_is_one_line_and_nothing_half_written(what, tmp_path, monkeypatch, capsys):
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    if what == "log":
-        make = session.open_directory
-        monkeypatch.setattr(
-            session,
-            "open_directory",
-            lambda out, *args: (make(out, *args), (out / "log.jsonl").symlink_to("/dev/full")),
-        )
-    elif what == "checkpoint":
-        monkeypatch.setattr(checkpoint.dcp, "save", full)
-    else:
-        monkeypatch.setattr(type(Policy.load(str(ROOT / "tasks" / "toy_models" / "choice")).model), "save_pretrained", full)
-    with pytest.raises(SystemExit) as stop:
-        run(tmp_path / "run", "--eval_every", "0", steps=1)
-    error = capsys.readouterr().err
-    assert stop.value.code == 1 and error.count("\n") == 1 and "No space left" in error
-    assert (
-        f"run/{'checkpoints/step-000001' if what == 'checkpoint' else 'log.jsonl' if what == 'log' else 'model'}: "
-        in error
-    )
-    kept = "--resume goes on after 1 batches" if what == "model" else "it has no checkpoint yet: --resume starts again"
-    assert kept in error and not list((tmp_path / "run").rglob("part-*"))
-
-
-def test_ctrl_c_leaves_a_usable_directory(tmp_path, monkeypatch, capsys):
-    sample, calls = rollout.HFSampler.sample, []
-
-    def interrupted(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return sample(self, *args, **kwargs)
-
-    monkeypatch.setattr(rollout.HFSampler, "sample", interrupted)
-    with pytest.raises(SystemExit) as stop:
-        run(tmp_path / "run", "--eval_every", "0", steps=5)
-    assert stop.value.code == 130 and "it has no checkpoint yet: --resume starts again" in capsys.readouterr().err
-    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 1
-    Policy.load(str(tmp_path / "run" / "model"))
-
-
-def test_five_updates_in_a_row_that_are_not_finite_end_the_run_with_the_weights_intact(tmp_path, monkeypatch, capsys):
-    weights_of = losses.sequence_weights
-    monkeypatch.setattr(losses, "sequence_weights", lambda *args: weights_of(*args) * float("nan"))
-    with pytest.raises(SystemExit) as stop:
-        run(tmp_path / "run", "--method", "sdpo", "--eval_every", "0", steps=9)
-    assert stop.value.code == 1 and "five updates" in capsys.readouterr().err
-    rows = read_log(tmp_path / "run")
-    assert [row["updates_not_finite"] for row in rows] == [1, 1, 1, 1]
-    before, after = weights(ROOT / "tasks" / "toy_models" / "choice"), weights(tmp_path / "run" / "model")
-    assert all(torch.equal(before[k].double(), after[k].double()) for k in before)

@@ -1,230 +1,266 @@
 """Settings: presets against the paper's tables, what overrides what, and what is refused."""
 
+import dataclasses
 import importlib.util
+import json
 import os
 import re
-import shutil
+import resource
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
 
-from harness import settings
 import vpd
+from harness import presets, settings
+from neighbours import distil, ovd
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
+LOOPS = {"distil": distil, "ovd": ovd}  # of the methods that are no row of METHODS
+MODELS = ROOT / "tasks" / "toy_models"
+
+
+def parsed(*argv, loop=vpd, **flags):
+    method = "" if loop is vpd else loop.Config().method
+    flags = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    return settings.parse([*argv, *flags], loop.Config, "p", "", partial(presets.of, vpd.PRESETS | loop.PRESETS), method)
+
+
+# ---- Presets -----------------------------------------------------------------------------------------------------
 
 
 def test_presets_are_the_papers_tables():
     """Tables D.1, D.2 and D.4, typed here a second time."""
     names = ("model", "lr", "prompts_per_batch", "group_size", "max_prompt_tokens", "max_response_tokens", "minibatch_prompts",
-             "top_k", "divergence", "ema_rate", "e_step_every", "e_minibatch_prompts", "beta", "warmup_steps")  # fmt: skip
+             "top_k", "divergence", "ema_rate", "e_step_every", "e_minibatch_prompts", "beta", "warmup_steps", "epochs",
+             "steps", "feedback")  # fmt: skip
     table = {
-        "lcb": ("Qwen/Qwen3-8B", 1e-6, 32, 8, 2048, 8192, 1, 20, "kl_student_teacher", 0.01, 5, 32, 0.1, 0),
-        "sciknoweval": ("Qwen/Qwen3-8B", 1e-5, 32, 8, 2048, 8192, 32, 100, "js", 0.05, 5, 32, 0.1, 10),
-        "math": ("Qwen/Qwen3-8B", 5e-6, 32, 8, 2048, 8192, 32, 0, "kl_teacher_student", 0.05, 5, 32, 0.1, 10),
-    }
+        "lcb": ("Qwen/Qwen3-8B", 1e-6, 32, 8, 2048, 8192, 1, 20, "kl_student_teacher", 0.01, 5, 32, 0.1, 0, 30, 0,
+                "solution_first"),
+        "sciknoweval": ("Qwen/Qwen3-8B", 1e-5, 32, 8, 2048, 8192, 32, 100, "js", 0.05, 5, 32, 0.1, 10, 0, 500, "sibling"),
+        "math": ("Qwen/Qwen3-8B", 5e-6, 32, 8, 2048, 8192, 32, 0, "kl_teacher_student", 0.05, 5, 32, 0.1, 10, 0, 200,
+                 "sibling"),
+    }  # fmt: skip
     for task, values in table.items():
-        cfg = settings.parse(["--task", task])
+        cfg = parsed(task=task)
         assert tuple(getattr(cfg, name) for name in names) == values, task
-    for task in table:
-        cfg = settings.parse(["--task", task])
         assert (cfg.adam_beta1, cfg.adam_beta2, cfg.weight_decay, cfg.max_grad_norm) == (0.9, 0.999, 0.01, 1.0)
         assert (cfg.temperature, cfg.top_p, cfg.eval_temperature, cfg.eval_top_p) == (1.0, 1.0, 0.6, 0.95)
         assert (cfg.schedule, cfg.max_teacher_tokens) == ("constant", 10240)
-    lengths = [(settings.parse(["--task", t]).epochs, settings.parse(["--task", t]).steps) for t in table]
-    assert lengths == [(30, 0), (0, 500), (0, 200)]
-    distil = [settings.parse(["--task", t, "--method", "distil"]) for t in table]
-    assert [(cfg.lr, cfg.top_k) for cfg in distil] == [(1e-6, 100), (5e-5, 100), (5e-6, 100)]
-    feedbacks = [settings.parse(["--task", t]).feedback for t in table]
-    assert feedbacks == ["solution_first", "sibling", "sibling"]
+    of_distil = [(cfg.lr, cfg.top_k) for cfg in (parsed(task=task, loop=distil) for task in table)]
+    assert of_distil == [(1e-6, 100), (5e-5, 100), (5e-6, 100)]
 
 
-@pytest.mark.parametrize("task", settings.PRESETS)
-def test_every_preset_passes_its_own_checks(task):
-    for method in settings.METHODS:
-        settings.check(settings.parse(["--task", task, "--method", method]))
+@pytest.mark.parametrize("method", [*vpd.METHODS, *LOOPS])
+@pytest.mark.parametrize("task", vpd.PRESETS)
+def test_every_preset_passes_the_checks_of_every_method(task, method):
+    loop = LOOPS.get(method, vpd)
+    loop.check(parsed(task=task, method=method, loop=loop))
 
 
 def test_a_flag_overrides_the_preset_and_the_preset_the_default():
-    assert settings.parse(["--task", "math"]).lr == 5e-6
-    assert settings.parse(["--task", "math", "--lr", "0.5"]).lr == 0.5
-    assert settings.parse(["--no_borrow"]).borrow is False and settings.parse([]).borrow is True
+    assert parsed(task="math").lr == 5e-6 and parsed(task="math", lr=0.5).lr == 0.5
+    assert parsed("--no_borrow").borrow is False and parsed().borrow is True and parsed(borrow="false").borrow is False
+    assert settings.differing(parsed("--no_borrow", lr=1e-3, seed=0, steps=9)) == {"steps": 9, "borrow": False}
 
 
 def test_the_regimes_of_trace_take_its_settings_and_their_own_model():
     for method in ("vpd", "sdpo", "grpo"):
-        trace = vars(settings.parse(["--method", method]))
+        trace = vars(parsed(method=method))
         for subset, model in (("rare", "trace"), ("often", "trace-often"), ("cold", "trace-cold")):
-            other = vars(settings.parse(["--method", method, "--subset", f"trace-{subset}"]))
-            differ = {name for name in trace if trace[name] != other[name]}
+            other = vars(parsed(method=method, subset=f"trace-{subset}"))
+            differ = {name for name in trace.keys() - {"given", "preset"} if trace[name] != other[name]}
             assert other["model"] == f"tasks/toy_models/{model}"
             assert differ <= {"subset", "model"} | ({"lr", "e_lr"} if subset == "often" else set())  # often has its own
+    assert (parsed(loop=ovd).subset, parsed(loop=ovd).model) == ("code-judge", "tasks/toy_models/code-judge")
+    assert parsed(loop=ovd, subset="trace").model == "tasks/toy_models/trace" and parsed().subset == "trace"
 
 
-SERVED = ["--method", "distil", "--expert", "served", "--expert_url", "http://localhost:1", "--expert_model", "m"]
+# ---- What is refused ---------------------------------------------------------------------------------------------
+
+SERVED = "--expert served --expert_url http://localhost:1 --expert_model m"
+LCB, SCIENCE = "--task lcb --smoke qwen3", "--task sciknoweval --smoke qwen3"
 has_vllm = importlib.util.find_spec("vllm") is not None
-IMPOSSIBLE = [
-    (["--group_size", "1", "--method", "grpo"], "group_size"),
-    (["--group_size", "1", "--feedback", "sibling"], "group_size"),
-    (["--minibatch_prompts", "5"], "minibatch_prompts"),
-    (["--e_minibatch_prompts", "7"], "e_minibatch_prompts"),
-    (["--prompts_per_batch", "0"], "prompts_per_batch"),
-    (["--lr", "-1"], "lr"),
-    (["--lr", "nan"], "lr"),
-    (["--ema_rate", "1.5"], "ema_rate"),
-    (["--shift_rate", "0"], "shift_rate"),
-    (["--temperature", "0"], "temperature"),
-    (["--top_p", "0"], "top_p"),
-    (["--steps", "0", "--epochs", "0"], "steps"),
-    (["--method", "grpo", "--teacher", "ema"], "teacher"),
-    (["--feedback_template", "no hole"], "feedback"),
-    (["--feedback", "both", "--no_borrow"], "no_borrow"),
-    (["--no_borrow"], "no_borrow"),
-    (["--teacher_probe", "-1"], "--teacher_probe"),
-    (["--expert", "samples"], "--method distil"),
-    (["--passed_text", "well done", "--feedback", "sibling"], "--passed_text"),
-    (["--passed_text", "well done", "--method", "grpo"], "--passed_text"),
-    (["--max_teacher_tokens", "20"], "max_teacher_tokens"),
-    (["--top_k", "100000"], "top_k"),
-    (["--max_prompt_tokens", "3"], "prompts_per_batch"),
-    (["--model", "no/such/folder"], "no/such/folder"),
-    (["--subset", "chess"], "chess"),
-    (["--task", "lcb"], "bash run.sh lcb --smoke"),
-    (["--task", "math"], "bash run.sh toy"),
-    (["--smoke", "qwen3"], "--smoke"),
-    (["--adam_beta1", "1"], "--adam_beta1 must be below 1"),
-    (["--adam_beta2", "1"], "--adam_beta2 must be below 1"),
-    (["--task", "sciknoweval", "--smoke", "qwen3", "--feedback", "environment"], "sciknoweval/all has critique"),
-    (["--task", "lcb", "--smoke", "qwen3", "--feedback", "critique"], "lcb/v6 has environment"),
-    (["--task", "lcb", "--smoke", "qwen3", "--since", "2026-01-01", "--until", "2026-02-01"], "0 of 5 problems"),
-    (["--task", "lcb", "--smoke", "qwen3", "--since", "May"], "--since"),
-    (["--task", "math", "--smoke", "qwen3", "--data", "no/such/folder"], "no/such/folder"),
-    (["--data", "tests"], "--data"),
-    (["--critic_url", "http://localhost:1"], "--critic_model"),
-    (["--critic_url", "http://localhost:1", "--critic_model", "m"], "--feedback critique"),
-    (["--method", "ovd", "--group_size", "1"], "gives no advantage"),
-    (["--method", "ovd", "--ovd_threshold", "-1"], "--ovd_threshold"),
-    (["--method", "ovd", "--judge_url", "http://localhost:1"], "--judge_model"),
-    (["--method", "ovd", "--judge_model", "m"], "--judge_url"),
-    (["--method", "ovd", "--judge_request", "no hole"], "judge"),
-    (["--method", "ovd", "--max_judge_tokens", "0"], "--max_judge_tokens"),
-    (["--method", "ovd", "--expert", "samples"], "--method distil"),
-    (["--method", "ovd", "--max_teacher_tokens", "20"], "max_teacher_tokens"),
-    (["--method", "ovd", "--feedback", "critique", "--subset", "trace", "--max_critique_tokens", "0"], "critique"),
-    (["--method", "grpo", "--judge_url", "http://localhost:1", "--judge_model", "m"], "--method ovd"),
-    (["--method", "distil", "--expert", "served"], "--expert_url"),
-    (["--method", "distil", "--expert_url", "http://localhost:1"], "--expert_model"),
-    (["--method", "distil", "--expert_url", "http://localhost:1", "--expert_model", "m"], "--expert served"),
-    ([*SERVED, "--method", "vpd"], "--method distil"),
-    ([*SERVED, "--teacher", "ema"], "--teacher ema"),
-    ([*SERVED, "--expert_places", "0"], "--expert_places"),
-    (["--mismatch_limit", "-1"], "--mismatch_limit"),
-    (["--mismatch_limit", "two"], "--mismatch_limit"),
-    (["--engine_memory", "1.5"], "--engine_memory"),
-    (["--checkpoint_every", "-1"], "--checkpoint_every"),
-    pytest.param(["--sampler", "vllm"], "vllm is not installed", marks=pytest.mark.skipif(has_vllm, reason="it is")),
-    (["--no_such_flag", "1"], "no_such_flag"),
-    (["--method", "ppo"], "ppo"),
-    (["--lr", "fast"], "lr"),
-    (["--method", "ovd", "--judge_url", "localhost:8000/v1", "--judge_model", "m"], "http://"),
-    (["--method", "ovd", "--ovd_threshold", "50"], "--ovd_threshold"),
-]
+IMPOSSIBLE = [  # the loop, the flags, and a word of the line
+    (vpd, "--group_size 1 --method grpo", "--group_size 1 gives no advantage"),
+    (vpd, "--group_size 1 --feedback sibling", "group_size"), (vpd, "--minibatch_prompts 5", "minibatch_prompts"),
+    (vpd, "--e_minibatch_prompts 7", "e_minibatch_prompts"),
+    (vpd, "--prompts_per_batch 0", "--prompts_per_batch must be above 0, not 0"), (vpd, "--lr -1", "--lr must be above 0"),
+    (vpd, "--lr nan", "--lr"), (vpd, "--beta inf", "--beta"), (vpd, "--lr fast", "lr"),
+    (vpd, "--ema_rate 1.5 --method sdpo", "--ema_rate must be at least 0 and at most 1"),
+    (vpd, "--shift_rate 0", "shift_rate"), (vpd, "--temperature 0", "temperature"), (vpd, "--top_p 0", "top_p"),
+    (vpd, "--adam_beta1 1", "--adam_beta1 must be at least 0 and below 1"), (vpd, "--adam_beta2 1", "below 1"),
+    (vpd, "--engine_memory 1.5", "--engine_memory"), (vpd, "--checkpoint_every -1", "--checkpoint_every"),
+    (vpd, "--teacher_probe -1", "--teacher_probe"), (vpd, "--steps 0 --epochs 0", "steps"),
+    (vpd, "--subset code --feedback_template nohole", "the feedback template must contain {feedback} exactly once"),
+    (vpd, "--feedback both --no_borrow", "no_borrow"), (vpd, "--subset code --no_borrow", "no_borrow"),
+    (vpd, "--passed_text well --feedback sibling", "--passed_text"), (vpd, "--max_teacher_tokens 20", "max_teacher_tokens"),
+    (vpd, "--mismatch_limit -1", "--mismatch_limit"), (vpd, "--mismatch_limit two", "--mismatch_limit"),
+    (vpd, "--epochs 2", "--epochs is for --steps 0"),
+    (vpd, "--sampler hf --engine_memory 0.5", "--engine_memory is for --sampler vllm"),
+    (vpd, "--teacher_probe 4 --eval_every 0", "--teacher_probe is for"), (vpd, "--smoke", "--smoke is for lcb"),
+    (vpd, "--resume", "--resume needs --out"), (vpd, "--no_such_flag 1", "no_such_flag"), (vpd, "--method ppo", "ppo"),
+    (vpd, "--critic_url http://localhost:1 --feedback critique", "--critic_model"),
+    (ovd, "--group_size 1", "gives no advantage"), (ovd, "--ovd_threshold -1", "--ovd_threshold"),
+    (ovd, "--ovd_threshold 50", "--ovd_threshold"), (ovd, "--judge_url http://localhost:1", "--judge_model"),
+    (ovd, "--judge_url localhost:8000/v1 --judge_model m", "http://"), (ovd, "--judge_request nohole", "judge"),
+    (ovd, "--max_teacher_tokens 20", "max_teacher_tokens"), (distil, "--expert served", "--expert_url"),
+    (distil, f"{SERVED} --expert_places 0", "--expert_places must be above 0"), (distil, f"{SERVED} --teacher ema", "--teacher"),
+    # What the model, the problems or the machine tell.
+    (vpd, "--model no/such/folder", "--model no/such/folder is no folder here"),
+    (vpd, "--model Qwen/Qwen3-8 --task lcb", "is no folder here"),
+    (vpd, "--top_k 100000", "--top_k 100000 exceeds the vocabulary of"),
+    (vpd, "--max_prompt_tokens 3", "0 training problems do not fill a batch of --prompts_per_batch 12 (480 more have"),
+    (vpd, "--subset chess", "chess"), (vpd, "--task math", "tasks/toy_models/trace"), (vpd, "--data tests", "--data"),
+    (vpd, "--task math --smoke qwen3 --data no/such/folder", "no/such/folder"),
+    (vpd, f"{SCIENCE} --feedback environment", "sciknoweval/all has critique"), (vpd, f"{LCB} --since May", "--since"),
+    (vpd, f"{LCB} --feedback critique", "lcb/v6 has environment"),
+    (vpd, f"{LCB} --since 2026-01-01 --until 2026-02-01", "0 of 5 problems"),
+    pytest.param(vpd, "--sampler vllm", "vllm is not installed", marks=pytest.mark.skipif(has_vllm, reason="it is")),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("argv, words", IMPOSSIBLE, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
-def test_impossible_settings_are_one_line_exit_2_and_nothing_written(argv, words, tmp_path, capsys):
+def refusal(loop, argv, out, capsys) -> str:
+    """The one line with which a command is refused; nothing is written."""
     with pytest.raises(SystemExit) as stop:
-        vpd.main([*argv, "--out", str(tmp_path / "run")])
+        loop.main([*argv, "--out", str(out)] if "--resume" not in argv else argv)
     error = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert words in error and error.count("\n") == 1
-    assert not (tmp_path / "run").exists()
+    assert stop.value.code == 2 and error.count("\n") == 1 and not out.exists()
+    return error
 
 
-@pytest.mark.parametrize(
-    "url",
-    ["http://me:hunter2@host/v1", "http://hunter2@host/v1", "http://host/v1?key=hunter2", "http://host/v1#hunter2"],
-)
-@pytest.mark.parametrize("who", ["critic", "judge", "expert"])
-def test_a_secret_in_a_url_is_refused_and_not_repeated(who, url, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        vpd.main([f"--{who}_url", url, f"--{who}_model", "m", "--out", str(tmp_path / "run")])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and not (tmp_path / "run").exists()
+@pytest.mark.parametrize("loop, flags, words", IMPOSSIBLE, ids=lambda x: x if isinstance(x, str) else "")
+def test_impossible_settings_are_one_line_exit_2_and_nothing_written(loop, flags, words, tmp_path, capsys):
+    flags = "--subset choice " * ("--task" not in flags and "--subset" not in flags and loop is vpd) + flags
+    assert words in refusal(loop, flags.split(), tmp_path / "run", capsys)
+
+
+@pytest.mark.parametrize("url", ["me:hunter2@host/v1", "hunter2@host/v1", "host/v1?key=hunter2", "host/v1#hunter2"])
+@pytest.mark.parametrize("loop, who", [(vpd, "critic"), (ovd, "judge"), (distil, "expert")])
+def test_a_secret_in_a_url_is_refused_and_not_repeated(loop, who, url, tmp_path, capsys):
+    also = {"critic": ["--feedback", "critique"], "judge": [], "expert": ["--expert", "served"]}[who]
+    argv = [*also, f"--{who}_url", f"http://{url}", f"--{who}_model", "m"]
+    error = refusal(loop, argv, tmp_path / "run", capsys)
     assert f"--{who}_url" in error and "OPENAI_API_KEY" in error and "hunter2" not in error
 
 
-def test_a_server_that_is_not_there_is_one_line_exit_2_and_nothing_written(tmp_path, capsys):
-    flags = ["--method", "ovd", "--judge_url", "http://127.0.0.1:9/v1", "--judge_model", "m", "--server_timeout", "1"]
+def test_a_server_that_is_not_there_is_one_line(tmp_path, capsys):
+    flags = ["--judge_url", "http://127.0.0.1:9/v1", "--judge_model", "m", "--server_timeout", "1"]
+    error = refusal(ovd, flags, tmp_path / "run", capsys)
+    assert "--judge_url http://127.0.0.1:9/v1 with --judge_model m does not answer" in error
+
+
+# ---- A flag that nobody reads --------------------------------------------------------------------------------------
+
+UNREAD = {  # flags by who reads them, typed out: a new field has to be thought of here
+    "nobody": "max_critique_tokens critic_url critic_model critique_request critique_template train_tests since until gpus "
+              "gpu_memory server_timeout epochs unsafe_sandbox",  # in a plain run on toy/trace
+    "teacher": "teacher_probe feedback borrow passed_text max_teacher_tokens beta teacher solution_template feedback_template "
+               "closing_line",
+    "solution": "solution_template", "ema": "ema_rate", "distils": "divergence top_k", "ratio": "ratio_limit",
+    "e_step": "e_step_every e_minibatch_prompts e_lr e_optimizer e_groups shift_rate prior",
+    "gradient": "divide_by_std clip_low clip_high dual_clip", "hybrid": "w_opd w_rl",
+    "reweight": "reweight_lam reweight_steps reweight_clip", "its own": "divergence divide_by_std",
+    "served expert": "expert_url expert_model expert_places", "served judge": "judge_model max_judge_tokens",
+}  # fmt: skip
+REFUSED = {
+    "vpd": ["solution", "ema", "ratio", "gradient", "hybrid", "reweight"],
+    "sdpo": ["solution", "e_step", "gradient", "hybrid", "reweight"],
+    "grpo": ["teacher", "ema", "e_step", "distils", "ratio", "hybrid", "reweight"],
+    "joint": ["solution", "e_step", "reweight"],
+    "reshape": ["solution", "e_step", "distils", "ratio", "reweight"],
+    "reweight": ["solution", "e_step", "distils", "ratio", "hybrid"],
+    "distil": ["solution", "its own", "e_step", "hybrid", "reweight", "served expert"],
+    "ovd": ["solution", "ema", "e_step", "distils", "ratio", "hybrid", "reweight", "served judge"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", REFUSED)
+def test_every_flag_changes_the_run_or_is_refused(method):
+    loop, refused = LOOPS.get(method, vpd), set()
+    for field in dataclasses.fields(loop.Config):
+        cfg = parsed(loop=loop, method=method, subset="trace")
+        cfg.given = {field.name}
+        if field.default == "":  # as a value it is the default, which is never refused
+            setattr(cfg, field.name, "x")
+        try:
+            settings.check_fields(cfg)
+        except ValueError as error:
+            assert f"--{field.name} is for " in str(error) and str(error).endswith("would ignore it, so leave it out")
+            refused.add(field.name)
+    assert refused == {name for key in ["nobody", *REFUSED[method]] for name in UNREAD[key].split()}
+
+
+def test_a_flag_is_read_where_other_settings_make_it_so():
+    for flags in ("--feedback critique --max_critique_tokens 9", "--method sdpo --ema_rate 0.5", "--teacher ema --ema_rate 0.5",
+                  "--plan --gpus 2", "--task lcb --since 2025-01-01"):  # fmt: skip
+        settings.check_fields(parsed(*flags.split()))
+    for flags in ("--method grpo --ema_rate 0.5", "--method sdpo --teacher live --ema_rate 0.5"):
+        with pytest.raises(ValueError, match="--ema_rate is for an EMA teacher"):
+            settings.check_fields(parsed(*flags.split()))
+
+
+def test_a_new_setting_needs_only_its_field():
+    group = settings.Group("G", "somebody", lambda cfg: cfg.count)
+
+    @dataclasses.dataclass
+    class Config:
+        out: str = group("", "o")
+        share: float = group(0.0, "a share, 0 allowed", least=0, below=1)
+        count: int = group(1, "c", least=0)
+
+    read = lambda *argv: settings.parse(list(argv), Config, "p", "", lambda given: {})  # noqa: E731
+    settings.check_fields(read("--share", "0"))
+    for argv, words in ((["--share", "1"], "--share must be at least 0 and below 1, not 1.0"),
+                        (["--share", "0.5", "--count", "0"], "is for somebody")):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            settings.check_fields(read(*argv))
+
+
+# ---- --help and --resume -----------------------------------------------------------------------------------------
+
+
+def test_help_is_quick_and_has_every_flag_once_under_its_heading(tmp_path):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    done = subprocess.run([sys.executable, str(ROOT / "vpd.py"), "--help"], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"COLUMNS": "120"})  # fmt: skip
+    assert done.returncode == 0 and resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 3
+    named = re.findall(r"^  --(\w+)", done.stdout, re.MULTILINE)
+    assert sorted(named) == sorted(field.name for field in dataclasses.fields(vpd.Config))
+    heads = re.findall(r"^(\S.*):$", done.stdout, re.MULTILINE)
+    assert len(heads) == len(set(heads)) > 8 and "E-step" in heads
+
+
+def test_help_shows_the_presets_values(capsys):
     with pytest.raises(SystemExit) as stop:
-        vpd.main([*flags, "--out", str(tmp_path / "run")])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and not (tmp_path / "run").exists()
-    assert error.count("\n") == 1 and "--judge_url http://127.0.0.1:9/v1 with --judge_model m does not answer" in error
-
-
-def test_ovd_takes_the_toy_model_that_judges_and_any_that_is_asked_for():
-    assert settings.parse(["--method", "ovd"]).model == "tasks/toy_models/code-judge"
-    assert settings.parse(["--method", "ovd"]).subset == "code-judge"
-    assert settings.parse(["--method", "ovd", "--subset", "trace"]).model == "tasks/toy_models/trace"
-    assert settings.parse([]).subset == "trace"
-
-
-def test_a_network_whose_tokenizer_has_no_digits_cannot_judge(tmp_path, capsys):
-    words = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel({"<unk>": 0, "<eos>": 1}, "<unk>")),
-        unk_token="<unk>",
-        eos_token="<eos>",
-    )
-    shutil.copytree(ROOT / "tasks" / "toy_models" / "choice", tmp_path / "mute", ignore=lambda *_: ["chat_template.jinja"])
-    words.save_pretrained(tmp_path / "mute")
-    flags = ["--subset", "choice", "--model", str(tmp_path / "mute"), "--out", str(tmp_path / "run")]
-    with pytest.raises(SystemExit) as stop:
-        vpd.main([*flags, "--method", "ovd"])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and not (tmp_path / "run").exists()
-    assert "each digit" in error and "--judge_url" in error
-
-
-def test_help_lists_the_settings(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "vpd.py"), "--help"], cwd=tmp_path, capture_output=True, text=True, env=os.environ
-    )
-    assert done.returncode == 0 and "--e_step_every" in done.stdout
+        parsed("--task", "sciknoweval", "--help", loop=distil)
+    told = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0 and "learning rate of the M-step [5e-05]" in told  # DistIL's on sciknoweval
+    assert "[True]; --no_borrow turns it off" in told and "DistIL:" in told
 
 
 @pytest.mark.parametrize(
     "config, words",
-    [(None, "has checkpoints and no config.json"), ("{}", "does not hold the settings"), ("3", "does not hold the settings"),
-     ('{"task": "toy"}', "does not hold the settings"), ("{", "is not JSON")],
+    [(None, "has checkpoints and no config.json"), ("3", "does not hold the settings"), ("{", "does not hold the settings"),
+     ('{"task": "toy"}', "it is no run of this version"), ("[]", "does not hold the settings")],
 )  # fmt: skip
-def test_a_run_that_lost_its_settings_does_not_go_on_with_others(config, words, tmp_path, capsys):
+def test_a_run_without_its_settings_does_not_go_on_with_others(config, words, tmp_path, capsys):
     (tmp_path / "checkpoints").mkdir()
     if config is not None:
         (tmp_path / "config.json").write_text(config)
     with pytest.raises(SystemExit) as stop:
-        settings.parse(["--method", "grpo", "--out", str(tmp_path), "--resume"])
+        parsed("--method", "grpo", "--out", str(tmp_path), "--resume")
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and words in error
 
 
-def test_toy_models_are_found_from_another_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert settings.parse([]).model == str(ROOT / "tasks" / "toy_models" / "trace")
-    (tmp_path / "toy_models" / "trace").mkdir(parents=True)
-    assert settings.parse([]).model == "tasks/toy_models/trace"
-
-
-def test_help_says_what_each_setting_is_and_the_presets_value(capsys):
-    with pytest.raises(SystemExit) as stop:
-        settings.parse(["--task", "sciknoweval", "--method", "distil", "--help"])
-    told = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0
-    assert "of the M-step; e_lr is the E-step's (default: 5e-05)" in told  # DistIL's on sciknoweval
-    bare = [action.dest for action in settings.flags()._actions if not re.search("[a-z]", action.help)]
-    assert bare == []
-    assert "turns --borrow off --" in told  # its default is said beside --borrow alone
+def test_a_run_goes_on_with_its_own_settings_and_no_others(tmp_path, capsys):
+    kept = dataclasses.asdict(parsed(task="math", lr=0.5)) | {"commit": "unknown"}
+    (tmp_path / "config.json").write_text(json.dumps(kept))
+    cfg = parsed("--resume", "--lr", "0.5", out=tmp_path)
+    assert (cfg.task, cfg.lr, cfg.top_k, cfg.resume) == ("math", 0.5, 0, True)
+    with pytest.raises(SystemExit):
+        parsed("--resume", "--lr", "0.25", "--seed", "1", out=tmp_path)
+    assert "these differ: --lr 0.25 (was 0.5), --seed 1 (was 0)" in capsys.readouterr().err

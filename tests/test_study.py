@@ -1,41 +1,45 @@
-"""The study: rows that mean what they say, quantities and intervals by hand, verdicts, tables, and a run beside its command."""
+"""The study: rows that mean what they say, quantities and intervals by hand, verdicts, tables, and runs that are commands."""
 
 import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from study import study
-from harness import settings
+from study.study import Claim
 from test_command import full
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "study" / "results"
 
 
-# ---- Rows and grids ----------------------------------------------------------------------------------------
+# ---- Rows, claims, what was tuned --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", study.ROWS)
 def test_a_rows_flags_are_settings_that_work_together(name):
-    cfg = settings.parse([*study.flags_of(name), "--seed", "1"])
-    settings.check(cfg)
+    module, cfg = study.configured([*study.flags_of(name), "--seed", "1"])
+    module.check(cfg)
     subset, method = name.split(" ")[0].split("/")
-    if name.endswith("vpd no E-step"):  # which is SDPO's loop on VPD's settings
-        method = "sdpo"
+    method = "sdpo" if name.endswith("vpd no E-step") else method  # which is SDPO's loop on VPD's settings
     assert (cfg.subset, cfg.method) == (subset.replace("trace-long", "trace"), method)
 
 
 def test_a_variant_differs_from_its_method_in_what_its_name_says():
     changed = {
         "F=1": {"e_step_every"}, "F=10": {"e_step_every"}, "fixed prior": {"prior"}, "EMA teacher": {"teacher"},
-        "live teacher": {"teacher"}, "all passed": {"passed_text"}, "e_groups all": {"e_groups"}, "no E-step": {"method", "teacher"},
+        "live teacher": {"teacher"}, "all passed": {"passed_text"}, "e_groups all": {"e_groups"}, "no E-step": {"method"},
         "KL(student‖teacher)": {"divergence"}, "KL(teacher‖student)": {"divergence"}, "sibling": {"feedback"},
         "local term alone": {"future"}, "constant norm": {"distil_norm"}, "black box": {"expert"}, "sg pi": {"ovd_ratio"},
         "failures left out": {"ovd_failed"}, "sg pi, failures left out": {"ovd_ratio", "ovd_failed"},
@@ -45,29 +49,39 @@ def test_a_variant_differs_from_its_method_in_what_its_name_says():
     for name in study.ROWS:
         base, _, change = name.partition(" ")
         if change and (base.startswith("trace/") or base in ("code/distil", "code-judge/ovd")):
-            one, other = (vars(settings.parse(study.flags_of(n))) for n in (base, name))
+            one, other = (study.settings_of(study.flags_of(n)) for n in (base, name))
             tuned = {"lr"} if name == "trace/distil local term alone" else set()
             assert {key for key in one if one[key] != other[key]} - {"out"} == changed[change] | tuned, name
             seen += 1
     assert seen == 21
 
 
-def test_every_method_of_a_task_was_tried_with_as_many_settings():
-    tried = {name: len(set(flags)) for name, flags in study.GRID.items()}
-    assert all(len(flags) == tried[name] for name, flags in study.GRID.items())  # none twice
-    by_subset = {}
-    for name, count in tried.items():
-        by_subset.setdefault(name.split("/")[0], set()).add(count)
-    assert by_subset == {"code": {6}, "choice": {5}, "trace-often": {3}, "trace": {10}, "code-judge": {6}}
-    for name, tried in study.GRID.items():
-        subset, method = name.split(" ")[0].split("/")
-        for flags in tried:
-            settings.check(settings.parse(["--subset", subset, "--method", method, *flags.split()]))
+def test_every_method_of_a_task_was_tried_with_as_many_settings_and_they_still_work():
+    counts: dict[str, dict[str, int]] = {}
+    for flags, entry in json.loads((RESULTS / "tuning.json").read_text()).items():
+        module, cfg = study.configured(flags.split())
+        module.check(cfg)
+        assert entry["name"].split(" ")[0] == f"{cfg.subset}/{cfg.method}"
+        of_task = counts.setdefault(cfg.subset, {})
+        of_task[entry["name"]] = of_task.get(entry["name"], 0) + 1
+    assert {task: set(of.values()) for task, of in counts.items()} == {
+        "code": {6}, "choice": {5}, "trace-often": {3}, "trace": {10}, "code-judge": {6}}  # fmt: skip
 
 
-def test_claims_speak_of_rows_that_are_run():
-    for claim in study.CLAIMS + study.CHOICES:
-        assert {claim.above, claim.below} - {"", "base"} <= study.ROWS.keys()
+def test_claims_are_about_rows_that_are_run_and_quantities_that_have_a_name():
+    claims = [claim for of in study.CLAIMS.values() for claim in of]
+    assert len(claims) == 42 + 17 + 15
+    for claim in claims:
+        rows = {f"{claim.subset}/{name}" for name in (claim.above, claim.below) if name not in ("0", "base")}
+        assert rows <= study.ROWS.keys() and claim.quantity in study.WHAT, claim
+
+
+def test_a_neighbour_is_a_program_of_its_own_without_method():
+    name = "code-judge/ovd sg pi, all rejected"
+    assert study.training(name) == ("python -m neighbours.ovd --task toy --subset code-judge --ovd_ratio one "
+                                    "--ovd_threshold 10 --seed N --out DIR")  # fmt: skip
+    assert study.training("trace-long/vpd") == (
+        "python vpd.py --task toy --subset trace --method vpd --steps 60 --seed N --out DIR")  # fmt: skip
 
 
 # ---- Quantities and intervals by hand ----------------------------------------------------------------------
@@ -78,8 +92,13 @@ def made(avg, margin=(), teacher=(0.25, 0.5), evals=(0.1, 0.3, 0.2)):
         "commit": "abc", "seconds": 36.0, "seconds_per_batch": 2.0, "before": {"avg": 0.1, "low": 0, "high": 1, "pass@4": 0.2},
         "after": {"avg": avg, "low": 0.0, "high": 1.0, "pass@4": 0.9},
         "eval": {"step": list(range(0, 10 * len(evals), 10)), "avg": list(evals), "teacher": list(teacher)},
-        "train": {"margin": list(margin)},
+        "train": {"margin": list(margin), "response_length": [8.0, 9.0], "with_context": [1.0, 0.5]},
     }  # fmt: skip
+
+
+def rows_of(**averages):
+    return {f"trace/{name}": {"label": name, "runs": {str(i): made(avg) for i, avg in enumerate(values, 1)}}
+            for name, values in averages.items()}  # fmt: skip
 
 
 def test_quantities_of_a_run():
@@ -92,7 +111,8 @@ def test_quantities_of_a_run():
     assert study.quantity("late loss", run) == pytest.approx(0.3 - 0.2)
     assert study.quantity("avg", run) == 0.6 and study.quantity("pass@4", run) == 0.9
     assert math.isnan(study.quantity("margin change", made(0.6, margin=[1.0] * 9)))  # first and last would overlap
-    assert math.isnan(study.quantity("teacher change", made(0.6, teacher=[None, None])))
+    for teacher in ([None, None], [None, 0.5]):
+        assert math.isnan(study.quantity("teacher change", made(0.6, teacher=teacher)))
 
 
 def test_the_interval_over_seeds_is_student_s_t():
@@ -100,71 +120,55 @@ def test_the_interval_over_seeds_is_student_s_t():
     mean = 0.9 / 3
     deviation = math.sqrt(((0.1 - mean) ** 2 + (0.2 - mean) ** 2 + (0.6 - mean) ** 2) / 2)
     half = 4.302653 * deviation / math.sqrt(3)  # t of 2 degrees of freedom at 0.975
-    assert study.interval(values) == pytest.approx((mean, mean - half, mean + half), rel=1e-6)
-    assert study.interval([0.1, float("nan"), 0.2, 0.6]) == pytest.approx((mean, mean - half, mean + half), rel=1e-6)
+    for given in (values, [0.1, float("nan"), 0.2, 0.6]):
+        assert study.interval(given) == pytest.approx((mean, mean - half, mean + half), rel=1e-6)
     assert study.interval([0.4])[0] == 0.4 and math.isnan(study.interval([0.4])[1])
+    assert math.isnan(study.interval([])[0])
 
 
 def test_the_difference_of_rows_has_welchs_interval():
     above, below = [0.5, 0.7], [0.1, 0.2, 0.6]
     var_a, var_b = 0.02 / 2, 0.07 / 3  # of the means: sample variances (0.2^2 / 2) and (0.04 + 0.01 + 0.09) / 2
     freedom = (var_a + var_b) ** 2 / (var_a**2 / 1 + var_b**2 / 2)
-    from scipy import stats
-
     half = stats.t.ppf(0.975, freedom) * math.sqrt(var_a + var_b)
     assert study.difference(above, below) == pytest.approx((0.6 - 0.3, 0.3 - half, 0.3 + half), rel=1e-9)
     assert study.difference([0.5, 0.5], [0.0, 0.0]) == (0.5, 0.5, 0.5)
 
 
-def rows_of(**averages):
-    return {f"trace/{name}": {"label": name, "command": f"run {name}",
-                              "runs": {str(i): made(avg) for i, avg in enumerate(values, 1)}}
-            for name, values in averages.items()}  # fmt: skip
+HIGH, LOW = [0.8, 0.82, 0.84], [0.2, 0.22, 0.24]
 
 
 @pytest.mark.parametrize(
-    "above, below, said",
-    [
-        ([0.8, 0.82, 0.84], [0.2, 0.22, 0.24], "yes"),
-        ([0.2, 0.22, 0.24], [0.8, 0.82, 0.84], "no, the reverse"),
-        ([0.2, 0.5, 0.8], [0.3, 0.5, 0.6], "not decided"),
-    ],
+    "above, below, so",
+    [(HIGH, LOW, "yes"), (LOW, HIGH, "no, the opposite"), ([0.2, 0.5, 0.8], [0.3, 0.5, 0.6], "undecided")],
 )
-def test_a_claim_holds_when_its_interval_lies_above_zero(above, below, said):
-    rows = rows_of(vpd=above, grpo=below)
-    text, verdict = study.verdict(study.Claim("", "avg", "trace/vpd", "trace/grpo"), rows)
-    assert verdict == said
-    assert text.startswith(
-        f"{np.mean(above):.3f} against {np.mean(below):.3f}: {np.mean(above) - np.mean(below):+.3f} ["
-    )
+def test_a_claim_holds_when_its_interval_lies_above_zero(above, below, so):
+    text, verdict = study.verdict(Claim("", "avg", "trace", "vpd", "grpo"), rows_of(vpd=above, grpo=below))
+    a, b = np.mean(above), np.mean(below)
+    assert verdict == so and text.startswith(f"{a:.3f} against {b:.3f}: {a - b:+.3f} [")
 
 
-def test_a_claim_about_one_row_is_against_zero_or_the_base():
-    rows = rows_of(sdpo=[0.02, 0.03, 0.04])  # base 0.1
-    text, verdict = study.verdict(study.Claim("", "avg", "base", "trace/sdpo"), rows)
-    assert verdict == "yes" and text.startswith("0.030 [") and text.endswith("base 0.100")
-    assert (
-        study.verdict(study.Claim("", "avg", "base", "trace/sdpo"), rows_of(sdpo=[0.3, 0.31, 0.32]))[1]
-        == "no, the reverse"
-    )
-    assert study.verdict(study.Claim("", "teacher change", "trace/sdpo", ""), rows) is not None
-    assert study.verdict(study.Claim("", "late loss", "trace/sdpo", ""), rows)[1] == "yes"  # 0.3 to 0.2 in all seeds
-    assert study.verdict(study.Claim("", "late gain", "trace/sdpo", ""), rows)[1] == "no, the reverse"
+@pytest.mark.parametrize(
+    "quantity, above, below, averages, so",
+    [("avg", "base", "sdpo", [0.02, 0.03, 0.04], "yes"),  # base 0.1
+     ("avg", "base", "sdpo", [0.3, 0.31, 0.32], "no, the opposite"),
+     ("late loss", "sdpo", "0", HIGH, "yes"), ("late gain", "sdpo", "0", HIGH, "no, the opposite")],  # 0.3 to 0.2 in all
+)  # fmt: skip
+def test_a_claim_about_one_row_is_against_zero_or_the_base(quantity, above, below, averages, so):
+    text, verdict = study.verdict(Claim("", quantity, "trace", above, below), rows_of(sdpo=averages))
+    assert verdict == so and text.endswith("base 0.100" if above == "base" else "]")
 
 
 def test_verdicts_name_the_subsets_on_which_a_claim_holds_fails_or_is_open():
-    rows = rows_of(vpd=[0.8, 0.82, 0.84], grpo=[0.2, 0.22, 0.24], sdpo=[0.7, 0.9, 0.8], joint=[0.9, 0.92, 0.94])
-    claims = [study.Claim("best", "avg", "trace/vpd", f"trace/{name}") for name in ("grpo", "sdpo", "joint")]
-    claims += [
-        study.Claim("best", "pass@4", "trace/vpd", "trace/grpo"),
-        study.Claim("unseen", "avg", "a/vpd", "a/grpo"),
-    ]
-    _, _, *lines = study.verdicts_table(claims, rows, "claim")
+    rows = rows_of(vpd=HIGH, grpo=LOW, sdpo=[0.7, 0.9, 0.8], joint=[0.9, 0.92, 0.94])
+    claims = [Claim("best", "avg", "trace", "vpd", name) for name in ("grpo", "sdpo", "joint")]
+    claims += [Claim("best", "pass@4", "trace", "vpd", "grpo")]
+    _, _, *lines = study.by_verdict([(claim, *study.verdict(claim, rows)) for claim in claims], "claim")
     assert lines == ["| best | trace | trace | trace, trace (pass@4) |", ""]
 
 
 def test_no_verdict_before_two_seeds():
-    claim = study.Claim("", "avg", "trace/vpd", "trace/grpo")
+    claim = Claim("", "avg", "trace", "vpd", "grpo")
     assert study.verdict(claim, rows_of(vpd=[0.8], grpo=[0.1, 0.2])) is None
     assert study.verdict(claim, rows_of(vpd=[0.8, 0.9])) is None
 
@@ -172,112 +176,178 @@ def test_no_verdict_before_two_seeds():
 # ---- Tables ------------------------------------------------------------------------------------------------
 
 
-def test_the_report_names_seeds_hours_commits_and_commands_and_leaves_the_rest_of_the_readme(tmp_path):
-    rows = rows_of(vpd=[0.8, 0.82, 0.84], grpo=[0.2, 0.22, 0.24])
+def test_the_report_goes_between_marks_and_names_seeds_hours_commits_and_commands(tmp_path):
+    rows = rows_of(vpd=HIGH, grpo=LOW)
+    rows["trace/vpd"]["runs"]["1"]["eval"]["avg"] = [0.1, 0.5, 0.3]  # 0.2 below its best
     (tmp_path / "study.json").write_text(json.dumps({"hardware": "a machine", "rows": rows}))
     tried = {
         f"--task toy --subset trace --method vpd --lr {lr} --steps 20 --seed 0":
         {"name": "trace/vpd", "commit": "abc", "avg": {"0": 0.1, "20": avg}} for lr, avg in (("1e-3", 0.4), ("2e-3", 0.6))
     }  # fmt: skip
-    (tmp_path / "tuning.json").write_text(json.dumps(tried))
-    readme = tmp_path / "MAIN.md"
-    readme.write_text(
-        f"above\n{study.MARKS[0]}\nold figures\n{study.MARKS[1]}\nbelow\n{study.SUMMARY[0]}\n{study.SUMMARY[1]}\n"
-    )
+    (tmp_path / "tuning.json").write_text(json.dumps(tried | {"--lr 9": {"name": "trace/vpd"}}))  # one is still to be run
+    readme, own = tmp_path / "MAIN.md", tmp_path / "README.md"
+    readme.write_text("\n".join(["above", study.MARKS[0], "old", study.MARKS[1], "below", *study.SUMMARY, ""]))
     for _ in range(2):  # again gives the same
         study.report(tmp_path, readme)
-        text, full = readme.read_text(), (tmp_path / "README.md").read_text()
-        assert text.startswith("above\n") and "old figures" not in text
+        text, page = readme.read_text(), own.read_text()
+        assert text.startswith("above\n") and "\nold\n" not in text
         below = text.partition(study.MARKS[1])[2]
-        summed = [
-            "| base model | | 0.100 |  |  |",
-            "| VPD | `vpd` | 0.820 [0.770, 0.870] |  |  |",
-            "| SDPO | `sdpo` |  |  |  |",
-            "| GRPO | `grpo` | 0.220 [0.170, 0.270] |  |  |",
-        ]
+        summed = ["| base model |  | 0.100 |  |  |", "| VPD | `vpd` | 0.820 [0.770, 0.870] |  |  |",
+                  "| SDPO | `sdpo` |  |  |  |", "| GRPO | `grpo` | 0.220 [0.170, 0.270] |  |  |"]  # fmt: skip
         assert below.startswith("\nbelow\n") and text.endswith(f"\n{study.SUMMARY[1]}\n")
         assert [line for line in below.splitlines() if line.startswith("| ")][1:5] == summed
-        for page in (text, full):
-            assert "6 runs, 0.1 CPU hours; a machine; commit abc." in page  # 6 x 36 s
+        for written in (text, page):
+            assert "6 runs, 0.1 CPU hours; a machine; commit abc." in written  # 6 x 36 s
         assert "| VPD beats GRPO (Tables 1, 2) | trace |  |  |" in text
-        assert "0.820 [" in full and "0.800 0.820 0.840" in full and "vpd: run vpd" in full
-        assert "VPD beats GRPO (Tables 1, 2) | trace | 0.820 against 0.220: +0.600" in full
-        assert "lr 1e-3: 0.40; **lr 2e-3: 0.60**" in full
+        assert "0.820 [" in page and "0.800 0.820 0.840" in page and f"vpd: {study.training('trace/vpd')}" in page
+        assert "VPD beats GRPO (Tables 1, 2) | trace | 0.820 against 0.220: +0.600" in page
+        assert "| trace/vpd | 1 | 0.10 0.50 0.30 | 0.25 0.50 |  | 8.00 to 9.00 | 1.00 to 0.50 |" in page
+        assert "| trace/vpd | 2 |" not in page and "lr 1e-3: 0.40; **lr 2e-3: 0.60**" in page
+    own.write_text(f"an introduction\n{own.read_text()}")
+    study.report(tmp_path, readme)
+    assert own.read_text() == f"an introduction\n{page}"
 
 
-def test_the_shipped_tables_are_those_of_the_shipped_figures(tmp_path):
-    known = json.loads((ROOT / "study" / "results" / "study.json").read_text())
-    for name in ("study.json", "tuning.json"):
-        shutil.copy(ROOT / "study" / "results" / name, tmp_path)
+def test_the_shipped_tables_are_those_of_the_shipped_numbers(tmp_path):
+    for name in ("study.json", "tuning.json", "README.md"):
+        shutil.copy(RESULTS / name, tmp_path)
     readme = tmp_path / "MAIN.md"
     shutil.copy(ROOT / "README.md", readme)
     study.report(tmp_path, readme)
     assert readme.read_text() == (ROOT / "README.md").read_text()
-    assert (tmp_path / "README.md").read_text() == (ROOT / "study" / "results" / "README.md").read_text()
-    assert all(row["command"].split()[2:-4] == study.flags_of(name) for name, row in known["rows"].items())
+    assert (tmp_path / "README.md").read_text() == (RESULTS / "README.md").read_text()
+    for name, row in json.loads((RESULTS / "study.json").read_text())["rows"].items():
+        assert row["command"] == f"python vpd.py {' '.join(study.flags_of(name))} --seed N --out DIR"  # as it was run
+        assert row["label"] == study.label_of(name)
 
 
-# ---- A run -------------------------------------------------------------------------------------------------
+# ---- Runs --------------------------------------------------------------------------------------------------
 
 TINY = ["--task", "toy", "--subset", "choice", "--method", "vpd", "--steps", "2", "--eval_every", "1", "--prompts_per_batch", "2",
         "--minibatch_prompts", "2", "--e_minibatch_prompts", "2", "--group_size", "4", "--eval_samples", "1", "--teacher_probe", "2",
         "--seed", "3"]  # fmt: skip
+LOG = [{"kind": "train", "step": 0, "seconds": {"rollout": 1.0, "sync": 0.5}, "reward": 0.123456},
+       {"kind": "eval", "step": 1, "avg": 0.75}]  # fmt: skip
 
 
-def test_a_run_of_the_study_is_the_run_of_its_command(tmp_path):
-    """Several runs share a process there, so the second of two is compared."""
-    for name in ("first", "second"):
-        assert study.perform(TINY, tmp_path / name, test=True) == ""
-    alone = tmp_path / "alone"
-    for command in (["vpd.py", *TINY, "--out", str(alone)], ["evaluate.py", "--run", str(alone)]):
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    (alone / "done.json").write_text('{"seconds": 0}')
-    ours, theirs = (study.record(folder) for folder in (tmp_path / "second", alone))
-    for found in (ours, theirs):
-        for timing in ("seconds", "seconds_per_batch"):
-            del found[timing]
-    assert ours == theirs and len(ours["train"]["reward"]) == 2 and "after" in ours
-    assert not (tmp_path / "second" / "model").exists()  # hundreds of runs would fill the disk
+@pytest.fixture
+def quick(tmp_path, monkeypatch):
+    """Instead of training, a program that writes the run directory of TINY at once, or fails where the flags have -1."""
+    _, cfg = study.configured(TINY)
+    config = asdict(cfg) | {"teacher": cfg.reader(), "commit": "abcdefghij+ (changed)"}  # as a run records them
+    script = tmp_path / "program.py"
+    script.write_text(f"""
+import json, pathlib, sys
+if "-1" in sys.argv: sys.exit("first\\nvpd.py: error: --lr must be positive")
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+(out / "model").mkdir(parents=True, exist_ok=True)
+(out / "config.json").write_text({json.dumps(config)!r})
+(out / "log.jsonl").write_text({chr(10).join(map(json.dumps, LOG))!r})
+""")
+    monkeypatch.setattr(study, "program", lambda flags: [str(script), *flags])
+    return config
 
 
-def test_finished_runs_stay_stopped_ones_start_again_and_a_failure_is_told(tmp_path):
+def test_a_run_is_the_training_command_and_an_evaluation_and_its_weights_go(tmp_path):
+    assert study.perform(TINY, tmp_path / "run", test=True) == ""
+    found = study.record(tmp_path / "run")
+    assert len(found["train"]["reward"]) == 2 and found["eval"]["step"] == [0, 1, 2]
+    assert found["before"].keys() == found["after"].keys() == {"avg", "low", "high"}
+    assert "done: " in (tmp_path / "run.txt").read_text() and not (tmp_path / "run" / "model").exists()
+
+
+def test_finished_runs_are_kept_stopped_ones_start_again_and_a_failure_is_named(quick, tmp_path):
     finished, stopped, changed, wrong = (tmp_path / name for name in ("finished", "stopped", "changed", "wrong"))
     for folder, seed in ((finished, 3), (stopped, 3), (changed, 4)):
         folder.mkdir()
-        as_run = vars(settings.parse(TINY)) | {"teacher": settings.parse(TINY).reader()}  # as a run records them
-        (folder / "config.json").write_text(json.dumps(as_run | {"seed": seed, "mark": "old"}))
+        (folder / "config.json").write_text(json.dumps(quick | {"seed": seed, "mark": "old"}))
         if folder != stopped:
             (folder / "done.json").write_text('{"seconds": 1}')
     jobs = {finished: TINY, stopped: TINY, changed: TINY, wrong: [*TINY, "--lr", "-1"]}
-    (failure,) = study.perform_all(jobs, processes=1, test=False)
-    assert (
-        failure.startswith("wrong: SystemExit: 2") and "--lr must be positive" in (tmp_path / "wrong.txt").read_text()
-    )
+    (failure,) = study.perform_all(jobs, at_once=2, test=False)
+    assert failure == f"wrong: exit status 1: vpd.py: error: --lr must be positive (see {wrong}.txt)"
     assert not (wrong / "done.json").exists()
     config = lambda folder: json.loads((folder / "config.json").read_text())  # noqa: E731
     assert "mark" in config(finished)
     for folder in (stopped, changed):
-        assert "mark" not in config(folder) and config(folder)["seed"] == 3 and (folder / "done.json").exists()
+        assert "mark" not in config(folder) and (folder / "done.json").exists() and not (folder / "model").exists()
+
+
+def test_tuning_runs_the_settings_that_are_in_its_file(quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "README", tmp_path / "none.md")
+    flags = "--task toy --subset code --method vpd --lr {} --seed 0"
+    tried = {flags.format("1"): {"name": "code/vpd"}, flags.format("-1"): {"name": "code/vpd", "avg": {"1": 0.5}}}
+    (tmp_path / "tuning.json").write_text(json.dumps(tried | {"--other": {"name": "trace/vpd"}}))
+    with pytest.raises(SystemExit) as stop:  # since one of them fails
+        study.main(["--tune", "--only", "code", "--results", str(tmp_path), "--folder", str(tmp_path / "runs")])
+    tried[flags.format("1")] |= {"commit": "abcdefg+", "avg": {"1": 0.75}}
+    assert stop.value.code == 1
+    assert json.loads((tmp_path / "tuning.json").read_text()) == tried | {"--other": {"name": "trace/vpd"}}
+
+
+def test_stopping_the_study_stops_its_processes(tmp_path):
+    """When a study gets SIGTERM during two runs, it leaves neither processes nor half a table."""
+    flags = ["--only", "trace/vpd", "trace/sdpo", "--folder", str(tmp_path / "runs"), "--results", str(tmp_path)]
+    study_run = subprocess.Popen([sys.executable, "-m", "study.study", *flags], cwd=ROOT, stdout=subprocess.PIPE,
+                                 stderr=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
+    logs = [tmp_path / "runs" / f"trace-{method}-seed1" / "log.jsonl" for method in ("vpd", "sdpo")]
+    deadline = time.time() + 120
+    while not all(log.exists() for log in logs) and time.time() < deadline and study_run.poll() is None:
+        time.sleep(0.2)
+    study_run.terminate()
+    try:
+        _, errors = study_run.communicate(timeout=30)
+        with pytest.raises(ProcessLookupError):  # nobody is left in its session
+            for _ in range(50):
+                os.killpg(study_run.pid, 0)
+                time.sleep(0.1)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(study_run.pid, signal.SIGKILL)
+    assert study_run.returncode == 130 and "study.py: stopped; finished runs are kept" in errors.splitlines()
+    assert not (tmp_path / "study.json").exists()
+
+
+def test_collecting_keeps_the_rows_that_were_not_run_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "record", lambda out: {"from": out.name})
+    monkeypatch.setattr(study, "hardware", lambda: "here")
+    old = {"hardware": "there", "rows": {name: {"label": "x", "command": "y", "runs": {"1": "old", "2": "old"}}
+                                         for name in ("trace/grpo", "trace/vpd")}}  # fmt: skip
+    (tmp_path / "study.json").write_text(json.dumps(old))
+    (tmp_path / "trace-vpd-seed2").mkdir()
+    (tmp_path / "trace-vpd-seed2" / "done.json").write_text("{}")
+    found = study.collect(tmp_path, tmp_path, range(1, 6))
+    assert found == json.loads((tmp_path / "study.json").read_text()) and found["hardware"] == "here"
+    assert found["rows"]["trace/grpo"]["runs"] == {"1": "old", "2": "old"}
+    assert found["rows"]["trace/vpd"]["runs"] == {"1": "old", "2": {"from": "trace-vpd-seed2"}}
+    assert list(found["rows"]) == ["trace/vpd", "trace/grpo"]  # in the study's order
+
+
+# ---- Files and flags ---------------------------------------------------------------------------------------
+
+
+def assert_refused(argv, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        study.main([str(word) for word in argv])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("study.py: error: ") and words in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     "argv, words",
     [(["--only", "chess"], "--only chess: no row starts like this"), (["--seeds", "0"], "--seeds"), (["--jobs", "0"], "--jobs"),
      (["--results", "no/such/folder"], "--results"), (["--cores", "2"], "--cores"),
+     (["--tune", "--only", "trace-cold"], "no row starts like this"),
      (["--tune", "--tables"], "--tune makes runs and --tables none")],
 )  # fmt: skip
 def test_wrong_flags_are_one_line_exit_2_and_nothing_written(argv, words, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        study.main([*argv, "--folder", str(tmp_path / "runs")])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("study.py: error: ") and words in error and error.count("\n") == 1
+    assert_refused([*argv, "--folder", tmp_path / "runs"], words, capsys)
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
     "name, text, words",
-    [("study.json", "{", "study.json is no JSON"), ("study.json", "[]", "study.json holds no JSON object"),
+    [("study.json", "{", "study.json is no JSON object"), ("study.json", "[]", "study.json is no JSON object"),
      ("study.json", "{}", "is not that of a study: KeyError('rows')"), ("tuning.json", "[", "tuning.json is no JSON"),
      ("study.json", '{"rows": {"trace/vpd": {"label": "VPD", "runs": {"1": {}}}}}', "is not that of a study"),
      ("tuning.json", "{}", "study.json has no runs to make tables of")],
@@ -285,27 +355,20 @@ def test_wrong_flags_are_one_line_exit_2_and_nothing_written(argv, words, tmp_pa
 def test_a_study_that_cannot_be_read_is_one_line_before_anything_is_run_or_written(
     name, text, words, tmp_path, capsys, monkeypatch
 ):
-    readme = tmp_path / "README.md"
-    readme.write_text("as it was")
-    monkeypatch.setattr(study, "README", readme)
+    (tmp_path / "README.md").write_text("as it was")
+    monkeypatch.setattr(study, "README", tmp_path / "README.md")
     (tmp_path / name).write_text(text)
-    for argv in (["--tables"], ["--only", "trace/vpd"]):
-        if argv != ["--tables"] and "no runs" in words:
-            continue  # nothing yet, and this is to change it
-        with pytest.raises(SystemExit) as stop:
-            study.main([*argv, "--results", str(tmp_path), "--folder", str(tmp_path / "runs")])
-        error = capsys.readouterr().err
-        assert stop.value.code == 2 and words in error and error.count("\n") == 1
+    assert_refused(["--tables", "--results", tmp_path], words, capsys)
+    if "no runs" not in words:  # which runs would change
+        assert_refused(["--only", "trace/vpd", "--results", tmp_path, "--folder", tmp_path / "runs"], words, capsys)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["README.md", name])
-    assert readme.read_text() == "as it was"
+    assert (tmp_path / "README.md").read_text() == "as it was"
 
 
 def test_a_folder_for_runs_that_is_a_file_is_one_line(tmp_path, capsys):
     (tmp_path / "runs").touch()
-    with pytest.raises(SystemExit) as stop:
-        study.main(["--only", "trace/vpd", "--results", str(tmp_path), "--folder", str(tmp_path / "runs")])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and str(tmp_path / "runs") in error and error.count("\n") == 1
+    argv = ["--only", "trace/vpd", "--results", tmp_path, "--folder", tmp_path / "runs"]
+    assert_refused(argv, str(tmp_path / "runs"), capsys)
 
 
 def test_numbers_are_kept_to_what_they_are_good_for_and_a_series_is_a_line(tmp_path):
@@ -325,37 +388,3 @@ def test_the_report_stays_whole_on_a_full_disk(tmp_path, monkeypatch):
         with pytest.raises(study.command.CannotWrite, match=f"^{readme}: No space left on device$"):
             doing()
     assert readme.read_text() == "old" and list(tmp_path.iterdir()) == [readme]
-
-
-def test_stopping_the_study_stops_its_processes(tmp_path):
-    """Of a study that is told to stop while two runs go on nothing is left, neither processes nor half a table."""
-    flags = ["--only", "trace/vpd", "trace/sdpo", "--folder", str(tmp_path / "runs"), "--results", str(tmp_path)]
-    study_run = subprocess.Popen([sys.executable, "study.py", *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                 text=True, start_new_session=True)  # fmt: skip
-    logs = [tmp_path / "runs" / f"trace-{method}-seed1" / "log.jsonl" for method in ("vpd", "sdpo")]
-    deadline = time.time() + 120
-    while not all(log.exists() for log in logs) and time.time() < deadline:
-        time.sleep(0.2)
-    study_run.terminate()
-    _, errors = study_run.communicate(timeout=30)
-    assert study_run.returncode == 130 and "study.py: stopped; finished runs stay" in errors.splitlines()
-    with pytest.raises(ProcessLookupError):  # nobody is left in its session
-        for _ in range(50):
-            os.killpg(study_run.pid, 0)
-            time.sleep(0.1)
-    assert not (tmp_path / "study.json").exists()
-
-
-def test_collecting_keeps_the_rows_that_were_not_run_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "record", lambda out: {"from": out.name})
-    monkeypatch.setattr(study, "hardware", lambda: "here")
-    old = {"hardware": "there", "rows": {name: {"label": "x", "command": "y", "runs": {"1": "old", "2": "old"}}
-                                         for name in ("trace/grpo", "trace/vpd")}}  # fmt: skip
-    (tmp_path / "study.json").write_text(json.dumps(old))
-    (tmp_path / "trace-vpd-seed2").mkdir()
-    (tmp_path / "trace-vpd-seed2" / "done.json").write_text("{}")
-    found = study.collect(tmp_path, tmp_path, range(1, 6))
-    assert found == json.loads((tmp_path / "study.json").read_text()) and found["hardware"] == "here"
-    assert found["rows"]["trace/grpo"]["runs"] == {"1": "old", "2": "old"}
-    assert found["rows"]["trace/vpd"]["runs"] == {"1": "old", "2": {"from": "trace-vpd-seed2"}}
-    assert list(found["rows"]) == ["trace/vpd", "trace/grpo"]  # in the study's order

@@ -1,0 +1,199 @@
+"""What a machine lacks is said before the first batch, in one line with what to do."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import vpd
+from harness import hub, machine
+from harness.plan import Plan
+from tasks import sandbox
+from test_settings import parsed
+
+EIGHT = ["570.86.10"] * 8
+QWEN = Plan(8_190_000_000, 8, 80e9, {"weights": 12e9}, {}, {}, 0.6, 9e9, 1, 1, 262_000_000_000, 16_000_000_000, 98_000_000_000)
+
+
+def lines(check, *args) -> list[str]:
+    return [f"{'refused' if certain else 'note'}: {line}" for line, certain in check(*args)]
+
+
+# ---- GPUs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "versions, cuda, words",
+    [(EIGHT, "13.0", "8 GPUs and torch can use none: driver 570.86.10 is older than 580, which torch 2.13.0 (CUDA 13.0) needs"),
+     (["520.61.05"], "12.8", "driver 520.61.05 is older than 525, which torch 2.13.0 (CUDA 12.8) needs: update it"),
+     (["580.65.06"], "13.0", "driver 580.65.06 is new enough, so `python -c 'import torch; torch.cuda.init()'` says"),
+     (["570.86.10"], "12.8", "driver 570.86.10 is new enough"),
+     (EIGHT, None, "torch 2.13.0 is a build without CUDA: install the pins")],
+)  # fmt: skip
+def test_gpus_that_torch_cannot_use_are_refused(versions, cuda, words, monkeypatch, tmp_path, capsys):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(machine, "driver_versions", lambda: versions)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
+    for argv in (["--plan"], ["--out", str(tmp_path / "run")]):
+        with pytest.raises(SystemExit) as stop:
+            vpd.main(["--task", "lcb", *argv])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1 and words in error and not (tmp_path / "run").exists()
+    (note,) = machine.check_driver(parsed())  # the toy needs no GPU
+    assert words in note and note.endswith("this run needs none")
+
+
+def test_a_machine_without_gpus_or_with_hidden_ones_is_left_alone(monkeypatch):
+    lcb = parsed("--plan", task="lcb")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", "")  # no nvidia-smi
+    assert machine.check_driver(lcb) == []
+    monkeypatch.setattr(machine, "driver_versions", lambda: EIGHT)
+    assert machine.check_driver(replace(lcb, gpu_memory=80.0)) == []  # planned for another machine
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert machine.check_driver(lcb) == []
+
+
+def test_nvidia_smi_is_read_whatever_it_says(tmp_path, monkeypatch):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nprintf '580.65.06\\n580.65.06\\n'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    assert machine.driver_versions() == ["580.65.06"] * 2
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho NVIDIA-SMI has failed; exit 9\n")
+    assert machine.driver_versions() == []
+
+
+def test_vllm_needs_a_compiler_and_headers_where_it_samples_on_cuda(monkeypatch, tmp_path):
+    cfg, paths = parsed(task="lcb"), {"include": str(tmp_path)}
+    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
+    monkeypatch.setattr(machine.sysconfig, "get_paths", lambda: paths)
+    for name in ("CC", "CPATH"):
+        monkeypatch.delenv(name, raising=False)
+    assert lines(machine.compiler, cfg) == []  # no GPU: transformers samples
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    (both,) = lines(machine.compiler, cfg)
+    assert both.startswith("refused: ") and "a C compiler (gcc) and " in both and "Python.h (python3-dev): install it" in both
+    assert lines(machine.compiler, replace(cfg, sampler="hf")) == []
+    (tmp_path / "Python.h").touch()
+    assert "Python.h" not in lines(machine.compiler, cfg)[0]
+    monkeypatch.setenv("CC", "cc")
+    assert lines(machine.compiler, cfg) == []
+    paths["include"] = "/none"
+    assert len(lines(machine.compiler, cfg)) == 1
+    monkeypatch.setenv("CPATH", str(tmp_path))
+    assert lines(machine.compiler, cfg) == []
+
+
+@pytest.mark.parametrize("plan, room, said", [(QWEN, 64e6, 1), (QWEN, 2e9, 0), (replace(QWEN, processes=1), 64e6, 0)])
+def test_little_shared_memory_is_a_note_for_several_gpus(plan, room, said, monkeypatch):
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: SimpleNamespace(total=room))
+    found = lines(machine.shared_memory, plan)
+    assert len(found) == said and all(line.startswith("note: /dev/shm has 64.0 MB") for line in found)
+
+
+# ---- Disk, host memory, the hub --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, need, what",
+    [({}, 3 * 98e9 + 2 * 16e9, "checkpoints (3) and models (2)"), ({"steps": 20}, 2 * 98e9 + 32e9, "checkpoints (2)"),
+     ({"steps": 21}, 3 * 98e9 + 32e9, "checkpoints (3)"), ({"checkpoint_every": 0}, 98e9 + 32e9, "checkpoints (1)")],
+)  # fmt: skip
+def test_a_disk_must_hold_three_checkpoints_and_two_models(flags, need, what, monkeypatch, tmp_path):
+    cfg, free = parsed(task="own", model=tmp_path, out=tmp_path / "a" / "b", **flags), need
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    assert lines(machine.disk, cfg, QWEN) == []
+    free = need - 1e9
+    (line,) = lines(machine.disk, cfg, QWEN)
+    assert line.startswith(f"refused: the disk of {tmp_path} has {free / 1e9:.1f} GB left, and {what}")
+    assert f"take {need / 1e9:.1f} GB" in line
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    with (tmp_path / "a" / "b" / "old").open("wb") as old:  # a run that goes on, or is to be overwritten, has its share
+        old.truncate(10**9)
+    assert lines(machine.disk, cfg, QWEN) == []
+
+
+def test_a_download_takes_its_place_and_needs_the_hub(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    cfg, down, asked = parsed(task="lcb", model="owner/name"), ["offline"], []
+    monkeypatch.setattr(hub, "unreachable", lambda *args: asked.append(args) or down[0])
+    monkeypatch.setattr(hub, "missing", lambda name: True)
+    monkeypatch.setattr(hub, "cache", lambda: tmp_path / "cache")
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: SimpleNamespace(free=330e9))
+    unreachable, both = lines(machine.disk, cfg, QWEN)  # 326 GB of the run and 16.4 GB of the model
+    assert unreachable == "refused: the weights of owner/name are not all in the hub's cache, and offline"
+    assert "and the model's download take 342.4 GB" in both
+    down[0] = ""
+    assert lines(machine.disk, cfg, QWEN) == [both]
+    monkeypatch.setattr(hub, "cache", lambda: Path("/proc/other"))  # on another disk
+    assert lines(machine.disk, cfg, QWEN) == []
+    monkeypatch.setattr(hub, "missing", lambda name: False)
+    asked.clear()
+    assert lines(machine.disk, cfg, QWEN) == [] == asked
+
+
+@pytest.mark.parametrize("gpu, need", [(80e9, 8.19e9 * 4 + 16e9), (0, 8.19e9 * 4 + 16e9 + 8 * 12e9)])
+def test_host_memory_that_is_not_there_is_refused_and_what_is_in_use_a_note(gpu, need, monkeypatch):
+    memory, plan, cfg = [0.0, 0.0], replace(QWEN, gpu=gpu), parsed(task="lcb")
+    monkeypatch.setattr(machine, "host_memory", lambda: memory)
+    for total, free, start in ((need + 1, need, None), (need + 1, need - 1e9, "note: "), (need - 1, need - 1e9, "refused: ")):
+        memory[:] = total, free
+        found = lines(machine.memory, cfg, plan)
+        assert (len(found) == 1 and found[0].startswith(start)) if start else found == []
+        assert all(f"takes {need / 1e9:.1f} GB of host memory" in line for line in found)
+
+
+@pytest.mark.parametrize("names", [("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")])
+def test_a_containers_memory_is_its_limit(names, tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    total, free = machine.host_memory()
+    assert 1e8 < free <= total < 1e15
+    (tmp_path / "memory").mkdir()
+    for name, text in zip(names, ("max\n", "30000000\n")):
+        (tmp_path / name).write_text(text)
+    assert machine.host_memory()[0] == total
+    (tmp_path / names[0]).write_text("50000000\n")
+    assert machine.host_memory() == (50_000_000, 20_000_000)
+
+
+# ---- The sandbox, and where all of this is asked ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "task, subset, runs", [("lcb", "", True), ("toy", "code", True), ("toy", "code-judge", True), ("toy", "trace", False),
+                           ("math", "", False), ("sciknoweval", "biology", False)],
+)  # fmt: skip
+def test_programs_are_not_run_without_a_layer_of_the_sandbox_unless_asked_for(task, subset, runs, monkeypatch):
+    monkeypatch.setattr(sandbox.Sandbox, "unsafe", property(lambda self: "landlock not available: a program could"))
+    cfg = parsed(task=task, subset=subset)
+    found = lines(machine.sandbox, cfg)
+    assert found == (["refused: landlock not available: a program could; --unsafe_sandbox goes on all the same"] if runs else [])
+    found = lines(machine.sandbox, replace(cfg, unsafe_sandbox=True))
+    assert found == (["note: landlock not available: a program could"] if runs else [])
+
+
+def test_the_check_and_every_run_ask_and_say_it_in_one_line(monkeypatch, tmp_path, capsys):
+    lacks = lambda *args: [("a disk is full", True), ("memory is short", True), ("little shm", False)]  # noqa: E731
+    monkeypatch.setattr(machine, "memory", lacks)
+    for argv in (["--plan"], ["--out", str(tmp_path / "run")]):
+        with pytest.raises(SystemExit) as stop:
+            vpd.main(["--subset", "choice", *argv])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.endswith("error: a disk is full; memory is short\n") and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(machine, "memory", lambda *args: [("little shm", False)])
+    vpd.main(["--subset", "choice", "--plan"])
+    assert capsys.readouterr().out.endswith("little shm\n")
+    vpd.main(["--subset", "choice", "--steps", "1", "--eval_every", "0", "--out", str(tmp_path / "run")])
+    assert "\nlittle shm\n" in capsys.readouterr().out
+
+
+def test_the_check_reads_the_problems_unless_it_is_for_another_machine():
+    cfg = parsed("--plan", task="math", data="no/such/folder")
+    with pytest.raises(ValueError, match="no/such/folder does not exist"):
+        machine.check(cfg, QWEN)
+    assert machine.check(replace(cfg, gpu_memory=80.0), QWEN) == []
