@@ -82,7 +82,7 @@ class Sampler:
 
     def sample(self, prompts, n, seed, max_tokens, temperature, top_p):
         self.drawn.append((prompts, seed, self.model))
-        self.calls += "sample "
+        self.calls, self.how = self.calls + "sample ", (max_tokens, temperature, top_p)
         rng, drawn = random.Random(seed), []
         for i in range(len(prompts) * n):
             y = words(rng, 1, max_tokens) + [EOS]
@@ -195,7 +195,7 @@ CASES = {
     "vpd, fixed prior, own optimizer": dict(prior="fixed", e_optimizer="own", beta=0.6, e_lr=0.003, adam_beta1=0.7),
     "vpd, schedule": dict(e_step_every=2, schedule="linear", warmup_steps=2, divergence="kl_teacher_student", top_k=3),
     "vpd, recomputed": dict(e_groups="all", e_minibatch_prompts=1, feedback="sibling", mismatch_limit="none"),
-    "sdpo": dict(divergence="js", top_k=5, weight_decay=0.5, temperature=1.5),
+    "sdpo": dict(divergence="js", top_k=5, weight_decay=0.5, temperature=1.5, top_p=0.9),
     "sdpo, many updates": SEVERAL | dict(ratio_limit=1.05, top_k=2, feedback="sibling"),
     "sdpo, live": dict(minibatch_prompts=2, teacher="live", divergence="kl_teacher_student", max_grad_norm=0.05),
     "grpo": dict(divide_by_std=True, adam_beta2=0.9),
@@ -236,6 +236,7 @@ def test_the_loop_makes_the_updates_of_the_reference(case, tmp_path):
     assert total == len(done.after) and len(done.batches) == cfg.steps
     assert len({seed for _, seed, _ in done.sampler.drawn}) == cfg.steps
     assert done.sampler.calls == "sync " + "sample sleep sync " * cfg.steps
+    assert done.sampler.how == (cfg.max_response_tokens, cfg.temperature, cfg.top_p)
 
 
 def test_a_new_method_is_a_row_and_an_objective(tmp_path, monkeypatch):

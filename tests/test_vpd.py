@@ -9,13 +9,9 @@ import pytest
 import torch
 
 import losses
-import tasks
 import vpd
-from harness import log, session
+from harness import session
 from harness.command import Stopped
-from model.parallel import World
-from rollout import Rollout
-from tasks import Outcome
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,53 +47,11 @@ def test_e_step_takes_groups_in_which_both_outcomes_have_a_context():
     assert skipped == [10, 2, 3, 3, 2, 2, 5, 2]
 
 
-def test_margin_is_mean_of_successes_minus_mean_of_failures():
-    r_tilde, lengths = torch.tensor([0.5, -0.1, 0.1, -0.6]), torch.tensor([4, 1, 1, 5])
-    figures = log.margin(r_tilde, torch.tensor([1.0, 0, 1, 0]), lengths)
-    assert figures["margin"] == pytest.approx((0.5 + 0.1) / 2 - (-0.1 - 0.6) / 2)
-    assert figures["length_correlation"] > 0.99  # |r~| = .5 .1 .1 .6 against 4 1 1 5: nearly proportional
-    assert log.margin(r_tilde[:2], torch.ones(2), lengths[:2]) == {"margin": None, "length_correlation": None}
-
-
-def test_the_log_s_figures_of_a_batch_by_hand():
-    """Three rows of 2, 1 and 1 tokens, of which the third does not take part; the second has no context."""
-    logp = torch.tensor([[0.5, 0.2], [0.3, 0.9], [0.1, 0.9]]).log()
-    q = torch.tensor([[0.6, 0.4], [0.3, 0.9], [0.9, 0.9]]).log()
-    batch = SimpleNamespace(mask=torch.tensor([[1, 1], [1, 0], [1, 0]]), r=torch.tensor([1.0, 0.0, 0.0]),
-                            sampler_logp=torch.tensor([[0.1, 0.4], [0.3, 0.1], [0.9, 0.1]]).log(),
-                            has_C=torch.tensor([True, False, True]))  # fmt: skip
-    entropy = torch.tensor([[1.0, 2.0], [6.0, 99.0], [99.0, 99.0]])
-    row = log.BatchLog(0, World(), beta=0.5, limit=2.0)
-    row.measured(batch, torch.tensor([True, True, False]), logp, entropy, q)
-    assert row.figures["entropy"] == pytest.approx((1 + 2 + 6) / 3)
-    assert row.figures["sampler_gap"] == pytest.approx((math.log(5) + math.log(2) + 0) / 3)
-    assert row.figures["mismatch_truncated"] == pytest.approx(1 / 3)  # 0.5 / 0.1 over 2
-    assert row.figures["margin"] is None  # one success
-    row.measured(batch, torch.ones(3, dtype=torch.bool), logp, entropy, q)
-    assert row.figures["margin"] == pytest.approx(0.5 * (math.log(0.6 / 0.5) + math.log(0.4 / 0.2) - math.log(9)))
-
-    row.e_update(0.25, 1.5, torch.tensor([5.0, 4.0, -5.0, -4.0]), torch.tensor([1, 1, 0, 0]))  # σ(−5) < 0.01 < σ(−4)
-    row.e_update(0.75, math.nan, torch.tensor([-5.0, 5.0]), torch.tensor([1, 0]))
-    row.m_losses, row.m_norms = [1.0, math.nan], [2.0, math.nan]
-    row.skip("a", 2), row.skip("b", 0), row.skip("a")
-    row.seconds = {"rollout": 1.5, "m_step": 0.5}
-    whole = SimpleNamespace(
-        C=[SimpleNamespace(kind="sibling"), None, SimpleNamespace(kind="sibling")], contexts_cut=1,
-        outcomes=[Outcome(1, "right"), Outcome(0, "internal"), Outcome(0, "wrong")],
-        rollouts=[Rollout([1, 2], [0, 0], "stop"), Rollout([1], [0], "length"), Rollout([1], [0], "stop")],
-    )  # fmt: skip
-    found = row.row(whole, lr=0.1, distils=True)
-    expected = dict(
-        e_loss=0.5, e_grad_norm=1.5, e_rows=6, e_died=2 / 6, m_loss=1.0, m_grad_norm=2.0, updates_not_finite=2,
-        reward=0.5, response_length=4 / 3, truncated=1 / 3, with_context=2 / 3, divergence=None,
-        success_given_context={"sibling": 0.5}, left_out={"a": 3}, tokens_per_second=2.0, lr=0.1, contexts_cut=1,
-        verdicts={"right": 1, "internal": 1, "wrong": 1},
-    )  # fmt: skip
-    assert {name: found[name] for name in expected} == {
-        name: pytest.approx(value) if isinstance(value, float) else value for name, value in expected.items()
-    }
-    line = log.terminal_line(found | {"divergence": 0.00123, "accepted": 0.5})
-    assert "reward 0.500" in line and "D 1.2e-03" in line and line.endswith("2.0 s")
+def test_a_row_without_a_grade_has_an_advantage_of_0_and_not_of_a_rounding():
+    r, graded = torch.tensor([1.0] + [0.0] * 7), torch.tensor([True] * 6 + [False] * 2)
+    A = vpd.advantages(SimpleNamespace(group_size=8, divide_by_std=False), SimpleNamespace(r=r, graded=graded))
+    torch.testing.assert_close(A, torch.tensor([5 / 6] + [-1 / 6] * 5 + [0.0] * 2))
+    assert not A[6:].any()
 
 
 def test_five_bad_updates_in_a_row_end_the_run_and_five_in_all_do_not():
