@@ -161,15 +161,17 @@ class VLLMSampler:
     path: a Hugging Face folder or hub id, of which the configuration alone is read. max_model_len: tokens of prompt and
     response; a response that reaches it is cut, as at max_tokens. memory_share: the engine's part of the device's whole
     memory. gap_limit: `sync` raises above it; by default 1e-3 in float32, and in bfloat16 0.5: rounding alone reaches 0.06
-    nats on text of high entropy, and an engine with other weights, or with a cache that outlived them, is nats away."""
+    nats on text of high entropy, and an engine with other weights, or with a cache that outlived them, is nats away. probes:
+    prompts that a push is checked on until `sample` has been given others."""
 
     # A run ends by returning from main with engine and process group alive. Destroying the group under a living engine
     # breaks the exit; llm.llm_engine.engine_core.shutdown() takes the group along, so nothing collective can follow it.
     other_engine = True
 
     def __init__(
-        self, policy: Policy, path: str, max_model_len: int, memory_share: float = 0.55, gap_limit: float | None = None
-    ):
+        self, policy: Policy, path: str, max_model_len: int, memory_share: float = 0.55, gap_limit: float | None = None,
+        probes: list[Ids] = (),
+    ):  # fmt: skip
         # The engine must live in this process, where the weights are.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         from vllm import LLM, SamplingParams  # many seconds, and an import that not every machine has
@@ -177,8 +179,12 @@ class VLLMSampler:
         self.policy, self.max_model_len, self.params = policy, max_model_len, SamplingParams
         self.dtype = policy.compute or (torch.float32 if policy.dtype == torch.float64 else policy.dtype)
         self.gap_limit = (1e-3 if self.dtype == torch.float32 else 0.5) if gap_limit is None else gap_limit
-        self.gap, self.probes = float("nan"), [[policy.eos_ids[0]]]
+        self.gap, self.probes = float("nan"), probes or [[policy.eos_ids[0]]]
         cuda = policy.device.type == "cuda"
+        if not cuda:  # its CPU code packs a copy of each linear layer, and a push does not reach that of a tied head
+            import vllm._custom_ops
+
+            vllm._custom_ops._supports_onednn = False
         # The engine seeds every generator of the process; the trainer's are put back.
         states = random.getstate(), np.random.get_state()
         # vLLM makes its own model of some architectures (OLMo3) out of transformers' class, which it changes for everybody.
@@ -284,9 +290,11 @@ def check_sampler(which: str) -> None:
         raise ValueError("--sampler vllm: vllm is not installed; run.sh installs it where there is an NVIDIA GPU")
 
 
-def open_sampler(which: str, policy: Policy, path: str, longest: int, memory_share: float) -> "HFSampler | VLLMSampler":
+def open_sampler(
+    which: str, policy: Policy, path: str, longest: int, memory_share: float, probes: list[Ids] = ()
+) -> "HFSampler | VLLMSampler":
     """The sampler by name; "" is vLLM on a GPU and transformers' own on a CPU. path: of the model's configuration; longest:
-    tokens of prompt and response together; memory_share: the engine's part of the GPU."""
+    tokens of prompt and response together; memory_share: the engine's part of the GPU; probes: a few prompts."""
     if which == "vllm" or not which and policy.device.type == "cuda":
-        return VLLMSampler(policy, path, longest, memory_share)
+        return VLLMSampler(policy, path, longest, memory_share, probes=probes)
     return HFSampler(policy)

@@ -202,7 +202,8 @@ def open_run(cfg, world: World, also: Callable = lambda *_: None) -> "Run":
     world.wait()
     if making:
         policy.save(cfg.model)
-    sampler = open_sampler(cfg.sampler, policy, cfg.model, found.longest, found.share)
+    probes = [feedback.student_prompt(policy.tokenizer, p.messages) for p in fits[: 2 * world.size]]
+    sampler = open_sampler(cfg.sampler, policy, cfg.model, found.longest, found.share, probes)
     critic.sampler = sampler
     return Run(cfg, policy, sampler, task, out, record, lock, critic, others)
 

@@ -324,6 +324,8 @@ class Policy:
         if skip or not math.isfinite(norm):
             norm = math.nan
         else:
+            if not optimizer.state:
+                torch.cuda.empty_cache()  # else its moments settle among what activations left, and hold all of it
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
             optimizer.step()
