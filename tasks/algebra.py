@@ -1,0 +1,158 @@
+"""Whether two answers have the same value. tasks/mathematics.py hands this file to the sandbox's workers as source text.
+
+math-verify's grammar reads the LaTeX, sympy evaluates, and the comparison is exact. math-verify's own comparison is not
+used: it rounds to six digits, takes all below 1e-15 for zero, and takes `113 - Max(1, oo)` for zero as well."""
+
+import logging
+import random
+import re
+import sys
+
+import sympy
+from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
+from math_verify.grader import should_treat_as_complex
+from sympy import Eq, FiniteSet, Intersection, Interval, MatrixBase, Rational, Set, Symbol, Tuple, Union, oo
+from sympy.core.evalf import PrecisionExhausted
+from sympy.core.function import AppliedUndef
+from sympy.core.relational import Relational
+from sympy.logic.boolalg import And
+
+logging.disable(logging.WARNING)
+sys.set_int_max_str_digits(0)
+FORM = NormalizationConfig(basic_latex=True, malformed_operators=True, nits=True, boxed="none")
+UNDEFINED = (oo, -oo, sympy.zoo, sympy.nan, sympy.AccumBounds)
+QUESTIONS = (  # they ask for a value: an answer that holds one repeats the problem
+    sympy.Max, sympy.Min, sympy.Sum, sympy.Product, sympy.Integral, sympy.Derivative, sympy.Limit, sympy.Mod,
+)  # fmt: skip
+DIGITS = 5000  # constants that agree so far are equal
+POINTS = [  # (lowest, highest, denominator) of the numbers put in for variables
+    *[(1, 99, 37)] * 4, *[(-99, 99, 37)] * 4, *[(1, 36, 37)] * 2, *[(-5, 9, 1)] * 4
+]  # fmt: skip
+
+
+def equal(gold: str, answer: str) -> bool:
+    """Whether the answer's value is the gold one's. Raises for what cannot be read."""
+    closed = r"\[\s*-?\s*\\infty|\\infty\s*\]"  # sympy opens every interval at an infinity
+    if bool(re.search(closed, gold)) != bool(re.search(closed, answer)):
+        return False
+    left, right = read(gold), read(answer)
+    if right.has(*QUESTIONS) and not left.has(*QUESTIONS):
+        return False
+    if isinstance(shaped(left), Tuple) and isinstance(right, FiniteSet) and r"\{" not in answer:
+        right = Tuple(*right._unsorted_args)  # 1,2 for (1,2)
+    return same(left, right)
+
+
+def read(text: str):
+    for word, join in (("or", Union), ("and", Intersection)):  # of inequalities; of anything else they make a list
+        parts = re.split(rf"\\text\s*{{\s*{word}\s*}}|\b{word}\b", text)
+        if len(parts) > 1 and all(re.search(r"[<>]|\\(le|ge|leq|geq|leqslant|geqslant)(?![a-z])", part) for part in parts):
+            return join(*[shaped(read(part), opened=False) for part in parts])
+    latex = normalize_latex(text, FORM)
+    real = not should_treat_as_complex(latex)
+    value = latex2sympy(latex, is_real=real, convert_degrees=True, normalization_config=None)
+    if not isinstance(value, (sympy.Basic, MatrixBase)):
+        raise ValueError(f"no value: {text}")
+    return value
+
+
+def clean(value):
+    """Decimals exact, letters without assumptions, i and e where a letter means them, f(x) as a name; evaluated."""
+    value = value.xreplace({number: Rational(str(number)) for number in value.atoms(sympy.Float)})
+    value = value.xreplace({part: Symbol(str(part)) for part in value.atoms(AppliedUndef)})
+    letters = {"i": sympy.I, "e": sympy.E}
+    return value.xreplace({name: letters.get(name.name, Symbol(name.name)) for name in value.free_symbols}).doit()
+
+
+def shaped(value, opened: bool = True):
+    """The value evaluated: an inequality in one variable as the set of its solutions, and, if `opened`, (a, b) as a pair,
+    whether it was read as an interval or a point. Containers keep their elements as they are."""
+    if isinstance(value, (Relational, And)) and not sides(value):
+        if len(value.free_symbols) != 1:
+            return value
+        (name,) = value.free_symbols
+        value = sympy.And(*getattr(value, "_unsorted_args", [value])).xreplace({name: Symbol("x", real=True)})
+        value = value.as_set()
+    if isinstance(value, (FiniteSet, Tuple)):
+        return shaped(value.args[0]) if len(value.args) == 1 else value
+    if isinstance(value, Set):
+        value = clean(value.xreplace({sympy.S.Reals: Interval(-oo, oo)}))
+        pair = opened and isinstance(value, Interval) and value.is_open
+        return Tuple(value.start, value.end) if pair else value
+    return clean(value) if isinstance(value, (sympy.Expr, MatrixBase, sympy.MatrixExpr)) else value
+
+
+def sides(value) -> list | None:
+    """[a, b, c] of a = b = c; None for what is no equation."""
+    chain = getattr(value, "_unsorted_args", [value]) if isinstance(value, And) else [value]
+    return [chain[0].lhs, *(e.rhs for e in chain)] if all(isinstance(e, Eq) for e in chain) else None
+
+
+def same(gold, answer) -> bool:
+    left, right = sides(gold), sides(answer)
+    if left and right:
+        if not all(isinstance(side, sympy.Expr) for side in left + right):
+            return len(left) == len(right) and all(map(same, left, right))
+        return all(same(right[-1], side) for side in right[1:-1]) and multiple(left[0] - left[-1], right[0] - right[-1])
+    if right:  # m + n = 2 + 3 = 5 for 5: a side without letters must have the value
+        *others, value = right[::-1] if isinstance(right[-1], Symbol) else right
+        known = [side for side in others if not (side.free_symbols or side.atoms(AppliedUndef))]
+        return same(gold, value) and all(same(value, side) for side in known)
+    if left and isinstance(left[0], (Symbol, AppliedUndef, Tuple)):  # 5 for x = 5
+        return same(left[-1], answer)
+    if all(isinstance(e, sympy.core.relational._Inequality) and len(e.free_symbols) > 1 for e in (gold, answer)):
+        return ("=" in gold.rel_op) == ("=" in answer.rel_op) and multiple(gold.gts - gold.lts, answer.gts - answer.lts, True)
+    if gold.free_symbols != answer.free_symbols and all(isinstance(e, (Relational, And)) for e in (gold, answer)):
+        return False  # x > 2 is not y > 2
+    forms = [(gold, shaped(gold)), (answer, shaped(answer))]
+    if len({any(form.has(*UNDEFINED) for form in pair) for pair in forms}) == 2:
+        return False
+    gold, answer = forms[0][1], forms[1][1]
+    for kind in (FiniteSet, Union):
+        if isinstance(gold, kind) and isinstance(answer, kind):
+            rest = list(getattr(answer, "_unsorted_args", answer.args))
+            for part in getattr(gold, "_unsorted_args", gold.args):
+                found = next((i for i, other in enumerate(rest) if same(part, other)), None)
+                if found is None:
+                    return False
+                del rest[found]
+            return not rest
+    if isinstance(gold, Interval) and isinstance(answer, Interval):
+        return gold.args[2:] == answer.args[2:] and all(map(same, gold.args[:2], answer.args[:2]))
+    if isinstance(gold, Tuple) and isinstance(answer, Tuple):
+        return len(gold) == len(answer) and all(map(same, gold, answer))
+    if isinstance(gold, MatrixBase) and isinstance(answer, MatrixBase):
+        return gold.shape == answer.shape and all(map(same, gold.flat(), answer.flat()))
+    if gold == answer:
+        return gold != sympy.nan
+    return isinstance(gold, sympy.Expr) and isinstance(answer, sympy.Expr) and always_zero(gold, answer)
+
+
+def multiple(gold, answer, positive: bool = False) -> bool:
+    """Whether gold = 0 and answer = 0 say the same because one is a multiple of the other."""
+    gold, answer = clean(gold), clean(answer)
+    ratio = sympy.nan if answer == 0 else sympy.simplify(gold / answer)
+    return bool(ratio.is_number and ratio.is_finite and ratio != 0 and (ratio > 0 if positive else True))
+
+
+def always_zero(gold, answer) -> bool:
+    """Whether gold - answer is 0 wherever both are defined: at points, in the real numbers if neither holds an i."""
+    difference, rng, equal_at = gold - answer, random.Random(0), 0
+    if difference.has(*UNDEFINED) or not difference.free_symbols:
+        return not difference.has(*UNDEFINED) and zero(difference, {}, DIGITS)
+    for low, high, denominator in POINTS:
+        point = {name: Rational(rng.randint(low, high), denominator) for name in sorted(difference.free_symbols, key=str)}
+        values = [side.evalf(15, subs=point) for side in (gold, answer)]
+        complex_ = difference.has(sympy.I)
+        if all(value.is_number and value.is_finite and (complex_ or value.is_real) for value in values):
+            if not zero(difference, point, 100):
+                return False
+            equal_at += 1
+    return equal_at > 2 or sympy.simplify(difference) == 0
+
+
+def zero(value, point: dict, digits: int) -> bool:
+    try:
+        return value.evalf(2, subs=point, maxn=digits, strict=True) == 0
+    except PrecisionExhausted:  # 0 so far, or one of its parts is
+        return bool(abs(value.evalf(15, subs=point, maxn=digits)) < Rational(1, 10 ** (digits // 2)))
