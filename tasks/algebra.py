@@ -40,10 +40,19 @@ def equal(gold: str, answer: str) -> bool:
         return False
     if isinstance(shaped(left), Tuple) and isinstance(right, FiniteSet) and r"\{" not in answer:
         right = Tuple(*right._unsorted_args)  # 1,2 for (1,2)
-    return same(left, right)
+    return same(left, right) and endless(left) == endless(right)
+
+
+def endless(value) -> bool:
+    """Whether it holds an infinity or an undefined value, as it is written or in any part of it once evaluated: such a
+    value equals nothing without."""
+    parts = [value, shaped(value), *(clean(part) for part in sympy.preorder_traversal(value) if isinstance(part, sympy.Expr))]
+    return any(part.has(*UNDEFINED) for part in parts)
 
 
 def read(text: str):
+    if r"\$" in text:  # the parser would drop it
+        raise ValueError(f"a currency within: {text}")
     for word, join in (("or", Union), ("and", Intersection)):  # of inequalities; of anything else they make a list
         parts = re.split(rf"\\text\s*{{\s*{word}\s*}}|\b{word}\b", text)
         if len(parts) > 1 and all(re.search(r"[<>]|\\(le|ge|leq|geq|leqslant|geqslant)(?![a-z])", part) for part in parts):
@@ -51,9 +60,10 @@ def read(text: str):
     latex = normalize_latex(text, FORM)
     real = not should_treat_as_complex(latex)
     value = latex2sympy(latex, is_real=real, convert_degrees=True, normalization_config=None)
-    if not isinstance(value, (sympy.Basic, MatrixBase)):
-        raise ValueError(f"no value: {text}")
-    return value
+    if not isinstance(value, (sympy.Basic, MatrixBase)) or r"\infty" in latex and not value.has(*UNDEFINED):
+        raise ValueError(f"no value: {text}")  # or one in which an infinity has gone, as in binom(0, oo) = 0
+    bases = {e: sympy.log(e.args[0]) * sympy.Pow(sympy.log(e.args[1], evaluate=False), -1, evaluate=False) for e in value.atoms(sympy.log) if e.args[1:]}
+    return value.xreplace(bases) if bases else value  # log_0 would be 0
 
 
 def clean(value):
@@ -104,10 +114,7 @@ def same(gold, answer) -> bool:
         return ("=" in gold.rel_op) == ("=" in answer.rel_op) and multiple(gold.gts - gold.lts, answer.gts - answer.lts, True)
     if gold.free_symbols != answer.free_symbols and all(isinstance(e, (Relational, And)) for e in (gold, answer)):
         return False  # x > 2 is not y > 2
-    forms = [(gold, shaped(gold)), (answer, shaped(answer))]
-    if len({any(form.has(*UNDEFINED) for form in pair) for pair in forms}) == 2:
-        return False
-    gold, answer = forms[0][1], forms[1][1]
+    gold, answer = shaped(gold), shaped(answer)
     for kind in (FiniteSet, Union):
         if isinstance(gold, kind) and isinstance(answer, kind):
             rest = list(getattr(answer, "_unsorted_args", answer.args))

@@ -62,12 +62,13 @@ NAMES = [(re.compile(rf"(?i){long}"), short) for long, short in (
     (r"\bsq(?:uare)?\b\.?\s*(.+)", r"\1^2"), (r"\bcu(?:bic)?\b\.?\s*(.+)", r"\1^3"), (r"(?<=\w{2})s\b|[\\{}.\s]", ""),
 )]  # fmt: skip
 SHORT = "[mckd]m|[mk]g|m[lL]|in|ft|yd|mi|min|lbs?|oz|hr|Hz|kW|mph"  # units that may stand bare, right behind a number
-UNIT = re.compile(  # a currency, a degree or percent sign, or behind a value: words in \text{}, or bare ones at the end
-    r"(?P<sign>\\%|\\\$|[€£¥]|\^\\circ\s*(?:(?:\\text\{\s*)?[CF]\b\}?)?)"
+UNIT = re.compile(  # at the end of a value: a degree or percent sign, words in \text{}, bare ones; before it a currency
+    r"(?:(?P<money>(?<![\w.}])(?:\\\$|[€£¥])(?=\s*[\d.\\]))|(?:(?<=[\da-z})\]])"
+    r"(?P<sign>\\%|\^\\circ\s*(?:(?:\\text\{\s*)?[CF]\b\}?)?)"
     r"|(?<=\S)\s*\\text\{\s*(?P<text>(?!or\b|and\b)[A-Za-z][^{}\d]*(?:\^\d)?)\}(?P<power>\^\{?-?\d\}?)?"
     rf"|(?:(?<=[\d}})\]])|(?<=\\pi))\s*(?P<bare>(?:{SHORT})|(?<=\s)(?:[mgshlLNJWVK]|"
     r"(?!(?:or|and|pi|sqrt|sin|cos|tan|log|ln|exp|inf|frac)\b)[A-Za-z]{3,}(?:[ /]+[A-Za-z]+)*))"
-    r"(?P<exponent>\^\{?\d\}?)?(?=\s*(?:,|$))"
+    r"(?P<exponent>\^\{?\d\}?)?)(?=\s*(?:[,;)\]]|\\\}|$)))"
 )
 CHOICE = re.compile(r"(?:\(([A-J])\)|([A-J])[).:])[:.]?\s*(?=[\w\\$-]|$)|([A-J])$")
 
@@ -246,9 +247,11 @@ def compare(gold: str, answer: str, algebra: Callable[[str, str], str | None] = 
     if unit and others_unit and unit != others_unit:
         return "wrong"
     verdict = _plain(value, other) or algebra(value, other)
-    if verdict == "correct" or bool(unit) == bool(others_unit):
+    # A unit that the gold answer does not name is meant, but 1/2 is not 1/2 %, and pi/6 not (pi/6) degrees.
+    known = {"%": re.fullmatch(r"-?[1-9][\d.]*\s*(\\frac.*)?", value), "^circ": r"\pi" not in value}
+    if verdict == "correct" and (unit or known.get(others_unit, True)):
         return verdict
-    return algebra(left, right)  # 25% is 1/4, and an m may be a letter
+    return verdict if bool(unit) == bool(others_unit) else algebra(left, right)  # 25 % is 1/4; an m may be a letter
 
 
 def _plain(gold: str, answer: str) -> str | None:
@@ -322,7 +325,7 @@ def _split(text: str) -> tuple[str, str]:
     units = set()
 
     def take(unit: re.Match) -> str:
-        name = (unit["sign"] or unit["text"] or unit["bare"]) + (unit["power"] or unit["exponent"] or "")
+        name = (unit["money"] or unit["sign"] or unit["text"] or unit["bare"]) + (unit["power"] or unit["exponent"] or "")
         for long, short in NAMES:
             name = long.sub(short, name)
         units.add(name)
