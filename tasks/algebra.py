@@ -62,8 +62,13 @@ def read(text: str):
     value = latex2sympy(latex, is_real=real, convert_degrees=True, normalization_config=None)
     if not isinstance(value, (sympy.Basic, MatrixBase)) or r"\infty" in latex and not value.has(*UNDEFINED):
         raise ValueError(f"no value: {text}")  # or one in which an infinity has gone, as in binom(0, oo) = 0
-    bases = {e: sympy.log(e.args[0]) * sympy.Pow(sympy.log(e.args[1], evaluate=False), -1, evaluate=False) for e in value.atoms(sympy.log) if e.args[1:]}
-    return value.xreplace(bases) if bases else value  # log_0 would be 0
+    bases = {e: quotient(*e.args) for e in value.atoms(sympy.log) if e.args[1:]}
+    return value.xreplace(bases) if bases else value  # sympy's log(5, 0) is 0
+
+
+def quotient(argument, base):
+    parts = [sympy.log(part, evaluate=False) for part in (argument, base)]
+    return sympy.Mul(parts[0], sympy.Pow(parts[1], -1, evaluate=False), evaluate=False)
 
 
 def clean(value):

@@ -3,14 +3,12 @@
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from decimal import Decimal
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from tasks.answers import boxed, compare
 from tasks.base import NO_TEXTS, SUFFIXES, Outcome, Problem, Task, each, get, hub_rows, one_line, rows
 from tasks.sandbox import Sandbox
-
-# ---- Mathematics ---------------------------------------------------------------------------------------------
 
 DAPO = "BytedTsinghua-SIA/DAPO-Math-17k"
 DAPO_BEFORE = (  # what the source puts around every problem; ours asks for a box instead
@@ -26,51 +24,7 @@ MATH_SETS = {
 }
 MATH_FORMAT = "{problem}\n\nReason step by step and put the final answer in \\boxed{}."
 MATH_SECONDS = 2.5  # for one comparison, its process included
-MAX_ANSWER_CHARS = 200
 ALGEBRA = Path(__file__).with_name("algebra.py").read_text()
-LETTERS = str.maketrans(
-    {"−": "-", "∞": r"\infty ", "π": r"\pi ", "×": r"\times ", "·": r"\cdot ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
-     "∪": r"\cup ", "∅": r"\emptyset ", "°": r"^\circ ", "≈": r"\approx ", "√": r"\sqrt ", "²": "^2", "³": "^3"}
-)  # fmt: skip
-FONTS = re.compile(r"\\(?:(?:text|math)(?:bf|it|rm|sf|tt|normal|up)?|boldsymbol|bm|emph|underline|[mhf]box|(?:text)?color\s*\{\w+\})\s*\{")
-MULTIPLES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-TIDY = [(re.compile(pattern), new) for pattern, new in (  # what is written in several ways, in one
-    (r"^[\s*`]+|[\s*`]+$|(?<!\\)\$|(?<!\\)\\[()\[\]]|\s*\\!\s*", ""),  # markdown, dollar signs and other delimiters
-    (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![A-Za-z])", " "),
-    (r"\\(?:left|right)(?![A-Za-z])\.?|\\(?:[bB]igg?[lrm]?|(?:display|text)style|bf|it|rm|sf|tt)(?![A-Za-z])", ""),
-    (r"\{([,.])\}", r"\1"),
-    (r"\\[dtc]frac", r"\\frac"),
-    (r"\\lbrace(?![a-z])", r"\\{"), (r"\\rbrace(?![a-z])", r"\\}"), (r"\\langle(?![a-z])", "("), (r"\\rangle(?![a-z])", ")"),
-    (r"\\varnothing", r"\\emptyset"), (r"\\log_\{?e\}?(?![a-z])", r"\\ln"),
-    (r"(?:\\text\{\s*|\b)infinity\b\s*\}?", r"\\infty "),
-    (r"^(?:\\(?:approx|simeq|sim)(?![A-Za-z])|=)\s*", ""),  # it has to be right all the same
-    (r"\b(\d+(?:\.\d+)?)[eE]([+-]?\d+)\b(?!_)", r"\1\\cdot10^{\2}"),
-    (r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{(\d+)\}", lambda m: _recurring(*m.groups())),
-    (r"\\?%|\s*(?:\\text\{\s*|\b)(?:percent|pct)\b\s*\}?", r"\\%"),
-    (r"\s*(?:\\text\{\s*|\b)degrees?\b\s*\}?|\\degree(?![a-z])|\^\s*\{\s*\\circ\s*\}", r"^\\circ"),
-    (rf"\s*(?:(\\text\{{)\s*|\b)({'|'.join(MULTIPLES)})\b", lambda m: rf"\cdot10^{{{MULTIPLES[m[2]]}}}{m[1] or ''}"),
-    (r"\\text\{\s*\}", ""),
-    (r"(?<=\d) (?=\d{3}(?!\d|\s*/))", ""),  # a thin space in a number
-    (r"(?<![\w.}/^])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),  # 3 1/4
-    (r"(?:\\+|[.,;:\s])+$", ""),
-)]  # fmt: skip
-NAMES = [(re.compile(rf"(?i){long}"), short) for long, short in (
-    (r"\bkilo", "k"), (r"\bcenti", "c"), (r"\bmilli", "m"), (r"met(?:er|re)s?\b", "m"), (r"grams?\b", "g"),
-    (r"lit(?:er|re)s?\b", "l"), (r"\bsec(?:ond)?s?\b", "s"), (r"\bmin(?:ute)?s?\b", "min"), (r"\bh(?:ou)?rs?\b", "h"),
-    (r"\binch(?:es)?\b", "in"), (r"\bf(?:oo|ee)t\b", "ft"), (r"\byards?\b", "yd"), (r"\bmiles?\b", "mi"), (r"\bmph\b", "mi/h"),
-    (r"\bpounds?\b|\blbs\b", "lb"), (r"\bdollars?\b", "$"), (r"\bcents?\b", "¢"), (r"\s*\bper\b\s*", "/"),
-    (r"\bsq(?:uare)?\b\.?\s*(.+)", r"\1^2"), (r"\bcu(?:bic)?\b\.?\s*(.+)", r"\1^3"), (r"(?<=\w{2})s\b|[\\{}.\s]", ""),
-)]  # fmt: skip
-SHORT = "[mckd]m|[mk]g|m[lL]|in|ft|yd|mi|min|lbs?|oz|hr|Hz|kW|mph"  # units that may stand bare, right behind a number
-UNIT = re.compile(  # at the end of a value: a degree or percent sign, words in \text{}, bare ones; before it a currency
-    r"(?:(?P<money>(?<![\w.}])(?:\\\$|[€£¥])(?=\s*[\d.\\]))|(?:(?<=[\da-z})\]])"
-    r"(?P<sign>\\%|\^\\circ\s*(?:(?:\\text\{\s*)?[CF]\b\}?)?)"
-    r"|(?<=\S)\s*\\text\{\s*(?P<text>(?!or\b|and\b)[A-Za-z][^{}\d]*(?:\^\d)?)\}(?P<power>\^\{?-?\d\}?)?"
-    rf"|(?:(?<=[\d}})\]])|(?<=\\pi))\s*(?P<bare>(?:{SHORT})|(?<=\s)(?:[mgshlLNJWVK]|"
-    r"(?!(?:or|and|pi|sqrt|sin|cos|tan|log|ln|exp|inf|frac)\b)[A-Za-z]{3,}(?:[ /]+[A-Za-z]+)*))"
-    r"(?P<exponent>\^\{?\d\}?)?)(?=\s*(?:[,;)\]]|\\\}|$)))"
-)
-CHOICE = re.compile(r"(?:\(([A-J])\)|([A-J])[).:])[:.]?\s*(?=[\w\\$-]|$)|([A-J])$")
 
 
 def load(data: str) -> Task:
@@ -143,7 +97,15 @@ def _dapo_pairs(rows: Iterable[dict]) -> Iterator[tuple[str, str]]:
     else:
         for i, row in enumerate(rows, 1):
             prompt, model = get(row, f"dapo, row {i}", "prompt"), get(row, f"dapo, row {i}", "reward_model")
-            yield prompt[0]["content"], str(get(model, f"dapo, row {i}, reward_model", "ground_truth"))
+            answer = get(model, f"dapo, row {i}, reward_model", "ground_truth")
+            yield prompt[0]["content"], _answer(answer, f"dapo, row {i}")
+
+
+def _answer(value: object, where: str) -> str:
+    """As text. A list or a dictionary is no answer, though its repr would be graded like one."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise ValueError(f"{where}: the answer must be text or a number, not {value!r:.80}")
+    return str(value)
 
 
 def _bare_problem(text: str) -> str:
@@ -167,11 +129,10 @@ def _problem(row: dict, where: str, part: str, number: int) -> Problem:
         ((text, answer),) = _dapo_pairs([row])
         text = _bare_problem(text)
     else:
-        text, answer = get(row, where, "problem", "question"), get(row, where, "answer", "solution")
+        text = get(row, where, "problem", "question")
+        answer = _answer(get(row, where, "answer", "solution"), where)
     if not isinstance(text, str):
         raise ValueError(f"{where}: the problem is no text")
-    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
-        raise ValueError(f"{where}: the answer is no text or number: {one_line_of(answer)}")
     name = next((str(row[key]) for key in ("id", "unique_id") if row.get(key) is not None), f"{part}-{number}")
     answer = answer if boxed(answer) is None else boxed(answer)
     messages = [{"role": "user", "content": MATH_FORMAT.replace("{problem}", text)}]
@@ -208,128 +169,3 @@ def _task(train: list[Problem], test: list[Problem], notes: list[str]) -> Task:
         return sandbox.run_many(grade, list(zip(problems, responses, strict=True)))
 
     return Task("math/dapo", train, [], test, verify, sandbox.close, NO_TEXTS, notes)
-
-
-def boxed(text: str) -> str | None:
-    r"""What stands in the last \boxed{} or \fbox{} whose braces balance, or behind one without braces; None if there is
-    none. One pass, whatever the text."""
-    opened, last = [], None  # (where its content begins, whether it is a box)
-    box = r"(\\(?:boxed|fbox)(?![A-Za-z])\s*)(?:\{|((?:\\[A-Za-z%$,]|\{[^{}]*\}|[^\s{}$\\])+))"
-    for part in re.finditer(box + r"|\{|\\.|\}", text, re.DOTALL):
-        if part[2]:
-            last = part.span(2)
-        elif part[0].endswith("{") and part[0] != r"\{":
-            opened.append((part.end(), part[1] is not None))
-        elif part[0] == "}" and opened:
-            start, is_box = opened.pop()
-            if is_box and (last is None or start > last[0]):
-                last = start, part.start()
-    return None if last is None else text[slice(*last)].strip()
-
-
-def compare(gold: str, answer: str, algebra: Callable[[str, str], str | None] = lambda gold, answer: None) -> str | None:
-    """The verdict: by text, units and plain numbers where they settle it, else algebra's on what is left of the two."""
-    if len(answer) > MAX_ANSWER_CHARS and gold != answer:
-        return "too long"
-    left, right = _tidy(gold), _tidy(answer)
-    letters = [CHOICE.match(text) for text in (left, right)]
-    if letters[0] and letters[0].end() == len(left) and letters[1]:
-        return "correct" if letters[0][letters[0].lastindex] == letters[1][letters[1].lastindex] else "wrong"
-    if letters[1]:  # AMC's letter before the value
-        right = right[letters[1].end() :] or right
-    if _squeeze(left) == _squeeze(right) or "\\" not in _words(left) and _words(left) == _words(right):
-        return "correct"
-    bases = [re.findall(r"(?<![\w\\])\d[\dA-F]*_\{?(\w+)\}?", text) for text in (left, right)]
-    if re.fullmatch(r"\\text\{[^{}]*\}", left) or bases[1] and bases != [[], ["10"]]:
-        return "wrong"  # words and numerals of a base are compared as text
-    left, right = [re.sub(r"(?<=[\dA-F])_\{?\w+\}?", "", text) if b else text for b, text in zip(bases, (left, right))]
-    (value, unit), (other, others_unit) = _split(left), _split(right)
-    if unit and others_unit and unit != others_unit:
-        return "wrong"
-    verdict = _plain(value, other) or algebra(value, other)
-    # A unit that the gold answer does not name is meant, but 1/2 is not 1/2 %, and pi/6 not (pi/6) degrees.
-    known = {"%": re.fullmatch(r"-?[1-9][\d.]*\s*(\\frac.*)?", value), "^circ": r"\pi" not in value}
-    if verdict == "correct" and (unit or known.get(others_unit, True)):
-        return verdict
-    return verdict if bool(unit) == bool(others_unit) else algebra(left, right)  # 25 % is 1/4; an m may be a letter
-
-
-def _plain(gold: str, answer: str) -> str | None:
-    if _squeeze(gold) == _squeeze(answer):
-        return "correct"
-    if any(re.search(r"(?<![\w^])\d+\s+\d", text) for text in (gold, answer)):  # "1 2" is not 12, whatever a parser makes of it
-        return "wrong"
-    if all(re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", text.replace(" ", ""), re.ASCII) for text in (gold, answer)):
-        return "correct" if Decimal(gold.replace(" ", "")) == Decimal(answer.replace(" ", "")) else "wrong"
-    return None
-
-
-def _tidy(text: str) -> str:
-    """An answer without what has no meaning (fonts, delimiters, spaces in numbers), and one spelling for what has several."""
-    text = text.translate(LETTERS)
-    for pattern, new in TIDY[:4]:
-        text = pattern.sub(new, text)
-    text = _without_fonts(text)
-    for pattern, new in TIDY:
-        text = pattern.sub(new, text)
-    while text.startswith("{") and _closing(text, 1) == len(text) - 1:
-        text = text[1:-1].strip()
-    for comma in reversed(list(re.finditer(r"(?<=\d),(?=\d{3}(?:,\d{3})*(?![\d,]))", text))):
-        before = text[: comma.start()]
-        in_list = len(re.findall(r"[(\[]|\\\{", before)) > len(re.findall(r"[)\]]|\\\}", before))
-        if not in_list and re.search(r"(?<![\d.,])\d{1,3}(,\d{3})*$", before):  # 58,500, but not (1,200)
-            text = before + text[comma.end() :]
-    return text
-
-
-def _without_fonts(text: str) -> str:
-    """Without font commands, but words and units in \\text{}."""
-    at = 0
-    while (font := FONTS.search(text, at)) and (end := _closing(text, font.end())) is not None:
-        inner = text[font.end() : end]
-        unit = re.search(r"\S\s*$", text[: font.start()]) and re.fullmatch(r"\s*[mgshlLNJWVK]\s*", inner)
-        letter = unit and re.search("text|rm|box", font[0])
-        words = re.search("[A-Za-z]{2}", re.sub(r"\\[A-Za-z]+", "", inner)) and not re.match(r"\s*[-(\\\d$]", inner)
-        new = rf"\text{{{inner}}}" if letter or words else inner
-        text, at = text[: font.start()] + new + text[end + 1 :], font.start() + len(new) * bool(letter or words)
-    return text
-
-
-def _closing(text: str, at: int) -> int | None:
-    """Where the brace closes that is open at `at`."""
-    depth = 1
-    for brace in re.finditer(r"\\.|[{}]", text[at:]):
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)
-        if not depth:
-            return at + brace.start()
-    return None
-
-
-def _recurring(whole: str, fixed: str, again: str) -> str:
-    rest = int("0" + whole + fixed)
-    return rf"\frac{{{int(str(rest) + again) - rest}}}{{{10 ** len(fixed) * (10 ** len(again) - 1)}}}"
-
-
-def _squeeze(text: str) -> str:
-    """Without \\text{} and blanks that mean nothing."""
-    text = re.sub(r"\\text\{\s*([^{}]*?)\s*\}", r" \1 ", re.sub(r"_\{(\w+)\}", r"_\1", text))
-    return re.sub(r"(?<!\w)\s+|\s+(?!\w)|(?<=\d)\s+(?=[A-Za-z])", "", text)
-
-
-def _words(text: str) -> str:
-    return " ".join(re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).lower().split())
-
-
-def _split(text: str) -> tuple[str, str]:
-    """(value, unit) of an answer in one unit, such as ("35", "cm"); (text, "") of others."""
-    units = set()
-
-    def take(unit: re.Match) -> str:
-        name = (unit["money"] or unit["sign"] or unit["text"] or unit["bare"]) + (unit["power"] or unit["exponent"] or "")
-        for long, short in NAMES:
-            name = long.sub(short, name)
-        units.add(name)
-        return " "
-
-    value = UNIT.sub(take, text).strip()
-    return (value, *units) if value and len(units) == 1 else (text, "")
