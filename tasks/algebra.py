@@ -20,6 +20,7 @@ from sympy.logic.boolalg import And
 logging.disable(logging.WARNING)
 sys.set_int_max_str_digits(0)
 FORM = NormalizationConfig(basic_latex=True, malformed_operators=True, nits=True, boxed="none")
+INEQUALITY = (sympy.Gt, sympy.Ge, sympy.Lt, sympy.Le)
 UNDEFINED = (oo, -oo, sympy.zoo, sympy.nan, sympy.AccumBounds)
 QUESTIONS = (  # they ask for a value: an answer that holds one repeats the problem
     sympy.Max, sympy.Min, sympy.Sum, sympy.Product, sympy.Integral, sympy.Derivative, sympy.Limit, sympy.Mod,
@@ -32,7 +33,8 @@ POINTS = [  # (lowest, highest, denominator) of the numbers put in for variables
 
 def equal(gold: str, answer: str) -> bool:
     """Whether the answer's value is the gold one's. Raises for what cannot be read."""
-    closed = r"\[\s*-?\s*\\infty|\\infty\s*\]"  # sympy opens every interval at an infinity
+    at = r"[-+\s]*\\infty\s*"  # sympy opens every interval at an infinity
+    closed = rf"\[{at}|{at}\]|\\[lg]e\w*{at}|{at}\\[lg]e"
     if bool(re.search(closed, gold)) != bool(re.search(closed, answer)):
         return False
     left, right = read(gold), read(answer)
@@ -57,6 +59,8 @@ def read(text: str):
         parts = re.split(rf"\\text\s*{{\s*{word}\s*}}|\b{word}\b", text)
         if len(parts) > 1 and all(re.search(r"[<>]|\\(le|ge|leq|geq|leqslant|geqslant)(?![a-z])", part) for part in parts):
             return join(*[shaped(read(part), opened=False) for part in parts])
+    if r"\pm" in text and "," not in text:
+        return FiniteSet(*[read(text.replace(r"\pm", sign)) for sign in "+-"])
     latex = normalize_latex(text, FORM)
     real = not should_treat_as_complex(latex)
     value = latex2sympy(latex, is_real=real, convert_degrees=True, normalization_config=None)
@@ -86,8 +90,7 @@ def shaped(value, opened: bool = True):
         if len(value.free_symbols) != 1:
             return value
         (name,) = value.free_symbols
-        value = sympy.And(*getattr(value, "_unsorted_args", [value])).xreplace({name: Symbol("x", real=True)})
-        value = value.as_set()
+        value = Intersection(*[solutions(part, name) for part in getattr(value, "_unsorted_args", [value])])
     if isinstance(value, (FiniteSet, Tuple)):
         return shaped(value.args[0]) if len(value.args) == 1 else value
     if isinstance(value, Set):
@@ -95,6 +98,14 @@ def shaped(value, opened: bool = True):
         pair = opened and isinstance(value, Interval) and value.is_open
         return Tuple(value.start, value.end) if pair else value
     return clean(value) if isinstance(value, (sympy.Expr, MatrixBase, sympy.MatrixExpr)) else value
+
+
+def solutions(relation, name) -> Set:
+    if isinstance(relation, INEQUALITY) and name in relation.args and not (relation.lts + relation.gts - name).free_symbols:
+        strict = "=" not in relation.rel_op
+        is_low = relation.lts == name
+        return Interval(-oo, relation.gts, True, strict) if is_low else Interval(relation.lts, oo, strict, True)
+    return relation.xreplace({name: Symbol("x", real=True)}).as_set()
 
 
 def sides(value) -> list | None:
@@ -115,7 +126,7 @@ def same(gold, answer) -> bool:
         return same(gold, value) and all(same(value, side) for side in known)
     if left and isinstance(left[0], (Symbol, AppliedUndef, Tuple)):  # 5 for x = 5
         return same(left[-1], answer)
-    if all(isinstance(e, sympy.core.relational._Inequality) and len(e.free_symbols) > 1 for e in (gold, answer)):
+    if all(isinstance(e, INEQUALITY) and len(e.free_symbols) > 1 for e in (gold, answer)):
         return ("=" in gold.rel_op) == ("=" in answer.rel_op) and multiple(gold.gts - gold.lts, answer.gts - answer.lts, True)
     if gold.free_symbols != answer.free_symbols and all(isinstance(e, (Relational, And)) for e in (gold, answer)):
         return False  # x > 2 is not y > 2
@@ -157,7 +168,7 @@ def always_zero(gold, answer) -> bool:
         values = [side.evalf(15, subs=point) for side in (gold, answer)]
         complex_ = difference.has(sympy.I)
         if all(value.is_number and value.is_finite and (complex_ or value.is_real) for value in values):
-            if not zero(difference, point, 100):
+            if not zero(difference, point, DIGITS // 8):
                 return False
             equal_at += 1
     return equal_at > 2 or sympy.simplify(difference) == 0

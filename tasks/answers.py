@@ -25,9 +25,10 @@ TIDY = [(re.compile(pattern), new) for pattern, new in (  # what is written in s
     (r"\b(\d+(?:\.\d+)?)[eE]([+-]?\d+)\b(?!_)", r"\1\\cdot10^{\2}"),
     (r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{(\d+)\}", lambda m: _recurring(*m.groups())),
     (r"\\?%|\s*(?:\\text\{\s*|\b)(?:percent|pct)\b\s*\}?", r"\\%"),
-    (r"\s*(?:\\text\{\s*|\b)degrees?\b\s*\}?|\\degree(?![a-z])|\^\s*\{\s*\\circ\s*\}", r"^\\circ"),
+    (r"\s*(?:\\text\{\s*|\b)degrees?\b(?!\s*[A-Za-z])\s*\}?|\\degree(?![a-z])|\^\s*\{\s*\\circ\s*\}", r"^\\circ"),
     (rf"\s*(?:(\\text\{{)\s*|\b)({'|'.join(MULTIPLES)})\b", lambda m: rf"\cdot10^{{{MULTIPLES[m[2]]}}}{m[1] or ''}"),
     (r"\\text\{\s*\}", ""),
+    (r"^\\\{\s*\w+\s*(?:\\in\s*\\mathbb\{R\}\s*)?(?:\\mid\b|[:|])(.*[<>lg].*)\\\}$", r"\1"),  # {x | 2 < x}
     (r"(?<=\d) (?=\d{3}(?!\d|\s*/))", ""),  # a thin space in a number
     (r"(?<![\w.}/^])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),  # 3 1/4
     (r"(?:\\+|[.,;:\s])+$", ""),
@@ -36,7 +37,7 @@ NAMES = [(re.compile(rf"(?i){long}"), short) for long, short in (
     (r"\bkilo", "k"), (r"\bcenti", "c"), (r"\bmilli", "m"), (r"met(?:er|re)s?\b", "m"), (r"grams?\b", "g"),
     (r"lit(?:er|re)s?\b", "l"), (r"\bsec(?:ond)?s?\b", "s"), (r"\bmin(?:ute)?s?\b", "min"), (r"\bh(?:ou)?rs?\b", "h"),
     (r"\binch(?:es)?\b", "in"), (r"\bf(?:oo|ee)t\b", "ft"), (r"\byards?\b", "yd"), (r"\bmiles?\b", "mi"), (r"\bmph\b", "mi/h"),
-    (r"\bpounds?\b|\blbs\b", "lb"), (r"\bdollars?\b", "$"), (r"\bcents?\b", "¢"), (r"\s*\bper\b\s*", "/"),
+    (r"\bpounds?\b|\blbs\b", "lb"), (r"\bdollars?\b", "$"), (r"\bcents?\b", "¢"), ("L$", "l"), (r"\s*\bper\b\s*", "/"),
     (r"\bsq(?:uare)?\b\.?\s*(.+)", r"\1^2"), (r"\bcu(?:bic)?\b\.?\s*(.+)", r"\1^3"), (r"(?<=\w{2})s\b|[\\{}.\s]", ""),
 )]  # fmt: skip
 SHORT = "[mckd]m|[mk]g|m[lL]|in|ft|yd|mi|min|lbs?|oz|hr|Hz|kW|mph"  # units that may stand bare, right behind a number
@@ -48,29 +49,32 @@ UNIT = re.compile(  # at the end of a value: a degree or percent sign, words in 
     r"(?!(?:or|and|pi|sqrt|sin|cos|tan|log|ln|exp|inf|frac)\b)[A-Za-z]{3,}(?:[ /]+[A-Za-z]+)*))"
     r"(?P<exponent>\^\{?\d\}?)?)(?=\s*(?:[,;)\]]|\\\}|$)))"
 )
-CHOICE = re.compile(r"(?:\(([A-J])\)|([A-J])[).:])[:.]?\s*(?=[\w\\$-]|$)|([A-J])$")
+CHOICE = re.compile(r"(?:\(([A-J])\)|([A-J])[).:])[:.]?\s*(?=[\w\\$-]|$)|([A-J])(?:\s+(?=\d)|$)")
 
 
 def boxed(text: str) -> str | None:
-    r"""What stands in the last \boxed{} or \fbox{} whose braces balance, or behind one without braces; None if there is
-    none. One pass, whatever the text."""
-    opened, last = [], None  # (where its content begins, whether it is a box)
-    box = r"(\\(?:boxed|fbox)(?![A-Za-z])\s*)(?:\{|((?:\\[A-Za-z%$,]|\{[^{}]*\}|[^\s{}$\\])+))"
+    r"""What stands in the last \boxed{} or \fbox{} whose braces balance, or else behind the last one without braces; None
+    if there is neither. One pass, whatever the text."""
+    opened, last, bare = [], None, None  # (where its content begins, whether it is a box)
+    box = r"(\\(?:boxed|fbox)(?![A-Za-z])\s*)(?:\{|(?!\\(?:boxed|fbox))((?:\\[A-Za-z%$,]|\{[^{}]*\}|[^\s{}$\\])+))"
     for part in re.finditer(box + r"|\{|\\.|\}", text, re.DOTALL):
         if part[2]:
-            last = part.span(2)
+            bare = part.span(2)
         elif part[0].endswith("{") and part[0] != r"\{":
             opened.append((part.end(), part[1] is not None))
         elif part[0] == "}" and opened:
             start, is_box = opened.pop()
             if is_box and (last is None or start > last[0]):
                 last = start, part.start()
-    return None if last is None else text[slice(*last)].strip()
+    found = last or bare
+    return found and text[slice(*found)].strip()
 
 
 def compare(gold: str, answer: str, algebra: Callable[[str, str], str | None] = lambda gold, answer: None) -> str | None:
     """The verdict: by text, units and plain numbers where they settle it, else algebra's on what is left of the two."""
-    if len(answer) > MAX_ANSWER_CHARS and gold != answer:
+    if gold == answer:
+        return "correct"
+    if len(answer) > MAX_ANSWER_CHARS:
         return "too long"
     left, right = _tidy(gold), _tidy(answer)
     letters = [CHOICE.match(text) for text in (left, right)]
@@ -80,10 +84,11 @@ def compare(gold: str, answer: str, algebra: Callable[[str, str], str | None] = 
         right = right[letters[1].end() :] or right
     if _squeeze(left) == _squeeze(right) or "\\" not in _words(left) and _words(left) == _words(right):
         return "correct"
-    bases = [re.findall(r"(?<![\w\\])\d[\dA-F]*_\{?(\w+)\}?", text) for text in (left, right)]
+    bases = [re.findall(r"(?<![\w\\])\d[\dA-F]*_\{?(\w*)", text) for text in (left, right)]
     if re.fullmatch(r"\\text\{[^{}]*\}", left) or bases[1] and bases != [[], ["10"]]:
         return "wrong"  # words and numerals of a base are compared as text
-    left, right = [re.sub(r"(?<=[\dA-F])_\{?\w+\}?", "", text) if b else text for b, text in zip(bases, (left, right))]
+    left, right = [re.sub(r"(?<=[\dA-F])_\{?\w*\}?", "", text) if b else text for b, text in zip(bases, (left, right))]
+    left, right = _without_commas(left), _without_commas(right)
     (value, unit), (other, others_unit) = _split(left), _split(right)
     if unit and others_unit and unit != others_unit:
         return "wrong"
@@ -115,10 +120,15 @@ def _tidy(text: str) -> str:
         text = pattern.sub(new, text)
     while text.startswith("{") and _closing(text, 1) == len(text) - 1:
         text = text[1:-1].strip()
+    return text
+
+
+def _without_commas(text: str) -> str:
+    """58,500 as 58500, but not in a list such as (1,200)."""
     for comma in reversed(list(re.finditer(r"(?<=\d),(?=\d{3}(?:,\d{3})*(?![\d,]))", text))):
         before = text[: comma.start()]
         in_list = len(re.findall(r"[(\[]|\\\{", before)) > len(re.findall(r"[)\]]|\\\}", before))
-        if not in_list and re.search(r"(?<![\d.,])\d{1,3}(,\d{3})*$", before):  # 58,500, but not (1,200)
+        if not in_list and re.search(r"(?<![\d.,])\d{1,3}(,\d{3})*$", before):
             text = before + text[comma.end() :]
     return text
 
