@@ -1,4 +1,4 @@
-"""Whether two answers have the same value. tasks/mathematics.py hands this file to the sandbox's workers as source text.
+"""Whether two answers have the same value. tasks/mathematics.py gives this file to the sandbox's workers as source text.
 
 math-verify's grammar reads the LaTeX, sympy evaluates, and the comparison is exact. math-verify's own comparison is not
 used: it rounds to six digits, takes all below 1e-15 for zero, and takes `113 - Max(1, oo)` for zero as well."""
@@ -34,8 +34,9 @@ POINTS = [  # (lowest, highest, denominator) of the numbers put in for variables
     *[(1, 99, 37)] * 4, *[(-99, 99, 37)] * 4, *[(1, 36, 37)] * 2, *[(-5, 9, 1)] * 4
 ]  # fmt: skip
 TYPICAL = (
-    r"\left[\frac{\pi^2}{8},\frac{5\pi}{4}\right)\cup(2,\infty)", r"-2<x\le3\sqrt{2}", r"y=2x^{2}-\frac{1}{3}x+e^{2i}", "(1, 2, 1/2)",
-    r"\begin{pmatrix}-1/3&2\\x&5\end{pmatrix}", r"\{1\pm\sqrt5,-2.5\}", r"\log_2{8}+\sin 30^\circ+25\%", r"\sqrt[3]{n!}(a+5)|b|",
+    r"[\frac{\pi^2}{8},\frac{5\pi}{4})\cup(2,\infty)", r"-2<x\le3\sqrt{2}", r"y=2x^{2}-\frac{1}{3}x+e^{2i}",
+    r"\begin{pmatrix}-1/3&2\\x&5\end{pmatrix}", r"\{1\pm\sqrt5,-2.5\}", r"\log_2{8}+\sin 30^\circ+25\%",
+    r"\sqrt[3]{n!}(a+5)|b|", "(1, 2, 1/2)",
 )  # fmt: skip
 
 
@@ -55,8 +56,9 @@ def endless(value) -> bool:
     """Whether it holds an infinity or an undefined value, as it is written or in any part of it once evaluated: such a
     value equals nothing without."""
     parts = [part for part in sympy.preorder_traversal(value) if isinstance(part, sympy.Expr)]
-    parts += [sympy.log(part.args[1], evaluate=False) for part in parts if isinstance(part, sympy.log) and part.args[1:]]
-    parts = [value, shaped(value), *map(clean, parts)]  # a logarithm's base apart: sympy's log(5, 0) is 0
+    bases = [part.args[1] for part in parts if isinstance(part, sympy.log) and part.args[1:]]  # sympy's log(5, 0) is 0
+    parts += [sympy.log(base, evaluate=False) for base in bases]
+    parts = [value, shaped(value), *map(clean, parts)]
     return any(part.has(*UNDEFINED) for part in parts)
 
 
@@ -65,7 +67,7 @@ def read(text: str):
         raise ValueError(f"a currency within: {text}")
     for word, join in (("or", Union), ("and", Intersection)):  # of inequalities; of anything else they make a list
         parts = re.split(rf"\\text\s*{{\s*{word}\s*}}|\b{word}\b", text)
-        if len(parts) > 1 and all(re.search(r"[<>]|\\(le|ge|leq|geq|leqslant|geqslant)(?![a-z])", part) for part in parts):
+        if len(parts) > 1 and all(re.search(r"[<>]|\\[lg]e(?:q|qslant)?(?![a-z])", part) for part in parts):
             return join(*[shaped(read(part), opened=False) for part in parts])
     if r"\pm" in text and "," not in text:
         return FiniteSet(*[read(text.replace(r"\pm", sign)) for sign in "+-"])
@@ -86,8 +88,8 @@ def clean(value):
 
 
 def shaped(value, opened: bool = True):
-    """The value evaluated: an inequality in one variable as the set of its solutions, and, if `opened`, (a, b) as a pair,
-    whether it was read as an interval or a point. Containers keep their elements as they are."""
+    """The value evaluated: an inequality in one variable as the set of its solutions and, if `opened`, (a, b) as a pair,
+    as it may be an interval or a point. Containers keep their elements as they are."""
     if isinstance(value, (Relational, And)) and not sides(value):
         if len(value.free_symbols) != 1:
             return value
@@ -103,7 +105,7 @@ def shaped(value, opened: bool = True):
 
 
 def solutions(relation, name) -> Set:
-    if isinstance(relation, INEQUALITY) and name in relation.args and not (relation.lts + relation.gts - name).free_symbols:
+    if isinstance(relation, INEQUALITY) and name in relation.args:  # all that is often asked, without a solver
         strict = "=" not in relation.rel_op
         is_low = relation.lts == name
         return Interval(-oo, relation.gts, True, strict) if is_low else Interval(relation.lts, oo, strict, True)
@@ -134,7 +136,8 @@ def same(gold, answer) -> bool:
     if left and isinstance(left[0], (Symbol, AppliedUndef, Tuple)):  # 5 for x = 5
         return same(left[-1], answer)
     if all(isinstance(e, INEQUALITY) and len(e.free_symbols) > 1 for e in (gold, answer)):
-        return ("=" in gold.rel_op) == ("=" in answer.rel_op) and multiple(gold.gts - gold.lts, answer.gts - answer.lts, True)
+        strict = ["=" not in e.rel_op for e in (gold, answer)]
+        return strict[0] == strict[1] and multiple(gold.gts - gold.lts, answer.gts - answer.lts, positive=True)
     if gold.free_symbols != answer.free_symbols and all(isinstance(e, (Relational, And)) for e in (gold, answer)):
         return False  # x > 2 is not y > 2
     gold, answer = shaped(gold), shaped(answer)
@@ -171,7 +174,8 @@ def always_zero(gold, answer) -> bool:
     if difference.has(*UNDEFINED) or not difference.free_symbols:
         return not difference.has(*UNDEFINED) and zero(difference, {}, DIGITS)
     for low, high, denominator in POINTS:
-        point = {name: Rational(rng.randint(low, high), denominator) for name in sorted(difference.free_symbols, key=str)}
+        names = sorted(difference.free_symbols, key=str)
+        point = {name: Rational(rng.randint(low, high), denominator) for name in names}
         values = [side.evalf(15, subs=point) for side in (gold, answer)]
         complex_ = difference.has(sympy.I)
         if all(value.is_number and value.is_finite and (complex_ or value.is_real) for value in values):

@@ -1,4 +1,4 @@
-"""A mathematical answer as text: the box that it stands in, and what fonts, units, bases and plain numbers settle before
+"""A mathematical answer as text: the box that it is in, and what fonts, units, bases and plain numbers settle before
 tasks/algebra.py has to compare values."""
 
 import re
@@ -6,11 +6,11 @@ from collections.abc import Callable
 from decimal import Decimal
 
 MAX_ANSWER_CHARS = 200
-LETTERS = str.maketrans(
-    {"−": "-", "∞": r"\infty ", "π": r"\pi ", "×": r"\times ", "·": r"\cdot ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
-     "∪": r"\cup ", "∅": r"\emptyset ", "°": r"^\circ ", "≈": r"\approx ", "√": r"\sqrt ", "²": "^2", "³": "^3"}
-)  # fmt: skip
-FONTS = re.compile(r"\\(?:(?:text|math)(?:bf|it|rm|sf|tt|normal|up)?|boldsymbol|bm|emph|underline|[mhf]box|(?:text)?color\s*\{\w+\})\s*\{")
+LETTERS = {"−": "-", "∞": r"\infty ", "π": r"\pi ", "×": r"\times ", "·": r"\cdot ", "≤": r"\le ", "≥": r"\ge "}
+LETTERS |= {"≠": r"\ne ", "∪": r"\cup ", "∅": r"\emptyset ", "°": r"^\circ ", "≈": r"\approx ", "√": r"\sqrt "}
+FONTS = re.compile(
+    r"\\(?:(?:text|math)(?:bf|it|rm|sf|tt|normal|up)?|boldsymbol|bm|emph|underline|[mhf]box|(?:text)?color\s*\{\w+\})\s*\{"
+)
 MULTIPLES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 TIDY = [(re.compile(pattern), new) for pattern, new in (  # what is written in several ways, in one
     (r"^[\s*`]+|[\s*`]+$|(?<!\\)\$|(?<!\\)\\[()\[\]]|\s*\\!\s*", ""),  # markdown, dollar signs and other delimiters
@@ -18,7 +18,8 @@ TIDY = [(re.compile(pattern), new) for pattern, new in (  # what is written in s
     (r"\\(?:left|right)(?![A-Za-z])\.?|\\(?:[bB]igg?[lrm]?|(?:display|text)style|bf|it|rm|sf|tt)(?![A-Za-z])", ""),
     (r"\{([,.])\}", r"\1"),
     (r"\\[dtc]frac", r"\\frac"),
-    (r"\\lbrace(?![a-z])", r"\\{"), (r"\\rbrace(?![a-z])", r"\\}"), (r"\\langle(?![a-z])", "("), (r"\\rangle(?![a-z])", ")"),
+    (r"\\lbrace(?![a-z])", r"\\{"), (r"\\rbrace(?![a-z])", r"\\}"), (r"\\langle(?![a-z])", "("),
+    (r"\\rangle(?![a-z])", ")"),
     (r"\\varnothing", r"\\emptyset"), (r"\\log_\{?e\}?(?![a-z])", r"\\ln"),
     (r"(?:\\text\{\s*|\b)infinity\b\s*\}?", r"\\infty "),
     (r"^(?:\\(?:approx|simeq|sim)(?![A-Za-z])|=)\s*", ""),  # it has to be right all the same
@@ -36,12 +37,13 @@ TIDY = [(re.compile(pattern), new) for pattern, new in (  # what is written in s
 NAMES = [(re.compile(rf"(?i){long}"), short) for long, short in (
     (r"\bkilo", "k"), (r"\bcenti", "c"), (r"\bmilli", "m"), (r"met(?:er|re)s?\b", "m"), (r"grams?\b", "g"),
     (r"lit(?:er|re)s?\b", "l"), (r"\bsec(?:ond)?s?\b", "s"), (r"\bmin(?:ute)?s?\b", "min"), (r"\bh(?:ou)?rs?\b", "h"),
-    (r"\binch(?:es)?\b", "in"), (r"\bf(?:oo|ee)t\b", "ft"), (r"\byards?\b", "yd"), (r"\bmiles?\b", "mi"), (r"\bmph\b", "mi/h"),
+    (r"\binch(?:es)?\b", "in"), (r"\bf(?:oo|ee)t\b", "ft"), (r"\byards?\b", "yd"), (r"\bmiles?\b", "mi"),
+    (r"\bmph\b", "mi/h"),
     (r"\bpounds?\b|\blbs\b", "lb"), (r"\bdollars?\b", "$"), (r"\bcents?\b", "¢"), ("L$", "l"), (r"\s*\bper\b\s*", "/"),
     (r"\bsq(?:uare)?\b\.?\s*(.+)", r"\1^2"), (r"\bcu(?:bic)?\b\.?\s*(.+)", r"\1^3"), (r"(?<=\w{2})s\b|[\\{}.\s]", ""),
 )]  # fmt: skip
 SHORT = "[mckd]m|[mk]g|m[lL]|in|ft|yd|mi|min|lbs?|oz|hr|Hz|kW|mph"  # units that may stand bare, right behind a number
-UNIT = re.compile(  # at the end of a value: a degree or percent sign, words in \text{}, bare ones; before it a currency
+UNIT = re.compile(  # before a value a currency, behind it a degree or percent sign, words in \text{} or bare ones
     r"(?:(?P<money>(?<![\w.}])(?:\\\$|[€£¥])(?=\s*[\d.\\]))|(?:(?<=[\da-z})\]])"
     r"(?P<sign>\\%|\^\\circ\s*(?:(?:\\text\{\s*)?[CF]\b\}?)?)"
     r"|(?<=\S)\s*\\text\{\s*(?P<text>(?!or\b|and\b)[A-Za-z][^{}\d]*(?:\^\d)?)\}(?P<power>\^\{?-?\d\}?)?"
@@ -53,8 +55,8 @@ CHOICE = re.compile(r"(?:\(([A-J])\)|([A-J])[).:])[:.]?\s*(?=[\w\\$-]|$)|([A-J])
 
 
 def boxed(text: str) -> str | None:
-    r"""What stands in the last \boxed{} or \fbox{} whose braces balance, or else behind the last one without braces; None
-    if there is neither. One pass, whatever the text."""
+    r"""What is in the last \boxed{} or \fbox{} whose braces balance, or else behind the last one without braces; None if
+    there is neither. One pass, whatever the text."""
     opened, last, bare = [], None, None  # (where its content begins, whether it is a box)
     box = r"(\\(?:boxed|fbox)(?![A-Za-z])\s*)(?:\{|(?!\\(?:boxed|fbox))((?:\\[A-Za-z%$,]|\{[^{}]*\}|[^\s{}$\\])+))"
     for part in re.finditer(box + r"|\{|\\.|\}", text, re.DOTALL):
@@ -70,7 +72,7 @@ def boxed(text: str) -> str | None:
     return found and text[slice(*found)].strip()
 
 
-def compare(gold: str, answer: str, algebra: Callable[[str, str], str | None] = lambda gold, answer: None) -> str | None:
+def compare(gold: str, answer: str, algebra: Callable[[str, str], str]) -> str:
     """The verdict: by text, units and plain numbers where they settle it, else algebra's on what is left of the two."""
     if gold == answer:
         return "correct"
@@ -78,10 +80,10 @@ def compare(gold: str, answer: str, algebra: Callable[[str, str], str | None] = 
         return "too long"
     left, right = _tidy(gold), _tidy(answer)
     letters = [CHOICE.match(text) for text in (left, right)]
-    if letters[0] and letters[0].end() == len(left) and letters[1]:
+    if all(letters) and (letters[0].end() == len(left) or letters[1].end() == len(right)):
         return "correct" if letters[0][letters[0].lastindex] == letters[1][letters[1].lastindex] else "wrong"
-    if letters[1]:  # AMC's letter before the value
-        right = right[letters[1].end() :] or right
+    # AMC's letter before the value
+    left, right = [text[letter.end() :] or text if letter else text for letter, text in zip(letters, (left, right))]
     if _squeeze(left) == _squeeze(right) or "\\" not in _words(left) and _words(left) == _words(right):
         return "correct"
     bases = [re.findall(r"(?<![\w\\])\d[\dA-F]*_\{?(\w*)", text) for text in (left, right)]
@@ -103,16 +105,16 @@ def compare(gold: str, answer: str, algebra: Callable[[str, str], str | None] = 
 def _plain(gold: str, answer: str) -> str | None:
     if _squeeze(gold) == _squeeze(answer):
         return "correct"
-    if any(re.search(r"(?<![\w^])\d+\s+\d", text) for text in (gold, answer)):  # "1 2" is not 12, whatever a parser makes of it
-        return "wrong"
+    if any(re.search(r"(?<![\w^])\d+\s+\d", text) for text in (gold, answer)):
+        return "wrong"  # "1 2" is not 12, whatever a parser makes of it
     if all(re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", text.replace(" ", ""), re.ASCII) for text in (gold, answer)):
         return "correct" if Decimal(gold.replace(" ", "")) == Decimal(answer.replace(" ", "")) else "wrong"
     return None
 
 
 def _tidy(text: str) -> str:
-    """An answer without what has no meaning (fonts, delimiters, spaces in numbers), and one spelling for what has several."""
-    text = text.translate(LETTERS)
+    """An answer without what has no meaning, such as fonts, and with one spelling for what has several."""
+    text = text.translate(str.maketrans(LETTERS))
     for pattern, new in TIDY[:4]:
         text = pattern.sub(new, text)
     text = _without_fonts(text)
@@ -176,7 +178,8 @@ def _split(text: str) -> tuple[str, str]:
     units = set()
 
     def take(unit: re.Match) -> str:
-        name = (unit["money"] or unit["sign"] or unit["text"] or unit["bare"]) + (unit["power"] or unit["exponent"] or "")
+        name = unit["money"] or unit["sign"] or unit["text"] or unit["bare"]
+        name += unit["power"] or unit["exponent"] or ""
         for long, short in NAMES:
             name = long.sub(short, name)
         units.add(name)

@@ -1,4 +1,4 @@
-"""Mathematics: the data sets, and the grader: what stands in the box, what text settles, what the algebra pays and refuses.
+"""Mathematics: the grader (what is in the box, what is paid and what is not) and the data sets.
 
 With VPD_SAMPLE_DATA naming a folder that holds math/ (the evaluation sets), their answers have to equal themselves."""
 
@@ -163,9 +163,11 @@ PAID = {
     "27.0": r"27 | \textbf{(C)}\ 27 | (C) 27 | \text{(C) } 27 | \mathbf{(C)}~27 | \textbf{C}\ 27 | x=27",
     "58,500": r"58500 | x=58,500 | 58{,}500 | 58\,500 | 58,\!500 | \$58,500 | N = 58,500.00",
     "1500000": r"1.5\text{ million} | 1.5\times10^6 | 1.5e6 | 1.5E+6 | 1,500,000 | \$1.5\text{ million}",
-    r"\frac{13}{4}": r"3 1/4 | 3\frac14 | 3\ \tfrac{1}{4} | 3.25 | 13/4 | \mathbf{\dfrac{13}{4}} | 3+\frac14 | 3 1/4\text{ hours}",
+    r"\frac{13}{4}": r"3 1/4 | 3\frac14 | 3\ \tfrac{1}{4} | 3.25 | 13/4 | \mathbf{\dfrac{13}{4}} | 3+\frac14 | "
+    r"3 1/4\text{ hours}",
     r"-\frac{13}{4}": r"-3 1/4 | -3\frac{1}{4} | \frac{-13}{4} | \frac{13}{-4} | -3.25",
-    r"(\frac{13}{4},2)": r"(3 1/4, 2) | \bigl(3\frac14,2\bigr) | \left(\frac{13}{4},2\right) | x=3.25,y=2 | \langle 13/4,2\rangle",
+    r"(\frac{13}{4},2)": r"(3 1/4, 2) | \bigl(3\frac14,2\bigr) | \left(\frac{13}{4},2\right) | x=3.25,y=2 | "
+    r"\langle 13/4,2\rangle",
     r"\frac{1}{6}": r"0.1\overline{6} | \frac{2}{12} | 1:6 | 6^{-1} | \frac16\approx0.167",
     "3": r"\log_2 8 | \log_28 | \ln e^3 | \sqrt[3]{27} | \lfloor\pi\rfloor | \binom{3}{1} | 3\text{ apples} | 3 cm",
     r"\frac{1}{\sqrt{m}}": r"\sqrt{1/m} | \sqrt{\frac1m} | \frac{\sqrt m}{m} | m^{-1/2} | m^{-0.5}",
@@ -174,7 +176,8 @@ PAID = {
     r"\text{June 20}": r"June 20 | \textbf{June 20} | june 20 | \mathrm{June\ 20}",
     r"\text{(C)}": r"C | (C) | \textbf{(C)} | \mathrm{C} | C. | (C) 27",
     r"35\text{ cm}": r"35 | 35cm | 35 cm | 35\,\mathrm{cm} | 35\text{ centimeters} | 35~\text{cm}",
-    r"864 \mbox{ inches}^2": r"864 | 864\text{ in}^2 | 864\text{ square inches} | 864 square inches | 864\,\mathrm{in^2}",
+    r"864 \mbox{ inches}^2": r"864 | 864\text{ in}^2 | 864\text{ square inches} | 864 square inches | "
+    r"864\,\mathrm{in^2}",
     r"\$36": r"36 | \$36.00 | 36\text{ dollars} | $36 | 36 dollars",
     r"90^\circ": r"90 | 90° | 90\text{ degrees} | 90^{\circ} | 90\degree | \frac{\pi}{2}",
     r"25\%": r"25 | 0.25 | \frac14 | 25\text{ percent} | 25%",
@@ -192,7 +195,8 @@ PAID = {
     "y=2x+3": r"2x+3 | y-2x=3 | y = 3+2x",
     "x^2+y^2=4": r"2x^2+2y^2=8 | x^2=4-y^2",
     "(a+5)(b+2)": r"ab+2a+5b+10 | (b+2)(5+a)",
-    r"\begin{pmatrix}-1/3\\2/3\end{pmatrix}": r"\begin{bmatrix}-\frac13\\\frac23\end{bmatrix} | \frac13\begin{pmatrix}-1\\2\end{pmatrix}",
+    r"\begin{pmatrix}-1/3\\2/3\end{pmatrix}": r"\begin{bmatrix}-\frac13\\\frac23\end{bmatrix} | "
+    r"\frac13\begin{pmatrix}-1\\2\end{pmatrix}",
     r"\infty": r"+\infty | \text{infinity} | ∞ | 2\infty",
     r"-\infty": r"-\infty | -∞",
     r"\emptyset": r"\varnothing | \{\}",
@@ -201,10 +205,14 @@ PAID = {
     r"\cot x": r"\frac{\cos x}{\sin x} | \cot(x)",
 }
 REFUSED = {
-    "5": r"5\text{ million} | 5\text{ or }6 | \text{at most }5 | 3=5 | 5>3 | \pm5 | \{3,5\} | 5x | x | \text{five} | 5 hundred | 5,5 | 2x-y=5 | 2x=5",
-    "0": r"10^{-20} | 1e-31 | \frac{1}{\infty} | e^{-\infty} | \log_0 5 | \frac{5}{\log 0} | \binom{0}{\infty} | \emptyset",
-    "1": r"3 1/4 | 5 1/2 | \infty^0 | \frac{\infty}{\infty} | \frac00 | 1+10^{-50} | 0.9999999999 | \int_0^1 dx | \sin\infty",
-    "3": r"3 1/2 | \max(3,1) | \lim_{x\to3}x | \sum_{k=1}^2k | \log_2 9 | \approx3.0001 | x>3 | [3,\infty) | 3_{4} | 3_\pi",
+    "5": r"5\text{ million} | 5\text{ or }6 | \text{at most }5 | 3=5 | 5>3 | \pm5 | \{3,5\} | 5x | x | "
+    r"\text{five} | 5 hundred | 5,5 | 2x-y=5 | 2x=5",
+    "0": r"10^{-20} | 1e-31 | \frac{1}{\infty} | e^{-\infty} | \log_0 5 | \frac{5}{\log 0} | \binom{0}{\infty} | "
+    r"\emptyset",
+    "1": r"3 1/4 | 5 1/2 | \infty^0 | \frac{\infty}{\infty} | \frac00 | 1+10^{-50} | 0.9999999999 | \int_0^1 dx | "
+    r"\sin\infty",
+    "3": r"3 1/2 | \max(3,1) | \lim_{x\to3}x | \sum_{k=1}^2k | \log_2 9 | \approx3.0001 | x>3 | [3,\infty) | "
+    r"3_{4} | 3_\pi",
     r"\frac13": r"0.3333333333333333 | \approx0.333 | \frac13\% | \frac13\text{ or }1",
     r"\sqrt{2}": r"1.414213562373095048801688724209698 | \sqrt{2+10^{-50}} | \approx 1.414 | \frac{99}{70}",
     r"\frac{1}{2^{61}}": r"\frac{1}{2^{60}} | 2^{-62} | 0",
@@ -255,27 +263,32 @@ def test_a_wrong_answer_is_not_paid(gold):
 
 
 GOLDS = (  # no two of them have the same value
-    r"113 735 -3 27.0 0 1 \frac{14}{3} 0.15 .0000672 \sqrt{51} 2\pi -\frac{\pi}{6} \frac{1}{1500!} 2^{100} e 3+5i \infty "
-    r"-\infty x=5 y=2x+3 5x-7y=4 2k+2 \cot(x) (a+5)(b+2) 5r^5 1,-2 3,5,7 1\pm\sqrt{19} (6,31,-1) (-2,1) (3,\frac{\pi}{2}) "
-    r"(2,\infty) (-\infty,4] [0,9)\cup(9,36] x\in[-2,7] \{4\} \emptyset \mathbb{R} x>12 "
+    r"113 735 -3 27.0 0 1 \frac{14}{3} 0.15 .0000672 \sqrt{51} 2\pi -\frac{\pi}{6} \frac{1}{1500!} 2^{100} e 3+5i "
+    r"\infty -\infty x=5 y=2x+3 5x-7y=4 2k+2 \cot(x) (a+5)(b+2) 5r^5 1,-2 3,5,7 1\pm\sqrt{19} (6,31,-1) (-2,1) "
+    r"(3,\frac{\pi}{2}) (2,\infty) (-\infty,4] [0,9)\cup(9,36] x\in[-2,7] \{4\} \emptyset \mathbb{R} x>12 "
     r"\begin{pmatrix}-7\\16\end{pmatrix} \text{east} 52_8 35\text{cm} \$36 90^\circ 12\% 1\frac{4}{5} 58,500"
 ).split()
 ATOMS = [*"0 1 2 3 5 10 x i e k 0.5".split(), r"\pi", r"\infty", r"\infty", r"-\infty"]
 FORMS = (  # A and B are expressions
-    r"A+B A-B A\cdotB \frac{A}{B} {A}^{B} -A (A) \sqrt{A} |A| \lfloorA\rfloor \lceilA\rceil A! \log(A) \ln(A) \tan(A) \sin(A) "
-    r"\arctan(A) \log_{A}(B) \binom{A}{B} \max(A,B) \min(A,B) \gcd(A,B) \sum_{k=A}^{B}k \prod_{k=A}^{B}k \int_{A}^{B}xdx "
-    r"\lim_{x\toA}B \frac{d}{dx}A \Gamma(A) \begin{vmatrix}A&B\\B&A\end{vmatrix} A\%  A^\circ f(A) \sqrt[A]{B} \exp(A) A\bmodB"
+    r"A+B A-B A\cdotB \frac{A}{B} {A}^{B} -A (A) \sqrt{A} |A| \lfloorA\rfloor \lceilA\rceil A! \log(A) \ln(A) "
+    r"\tan(A) \sin(A) \arctan(A) \log_{A}(B) \binom{A}{B} \max(A,B) \min(A,B) \gcd(A,B) \sum_{k=A}^{B}k "
+    r"\prod_{k=A}^{B}k \int_{A}^{B}xdx \lim_{x\toA}B \frac{d}{dx}A \Gamma(A) \begin{vmatrix}A&B\\B&A\end{vmatrix} "
+    r"A\% A^\circ f(A) \sqrt[A]{B} \exp(A) A\bmodB"
 ).split()
 WHOLES = (
-    r"A A A x=A A=B A=A [A,B] (A,B) [A,B) (A,B] A,B \{A,B\} \{A\} A\text{cm} A\text{B} A_{B} A<x<B x\geA A>B x\neA [A,B]\cup[B,A] "
-    r"\pmA A\pmB \begin{pmatrix}A\\B\end{pmatrix} \mathbb{R}\setminus\{A\} (A,B)\cap(B,A) x\in[A,B] A\approxB \text{A}=B A:B "
-    r"f(x)=A x\toA A\subsetB \{A\}\subset\{A,B\} \{x\midx>A\} A\ B A/B \boxed{A} \text{east}A (C)A A\text{or}B \$A"
+    r"A A A x=A A=B A=A [A,B] (A,B) [A,B) (A,B] A,B \{A,B\} \{A\} A\text{cm} A\text{B} A_{B} A<x<B x\geA A>B x\neA "
+    r"[A,B]\cup[B,A] \pmA A\pmB \begin{pmatrix}A\\B\end{pmatrix} \mathbb{R}\setminus\{A\} (A,B)\cap(B,A) x\in[A,B] "
+    r"A\approxB \text{A}=B A:B f(x)=A x\toA A\subsetB \{A\}\subset\{A,B\} \{x\midx>A\} A\ B A/B \boxed{A} "
+    r"\text{east}A (C)A A\text{or}B \$A"
 ).split()
 
 
 def fill(rng: random.Random, forms: list[str], depth: int) -> str:
     """One of the forms with expressions for A and B, nested up to `depth`."""
-    part = lambda _: " " + (fill(rng, FORMS, depth - 1) if depth and rng.random() < 0.8 else rng.choice(ATOMS))  # noqa: E731
+
+    def part(_) -> str:
+        return " " + (fill(rng, FORMS, depth - 1) if depth and rng.random() < 0.8 else rng.choice(ATOMS))
+
     return re.sub("[AB]", part, rng.choice(forms))
 
 
@@ -285,7 +298,7 @@ def spoil(rng: random.Random, text: str) -> str:
     return text[:at] + rng.choice(["", new, new]) + text[at + rng.randint(0, 1) :]
 
 
-@pytest.mark.parametrize("answer", [r"\max(\infty,1)", r"x=\max(\infty,1)", r"[\log(\infty),\infty]", r"\tan(\frac{\pi}{2})", r"\frac00"])
+@pytest.mark.parametrize("answer", r"\max(\infty,1) x=\max(\infty,1) [\log(\infty),\infty] \tan(\pi/2) \frac00".split())
 def test_an_answer_without_a_finite_value_is_paid_for_nothing(answer):
     assert [gold for gold in GOLDS if here(gold, answer) == "correct"] == []
 
@@ -470,7 +483,7 @@ def test_a_folder_that_lacks_something_is_refused(tmp_path, sandbox):
             ({"problem": "?", "answer": answer}, "row 1: the answer must be text or a number")
             for answer in (["5"], {"value": "5"}, [], True, [["5"]])
         ],
-        ({"prompt": [{"content": "?"}], "reward_model": {"ground_truth": ["5"]}}, "row 1: the answer must be text or a num"),
+        ({"prompt": [{"content": "?"}], "reward_model": {"ground_truth": ["5"]}}, "row 1: the answer must be text"),
     ],
 )
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
@@ -498,5 +511,5 @@ def test_published_answers_equal_themselves_as_text_and_by_algebra(name, count, 
     sandbox.asked.clear()
     outcomes = task.verify(task.test, [f"First \\boxed{{0}}, so \\boxed{{{p.reference}}}." for p in task.test])
     assert [o.verdict for o in outcomes] == ["correct"] * count and sandbox.asked == []
-    others = [p.reference for p in task.test if not re.search(r"\\(text|mbox)|_|\\\$", p.reference)]
-    assert [gold for gold in others if here(gold, f"0+{gold}" if re.fullmatch(r"[\d.]+", gold) else f"{{{gold}}}") != "correct"] == []
+    values = {p.reference for p in task.test if not re.search(r"\\(text|mbox|\$|!)", p.reference)}
+    assert [gold for gold in values if not algebra.equal(gold, gold)] == []
