@@ -51,6 +51,7 @@ UNIT = re.compile(  # before a value a currency, behind it a degree or percent s
     r"(?!(?:or|and|pi|sqrt|sin|cos|tan|log|ln|exp|inf|frac)\b)[A-Za-z]{3,}(?:[ /]+[A-Za-z]+)*))"
     r"(?P<exponent>\^\{?\d\}?)?)(?=\s*(?:[,;)\]]|\\\}|$)))"
 )
+NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)", re.ASCII)
 CHOICE = re.compile(r"(?:\(([A-J])\)|([A-J])[).:])[:.]?\s*(?=[\w\\$-]|$)|([A-J])(?:\s+(?=\d)|$)")
 
 
@@ -74,10 +75,10 @@ def boxed(text: str) -> str | None:
 
 def compare(gold: str, answer: str, algebra: Callable[[str, str], str]) -> str:
     """The verdict: by text, units and plain numbers where they settle it, else algebra's on what is left of the two."""
-    if gold == answer:
-        return "correct"
-    if len(answer) > MAX_ANSWER_CHARS:
+    if len(answer) > MAX_ANSWER_CHARS and gold != answer:
         return "too long"
+    if gold == answer or NUMBER.fullmatch(gold) and NUMBER.fullmatch(answer):  # most are settled here
+        return _plain(gold, answer)
     left, right = _tidy(gold), _tidy(answer)
     letters = [CHOICE.match(text) for text in (left, right)]
     if all(letters) and (letters[0].end() == len(left) or letters[1].end() == len(right)):
@@ -103,12 +104,13 @@ def compare(gold: str, answer: str, algebra: Callable[[str, str], str]) -> str:
 
 
 def _plain(gold: str, answer: str) -> str | None:
-    if _squeeze(gold) == _squeeze(answer):
+    gold, answer = _squeeze(gold), _squeeze(answer)
+    if gold == answer:
         return "correct"
     if any(re.search(r"(?<![\w^])\d+\s+\d", text) for text in (gold, answer)):
         return "wrong"  # "1 2" is not 12, whatever a parser makes of it
-    if all(re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", text.replace(" ", ""), re.ASCII) for text in (gold, answer)):
-        return "correct" if Decimal(gold.replace(" ", "")) == Decimal(answer.replace(" ", "")) else "wrong"
+    if NUMBER.fullmatch(gold) and NUMBER.fullmatch(answer):
+        return "correct" if Decimal(gold) == Decimal(answer) else "wrong"
     return None
 
 

@@ -24,7 +24,13 @@ MATH_SETS = {
 }
 MATH_FORMAT = "{problem}\n\nReason step by step and put the final answer in \\boxed{}."
 MATH_SECONDS = 2.5  # for one comparison, its process included
-ALGEBRA = Path(__file__).with_name("algebra.py").read_text()
+# A worker reads the algebra once, as a module. Its parser learns the grammar by reading: every call starts from there.
+WARM = f"""{Path(__file__).with_name("algebra.py").read_text()}
+sys.modules["algebra"] = type(sys)("algebra")
+sys.modules["algebra"].equal = equal
+for text in TYPICAL:
+    equal(text, text)
+"""
 
 
 def load(data: str) -> Task:
@@ -140,9 +146,7 @@ def _problem(row: dict, where: str, part: str, number: int) -> Problem:
 
 
 def _task(train: list[Problem], test: list[Problem], notes: list[str]) -> Task:
-    # The parser learns its grammar while it reads: every call starts from what it has read here.
-    warm = ALGEBRA + "for text in TYPICAL: equal(text, text)"
-    sandbox = Sandbox(time_limit=MATH_SECONDS, memory_mb=4096, packages=True, warm=warm)
+    sandbox = Sandbox(time_limit=MATH_SECONDS, memory_mb=4096, packages=True, warm=WARM)
     notes.append(f"sandbox: {sandbox.layers}")
     known: dict[tuple[str, str], str] = {}
     late: Counter[tuple[str, str]] = Counter()
@@ -150,7 +154,7 @@ def _task(train: list[Problem], test: list[Problem], notes: list[str]) -> Task:
     def equal(gold: str, answer: str) -> str:
         if (gold, answer) in known:
             return known[gold, answer]
-        result = sandbox.call(ALGEBRA, "equal", [gold, answer])
+        result = sandbox.call("from algebra import equal", "equal", [gold, answer])
         if result.status == "ok":
             verdict = "correct" if result.value is True else "wrong"
         else:
