@@ -21,14 +21,12 @@ logging.disable(logging.WARNING)
 sys.set_int_max_str_digits(0)
 FORM = NormalizationConfig(basic_latex=True, malformed_operators=True, nits=True, boxed="none")
 INEQUALITY = (sympy.Gt, sympy.Ge, sympy.Lt, sympy.Le)
-UNDEFINED = (oo, -oo, sympy.zoo, sympy.nan, sympy.AccumBounds)
-QUESTIONS = (  # they ask for a value: an answer that holds one repeats the problem
-    sympy.Max, sympy.Min, sympy.Sum, sympy.Product, sympy.Integral, sympy.Derivative, sympy.Limit, sympy.Mod,
-)  # fmt: skip
+INFINITE, UNDEFINED = (oo, -oo), (sympy.zoo, sympy.nan, sympy.AccumBounds)
 AT = r"[-+\s]*\\infty\s*"
-LOST = (  # in reading: an interval closed at an infinity, and what the parser computes
-    rf"\[{AT}|{AT}\]|\\[lg]e\w*{AT}|{AT}\\[lg]e", r"\\gcd|\\lcm|\\det|\\operatorname",
-)  # fmt: skip
+CLOSED = re.compile(rf"\[{AT}|{AT}\]|\\[lg]e\w*{AT}|{AT}\\[lg]e")  # sympy opens every interval at an infinity
+QUESTION = re.compile(  # asks for a value: an answer that holds one repeats the problem
+    r"\\(?:max|min|sum|prod|i*nt|lim|limsup|liminf|gcd|lcm|det|[bp]?mod|operatorname|frac\s*\{d\})(?![a-z])|vmatrix"
+)
 DIGITS = 2000  # constants that agree so far are equal
 POINTS = [  # (lowest, highest, denominator) of the numbers put in for variables
     *[(1, 99, 37)] * 4, *[(-99, 99, 37)] * 4, *[(1, 36, 37)] * 2, *[(-5, 9, 1)] * 4
@@ -42,24 +40,25 @@ TYPICAL = (
 
 def equal(gold: str, answer: str) -> bool:
     """Whether the answer's value is the gold one's. Raises for what cannot be read."""
-    if any(bool(re.search(pattern, gold)) != bool(re.search(pattern, answer)) for pattern in LOST):
+    if QUESTION.search(answer) and not QUESTION.search(gold) or bool(CLOSED.search(gold)) != bool(CLOSED.search(answer)):
         return False
     left, right = read(gold), read(answer)
-    if right.has(*QUESTIONS) and not left.has(*QUESTIONS):
+    is_point = isinstance(shaped(left), Tuple) and not shaped(left).has(*INFINITE)
+    if is_point and isinstance(right, FiniteSet) and r"\{" not in answer:  # 1,2 for (1,2)
+        right = Tuple(*right._unsorted_args)
+    elif {gold[0], answer[0]} == {"(", "["} or {gold[-1], answer[-1]} == {")", "]"}:
         return False
-    if isinstance(shaped(left), Tuple) and isinstance(right, FiniteSet) and r"\{" not in answer:
-        right = Tuple(*right._unsorted_args)  # 1,2 for (1,2)
     return same(left, right) and endless(left) == endless(right)
 
 
-def endless(value) -> bool:
-    """Whether it holds an infinity or an undefined value, as it is written or in any part of it once evaluated: such a
-    value equals nothing without."""
+def endless(value) -> tuple[bool, bool]:
+    """Whether it holds an infinity, and whether an undefined value, as it is written or in any part of it once evaluated:
+    such a value equals nothing without."""
     parts = [part for part in sympy.preorder_traversal(value) if isinstance(part, sympy.Expr)]
     bases = [part.args[1] for part in parts if isinstance(part, sympy.log) and part.args[1:]]  # sympy's log(5, 0) is 0
     parts += [sympy.log(base, evaluate=False) for base in bases]
     parts = [value, shaped(value), *map(clean, parts)]
-    return any(part.has(*UNDEFINED) for part in parts)
+    return any(part.has(*INFINITE) for part in parts), any(part.has(*UNDEFINED) for part in parts)
 
 
 def read(text: str):
@@ -68,13 +67,13 @@ def read(text: str):
     for word, join in (("or", Union), ("and", Intersection)):  # of inequalities; of anything else they make a list
         parts = re.split(rf"\\text\s*{{\s*{word}\s*}}|\b{word}\b", text)
         if len(parts) > 1 and all(re.search(r"[<>]|\\[lg]e(?:q|qslant)?(?![a-z])", part) for part in parts):
-            return join(*[shaped(read(part), opened=False) for part in parts])
+            return join(*[shaped(read(part), False) for part in parts])
     if r"\pm" in text and "," not in text:
         return FiniteSet(*[read(text.replace(r"\pm", sign)) for sign in "+-"])
     latex = normalize_latex(text, FORM)
     real = not should_treat_as_complex(latex)
     value = latex2sympy(latex, is_real=real, convert_degrees=True, normalization_config=None)
-    if not isinstance(value, (sympy.Basic, MatrixBase)) or r"\infty" in latex and not value.has(*UNDEFINED):
+    if not isinstance(value, (sympy.Basic, MatrixBase)) or r"\infty" in latex and not value.has(*INFINITE):
         raise ValueError(f"no value: {text}")  # or one in which an infinity has gone, as in binom(0, oo) = 0
     return value
 
@@ -87,8 +86,8 @@ def clean(value):
     return value.xreplace({name: letters.get(name.name, Symbol(name.name)) for name in value.free_symbols}).doit()
 
 
-def shaped(value, opened: bool = True):
-    """The value evaluated: an inequality in one variable as the set of its solutions and, if `opened`, (a, b) as a pair,
+def shaped(value, pairs: bool = True):
+    """The value evaluated: an inequality in one variable as the set of its solutions and, if `pairs`, (a, b) as a pair,
     as it may be an interval or a point. Containers keep their elements as they are."""
     if isinstance(value, (Relational, And)) and not sides(value):
         if len(value.free_symbols) != 1:
@@ -99,8 +98,8 @@ def shaped(value, opened: bool = True):
         return shaped(value.args[0]) if len(getattr(value, "_unsorted_args", value.args)) == 1 else value
     if isinstance(value, Set):
         value = clean(value.xreplace({sympy.S.Reals: Interval(-oo, oo)}))
-        pair = opened and isinstance(value, Interval) and value.is_open
-        return Tuple(value.start, value.end) if pair else value
+        is_pair = pairs and isinstance(value, Interval) and value.is_open
+        return Tuple(value.start, value.end) if is_pair else value
     return clean(value) if isinstance(value, (sympy.Expr, MatrixBase, sympy.MatrixExpr)) else value
 
 
@@ -171,8 +170,10 @@ def multiple(gold, answer, positive: bool = False) -> bool:
 def always_zero(gold, answer) -> bool:
     """Whether gold - answer is 0 wherever both are defined: at points, in the real numbers if neither holds an i."""
     difference, rng, equal_at = gold - answer, random.Random(0), 0
-    if difference.has(*UNDEFINED) or not difference.free_symbols:
-        return not difference.has(*UNDEFINED) and zero(difference, {}, DIGITS)
+    if difference.has(*INFINITE, *UNDEFINED):
+        return False
+    if not difference.free_symbols:
+        return zero(difference, {}, DIGITS)
     for low, high, denominator in POINTS:
         names = sorted(difference.free_symbols, key=str)
         point = {name: Rational(rng.randint(low, high), denominator) for name in names}

@@ -97,7 +97,8 @@ def compare(gold: str, answer: str, algebra: Callable[[str, str], str]) -> str:
         return "wrong"
     verdict = _plain(value, other) or algebra(value, other)
     # A unit that the gold answer does not name is meant, but 1/2 is not 1/2 %, and pi/6 not (pi/6) degrees.
-    known = {"%": re.fullmatch(r"-?[1-9][\d.]*\s*(\\frac.*)?", value), "^circ": r"\pi" not in value}
+    is_number = all(re.fullmatch(r"(?:.*=)?\s*-?[1-9][\d.]*\s*(?:\\frac.*)?", text) for text in (value, other))
+    known = {"%": is_number, "^circ": r"\pi" not in value}
     if verdict == "correct" and (unit or known.get(others_unit, True)):
         return verdict
     return verdict if bool(unit) == bool(others_unit) else algebra(left, right)  # 25 % is 1/4; an m may be a letter

@@ -2,7 +2,6 @@
 
 With VPD_SAMPLE_DATA naming a folder that holds math/ (the evaluation sets), their answers have to equal themselves."""
 
-import functools
 import json
 import os
 import random
@@ -62,9 +61,28 @@ def graded(task, *pairs: tuple[str, str]) -> list[str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def read_once():
-    """Parsing takes most of a comparison's time."""
+    """Reading takes most of a comparison's time: each text is read and evaluated once in this file, or fails once."""
+
+    def once(function):
+        known = {}
+
+        def call(value, *options):
+            key = (value if isinstance(value, str) else id(value), *options)
+            if key not in known:
+                try:
+                    known[key] = function(value, *options), value, None  # the value stays, and its id with it
+                except Exception as error:
+                    known[key] = None, value, error
+            result, _, error = known[key]
+            if error:
+                raise error
+            return result
+
+        return call
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(algebra, "read", functools.cache(algebra.read))
+        patch.setattr(algebra, "read", once(algebra.read))
+        patch.setattr(algebra, "shaped", once(algebra.shaped))
         yield
 
 
@@ -209,8 +227,8 @@ REFUSED = {
     r"\text{five} | 5 hundred | 5,5 | 2x-y=5 | 2x=5",
     "0": r"10^{-20} | 1e-31 | \frac{1}{\infty} | e^{-\infty} | \log_0 5 | \frac{5}{\log 0} | \binom{0}{\infty} | "
     r"\emptyset",
-    "1": r"3 1/4 | 5 1/2 | \infty^0 | \frac{\infty}{\infty} | \frac00 | 1+10^{-50} | 0.9999999999 | \int_0^1 dx | "
-    r"\sin\infty",
+    "1": r"3 1/4 | 5 1/2 | \infty^0 | \frac{\infty}{\infty} | \frac00 | 2/2\% | 1+10^{-50} | 0.9999999999 | \int_0^1 dx"
+    r" | \sin\infty",
     "3": r"3 1/2 | \max(3,1) | \lim_{x\to3}x | \sum_{k=1}^2k | \log_2 9 | \approx3.0001 | x>3 | [3,\infty) | "
     r"3_{4} | 3_\pi",
     r"\frac13": r"0.3333333333333333 | \approx0.333 | \frac13\% | \frac13\text{ or }1",
@@ -234,7 +252,7 @@ REFUSED = {
     r"\text{June 20}": r"June 21 | 20 | \text{June}",
     r"\text{east}": r"\text{west} | e a s t | e\cdot a\cdot s\cdot t",
     r"\text{(C)}": r"D | (D) 27 | A, C | 27",
-    r"(2,\infty)": r"(2,\infty] | [2,\infty) | x\ge2 | 2<x\le\infty",
+    r"(2,\infty)": r"(2,\infty] | 2\text{ or }\infty | [2,\infty) | x\ge2 | 2<x\le\infty",
     r"(-\infty,4]": r"[-\infty,4] | (-\infty,4) | x<4",
     "(3,4]": r"(3,4) | 3<x<4 | [3,4] | 3,4",
     "1,-2": r"(1,-2) | 1 | 1,2 | 1,-2,-2 | 1,-2,3",
@@ -248,6 +266,7 @@ REFUSED = {
     r"\begin{pmatrix}1\\2\end{pmatrix}": r"\begin{pmatrix}1&2\end{pmatrix} | \begin{pmatrix}2\\1\end{pmatrix} | (1,2)",
     r"\infty": r"-\infty | 5 | \frac10 | \infty-\infty | \max(\infty,1) | (2,\infty)",
     r"\emptyset": r"0 | \{0\} | [\log(\infty),\infty]",
+    r"\mathbb{R}": r"-\infty,\infty | [-\infty,\ln(\infty)] | x\ne\frac{\infty}{\infty} | x\ge0",
     r"-\frac{11}{4}": r"-3 1/4 | -3\frac14",
 }
 
@@ -310,10 +329,15 @@ def test_every_gold_answer_equals_itself_and_no_other():
 @pytest.mark.slow
 def test_no_random_answer_is_paid_for_two_gold_answers():
     rng = random.Random(0)
-    for _ in range(1500):
+    for _ in range(600):
         answer = fill(rng, WHOLES, 2)[:200]
         answer = spoil(rng, answer) if rng.random() < 0.15 else answer
-        paid = [gold for gold in GOLDS if here(gold, answer, 0.4) == "correct"]
+        paid = []
+        for gold in GOLDS:
+            verdict = here(gold, answer, 0.4)
+            paid += [gold] if verdict == "correct" else []
+            if verdict == "time-out":  # so it will be for the others
+                break
         assert len(paid) < 2, (answer, paid)
 
 
