@@ -3,10 +3,8 @@
 math-verify's grammar reads the LaTeX, sympy evaluates, and the comparison is exact. math-verify's own comparison is not
 used: it rounds to six digits, takes all below 1e-15 for zero, and takes `113 - Max(1, oo)` for zero as well."""
 
-import logging
 import random
 import re
-import sys
 
 import sympy
 from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
@@ -17,8 +15,6 @@ from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 from sympy.logic.boolalg import And
 
-logging.disable(logging.WARNING)
-sys.set_int_max_str_digits(0)
 FORM = NormalizationConfig(basic_latex=True, malformed_operators=True, nits=True, boxed="none")
 INEQUALITY = (sympy.Gt, sympy.Ge, sympy.Lt, sympy.Le)
 INFINITE, UNDEFINED = (oo, -oo), (sympy.zoo, sympy.nan, sympy.AccumBounds)

@@ -8,6 +8,7 @@ from decimal import Decimal
 MAX_ANSWER_CHARS = 200
 LETTERS = {"−": "-", "∞": r"\infty ", "π": r"\pi ", "×": r"\times ", "·": r"\cdot ", "≤": r"\le ", "≥": r"\ge "}
 LETTERS |= {"≠": r"\ne ", "∪": r"\cup ", "∅": r"\emptyset ", "°": r"^\circ ", "≈": r"\approx ", "√": r"\sqrt "}
+LETTERS |= {"¢": r"\text{ cents}"}
 FONTS = re.compile(
     r"\\(?:(?:text|math)(?:bf|it|rm|sf|tt|normal|up)?|boldsymbol|bm|emph|underline|[mhf]box|(?:text)?color\s*\{\w+\})\s*\{"
 )

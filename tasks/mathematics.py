@@ -26,6 +26,7 @@ MATH_FORMAT = "{problem}\n\nReason step by step and put the final answer in \\bo
 MATH_SECONDS = 2.5  # for one comparison, its process included
 # A worker reads the algebra once, as a module. Its parser learns the grammar by reading: every call starts from there.
 WARM = f"""{Path(__file__).with_name("algebra.py").read_text()}
+import sys
 sys.modules["algebra"] = type(sys)("algebra")
 sys.modules["algebra"].equal = equal
 for text in TYPICAL:

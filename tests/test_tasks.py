@@ -2,8 +2,7 @@
 tasks, their loaders and verifiers. The toy's own rules are in test_toy.py.
 
 With VPD_SAMPLE_DATA naming a folder of published data, more tests run: lcb_pool.jsonl with lcb_triples.jsonl (programs and
-the official checker's verdicts),
-and sciknoweval/ (SDPO's splits).
+the official checker's verdicts) and sciknoweval/ (SDPO's splits).
 """
 
 import base64
