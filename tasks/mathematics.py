@@ -4,13 +4,11 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from decimal import Decimal
 from pathlib import Path
 
+from tasks.answers import boxed, compare
 from tasks.base import NO_TEXTS, SUFFIXES, Outcome, Problem, Task, each, get, hub_rows, one_line, rows
 from tasks.sandbox import Sandbox
-
-# ---- Mathematics ---------------------------------------------------------------------------------------------
 
 DAPO = "BytedTsinghua-SIA/DAPO-Math-17k"
 DAPO_BEFORE = (  # what the source puts around every problem; ours asks for a box instead
@@ -26,17 +24,13 @@ MATH_SETS = {
 }
 MATH_FORMAT = "{problem}\n\nReason step by step and put the final answer in \\boxed{}."
 MATH_SECONDS = 2.5  # for one comparison, its process included
-MAX_ANSWER_CHARS = 200
-COMPARE = """
-import logging
-from math_verify import LatexExtractionConfig, parse, verify
-
-logging.disable(logging.WARNING)  # that time-outs are off is meant
-
-def equal(gold, answer):
-    def read(text):  # a bare answer is not found as LaTeX; in a box it is. No time-outs: they need signals
-        return parse("\\\\boxed{" + text + "}", extraction_config=[LatexExtractionConfig()], parsing_timeout=None)
-    return bool(verify(read(gold), read(answer), timeout_seconds=None))
+# A worker reads the algebra once, as a module. Its parser learns the grammar by reading: every call starts from there.
+WARM = f"""{Path(__file__).with_name("algebra.py").read_text()}
+import sys
+sys.modules["algebra"] = type(sys)("algebra")
+sys.modules["algebra"].equal = equal
+for text in TYPICAL:
+    equal(text, text)
 """
 
 
@@ -110,7 +104,15 @@ def _dapo_pairs(rows: Iterable[dict]) -> Iterator[tuple[str, str]]:
     else:
         for i, row in enumerate(rows, 1):
             prompt, model = get(row, f"dapo, row {i}", "prompt"), get(row, f"dapo, row {i}", "reward_model")
-            yield prompt[0]["content"], str(get(model, f"dapo, row {i}, reward_model", "ground_truth"))
+            answer = get(model, f"dapo, row {i}, reward_model", "ground_truth")
+            yield prompt[0]["content"], _answer(answer, f"dapo, row {i}")
+
+
+def _answer(value: object, where: str) -> str:
+    """As text. A list or a dictionary is no answer, though its repr would be graded like one."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise ValueError(f"{where}: the answer must be text or a number, not {value!r:.80}")
+    return str(value)
 
 
 def _bare_problem(text: str) -> str:
@@ -134,7 +136,8 @@ def _problem(row: dict, where: str, part: str, number: int) -> Problem:
         ((text, answer),) = _dapo_pairs([row])
         text = _bare_problem(text)
     else:
-        text, answer = get(row, where, "problem", "question"), str(get(row, where, "answer", "solution"))
+        text = get(row, where, "problem", "question")
+        answer = _answer(get(row, where, "answer", "solution"), where)
     if not isinstance(text, str):
         raise ValueError(f"{where}: the problem is no text")
     name = next((str(row[key]) for key in ("id", "unique_id") if row.get(key) is not None), f"{part}-{number}")
@@ -144,8 +147,7 @@ def _problem(row: dict, where: str, part: str, number: int) -> Problem:
 
 
 def _task(train: list[Problem], test: list[Problem], notes: list[str]) -> Task:
-    warm = COMPARE + "equal('(1, 2]', '\\\\frac{1}{2} + \\\\sqrt{x}')"
-    sandbox = Sandbox(time_limit=MATH_SECONDS, memory_mb=4096, packages=True, warm=warm)
+    sandbox = Sandbox(time_limit=MATH_SECONDS, memory_mb=4096, packages=True, warm=WARM)
     notes.append(f"sandbox: {sandbox.layers}")
     known: dict[tuple[str, str], str] = {}
     late: Counter[tuple[str, str]] = Counter()
@@ -153,7 +155,7 @@ def _task(train: list[Problem], test: list[Problem], notes: list[str]) -> Task:
     def equal(gold: str, answer: str) -> str:
         if (gold, answer) in known:
             return known[gold, answer]
-        result = sandbox.call(COMPARE, "equal", [gold, answer])
+        result = sandbox.call("from algebra import equal", "equal", [gold, answer])
         if result.status == "ok":
             verdict = "correct" if result.value is True else "wrong"
         else:
@@ -166,53 +168,10 @@ def _task(train: list[Problem], test: list[Problem], notes: list[str]) -> Task:
 
     def grade(pair: tuple[Problem, str]) -> Outcome:
         gold, answer = pair[0].reference, boxed(pair[1])
-        verdict = compare(gold, answer) or equal(gold, answer) if answer else "no answer"
+        verdict = compare(gold, answer, equal) if answer else "no answer"
         return Outcome(int(verdict == "correct"), verdict)
 
     def verify(problems: list[Problem], responses: list[str]) -> list[Outcome]:
         return sandbox.run_many(grade, list(zip(problems, responses, strict=True)))
 
     return Task("math/dapo", train, [], test, verify, sandbox.close, NO_TEXTS, notes)
-
-
-def boxed(text: str) -> str | None:
-    """What stands in the last \\boxed{} whose braces balance; None if there is none. One pass, whatever the text."""
-    opened, last = [], None  # (where its content begins, whether it is a box)
-    for brace in re.finditer(r"(\\boxed\s*)?\{|\\.|\}", text, re.DOTALL):
-        if brace[0].endswith("{") and not brace[0].startswith("\\{"):
-            opened.append((brace.end(), brace[1] is not None))
-        elif brace[0] == "}" and opened:
-            start, is_box = opened.pop()
-            if is_box and (last is None or start > last[0]):
-                last = start, brace.start()
-    return None if last is None else text[slice(*last)].strip()
-
-
-def compare(gold: str, answer: str) -> str | None:
-    """The verdict where text or plain numbers settle it, without algebra; None where they do not."""
-    if len(answer) > MAX_ANSWER_CHARS and gold != answer:
-        return "too long"
-    left, right = _tidy(gold), _tidy(answer)
-    if left == right:
-        return "correct"
-    if re.search(r"\d\s+\d+(?!\d|\s*/)", right):  # "1 2" is not 12, whatever a parser makes of it
-        return "wrong"
-    bases = [re.fullmatch(r"(\w+?)_\{?(\w+)\}?", text) for text in (left, right)]
-    if all(bases):  # numerals of some base: the parser does not read the base
-        return "correct" if bases[0].groups() == bases[1].groups() else "wrong"
-    if all(re.fullmatch(r"[+-]?(\d+|\d{1,3}(,\d{3})+)(\.\d+)?", text, re.ASCII) for text in (left, right)):
-        values = [Decimal(text.replace(",", "")) for text in (left, right)]
-        if values[0] == values[1]:
-            return "correct"
-        if all(value == value.to_integral_value() for value in values):
-            return "wrong"
-    return None
-
-
-def _tidy(text: str) -> str:
-    """An answer without dollar signs, blanks that mean nothing, thin spaces between digits, and a full stop at its end."""
-    text = text.strip().strip("$").replace("{.}", ".").replace("°", "^\\circ")
-    text = re.sub(r"\\[dt]frac", r"\\frac", text)
-    text = re.sub(r"(?<=\d)(\\[,;! ]|~| )(?=\d{3}(?!\d))", "", text)
-    text = re.sub(r"(\\\\|[.,;\s])+$", "", text)
-    return re.sub(r"(?<!\w)\s+|\s+(?!\w)", "", text)

@@ -1,0 +1,189 @@
+"""Whether two answers have the same value. tasks/mathematics.py gives this file to the sandbox's workers as source text.
+
+math-verify's grammar reads the LaTeX, sympy evaluates, and the comparison is exact. math-verify's own comparison is not
+used: it rounds to six digits, takes all below 1e-15 for zero, and takes `113 - Max(1, oo)` for zero as well."""
+
+import random
+import re
+
+import sympy
+from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
+from math_verify.grader import should_treat_as_complex
+from sympy import Eq, FiniteSet, Intersection, Interval, MatrixBase, Rational, Set, Symbol, Tuple, Union, oo
+from sympy.core.evalf import PrecisionExhausted
+from sympy.core.function import AppliedUndef
+from sympy.core.relational import Relational
+from sympy.logic.boolalg import And
+
+FORM = NormalizationConfig(basic_latex=True, malformed_operators=True, nits=True, boxed="none")
+INEQUALITY = (sympy.Gt, sympy.Ge, sympy.Lt, sympy.Le)
+INFINITE, UNDEFINED = (oo, -oo), (sympy.zoo, sympy.nan, sympy.AccumBounds)
+AT = r"[-+\s]*\\infty\s*"
+CLOSED = re.compile(rf"\[{AT}|{AT}\]|\\[lg]e\w*{AT}|{AT}\\[lg]e")  # sympy opens every interval at an infinity
+QUESTION = re.compile(  # asks for a value: an answer that holds one repeats the problem
+    r"\\(?:max|min|sum|prod|i*nt|lim|limsup|liminf|gcd|lcm|det|[bp]?mod|operatorname|frac\s*\{d\})(?![a-z])|vmatrix"
+)
+DIGITS = 2000  # constants that agree so far are equal
+POINTS = [  # (lowest, highest, denominator) of the numbers put in for variables
+    *[(1, 99, 37)] * 4, *[(-99, 99, 37)] * 4, *[(1, 36, 37)] * 2, *[(-5, 9, 1)] * 4
+]  # fmt: skip
+TYPICAL = (
+    r"[\frac{\pi^2}{8},\frac{5\pi}{4})\cup(2,\infty)", r"-2<x\le3\sqrt{2}", r"y=2x^{2}-\frac{1}{3}x+e^{2i}",
+    r"\begin{pmatrix}-1/3&2\\x&5\end{pmatrix}", r"\{1\pm\sqrt5,-2.5\}", r"\log_2{8}+\sin 30^\circ+25\%",
+    r"\sqrt[3]{n!}(a+5)|b|", "(1, 2, 1/2)",
+)  # fmt: skip
+
+
+def equal(gold: str, answer: str) -> bool:
+    """Whether the answer's value is the gold one's. Raises for what cannot be read."""
+    if QUESTION.search(answer) and not QUESTION.search(gold) or bool(CLOSED.search(gold)) != bool(CLOSED.search(answer)):
+        return False
+    left, right = read(gold), read(answer)
+    is_point = isinstance(shaped(left), Tuple) and not shaped(left).has(*INFINITE)
+    if is_point and isinstance(right, FiniteSet) and r"\{" not in answer:  # 1,2 for (1,2)
+        right = Tuple(*right._unsorted_args)
+    elif {gold[0], answer[0]} == {"(", "["} or {gold[-1], answer[-1]} == {")", "]"}:
+        return False
+    return same(left, right) and endless(left) == endless(right)
+
+
+def endless(value) -> tuple[bool, bool]:
+    """Whether it holds an infinity, and whether an undefined value, as it is written or in any part of it once evaluated:
+    such a value equals nothing without."""
+    parts = [part for part in sympy.preorder_traversal(value) if isinstance(part, sympy.Expr)]
+    bases = [part.args[1] for part in parts if isinstance(part, sympy.log) and part.args[1:]]  # sympy's log(5, 0) is 0
+    parts += [sympy.log(base, evaluate=False) for base in bases]
+    parts = [value, shaped(value), *map(clean, parts)]
+    return any(part.has(*INFINITE) for part in parts), any(part.has(*UNDEFINED) for part in parts)
+
+
+def read(text: str):
+    if r"\$" in text:  # the parser would drop it
+        raise ValueError(f"a currency within: {text}")
+    for word, join in (("or", Union), ("and", Intersection)):  # of inequalities; of anything else they make a list
+        parts = re.split(rf"\\text\s*{{\s*{word}\s*}}|\b{word}\b", text)
+        if len(parts) > 1 and all(re.search(r"[<>]|\\[lg]e(?:q|qslant)?(?![a-z])", part) for part in parts):
+            return join(*[shaped(read(part), False) for part in parts])
+    if r"\pm" in text and "," not in text:
+        return FiniteSet(*[read(text.replace(r"\pm", sign)) for sign in "+-"])
+    latex = normalize_latex(text, FORM)
+    real = not should_treat_as_complex(latex)
+    value = latex2sympy(latex, is_real=real, convert_degrees=True, normalization_config=None)
+    if not isinstance(value, (sympy.Basic, MatrixBase)) or r"\infty" in latex and not value.has(*INFINITE):
+        raise ValueError(f"no value: {text}")  # or one in which an infinity has gone, as in binom(0, oo) = 0
+    return value
+
+
+def clean(value):
+    """Decimals exact, letters without assumptions, i and e where a letter means them, f(x) as a name; evaluated."""
+    value = value.xreplace({number: Rational(str(number)) for number in value.atoms(sympy.Float)})
+    value = value.xreplace({part: Symbol(str(part)) for part in value.atoms(AppliedUndef)})
+    letters = {"i": sympy.I, "e": sympy.E}
+    return value.xreplace({name: letters.get(name.name, Symbol(name.name)) for name in value.free_symbols}).doit()
+
+
+def shaped(value, pairs: bool = True):
+    """The value evaluated: an inequality in one variable as the set of its solutions and, if `pairs`, (a, b) as a pair,
+    as it may be an interval or a point. Containers keep their elements as they are."""
+    if isinstance(value, (Relational, And)) and not sides(value):
+        if len(value.free_symbols) != 1:
+            return value
+        (name,) = value.free_symbols
+        value = Intersection(*[solutions(part, name) for part in getattr(value, "_unsorted_args", [value])])
+    if isinstance(value, (FiniteSet, Tuple)):
+        return shaped(value.args[0]) if len(getattr(value, "_unsorted_args", value.args)) == 1 else value
+    if isinstance(value, Set):
+        value = clean(value.xreplace({sympy.S.Reals: Interval(-oo, oo)}))
+        is_pair = pairs and isinstance(value, Interval) and value.is_open
+        return Tuple(value.start, value.end) if is_pair else value
+    return clean(value) if isinstance(value, (sympy.Expr, MatrixBase, sympy.MatrixExpr)) else value
+
+
+def solutions(relation, name) -> Set:
+    if isinstance(relation, INEQUALITY) and name in relation.args:  # all that is often asked, without a solver
+        strict = "=" not in relation.rel_op
+        is_low = relation.lts == name
+        return Interval(-oo, relation.gts, True, strict) if is_low else Interval(relation.lts, oo, strict, True)
+    return relation.xreplace({name: Symbol("x", real=True)}).as_set()
+
+
+def sides(value) -> list | None:
+    """[a, b, c] of a = b = c; None for what is no equation."""
+    chain = getattr(value, "_unsorted_args", [value]) if isinstance(value, And) else [value]
+    return [chain[0].lhs, *(e.rhs for e in chain)] if all(isinstance(e, Eq) for e in chain) else None
+
+
+def is_name(side) -> bool:
+    """Whether it may name what was asked for, as m + n or P(A) or x^2; 2x would be half of an equation to solve."""
+    terms = [term for part in sympy.preorder_traversal(side) if part.is_Add or part.is_Mul for term in part.args]
+    return bool(side.free_symbols or side.atoms(AppliedUndef)) and not any(t.is_Number and abs(t) != 1 for t in terms)
+
+
+def same(gold, answer) -> bool:
+    left, right = sides(gold), sides(answer)
+    if left and right:
+        if not all(isinstance(side, sympy.Expr) for side in left + right):
+            return len(left) == len(right) and all(map(same, left, right))
+        return all(same(right[-1], side) for side in right[1:-1]) and multiple(left[0] - left[-1], right[0] - right[-1])
+    if right:  # m + n = 2 + 3 = 5 for 5
+        *others, value = right[::-1] if isinstance(right[-1], Symbol) else right
+        return same(gold, value) and all(is_name(side) or same(value, side) for side in others)
+    if left and isinstance(left[0], (Symbol, AppliedUndef, Tuple)):  # 5 for x = 5
+        return same(left[-1], answer)
+    if all(isinstance(e, INEQUALITY) and len(e.free_symbols) > 1 for e in (gold, answer)):
+        strict = ["=" not in e.rel_op for e in (gold, answer)]
+        return strict[0] == strict[1] and multiple(gold.gts - gold.lts, answer.gts - answer.lts, positive=True)
+    if gold.free_symbols != answer.free_symbols and all(isinstance(e, (Relational, And)) for e in (gold, answer)):
+        return False  # x > 2 is not y > 2
+    gold, answer = shaped(gold), shaped(answer)
+    for kind in (FiniteSet, Union):
+        if isinstance(gold, kind) and isinstance(answer, kind):
+            rest = list(getattr(answer, "_unsorted_args", answer.args))
+            for part in getattr(gold, "_unsorted_args", gold.args):
+                found = next((i for i, other in enumerate(rest) if same(part, other)), None)
+                if found is None:
+                    return False
+                del rest[found]
+            return not rest
+    if isinstance(gold, Interval) and isinstance(answer, Interval):
+        return gold.args[2:] == answer.args[2:] and all(map(same, gold.args[:2], answer.args[:2]))
+    if isinstance(gold, Tuple) and isinstance(answer, Tuple):
+        return len(gold) == len(answer) and all(map(same, gold, answer))
+    if isinstance(gold, MatrixBase) and isinstance(answer, MatrixBase):
+        return gold.shape == answer.shape and all(map(same, gold.flat(), answer.flat()))
+    if gold == answer:
+        return gold != sympy.nan
+    return isinstance(gold, sympy.Expr) and isinstance(answer, sympy.Expr) and always_zero(gold, answer)
+
+
+def multiple(gold, answer, positive: bool = False) -> bool:
+    """Whether gold = 0 and answer = 0 say the same because one is a multiple of the other."""
+    gold, answer = clean(gold), clean(answer)
+    ratio = sympy.nan if answer == 0 else sympy.simplify(gold / answer)
+    return bool(ratio.is_number and ratio.is_finite and ratio != 0 and (ratio > 0 if positive else True))
+
+
+def always_zero(gold, answer) -> bool:
+    """Whether gold - answer is 0 wherever both are defined: at points, in the real numbers if neither holds an i."""
+    difference, rng, equal_at = gold - answer, random.Random(0), 0
+    if difference.has(*INFINITE, *UNDEFINED):
+        return False
+    if not difference.free_symbols:
+        return zero(difference, {}, DIGITS)
+    for low, high, denominator in POINTS:
+        names = sorted(difference.free_symbols, key=str)
+        point = {name: Rational(rng.randint(low, high), denominator) for name in names}
+        values = [side.evalf(15, subs=point) for side in (gold, answer)]
+        complex_ = difference.has(sympy.I)
+        if all(value.is_number and value.is_finite and (complex_ or value.is_real) for value in values):
+            if not zero(difference, point, DIGITS // 8):
+                return False
+            equal_at += 1
+    return equal_at > 2 or sympy.simplify(difference) == 0
+
+
+def zero(value, point: dict, digits: int) -> bool:
+    try:
+        return value.evalf(2, subs=point, maxn=digits, strict=True) == 0
+    except PrecisionExhausted:  # 0 so far, or one of its parts is
+        return bool(abs(value.evalf(15, subs=point, maxn=digits)) < Rational(1, 10 ** (digits // 2)))

@@ -1,0 +1,193 @@
+"""A mathematical answer as text: the box that it is in, and what fonts, units, bases and plain numbers settle before
+tasks/algebra.py has to compare values."""
+
+import re
+from collections.abc import Callable
+from decimal import Decimal
+
+MAX_ANSWER_CHARS = 200
+LETTERS = {"−": "-", "∞": r"\infty ", "π": r"\pi ", "×": r"\times ", "·": r"\cdot ", "≤": r"\le ", "≥": r"\ge "}
+LETTERS |= {"≠": r"\ne ", "∪": r"\cup ", "∅": r"\emptyset ", "°": r"^\circ ", "≈": r"\approx ", "√": r"\sqrt "}
+LETTERS |= {"¢": r"\text{ cents}"}
+FONTS = re.compile(
+    r"\\(?:(?:text|math)(?:bf|it|rm|sf|tt|normal|up)?|boldsymbol|bm|emph|underline|[mhf]box|(?:text)?color\s*\{\w+\})\s*\{"
+)
+MULTIPLES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+TIDY = [(re.compile(pattern), new) for pattern, new in (  # what is written in several ways, in one
+    (r"^[\s*`]+|[\s*`]+$|(?<!\\)\$|(?<!\\)\\[()\[\]]|\s*\\!\s*", ""),  # markdown, dollar signs and other delimiters
+    (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![A-Za-z])", " "),
+    (r"\\(?:left|right)(?![A-Za-z])\.?|\\(?:[bB]igg?[lrm]?|(?:display|text)style|bf|it|rm|sf|tt)(?![A-Za-z])", ""),
+    (r"\{([,.])\}", r"\1"),
+    (r"\\[dtc]frac", r"\\frac"),
+    (r"\\lbrace(?![a-z])", r"\\{"), (r"\\rbrace(?![a-z])", r"\\}"), (r"\\langle(?![a-z])", "("),
+    (r"\\rangle(?![a-z])", ")"),
+    (r"\\varnothing", r"\\emptyset"), (r"\\log_\{?e\}?(?![a-z])", r"\\ln"),
+    (r"(?:\\text\{\s*|\b)infinity\b\s*\}?", r"\\infty "),
+    (r"^(?:\\(?:approx|simeq|sim)(?![A-Za-z])|=)\s*", ""),  # it has to be right all the same
+    (r"\b(\d+(?:\.\d+)?)[eE]([+-]?\d+)\b(?!_)", r"\1\\cdot10^{\2}"),
+    (r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{(\d+)\}", lambda m: _recurring(*m.groups())),
+    (r"\\?%|\s*(?:\\text\{\s*|\b)(?:percent|pct)\b\s*\}?", r"\\%"),
+    (r"\s*(?:\\text\{\s*|\b)degrees?\b(?!\s*[A-Za-z])\s*\}?|\\degree(?![a-z])|\^\s*\{\s*\\circ\s*\}", r"^\\circ"),
+    (rf"\s*(?:(\\text\{{)\s*|\b)({'|'.join(MULTIPLES)})\b", lambda m: rf"\cdot10^{{{MULTIPLES[m[2]]}}}{m[1] or ''}"),
+    (r"\\text\{\s*\}", ""),
+    (r"^\\\{\s*\w+\s*(?:\\in\s*\\mathbb\{R\}\s*)?(?:\\mid\b|[:|])(.*[<>lg].*)\\\}$", r"\1"),  # {x | 2 < x}
+    (r"(?<=\d) (?=\d{3}(?!\d|\s*/))", ""),  # a thin space in a number
+    (r"(?<![\w.}/^])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),  # 3 1/4
+    (r"(?:\\+|[.,;:\s])+$", ""),
+)]  # fmt: skip
+NAMES = [(re.compile(rf"(?i){long}"), short) for long, short in (
+    (r"\bkilo", "k"), (r"\bcenti", "c"), (r"\bmilli", "m"), (r"met(?:er|re)s?\b", "m"), (r"grams?\b", "g"),
+    (r"lit(?:er|re)s?\b", "l"), (r"\bsec(?:ond)?s?\b", "s"), (r"\bmin(?:ute)?s?\b", "min"), (r"\bh(?:ou)?rs?\b", "h"),
+    (r"\binch(?:es)?\b", "in"), (r"\bf(?:oo|ee)t\b", "ft"), (r"\byards?\b", "yd"), (r"\bmiles?\b", "mi"),
+    (r"\bmph\b", "mi/h"),
+    (r"\bpounds?\b|\blbs\b", "lb"), (r"\bdollars?\b", "$"), (r"\bcents?\b", "¢"), ("L$", "l"), (r"\s*\bper\b\s*", "/"),
+    (r"\bsq(?:uare)?\b\.?\s*(.+)", r"\1^2"), (r"\bcu(?:bic)?\b\.?\s*(.+)", r"\1^3"), (r"(?<=\w{2})s\b|[\\{}.\s]", ""),
+)]  # fmt: skip
+SHORT = "[mckd]m|[mk]g|m[lL]|in|ft|yd|mi|min|lbs?|oz|hr|Hz|kW|mph"  # units that may stand bare, right behind a number
+UNIT = re.compile(  # before a value a currency, behind it a degree or percent sign, words in \text{} or bare ones
+    r"(?:(?P<money>(?<![\w.}])(?:\\\$|[€£¥])(?=\s*[\d.\\]))|(?:(?<=[\da-z})\]])"
+    r"(?P<sign>\\%|\^\\circ\s*(?:(?:\\text\{\s*)?[CF]\b\}?)?)"
+    r"|(?<=\S)\s*\\text\{\s*(?P<text>(?!or\b|and\b)[A-Za-z][^{}\d]*(?:\^\d)?)\}(?P<power>\^\{?-?\d\}?)?"
+    rf"|(?:(?<=[\d}})\]])|(?<=\\pi))\s*(?P<bare>(?:{SHORT})|(?<=\s)(?:[mgshlLNJWVK]|"
+    r"(?!(?:or|and|pi|sqrt|sin|cos|tan|log|ln|exp|inf|frac)\b)[A-Za-z]{3,}(?:[ /]+[A-Za-z]+)*))"
+    r"(?P<exponent>\^\{?\d\}?)?)(?=\s*(?:[,;)\]]|\\\}|$)))"
+)
+NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)", re.ASCII)
+CHOICE = re.compile(r"(?:\(([A-J])\)|([A-J])[).:])[:.]?\s*(?=[\w\\$-]|$)|([A-J])(?:\s+(?=\d)|$)")
+
+
+def boxed(text: str) -> str | None:
+    r"""What is in the last \boxed{} or \fbox{} whose braces balance, or else behind the last one without braces; None if
+    there is neither. One pass, whatever the text."""
+    opened, last, bare = [], None, None  # (where its content begins, whether it is a box)
+    box = r"(\\(?:boxed|fbox)(?![A-Za-z])\s*)(?:\{|(?!\\(?:boxed|fbox))((?:\\[A-Za-z%$,]|\{[^{}]*\}|[^\s{}$\\])+))"
+    for part in re.finditer(box + r"|\{|\\.|\}", text, re.DOTALL):
+        if part[2]:
+            bare = part.span(2)
+        elif part[0].endswith("{") and part[0] != r"\{":
+            opened.append((part.end(), part[1] is not None))
+        elif part[0] == "}" and opened:
+            start, is_box = opened.pop()
+            if is_box and (last is None or start > last[0]):
+                last = start, part.start()
+    found = last or bare
+    return found and text[slice(*found)].strip()
+
+
+def compare(gold: str, answer: str, algebra: Callable[[str, str], str]) -> str:
+    """The verdict: by text, units and plain numbers where they settle it, else algebra's on what is left of the two."""
+    if len(answer) > MAX_ANSWER_CHARS and gold != answer:
+        return "too long"
+    if gold == answer or NUMBER.fullmatch(gold) and NUMBER.fullmatch(answer):  # most are settled here
+        return _plain(gold, answer)
+    left, right = _tidy(gold), _tidy(answer)
+    letters = [CHOICE.match(text) for text in (left, right)]
+    if all(letters) and (letters[0].end() == len(left) or letters[1].end() == len(right)):
+        return "correct" if letters[0][letters[0].lastindex] == letters[1][letters[1].lastindex] else "wrong"
+    # AMC's letter before the value
+    left, right = [text[letter.end() :] or text if letter else text for letter, text in zip(letters, (left, right))]
+    if _squeeze(left) == _squeeze(right) or "\\" not in _words(left) and _words(left) == _words(right):
+        return "correct"
+    bases = [re.findall(r"(?<![\w\\])\d[\dA-F]*_\{?(\w*)", text) for text in (left, right)]
+    if re.fullmatch(r"\\text\{[^{}]*\}", left) or bases[1] and bases != [[], ["10"]]:
+        return "wrong"  # words and numerals of a base are compared as text
+    left, right = [re.sub(r"(?<=[\dA-F])_\{?\w*\}?", "", text) if b else text for b, text in zip(bases, (left, right))]
+    left, right = _without_commas(left), _without_commas(right)
+    (value, unit), (other, others_unit) = _split(left), _split(right)
+    if unit and others_unit and unit != others_unit:
+        return "wrong"
+    verdict = _plain(value, other) or algebra(value, other)
+    # A unit that the gold answer does not name is meant, but 1/2 is not 1/2 %, and pi/6 not (pi/6) degrees.
+    is_number = all(re.fullmatch(r"(?:.*=)?\s*-?[1-9][\d.]*\s*(?:\\frac.*)?", text) for text in (value, other))
+    known = {"%": is_number, "^circ": r"\pi" not in value}
+    if verdict == "correct" and (unit or known.get(others_unit, True)):
+        return verdict
+    return verdict if bool(unit) == bool(others_unit) else algebra(left, right)  # 25 % is 1/4; an m may be a letter
+
+
+def _plain(gold: str, answer: str) -> str | None:
+    gold, answer = _squeeze(gold), _squeeze(answer)
+    if gold == answer:
+        return "correct"
+    if any(re.search(r"(?<![\w^])\d+\s+\d", text) for text in (gold, answer)):
+        return "wrong"  # "1 2" is not 12, whatever a parser makes of it
+    if NUMBER.fullmatch(gold) and NUMBER.fullmatch(answer):
+        return "correct" if Decimal(gold) == Decimal(answer) else "wrong"
+    return None
+
+
+def _tidy(text: str) -> str:
+    """An answer without what has no meaning, such as fonts, and with one spelling for what has several."""
+    text = text.translate(str.maketrans(LETTERS))
+    for pattern, new in TIDY[:4]:
+        text = pattern.sub(new, text)
+    text = _without_fonts(text)
+    for pattern, new in TIDY:
+        text = pattern.sub(new, text)
+    while text.startswith("{") and _closing(text, 1) == len(text) - 1:
+        text = text[1:-1].strip()
+    return text
+
+
+def _without_commas(text: str) -> str:
+    """58,500 as 58500, but not in a list such as (1,200)."""
+    for comma in reversed(list(re.finditer(r"(?<=\d),(?=\d{3}(?:,\d{3})*(?![\d,]))", text))):
+        before = text[: comma.start()]
+        in_list = len(re.findall(r"[(\[]|\\\{", before)) > len(re.findall(r"[)\]]|\\\}", before))
+        if not in_list and re.search(r"(?<![\d.,])\d{1,3}(,\d{3})*$", before):
+            text = before + text[comma.end() :]
+    return text
+
+
+def _without_fonts(text: str) -> str:
+    """Without font commands, but words and units in \\text{}."""
+    at = 0
+    while (font := FONTS.search(text, at)) and (end := _closing(text, font.end())) is not None:
+        inner = text[font.end() : end]
+        unit = re.search(r"\S\s*$", text[: font.start()]) and re.fullmatch(r"\s*[mgshlLNJWVK]\s*", inner)
+        letter = unit and re.search("text|rm|box", font[0])
+        words = re.search("[A-Za-z]{2}", re.sub(r"\\[A-Za-z]+", "", inner)) and not re.match(r"\s*[-(\\\d$]", inner)
+        new = rf"\text{{{inner}}}" if letter or words else inner
+        text, at = text[: font.start()] + new + text[end + 1 :], font.start() + len(new) * bool(letter or words)
+    return text
+
+
+def _closing(text: str, at: int) -> int | None:
+    """Where the brace closes that is open at `at`."""
+    depth = 1
+    for brace in re.finditer(r"\\.|[{}]", text[at:]):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if not depth:
+            return at + brace.start()
+    return None
+
+
+def _recurring(whole: str, fixed: str, again: str) -> str:
+    rest = int("0" + whole + fixed)
+    return rf"\frac{{{int(str(rest) + again) - rest}}}{{{10 ** len(fixed) * (10 ** len(again) - 1)}}}"
+
+
+def _squeeze(text: str) -> str:
+    """Without \\text{} and blanks that mean nothing."""
+    text = re.sub(r"\\text\{\s*([^{}]*?)\s*\}", r" \1 ", re.sub(r"_\{(\w+)\}", r"_\1", text))
+    return re.sub(r"(?<!\w)\s+|\s+(?!\w)|(?<=\d)\s+(?=[A-Za-z])", "", text)
+
+
+def _words(text: str) -> str:
+    return " ".join(re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).lower().split())
+
+
+def _split(text: str) -> tuple[str, str]:
+    """(value, unit) of an answer in one unit, such as ("35", "cm"); (text, "") of others."""
+    units = set()
+
+    def take(unit: re.Match) -> str:
+        name = unit["money"] or unit["sign"] or unit["text"] or unit["bare"]
+        name += unit["power"] or unit["exponent"] or ""
+        for long, short in NAMES:
+            name = long.sub(short, name)
+        units.add(name)
+        return " "
+
+    value = UNIT.sub(take, text).strip()
+    return (value, *units) if value and len(units) == 1 else (text, "")

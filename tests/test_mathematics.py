@@ -1,0 +1,539 @@
+"""Mathematics: the grader (what is in the box, what is paid and what is not) and the data sets.
+
+With VPD_SAMPLE_DATA naming a folder that holds math/ (the evaluation sets), their answers have to equal themselves."""
+
+import json
+import os
+import random
+import re
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import pytest
+
+import tasks
+from tasks import Outcome, Problem, algebra, mathematics
+from tasks.answers import boxed, compare
+from tasks.sandbox import Result, Sandbox
+
+FIXTURES = Path(tasks.__file__).parent / "fixtures"
+SAMPLES = Path(os.environ.get("VPD_SAMPLE_DATA") or "nowhere") / "math"
+needs_samples = pytest.mark.skipif(not SAMPLES.is_dir(), reason="VPD_SAMPLE_DATA names no folder with math/")
+
+
+@pytest.fixture(scope="module")
+def sandbox():
+    """The tasks of this file share one sandbox, which notes what it is asked; closing a task does not close it."""
+
+    class Noted(Sandbox):
+        def call(self, source, function, args):
+            asked.append(args)
+            return super().call(source, function, args)
+
+        def close(self):
+            closed.append(self)
+
+    def build(**settings):
+        built.append(built[0] if built else Noted(**settings))
+        return built[0]
+
+    asked, closed, built = [], [], []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mathematics, "Sandbox", build)
+        yield SimpleNamespace(asked=asked, closed=closed, kind=Noted)
+    Sandbox.close(built[0])
+
+
+@pytest.fixture(scope="module")
+def task(sandbox):
+    return tasks.read("math", str(FIXTURES / "math500.jsonl"))
+
+
+def graded(task, *pairs: tuple[str, str]) -> list[str]:
+    """Verdicts on boxed answers."""
+    outcomes = task.verify([Problem("p", [], gold) for gold, _ in pairs], [f"So \\boxed{{{a}}}." for _, a in pairs])
+    assert all(o.reward == (o.verdict == "correct") and o.feedback == "" for o in outcomes)
+    return [o.verdict for o in outcomes]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def read_once():
+    """Reading takes most of a comparison's time: each text is read and evaluated once in this file, or fails once."""
+
+    def once(function):
+        known = {}
+
+        def call(value, *options):
+            key = (value if isinstance(value, str) else id(value), *options)
+            if key not in known:
+                try:
+                    known[key] = function(value, *options), value, None  # the value stays, and its id with it
+                except Exception as error:
+                    known[key] = None, value, error
+            result, _, error = known[key]
+            if error:
+                raise error
+            return result
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(algebra, "read", once(algebra.read))
+        patch.setattr(algebra, "shaped", once(algebra.shaped))
+        yield
+
+
+class Late(BaseException):
+    pass
+
+
+def here(gold: str, answer: str, seconds: float = 3.0) -> str:
+    """The verdict without a sandbox, within so much CPU time."""
+
+    def late(*_):
+        raise Late
+
+    def equal(left: str, right: str) -> str:
+        try:
+            return "correct" if algebra.equal(left, right) else "wrong"
+        except Exception:
+            return "unreadable"
+
+    before = signal.signal(signal.SIGVTALRM, late)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        return compare(gold, answer, equal)
+    except Late:
+        return "time-out"
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+# ---- The box ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        (r"so $\boxed{ 5 }$.", "5"),
+        (r"\boxed {5}", "5"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{\boxed{5}}", "5"),
+        (r"\boxed{1} then \boxed{2}", "2"),
+        (r"\boxed{1} then \boxed{2", "1"),
+        (r"\boxed{1} then \boxed{\boxed{2", "1"),
+        (r"\boxed{1 then \boxed{2}", "2"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{\left\{1\right.}", r"\left\{1\right."),
+        (r"\boxed{a\\{b}}", r"a\\{b}"),  # an escaped backslash, then a brace that counts
+        (r"} \boxed{5} }", "5"),
+        (r"{\boxed{5}", "5"),
+        (r"\boxed{}", ""),
+        ("\\boxed{1\n2}", "1\n2"),
+        (r"\fbox{5}", "5"),
+        (r"\boxed{4}, so \fbox{5}", "5"),
+        (r"$\boxed 5$", "5"),
+        (r"$\boxed5$", "5"),
+        (r"$\boxed \frac{1}{2}$", r"\frac{1}{2}"),
+        (r"\boxed{5}, by \boxed as asked", "5"),  # one with braces is meant
+        (r"boxed{5}", None),
+        (r"\boxedmath{5}", None),
+        (r"\boxed{5", None),
+        (r"\boxed{5\}", None),
+        ("5", None),
+        ("", None),
+        ("\\", None),
+    ],
+)
+def test_the_answer_is_in_the_last_box_that_closes(text, found):
+    assert boxed(text) == found
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        (r"\boxed{" * 20_000, None),
+        (r"\boxed{7}" + r"\boxed{" * 20_000, "7"),
+        (r"\boxed{" * 20_000 + "7" + "}" * 20_000, "7"),
+        (r"\boxed" + " " * 100_000, None),
+        (r"\boxed" * 20_000, None),
+        (r"\boxed " + "{" * 100_000, None),
+        ("\\" * 100_001, None),
+        ("{" * 100_000 + r"\boxed{7}" + "}" * 100_000, "7"),
+    ],
+)
+def test_a_box_in_hostile_text_is_found_fast(text, found):
+    start = time.monotonic()
+    assert boxed(text) == found
+    assert time.monotonic() - start < 2
+
+
+# ---- What is paid -------------------------------------------------------------------------------------------------
+
+# gold answer -> what is right for it, and what is not: one line for each kind that some grader has got wrong
+PAID = {
+    "5": r"5. | $5$ | {5} | \(5\) | 5.00 | 05 | (5) | x=5 | 5=x | m+n=2+3=5 | \approx 5 | x\approx5 | `5` | 5\; | 5\ ",
+    "17": r"\boldsymbol{17} | {\bf 17} | \mathbf{17} | \textbf{17} | \text{17} | \bf 17 | \textcolor{red}{17} | **17**",
+    "27.0": r"27 | \textbf{(C)}\ 27 | (C) 27 | \text{(C) } 27 | \mathbf{(C)}~27 | \textbf{C}\ 27 | x=27",
+    "58,500": r"58500 | x=58,500 | 58{,}500 | 58\,500 | 58,\!500 | \$58,500 | N = 58,500.00",
+    "1500000": r"1.5\text{ million} | 1.5\times10^6 | 1.5e6 | 1.5E+6 | 1,500,000 | \$1.5\text{ million}",
+    r"\frac{13}{4}": r"3 1/4 | 3\frac14 | 3\ \tfrac{1}{4} | 3.25 | 13/4 | \mathbf{\dfrac{13}{4}} | 3+\frac14 | "
+    r"3 1/4\text{ hours}",
+    r"-\frac{13}{4}": r"-3 1/4 | -3\frac{1}{4} | \frac{-13}{4} | \frac{13}{-4} | -3.25",
+    r"(\frac{13}{4},2)": r"(3 1/4, 2) | \bigl(3\frac14,2\bigr) | \left(\frac{13}{4},2\right) | x=3.25,y=2 | "
+    r"\langle 13/4,2\rangle",
+    r"\frac{1}{6}": r"0.1\overline{6} | \frac{2}{12} | 1:6 | 6^{-1} | \frac16\approx0.167",
+    "3": r"\log_2 8 | \log_28 | \ln e^3 | \sqrt[3]{27} | \lfloor\pi\rfloor | \binom{3}{1} | 3\text{ apples} | 3 cm",
+    r"\frac{1}{\sqrt{m}}": r"\sqrt{1/m} | \sqrt{\frac1m} | \frac{\sqrt m}{m} | m^{-1/2} | m^{-0.5}",
+    "14 - i": r"14.0 + -1.0i | -i+14 | 14-\mathrm{i} | (4-i)+10",
+    "2e": r"2\mathrm{e} | e+e | \mathrm{e}\cdot 2",
+    r"\text{June 20}": r"June 20 | \textbf{June 20} | june 20 | \mathrm{June\ 20}",
+    r"\text{(C)}": r"C | (C) | \textbf{(C)} | \mathrm{C} | C. | (C) 27",
+    r"35\text{ cm}": r"35 | 35cm | 35 cm | 35\,\mathrm{cm} | 35\text{ centimeters} | 35~\text{cm}",
+    r"864 \mbox{ inches}^2": r"864 | 864\text{ in}^2 | 864\text{ square inches} | 864 square inches | "
+    r"864\,\mathrm{in^2}",
+    r"\$36": r"36 | \$36.00 | 36\text{ dollars} | $36 | 36 dollars",
+    r"90^\circ": r"90 | 90° | 90\text{ degrees} | 90^{\circ} | 90\degree | \frac{\pi}{2}",
+    r"25\%": r"25 | 0.25 | \frac14 | 25\text{ percent} | 25%",
+    "0.25": r"25\% | 1/4 | .25 | 2.5\cdot10^{-1}",
+    "4210_{5}": r"4210_5 | \mathbf{4210}_{5} | 4210",
+    r"(2,\infty)": r"(2,+\infty) | x>2 | 2<x | 2 < x < \infty | \{x\mid x>2\} | \bigl(2,\infty\bigr) | (2, infinity)",
+    "(3,4]": r"3<x\le4 | 4\geq x>3 | \{x : 3<x\leq 4\} | x\in(3,4] | (3, 2^2]",
+    r"(-\infty,2)\cup(3,\infty)": r"x<2\text{ or }x>3 | (3,\infty)\cup(-\infty,2) | x<2 or x>3",
+    r"(-\infty,0)\cup(0,\infty)": r"\mathbb{R}\setminus\{0\} | x\neq0",
+    r"x \in [-2,7]": r"[-2,7] | -2\le x\le7 | x\in[-2, 7]",
+    "1,-2": r"-2, 1 | \{1,-2\} | x=1\text{ or }x=-2 | 1 and -2 | x=1, x=-2",
+    r"1\pm\sqrt{19}": r"1+\sqrt{19}, 1-\sqrt{19} | x=1\pm\sqrt{19} | \frac{2\pm2\sqrt{19}}{2}",
+    "(1,-2)": r"1,-2 | (1, -2) | (x,y)=(1,-2)",
+    "x=5": r"5 | 5=x | 2x=10",
+    "y=2x+3": r"2x+3 | y-2x=3 | y = 3+2x",
+    "x^2+y^2=4": r"2x^2+2y^2=8 | x^2=4-y^2",
+    "(a+5)(b+2)": r"ab+2a+5b+10 | (b+2)(5+a)",
+    r"\begin{pmatrix}-1/3\\2/3\end{pmatrix}": r"\begin{bmatrix}-\frac13\\\frac23\end{bmatrix} | "
+    r"\frac13\begin{pmatrix}-1\\2\end{pmatrix}",
+    r"\infty": r"+\infty | \text{infinity} | ∞ | 2\infty",
+    r"-\infty": r"-\infty | -∞",
+    r"\emptyset": r"\varnothing | \{\}",
+    r"\max(a,b)": r"\max(a,b)",
+    "(-1)^n": r"\cos(n\pi) | (-1)^{n+2}",
+    r"\cot x": r"\frac{\cos x}{\sin x} | \cot(x)",
+}
+REFUSED = {
+    "5": r"5\text{ million} | 5\text{ or }6 | \text{at most }5 | 3=5 | 5>3 | \pm5 | \{3,5\} | 5x | x | "
+    r"\text{five} | 5 hundred | 5,5 | 2x-y=5 | 2x=5",
+    "0": r"10^{-20} | 1e-31 | \frac{1}{\infty} | e^{-\infty} | \log_0 5 | \frac{5}{\log 0} | \binom{0}{\infty} | "
+    r"\emptyset",
+    "1": r"3 1/4 | 5 1/2 | \infty^0 | \frac{\infty}{\infty} | \frac00 | 2/2\% | 1+10^{-50} | 0.9999999999 | \int_0^1 dx"
+    r" | \sin\infty",
+    "3": r"3 1/2 | \max(3,1) | \lim_{x\to3}x | \sum_{k=1}^2k | \log_2 9 | \approx3.0001 | x>3 | [3,\infty) | "
+    r"3_{4} | 3_\pi",
+    r"\frac13": r"0.3333333333333333 | \approx0.333 | \frac13\% | \frac13\text{ or }1",
+    r"\sqrt{2}": r"1.414213562373095048801688724209698 | \sqrt{2+10^{-50}} | \approx 1.414 | \frac{99}{70}",
+    r"\frac{1}{2^{61}}": r"\frac{1}{2^{60}} | 2^{-62} | 0",
+    r"\frac{1}{1500!}": r"\frac{1}{1502!} | 0",
+    r"\frac{2^{100}+1}{3\cdot 2^{101}}": r"\frac16 | \frac{1}{3\cdot 2^{101}}",
+    "10^{100}": "10^{100}+1",
+    "12": r"1 2 | 12_{3} | 12_3 | 1,2 | 12x",
+    "58500": r"58, 500 | x=58,50 | 58.500",
+    "52_8": r"52_9 | 53_8 | 42 | 52_{10} | 52_\pi",
+    r"35\text{ cm}": r"35\text{ m} | 35 m | 35\text{ cm}^2 | 35\text{ inches} | 35^\circ | 35\% | \$35 | 36 cm",
+    r"35\text{ m}": r"35\text{ miles} | 35\text{ min} | 35\text{ km}",
+    r"15\mbox{ cm}^2": r"15\text{ cm} | 15\text{ cm}^3 | 15\text{ m}^2",
+    r"5.4 \text{ cents}": r"\$5.4 | 5.4\text{ dollars} | €5.4",
+    r"60\text{ km/h}": r"60\text{ mph} | 60\text{ km}",
+    r"30^\circ\text{C}": r"30^\circ\text{F} | 31^\circ C",
+    r"90^\circ": r"91^\circ | 90\% | 90\text{ radians} | 90\text{ cm}",
+    r"\frac{\pi}{6}": r"\frac{\pi}{6}^\circ | 30",
+    "0.25": r"25 | 0.25\%",
+    r"\text{June 20}": r"June 21 | 20 | \text{June}",
+    r"\text{east}": r"\text{west} | e a s t | e\cdot a\cdot s\cdot t",
+    r"\text{(C)}": r"D | (D) 27 | A, C | 27",
+    r"(2,\infty)": r"(2,\infty] | 2\text{ or }\infty | [2,\infty) | x\ge2 | 2<x\le\infty",
+    r"(-\infty,4]": r"[-\infty,4] | (-\infty,4) | x<4",
+    "(3,4]": r"(3,4) | 3<x<4 | [3,4] | 3,4",
+    "1,-2": r"(1,-2) | 1 | 1,2 | 1,-2,-2 | 1,-2,3",
+    "(1,-2)": r"(-2,1) | \{1,-2\} | -2,1",
+    "x>2": r"y>2 | x\ge2 | x<2 | 2",
+    "x=5": r"y=5 | x=6 | x=x",
+    "y=2x+3": r"y=2x+4 | z=2x+3 | 0=0 | y=y",
+    "x^2+y^2=4": r"x^2+y^2=5 | 4 | 0=0 | x^2+y^2\le4",
+    "x": r"|x| | x(1+10^{-200}) | x+10^{-20} | \sqrt{x^2} | y",
+    r"\frac{n(n+1)}{2}": r"\sum_{k=1}^nk | \frac{n(n-1)}{2}",
+    r"\begin{pmatrix}1\\2\end{pmatrix}": r"\begin{pmatrix}1&2\end{pmatrix} | \begin{pmatrix}2\\1\end{pmatrix} | (1,2)",
+    r"\infty": r"-\infty | 5 | \frac10 | \infty-\infty | \max(\infty,1) | (2,\infty)",
+    r"\emptyset": r"0 | \{0\} | [\log(\infty),\infty]",
+    r"\mathbb{R}": r"-\infty,\infty | [-\infty,\ln(\infty)] | x\ne\frac{\infty}{\infty} | x\ge0",
+    r"-\frac{11}{4}": r"-3 1/4 | -3\frac14",
+}
+
+
+@pytest.mark.parametrize("gold", PAID)
+def test_a_right_answer_is_paid_in_every_form(gold):
+    assert [answer for answer in [gold, *PAID[gold].split(" | ")] if here(gold, answer) != "correct"] == []
+
+
+@pytest.mark.parametrize("gold", REFUSED)
+def test_a_wrong_answer_is_not_paid(gold):
+    assert [answer for answer in REFUSED[gold].split(" | ") if here(gold, answer) == "correct"] == []
+
+
+GOLDS = (  # no two of them have the same value
+    r"113 735 -3 27.0 0 1 \frac{14}{3} 0.15 .0000672 \sqrt{51} 2\pi -\frac{\pi}{6} \frac{1}{1500!} 2^{100} e 3+5i "
+    r"\infty -\infty x=5 y=2x+3 5x-7y=4 2k+2 \cot(x) (a+5)(b+2) 5r^5 1,-2 3,5,7 1\pm\sqrt{19} (6,31,-1) (-2,1) "
+    r"(3,\frac{\pi}{2}) (2,\infty) (-\infty,4] [0,9)\cup(9,36] x\in[-2,7] \{4\} \emptyset \mathbb{R} x>12 "
+    r"\begin{pmatrix}-7\\16\end{pmatrix} \text{east} 52_8 35\text{cm} \$36 90^\circ 12\% 1\frac{4}{5} 58,500"
+).split()
+ATOMS = [*"0 1 2 3 5 10 x i e k 0.5".split(), r"\pi", r"\infty", r"\infty", r"-\infty"]
+FORMS = (  # A and B are expressions
+    r"A+B A-B A\cdotB \frac{A}{B} {A}^{B} -A (A) \sqrt{A} |A| \lfloorA\rfloor \lceilA\rceil A! \log(A) \ln(A) "
+    r"\tan(A) \sin(A) \arctan(A) \log_{A}(B) \binom{A}{B} \max(A,B) \min(A,B) \gcd(A,B) \sum_{k=A}^{B}k "
+    r"\prod_{k=A}^{B}k \int_{A}^{B}xdx \lim_{x\toA}B \frac{d}{dx}A \Gamma(A) \begin{vmatrix}A&B\\B&A\end{vmatrix} "
+    r"A\% A^\circ f(A) \sqrt[A]{B} \exp(A) A\bmodB"
+).split()
+WHOLES = (
+    r"A A A x=A A=B A=A [A,B] (A,B) [A,B) (A,B] A,B \{A,B\} \{A\} A\text{cm} A\text{B} A_{B} A<x<B x\geA A>B x\neA "
+    r"[A,B]\cup[B,A] \pmA A\pmB \begin{pmatrix}A\\B\end{pmatrix} \mathbb{R}\setminus\{A\} (A,B)\cap(B,A) x\in[A,B] "
+    r"A\approxB \text{A}=B A:B f(x)=A x\toA A\subsetB \{A\}\subset\{A,B\} \{x\midx>A\} A\ B A/B \boxed{A} "
+    r"\text{east}A (C)A A\text{or}B \$A"
+).split()
+
+
+def fill(rng: random.Random, forms: list[str], depth: int) -> str:
+    """One of the forms with expressions for A and B, nested up to `depth`."""
+
+    def part(_) -> str:
+        return " " + (fill(rng, FORMS, depth - 1) if depth and rng.random() < 0.8 else rng.choice(ATOMS))
+
+    return re.sub("[AB]", part, rng.choice(forms))
+
+
+def spoil(rng: random.Random, text: str) -> str:
+    """One step away: something put in, left out or exchanged."""
+    at, new = rng.randrange(len(text) + 1), rng.choice([*ATOMS, *"()[]{},=<_^%$.+-|", r"\text{ m}", r"\pm", "}"])
+    return text[:at] + rng.choice(["", new, new]) + text[at + rng.randint(0, 1) :]
+
+
+@pytest.mark.parametrize("answer", r"\max(\infty,1) x=\max(\infty,1) [\log(\infty),\infty] \tan(\pi/2) \frac00".split())
+def test_an_answer_without_a_finite_value_is_paid_for_nothing(answer):
+    assert [gold for gold in GOLDS if here(gold, answer) == "correct"] == []
+
+
+def test_every_gold_answer_equals_itself_and_no_other():
+    assert [(g, a) for g in GOLDS for a in GOLDS if (here(g, a) == "correct") != (g == a)] == []
+
+
+@pytest.mark.slow
+def test_no_random_answer_is_paid_for_two_gold_answers():
+    rng = random.Random(0)
+    for _ in range(600):
+        answer = fill(rng, WHOLES, 2)[:200]
+        answer = spoil(rng, answer) if rng.random() < 0.15 else answer
+        paid = []
+        for gold in GOLDS:
+            verdict = here(gold, answer, 0.4)
+            paid += [gold] if verdict == "correct" else []
+            if verdict == "time-out":  # so it will be for the others
+                break
+        assert len(paid) < 2, (answer, paid)
+
+
+def test_plain_answers_never_reach_the_sandbox(task, sandbox):
+    sandbox.asked.clear()
+    pairs = [("5", "5"), ("5", "6"), ("27.0", "27"), ("(0,2]", "(0, 2]"), ("5", "x" * 201), ("x" * 300, "x" * 300)]
+    assert graded(task, *pairs) == ["correct", "wrong", "correct", "correct", "too long", "correct"]
+    for response in ("five", "\\boxed{}", "\\boxed{ }"):
+        assert task.verify([Problem("p", [], "5")], [response]) == [Outcome(0, "no answer")]
+    assert sandbox.asked == []
+
+
+@pytest.mark.parametrize("answer", ["10^{10^{10}}", "100000000!", "(" * 90 + "5" + ")" * 90])
+def test_a_hostile_answer_costs_seconds_and_the_next_is_graded(answer, task):
+    start = time.monotonic()
+    assert graded(task, ("5", answer))[0] in ("time-out", "unreadable", "wrong")
+    assert time.monotonic() - start < mathematics.MATH_SECONDS + 1.5
+    assert graded(task, *[(r"\frac{7}{2}", f"{7 * i}/{2 * i}") for i in range(1, 4)]) == ["correct"] * 3
+
+
+def test_a_pair_is_compared_once(task, sandbox):
+    sandbox.asked.clear()
+    assert graded(task, *[("7/3", r"\frac{14}{6}")] * 3) == ["correct"] * 3
+    assert graded(task, (r"\frac{14}{6}", "7/3")) == ["correct"]  # another pair
+    assert sandbox.asked[-1] == [r"\frac{14}{6}", "7/3"]
+    count = len(sandbox.asked)
+    assert graded(task, ("7/3", r"\frac{14}{6}")) == ["correct"] and len(sandbox.asked) == count
+
+
+def test_a_time_out_is_remembered_when_it_has_come_three_times(task, sandbox):
+    """A busy machine must not settle an answer for a whole run, nor a hostile answer cost seconds for ever."""
+    for times, asked in ((2, 2), (5, 3)):
+        pair, calls = (f"{times}/7", rf"\frac{{{2 * times}}}{{14}}"), []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sandbox.kind, "call", lambda *question: calls.append(question) or Result("timeout"))
+            assert [graded(task, pair) for _ in range(times)] == [["time-out"]] * times
+        assert len(calls) == asked
+        assert graded(task, pair) == (["correct"] if times < 3 else ["time-out"])
+
+
+@pytest.mark.parametrize(
+    "result, verdict",
+    [
+        (Result("internal", error="the worker died twice"), "internal"),
+        (Result("error", error="ValueError: x"), "unreadable"),
+        (Result("memory"), "unreadable"),
+        (Result("timeout"), "time-out"),
+        (Result("ok", value="yes"), "wrong"),
+        (Result("ok", value=1), "wrong"),
+    ],
+)
+def test_only_true_is_paid_and_a_failed_grader_is_not_remembered(result, verdict, task, sandbox):
+    pair = ("z", f"z+{hash(result) % 997}-0")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sandbox.kind, "call", lambda *_: result)
+        assert graded(task, pair) == [verdict]
+    count = len(sandbox.asked)
+    graded(task, pair)
+    assert (len(sandbox.asked) > count) == (verdict in ("internal", "time-out"))
+
+
+def test_closing_the_task_closes_its_sandbox(task, sandbox):
+    task.close()
+    assert len(sandbox.closed) == 1
+
+
+# ---- The data sets ------------------------------------------------------------------------------------------------
+
+
+def fixture_rows(name: str) -> list[dict]:
+    return [json.loads(line) for line in (FIXTURES / f"{name}.jsonl").read_text().splitlines()]
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+DAPO_TRAIN = [  # of the fixture: two rows are doubles, one problem has two answers, one stands in MATH-500
+    ("Solve $x + 3 = 10$ for $x$.", "7"),
+    ("What is $2^5$?", "32"),
+    (r"Remember: what is $6 \cdot 7$?", "42"),
+    ("What is $9 - 12$?", "-3"),
+    ("Compute $100 / 4$.", "25"),
+]
+
+
+def test_dapo_loses_doubles_conflicts_evaluation_problems_and_its_instruction(sandbox):
+    task = tasks.load("math", data=str(FIXTURES))
+    assert [(p.data["problem"], p.reference) for p in task.train] == DAPO_TRAIN
+    content = "Solve $x + 3 = 10$ for $x$.\n\nReason step by step and put the final answer in \\boxed{}."
+    assert task.train[0].messages == [{"role": "user", "content": content}]
+    assert task.notes[0] == (
+        "dapo: 10 rows, 7 unique problems; dropped 1 with conflicting answers and 1 that stand in an evaluation set; "
+        "5 left"
+    )
+    assert not any("instruction" in note for note in task.notes)
+    assert (task.lacks, task.name, task.validation) == (("environment", "solution_first", "both"), "math/dapo", [])
+    assert len({p.id for p in task.train}) == 5
+
+
+def test_evaluation_sets_keep_their_names_ids_and_answers(sandbox):
+    task = tasks.load("math", data=str(FIXTURES))
+    assert [(p.part, p.id, p.reference) for p in task.test] == [
+        ("math500", "test/algebra/fx1.json", "10"),
+        ("math500", "test/prealgebra/fx2.json", r"\frac{1}{6}"),
+        ("math500", "test/algebra/fx3.json", "(0,2]"),
+        ("aime24", "60", "4"),
+        ("aime24", "61", "125"),
+        ("aime25", "0", "50"),
+        ("amc23", "0", "27.0"),
+        ("amc23", "1", "36.0"),
+    ]
+    assert task.test[6].messages[0]["content"].startswith("What is $3^3$?\n\nReason step by step")
+    rewards = [o.reward for o in task.verify(task.test[5:], ["\\boxed{50}", "\\boxed{27}", "\\boxed{27}"])]
+    assert rewards == [1, 1, 0]
+
+
+def test_a_dapo_row_without_the_usual_instruction_is_taken_and_counted(tmp_path, sandbox):
+    rows = fixture_rows("dapo")
+    whole = rows[0]["prompt"][0]["content"]
+    for bare in ("  How many?\n", whole.split("\n\nRemember")[0], whole.split("problem.\n\n")[1]):
+        rows.append({**rows[0], "prompt": [{"content": bare, "role": "user"}]})
+    write(tmp_path / "dapo-math-17k.jsonl", rows)
+    write(tmp_path / "amc23.jsonl", fixture_rows("amc23"))
+    task = tasks.load("math", data=str(tmp_path))
+    assert task.train[-1].data["problem"] == "How many?"
+    assert sum(p.data["problem"] == "Solve $x + 3 = 10$ for $x$." for p in task.train) == 1
+    assert task.notes[1].startswith("dapo: 3 rows lack the source's usual instruction")
+    assert task.notes[0].startswith("dapo: 13 rows, 8 unique problems; dropped 1 with conflicting answers and 0 that")
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow", "hub"])
+def test_the_problems_are_the_same_from_every_source(form, tmp_path, sandbox, monkeypatch):
+    expected = tasks.load("math", data=str(FIXTURES))
+    names = {("BytedTsinghua-SIA/DAPO-Math-17k", "train"): "dapo", ("HuggingFaceH4/MATH-500", "test"): "math500"}
+    names.update({(f"math-ai/{name}", "test"): name for name in ("aime24", "aime25", "amc23")})
+    tables = {name: datasets.Dataset.from_list(fixture_rows(name)) for name in names.values()}
+    for name, table in tables.items():
+        if form == "parquet":
+            table.to_parquet(str(tmp_path / f"{name}.parquet"))
+        elif form == "arrow":
+            table.save_to_disk(str(tmp_path / "saved" / name))
+            (arrow,) = (tmp_path / "saved" / name).glob("*.arrow")
+            arrow.rename(tmp_path / f"{name}.arrow")
+    monkeypatch.setattr(datasets, "load_dataset", lambda repo, split: tables[names[repo, split]])
+    task = tasks.load("math", data="" if form == "hub" else str(tmp_path))
+    assert (task.train, task.test, task.notes) == (expected.train, expected.test, expected.notes)
+
+
+def test_a_folder_that_lacks_something_is_refused(tmp_path, sandbox):
+    with pytest.raises(ValueError, match=r"^.*math500\.jsonl, aime24\.jsonl, aime25\.jsonl, amc23\.jsonl$"):
+        tasks.load("math", data=str(tmp_path))
+    write(tmp_path / "aime25.jsonl", fixture_rows("aime25"))
+    with pytest.raises(ValueError, match=r"^.*dapo\*\.jsonl.*$"):
+        tasks.load("math", data=str(tmp_path))
+    write(tmp_path / "dapo.jsonl", fixture_rows("dapo"))
+    assert [p.part for p in tasks.load("math", data=str(tmp_path)).test] == ["aime25"]  # the other sets are optional
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ({"problem": "?"}, "row 1: column answer or solution is missing"),
+        ({"problem": ["?"], "answer": "5"}, "row 1: the problem is no text"),
+        *[
+            ({"problem": "?", "answer": answer}, "row 1: the answer must be text or a number")
+            for answer in (["5"], {"value": "5"}, [], True, [["5"]])
+        ],
+        ({"prompt": [{"content": "?"}], "reward_model": {"ground_truth": ["5"]}}, "row 1: the answer must be text"),
+    ],
+)
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_a_row_that_is_no_problem_with_an_answer_is_refused(row, words, form, tmp_path, sandbox):
+    path = tmp_path / f"rows.{form}"
+    if form == "jsonl":
+        write(path, [row])
+    else:
+        datasets.Dataset.from_list([row]).to_parquet(str(path))
+    with pytest.raises(ValueError) as refusal:
+        tasks.read("math", str(path))
+    assert words in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_a_file_in_dapos_schema_is_read_too(sandbox):
+    task = tasks.read("math", str(FIXTURES / "dapo.jsonl"))
+    assert len(task.test) == 10 and (task.test[0].id, task.test[9].id) == ("dapo-0", "dapo-9")
+    assert (task.test[0].data["problem"], task.test[0].reference) == DAPO_TRAIN[0]
+
+
+@needs_samples
+@pytest.mark.parametrize("name, count", [("math500", 500), ("aime24", 30), ("aime25", 30), ("amc23", 40)])
+def test_published_answers_equal_themselves_as_text_and_by_algebra(name, count, sandbox):
+    task = tasks.read("math", str(SAMPLES / f"{name}.jsonl"))
+    sandbox.asked.clear()
+    outcomes = task.verify(task.test, [f"First \\boxed{{0}}, so \\boxed{{{p.reference}}}." for p in task.test])
+    assert [o.verdict for o in outcomes] == ["correct"] * count and sandbox.asked == []
+    values = {p.reference for p in task.test if not re.search(r"\\(text|mbox|\$|!)", p.reference)}
+    assert [gold for gold in values if not algebra.equal(gold, gold)] == []
