@@ -14,13 +14,12 @@ Covered, each with its test in tests/test_sandbox.py (Linux):
 - a fresh process and an empty working directory per call: what a program sets or writes there never reaches the next
 - wall time: at `time_limit` the child and all that it started are killed, also a loop that swallows every exception
 - memory, CPU time, open files, threads, the size of one file and of all that is written, the length of an answer
-  (`output_bytes`, or `max_output` of a call)
 - every way to end without a value: exceptions, SystemExit, syntax errors, os._exit, signals, values JSON cannot hold
 - `call`: standard input is empty, what is printed is thrown away. `run`: the program is __main__ with a real standard
   input and output, exits as Python would (threads joined, atexit run), and is judged by what it printed
-- the environment is empty, string hashes are the same in every call; installed packages only if `packages` is on
-- a worker that dies or falls silent is replaced and the call made once more. A call that could not start because the
-  disk or the process table was full is tried again after a pause. If that does not help, the status is "internal"
+- the environment is empty, string hashes are the same in every call
+- a worker that dies or falls silent is replaced and the call made once more; where the disk or the process table was
+  full, after a pause. If that does not help, the status is "internal"
 - no process is left by close(), by the interpreter's exit, or when the caller or a worker is killed
 - programs have no capabilities, even as root, and cannot read the caller's memory (as another user than root only where
   the kernel allows user namespaces or has landlock)
@@ -42,8 +41,7 @@ Not covered:
 import os
 
 if __name__ == "__main__":
-    # A worker: what modules want to do in a forked child (locks, new seeds) costs 0.4 ms a fork and is not needed
-    # after the fork of a single thread.
+    # What modules want to do in a forked child (locks, seeds) costs 0.4 ms and is not needed with a single thread.
     os.register_at_fork = lambda **hooks: None
 
 import atexit
@@ -81,10 +79,8 @@ INT_DIGITS = 50_000  # the longest integer a program may turn into text; Python'
 PROGRAM = "<program>"  # the source's file name in tracebacks
 UNPREPARED = "internal", '"the child could not be prepared"'
 # What a program finds imported with `preamble=True`: every public name of these modules, later ones winning.
-PREAMBLE = (
-    "string re datetime collections heapq bisect copy math random statistics itertools functools operator io sys json "
-    "builtins typing"
-).split()
+PREAMBLE = """string re datetime collections heapq bisect copy math random statistics itertools functools operator io sys
+json builtins typing""".split()
 
 
 class Result(NamedTuple):
@@ -110,13 +106,10 @@ class Sandbox(AbstractContextManager):
         preamble: bool = False, packages: bool = False, warm: str = "", without: tuple[str, ...] = (),
     ):  # fmt: skip
         folders = [path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")]
-        settings = {
-            "time_limit": time_limit, "output_bytes": output_bytes, "preamble": preamble, "warm": warm,
-            "packages": folders if packages else [], "without": without, "rlimits": {
-                "AS": memory_mb << 20, "CPU": int(time_limit) + 2, "FSIZE": output_bytes, "CORE": 0, "NOFILE": 64,
-                "STACK": 1 << 27, "NPROC": 4096,  # of all that the user runs; only where seccomp does not forbid new ones
-            },
-        }  # fmt: skip
+        rlimits = {"AS": memory_mb << 20, "CPU": int(time_limit) + 2, "FSIZE": output_bytes, "CORE": 0, "NOFILE": 64,
+                   "STACK": 1 << 27, "NPROC": 4096}  # fmt: skip  # NPROC: all of the user's; where seccomp is missing
+        settings = {"time_limit": time_limit, "output_bytes": output_bytes, "rlimits": rlimits, "preamble": preamble,
+                    "packages": folders if packages else [], "warm": warm, "without": without}  # fmt: skip
         beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         workers = workers or max(1, min(len(os.sched_getaffinity(0)), 16 * beside) // beside)
         self._output_bytes = output_bytes
@@ -203,10 +196,10 @@ class _Worker:
         command.append(json.dumps({"scratch": self.scratch, **self.settings}))
         env = {name: value for name, value in os.environ.items() if name == "LD_LIBRARY_PATH"}
         env |= {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-        options = {"stdin": theirs, "stdout": subprocess.DEVNULL, "env": env}
-        try:
-            with theirs:  # a session of its own keeps the terminal's Ctrl-C away
-                self.process = subprocess.Popen(command, start_new_session=True, **options)
+        options = {"stdin": theirs, "stdout": subprocess.DEVNULL, "env": env, "start_new_session": True}
+        try:  # a session of its own keeps the terminal's Ctrl-C away
+            with theirs:
+                self.process = subprocess.Popen(command, **options)
         except OSError:  # the process table is full
             self.socket.close()
             _remove(self.scratch)
@@ -425,18 +418,19 @@ def _run(question: bytes, worker: SimpleNamespace) -> bytes:
         _drain(output, printed, bound)  # what it wrote last may still stand in the pipe
         os.close(report)
         os.close(output)
-    if status == "gone" and script and code >= 0:
-        status, payload = "ok", "null"  # os._exit: a script may end as it likes
     if status == "gone":
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         status, payload = "error", json.dumps(f"exited without a result ({how})")
+        if script and code >= 0:
+            status, payload = "ok", "null"  # os._exit: a script may end as it likes
     if status in ("ok", "error") and len(printed) > bound:
         status, payload = "output limit", json.dumps(f"more than {bound} bytes printed")
     if status == "ok" and not script and len(payload) > bound:
         status, payload = "output limit", json.dumps(f"more than {bound} bytes returned")
-    if not script or status != "ok":
+    if script and status == "ok":
+        status = "printed"
+    else:
         printed.clear()
-    status = "printed" if script and status == "ok" else status
     return f"{status}\t{seconds:.6f}\t{payload}\t{len(printed)}\n".encode() + printed
 
 
@@ -545,14 +539,12 @@ def _confine(worker: SimpleNamespace, report: int, output: int, stdin: str | Non
         os.lseek(source, 0, os.SEEK_SET)
     for fd, target in enumerate((source, null if stdin is None else output, null)):
         os.dup2(target, fd)
-    kept = sorted({2, report, max(2, worker.ruleset), 1 << 16})
-    for low, high in itertools.pairwise(kept):
+    for low, high in itertools.pairwise(sorted({2, report, max(2, worker.ruleset), 1 << 16})):
         os.closerange(low + 1, high)
     atexit._clear()  # what the worker's modules registered is not the program's
     for name, value in worker.rlimits.items():
         kind = getattr(resource, f"RLIMIT_{name}")
-        hard = resource.getrlimit(kind)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        value = min(value, resource.getrlimit(kind)[1] % (1 << 64))  # -1 is no limit
         resource.setrlimit(kind, (value, value))
     _apply_layers(worker)
 
@@ -561,11 +553,9 @@ def _function(asked: dict, worker: SimpleNamespace) -> str:
     module = sys.modules["program"] = worker.module
     exec(compile(asked["source"], PROGRAM, "exec", dont_inherit=True), vars(module))
     owner, _, name = asked["function"].rpartition(".")
-    wanted = owner or name
-    if wanted not in vars(module):
-        raise NameError(f"name {wanted!r} is not defined")
-    found = vars(module)[wanted]
-    function = getattr(found(), name) if owner else found
+    if (owner or name) not in vars(module):
+        raise NameError(f"name {owner or name!r} is not defined")
+    function = getattr(vars(module)[owner](), name) if owner else vars(module)[name]
     value = function(*asked["args"])
     return _dumps(list(value) if isinstance(value, tuple) else value)
 
@@ -764,10 +754,9 @@ def _landlock_ruleset(worker: SimpleNamespace) -> tuple[int, int]:
 
 def _prepare_layers(worker: SimpleNamespace) -> dict[str, str]:
     """Builds what every child takes on, tries it in a child, and says what holds."""
-    worker.filter = None
-    if "seccomp" not in worker.without and (code := _seccomp_filter()):
-        worker.filter = ctypes.create_string_buffer(code, len(code))
-        worker.program = struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(worker.filter))  # struct sock_fprog
+    code = "seccomp" not in worker.without and _seccomp_filter()
+    worker.filter = code and ctypes.create_string_buffer(code, len(code))
+    worker.program = code and struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(worker.filter))  # sock_fprog
     worker.ruleset, version = _landlock_ruleset(worker)
     trial = os.fork()
     if trial == 0:
@@ -776,16 +765,12 @@ def _prepare_layers(worker: SimpleNamespace) -> dict[str, str]:
         finally:
             os._exit(3)
     failed = os.waitstatus_to_exitcode(os.waitpid(trial, 0)[1])
-    if failed & 1:
-        worker.ruleset = -1
-    if failed & 2:
-        worker.filter = None
+    worker.ruleset = -1 if failed & 1 else worker.ruleset
+    worker.filter = None if failed & 2 else worker.filter
     if worker.filter:
         del worker.rlimits["NPROC"]
-    return {
-        "seccomp": "on" if worker.filter else "not available",
-        "landlock": f"on (version {version})" if worker.ruleset >= 0 else "not available",
-    }
+    landlock = f"on (version {version})" if worker.ruleset >= 0 else "not available"
+    return {"seccomp": "on" if worker.filter else "not available", "landlock": landlock}
 
 
 def _apply_layers(worker: SimpleNamespace) -> int:
