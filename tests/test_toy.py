@@ -74,6 +74,8 @@ def test_splits_are_reproducible_and_a_reference_solves_its_problem(loaded, subs
     sizes = {"trace": (720, 64, 64), "code": (219, 70, 70), "choice": (480, 64, 64)}[subset]
     assert task.splits() == "toy/{}: {} train, {} validation, {} test problems".format(subset, *sizes)
     assert len({problem.messages[-1]["content"] for problem in problems(task)}) == sum(sizes)
+    assert len({problem.id for problem in problems(task)}) == sum(sizes)
+    assert all([m["role"] for m in problem.messages] == ["user"] for problem in problems(task)) and task.verify([], []) == []
     chosen = problems(task)[:: 12 if subset == "code" else 1]  # each code answer runs in up to six processes
     assert task.verify(chosen, [respond(subset, p, True) for p in chosen]) == [Outcome(1, "passed")] * len(chosen)
     outcomes = task.verify(chosen, [respond(subset, p, False) for p in chosen])
@@ -124,7 +126,7 @@ TRACE_FEEDBACK = {  # what is wrong with the answer -> feedback: the first wrong
 CHOICES = {  # response -> verdict: the last answer tag counts, and nothing but failure is told
     **dict.fromkeys(["zig 4 : 2\n<answer>2</answer>", "<answer>7</answer> no, <answer>2</answer>", "<answer> 2\n</answer>",
                      "<answer>7 or <answer>2</answer>", "<answer>2</answer>, in <answer> tags"], "passed"),
-    **dict.fromkeys(["<answer>2</answer> no, <answer>7</answer>", "<answer>22</answer>", "<answer>two</answer>"], "wrong answer"),
+    **dict.fromkeys(["<answer>2</answer> <answer>7</answer>", "<answer>22</answer>", "<answer>two</answer>"], "wrong answer"),
     **dict.fromkeys(["zig 4 : 2", "<answer>2", ""], "no answer"),
 }  # fmt: skip
 
