@@ -15,8 +15,9 @@ import feedback
 from harness import hub
 from harness.command import Parser, run
 from model.policy import Policy
+from neighbours import ovd
 from tasks.tiny import build_tokenizer
-from tasks.toy import EVERY, TEMPLATES
+from tasks.toy import EVERY, JUDGE_REQUEST, TEMPLATES
 
 
 def build_policy(subset: str, seed: int = 0) -> Policy:
@@ -37,7 +38,8 @@ def encode(tokenizer, example: dict) -> tuple[list[int], list[int]]:
     if "reference" in example:
         prompt, _ = feedback.critique_prompt(tokenizer, messages, attempt, example["reference"], TEMPLATES, 10**6)
     elif attempt is not None:
-        prompt, _ = feedback.judge_prompt(tokenizer, messages, attempt, TEMPLATES, 10**6)
+        parts = ovd.judge_parts(messages, attempt, JUDGE_REQUEST)
+        prompt, _ = feedback.encode(tokenizer, messages[-1:], parts, 10**6)
     elif context is not None:
         prompt, _ = feedback.teacher_prompt(tokenizer, messages, context, TEMPLATES, 10**6)
     else:
@@ -64,7 +66,7 @@ def warm_start(subset: str, steps: int = 0, seed: int = 0) -> Policy:
             rng.shuffle(pool)
         prompts, answers = zip(*pool.pop())
         view = policy.view(prompts, answers)
-        loss = view.loss(lambda logp, _: -logp, view.mask / view.mask.sum())[0]
+        loss = view.loss(lambda t: -t.logp, view.mask / view.mask.sum())[0]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         share = min(1.0, step / 50) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))

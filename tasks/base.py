@@ -3,9 +3,11 @@ of a data source are read."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from harness import hub
 
@@ -14,9 +16,8 @@ NO_TEXTS = ("environment", "solution_first", "both")  # the feedback sources tha
 
 @dataclass(frozen=True)
 class Problem:
-    """One prompt x. `messages` are chat messages ({"role", "content"}), the last one from the user; `reference` is what
-    a critique may see (never the student); `data` is whatever the task's own verifier needs; `part` names the benchmark
-    or domain that gets a row of its own in the results."""
+    """One prompt x. `messages`: chat messages ({"role", "content"}), the last one from the user; `reference`: what a critique
+    may see, never the student; `data`: whatever the verifier needs; `part`: a benchmark or domain with results of its own."""
 
     id: str
     messages: list[dict[str, str]]
@@ -27,10 +28,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The verifier's answer on one response: reward r in {0, 1}, a short verdict for the log, and the environment's
-    text on a failure (what was wrong, in words the model can use); empty on a success. The verdict "internal" says that
-    grading itself failed: such a row is no failure of the model and takes no part in training. `columns` are further
-    0-1 results that evaluation reports beside the reward."""
+    """The verifier's answer on one response: reward r in {0, 1}, a short verdict for the log, and on a failure the
+    environment's text (what was wrong, in words the model can use). The verdict "internal" says that grading itself failed:
+    such a row takes no part in training. `columns` are further 0-1 results that evaluation reports beside the reward."""
 
     reward: int
     verdict: str
@@ -40,10 +40,9 @@ class Outcome:
 
 @dataclass
 class Task:
-    """Problems and verifier. `verify(problems, responses)` grades one response per problem, in order. `close` releases
-    what the verifier holds (worker processes). Without validation problems a run is watched on the test problems and
-    chooses nothing by them. `lacks`: the feedback sources that the task has not; `notes`: lines for the
-    start of a run."""
+    """Problems and verifier. `verify(problems, responses)` grades one response per problem, in order; `close` releases what
+    it holds (worker processes). Without validation problems a run is watched on the test problems and chooses nothing by
+    them. `lacks`: the feedback sources that the task has not; `notes`: lines for the start of a run."""
 
     name: str
     train: list[Problem]
@@ -84,17 +83,16 @@ def rows(path: str | Path) -> Iterable[dict]:
         return (row for file in files for row in rows(file))
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
-    if path.suffix in (".parquet", ".arrow"):
-        import datasets
+    if path.suffix not in (".parquet", ".arrow"):
+        return json_rows(path)
+    import datasets
 
-        datasets.disable_progress_bars()
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said here, in one line
-        read = datasets.Dataset.from_parquet if path.suffix == ".parquet" else datasets.Dataset.from_file
-        try:
-            return read(str(path))
-        except Exception as error:  # the library's and pyarrow's errors share no base
-            raise ValueError(f"{path} cannot be read: {one_line(error)}") from None
-    return json_rows(path)
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said here, in one line
+    try:
+        return (datasets.Dataset.from_parquet if path.suffix == ".parquet" else datasets.Dataset.from_file)(str(path))
+    except Exception as error:  # the library's and pyarrow's errors share no base
+        raise ValueError(f"{path} cannot be read: {one_line(error)}") from None
 
 
 def json_rows(path: Path) -> Iterator[dict]:
@@ -135,9 +133,8 @@ def fetch(name: str, get: Callable[[], Any], reason: str = "") -> Any:
     try:
         return get()
     except Exception as error:  # network, hub, cache and parsing errors share no base
-        raise ValueError(
-            f"{name} cannot be fetched ({reason or one_line(error)}): give a local copy with --data"
-        ) from None
+        why = reason or one_line(error)
+        raise ValueError(f"{name} cannot be fetched ({why}): give a local copy with --data") from None
 
 
 def hub_rows(repo: str, split: str) -> Iterable[dict]:
@@ -146,16 +143,11 @@ def hub_rows(repo: str, split: str) -> Iterable[dict]:
     import huggingface_hub
 
     reason = hub.unreachable(repo, "README.md", "dataset")
-    places = (huggingface_hub.constants, datasets.config)
-    before = [place.HF_HUB_OFFLINE for place in places]
-    try:
-        for place in places if reason else ():
-            # A library that knows that it is offline reads what is in its cache, or says at once that it is not there.
-            place.HF_HUB_OFFLINE = True
+    with ExitStack() as offline:
+        # A library that knows that it is offline reads what is in its cache, or says at once that it is not there.
+        for place in (huggingface_hub.constants, datasets.config) if reason else ():
+            offline.enter_context(mock.patch.object(place, "HF_HUB_OFFLINE", True))
         return fetch(repo, lambda: datasets.load_dataset(repo, split=split), reason)
-    finally:
-        for place, was in zip(places, before):
-            place.HF_HUB_OFFLINE = was
 
 
 def text_of(text: str) -> str:

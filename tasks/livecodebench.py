@@ -14,6 +14,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from functools import lru_cache
+from operator import eq
+
+import huggingface_hub
 
 from harness import hub
 from tasks.base import Outcome, Problem, Task, each, fetch, get, one_line, rows, text_of
@@ -42,13 +45,17 @@ class Record:
     """One problem of LiveCodeBench. Its tests weigh megabytes, so they stay as they came until somebody grades."""
 
     id: str
-    question: str
-    starter: str
+    prompt: str
     function: str  # "" for a program that reads standard input
     public: str
     private: str
     train: tuple[int, ...] = ()  # of the private tests, those that give reward and feedback in training, by position
     bare: bool = False  # it has no private tests, so the public ones take their place
+
+
+def bad(name: str, what: str, error: BaseException | None = None) -> ValueError:
+    """What is wrong with a problem, in one line."""
+    return ValueError(f"lcb problem {name}: {what}" + (f" ({one_line(error)})" if error else ""))
 
 
 class StringUnpickler(pickle.Unpickler):
@@ -84,53 +91,45 @@ def decoded(record: Record, kind: str) -> list[dict]:
         if not all(isinstance(test[key], str) for test in tests for key in ("input", "output")):
             raise ValueError("a test's input or output is no text")
     except Exception as error:  # whatever a damaged blob makes of base64, zlib, pickle and json
-        raise ValueError(f"lcb problem {record.id}: its tests cannot be decoded ({one_line(error)})") from None
+        raise bad(record.id, "its tests cannot be decoded", error) from None
     return tests
 
 
 def tests_of(record: Record, use: str) -> list[dict]:
-    """The tests of a use (see `make_problem`): public ones, private ones (the public ones of a record that has none), or
-    both."""
+    """The tests that grade in a use. "train" and "all" are the private ones (the public ones of a record that has none), of
+    which "train" takes half; "public" the public ones; "official" both together, as the official checker has it."""
     public = decoded(record, "public") if use in ("public", "official") else []
     private = decoded(record, "private") if use != "public" else []
     return public + private or decoded(record, "public")
 
 
 def make_record(row: dict, where: str, use: str) -> Record:
-    """Decodes the tests of `use` (see `make_problem`) once, so that a damaged one is found before training, and chooses
-    the half that trains, seeded by the problem's name, where only private ones are used."""
+    """Decodes the tests of a use once, so that a damaged one is found before training, and chooses the half that trains,
+    seeded by the problem's name, where only private ones are used."""
     name = str(get(row, where, "question_id"))
     try:
         function = json.loads(row.get("metadata") or "{}").get("func_name") or ""
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"lcb problem {name}: its metadata cannot be read ({one_line(error)})") from None
+        raise bad(name, "its metadata cannot be read", error) from None
     question, starter = get(row, where, "question_content"), row.get("starter_code") or ""
     public, private = get(row, where, "public_test_cases"), row.get("private_test_cases") or "[]"
     if not all(isinstance(text, str) for text in (question, starter, function, public, private)):
-        raise ValueError(f"lcb problem {name}: every column of the source is text")
-    record = Record(name, question, starter, function, public, private)
-    record.bare = not decoded(record, "private")
-    tests = tests_of(record, use)
+        raise bad(name, "every column of the source is text")
+    prompt = (FUNCTION_FORMAT if function else STDIN_FORMAT).replace("{starter}", starter.rstrip())
+    record = Record(name, prompt.replace("{question}", question.strip()), function, public, private)
+    record.bare, tests = not decoded(record, "private"), tests_of(record, use)
     if not tests:
-        raise ValueError(f"lcb problem {name}: it has no {'public tests' if use == 'public' else 'tests'}")
+        raise bad(name, f"it has no {'public tests' if use == 'public' else 'tests'}")
     try:
         for test in tests if function else ():
             loads(test["output"])
             json.dumps(arguments(test["input"]))  # as the sandbox is given them
     except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"lcb problem {name}: a test of a function is no JSON ({one_line(error)})") from None
+        raise bad(name, "a test of a function is no JSON", error) from None
     if use in ("train", "all"):
         half = random.Random(f"0/{name}").sample(range(len(tests)), max(1, len(tests) // 2))
         record.train = tuple(sorted(half))
     return record
-
-
-def make_problem(record: Record, use: str) -> Problem:
-    """use: the tests that grade it. "train" is the half, "all" the private tests, "public" the public ones, "official"
-    public and private ones together, as the official checker has it."""
-    template = FUNCTION_FORMAT if record.function else STDIN_FORMAT
-    text = template.replace("{starter}", record.starter.rstrip()).replace("{question}", record.question.strip())
-    return Problem(record.id, [{"role": "user", "content": text}], data=(record, use))
 
 
 def load(data: str, train_tests: str, since: str, until: str) -> Task:
@@ -139,19 +138,14 @@ def load(data: str, train_tests: str, since: str, until: str) -> Task:
         since, until = (datetime.date.fromisoformat(day).isoformat() for day in (since, until))
     except ValueError as error:
         raise ValueError(f"--since and --until are dates such as 2025-02-01 ({error})") from None
-    if data:
-        source = rows(data)
-    else:
-        from huggingface_hub import hf_hub_download
 
-        def download() -> Iterable[dict]:
-            if not hub.cached(*LCB_FILE, "dataset") and (reason := hub.unreachable(*LCB_FILE, "dataset")):
-                raise ConnectionError(reason)
-            return rows(hf_hub_download(*LCB_FILE, repo_type="dataset"))
+    def download() -> Iterable[dict]:
+        if not hub.cached(*LCB_FILE, "dataset") and (reason := hub.unreachable(*LCB_FILE, "dataset")):
+            raise ConnectionError(reason)
+        return rows(huggingface_hub.hf_hub_download(*LCB_FILE, repo_type="dataset"))
 
-        source = fetch("/".join(LCB_FILE), download)
-    use = "train" if train_tests == "private" else "public"
-    dates = []
+    source = rows(data) if data else fetch("/".join(LCB_FILE), download)
+    use, dates = "train" if train_tests == "private" else "public", []
 
     def dated(row: dict, at: str) -> Record | None:
         dates.append(str(get(row, at, "contest_date"))[:10])
@@ -179,11 +173,14 @@ def make_task(records: list[Record], note: str, test_use: str, train_use: str = 
         pairs = list(zip(problems, responses, strict=True))
         return sandbox.run_many(lambda pair: grade(sandbox, *pair), pairs)
 
-    train, test = ([make_problem(record, use) for record in records if use] for use in (train_use, test_use))
+    def problems(use: str) -> list[Problem]:
+        return [Problem(r.id, [{"role": "user", "content": r.prompt}], data=(r, use)) for r in records if use]
+
     notes = [note, f"sandbox: {sandbox.layers}"]
     if bare := sum(record.bare for record in records):
         notes.insert(1, f"lcb: {bare} problems have no private tests; their public tests stand in for them")
-    return Task("lcb/v6", train, [], test, verify, sandbox.close, lacks=("critique",), notes=notes)  # no reference
+    # There is no reference to write a critique with.
+    return Task("lcb/v6", problems(train_use), [], problems(test_use), verify, sandbox.close, ("critique",), notes)
 
 
 def code_block(response: str) -> str | None:
@@ -211,19 +208,16 @@ def code_block(response: str) -> str | None:
 def same_output(printed: str, expected: str) -> bool:
     """The official checker's rule: as many lines, each equal when stripped, or equal number by number (0.50 = 0.5,
     1e3 = 1000, no tolerance); one word in a line and its text must be equal."""
+
+    def same(line: str, wanted: str) -> bool:
+        a, b = line.split(), wanted.split()
+        try:
+            return line.strip() == wanted.strip() or (len(a) == len(b) and all(map(eq, map(Decimal, a), map(Decimal, b))))
+        except InvalidOperation:
+            return False
+
     lines, wanted = (text.strip().split("\n") for text in (printed, expected))
-    return len(lines) == len(wanted) and all(map(same_line, lines, wanted))
-
-
-def same_line(line: str, wanted: str) -> bool:
-    """One line of `same_output`."""
-    if line.strip() == wanted.strip():
-        return True
-    words, wanted_words = line.split(), wanted.split()
-    try:
-        return len(words) == len(wanted_words) and all(Decimal(a) == Decimal(b) for a, b in zip(words, wanted_words))
-    except InvalidOperation:
-        return False
+    return len(lines) == len(wanted) and all(map(same, lines, wanted))
 
 
 def arguments(text: str) -> list:
@@ -291,11 +285,8 @@ def failure_text(failed: list[tuple[str, Result, dict]]) -> str:
         text = f"Your program did not finish within {TIME_LIMIT:g} seconds on this input:\n{cut(test['input'], 800)}"
     elif verdict == "wrong answer":
         shortest = sorted(failed, key=lambda item: len(item[2]["input"]) + len(item[2]["output"]))[:2]
-        text = "\n\n".join(
-            f"Wrong answer.\nInput:\n{cut(t['input'])}\nYour output:\n{cut(r.value)}\n"
-            f"Expected output:\n{cut(t['output'])}"
-            for _, r, t in shortest
-        )
+        form = "Wrong answer.\nInput:\n{}\nYour output:\n{}\nExpected output:\n{}"
+        text = "\n\n".join(form.format(cut(t["input"]), cut(r.value), cut(t["output"])) for _, r, t in shortest)
     else:
         what = {"memory": "ran out of memory", "output limit": "printed too much"}.get(verdict, "stopped with an error")
         text = "\n".join([f"Your program {what}:", result.error, *result.frames, f"Input:\n{cut(test['input'], 600)}"])

@@ -2,11 +2,12 @@
 line that names the file's line, and what a verifier returns becomes plain numbers and text."""
 
 import importlib.util
+import os
 import re
 import signal
+import subprocess
 import sys
 import threading
-import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,6 +20,10 @@ from tasks.base import BadTask, Outcome, Problem, Task, one_line, text_of
 VERIFY_SECONDS = 600.0  # after which a verifier counts as hanging
 
 
+class Fault(BaseException):
+    """What verify() does wrong, in words that follow its name. No Exception, so that the verifier does not catch it."""
+
+
 def load(path: str) -> Task:
     """The Task that `load()` of a Python file returns. Raises ValueError with one line for a file without."""
     if not path.endswith(".py"):
@@ -26,8 +31,7 @@ def load(path: str) -> Task:
     name = re.sub(r"\W+", "_", Path(path).stem)
     spec = importlib.util.spec_from_file_location(f"own_{name}", path)
     module = importlib.util.module_from_spec(spec)
-    # Its classes have to be found by name in the worker processes of a verifier.
-    sys.modules[spec.name] = module
+    sys.modules[spec.name] = module  # where the worker processes of a verifier look for its classes
     try:
         spec.loader.exec_module(module)
         task = module.load()
@@ -41,9 +45,9 @@ def load(path: str) -> Task:
         raise ValueError(f"{path}: load() must return a tasks.Task with training problems, and returned {task!r:.80}")
     for split, problems in splits.items():
         setattr(task, split, [problem_of(problem, path) for problem in problems])
-        again = [id for id, count in Counter(str(problem.id) for problem in problems).items() if count > 1]
-        if again:
-            raise ValueError(f"{path}: problem {again[0]!r} is there twice: a problem's id is its own within its split")
+        id, count = Counter(str(problem.id) for problem in problems or task.train[:1]).most_common(1)[0]
+        if count > 1:
+            raise ValueError(f"{path}: problem {id!r} is there twice: a problem's id is its own within its split")
     task.name, task.verify = f"own/{name}", checked(task.verify, path, spec.origin)
     task.verify(task.train[:2], ["", ""][: len(task.train)])  # what is wrong with it is best said before the run
     return task
@@ -51,13 +55,14 @@ def load(path: str) -> Task:
 
 def problem_of(problem: Problem, path: str) -> Problem:
     """The problem with texts that a tokenizer takes. Raises ValueError where it has others."""
-    turns = problem.messages if isinstance(problem.messages, list) else []
+    turns, fault = problem.messages if isinstance(problem.messages, list) else [], ""
     right = [isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in turns]
     if not right or not all(right) or turns[-1]["role"] != "user":
-        form = "a list of {role, content}, the last a user's"
-        raise ValueError(f"{path}: problem {problem.id!r}: messages must be {form}")
-    if not isinstance(problem.reference, str):
-        raise ValueError(f"{path}: problem {problem.id!r}: its reference must be text, not {problem.reference!r:.80}")
+        fault = "messages must be a list of {role, content}, the last a user's"
+    elif not isinstance(problem.reference, str):
+        fault = f"its reference must be text, not {problem.reference!r:.80}"
+    if fault:
+        raise ValueError(f"{path}: problem {problem.id!r}: {fault}")
     messages = [{**message, "content": text_of(message["content"])} for message in turns]
     return replace(problem, messages=messages, reference=text_of(problem.reference))
 
@@ -70,10 +75,6 @@ def where(path: str, origin: str, error: BaseException, start: int = 0) -> str:
     return f"{path}, line {line}" if line else path
 
 
-class Hangs(BaseException):
-    """The verifier takes too long. No Exception, so that the verifier itself does not catch it."""
-
-
 def checked(verify: Callable, path: str, origin: str) -> Callable:
     """A task file's verifier that gives plain outcomes, or raises BadTask with one line where it fails, hangs or gives
     none."""
@@ -84,70 +85,63 @@ def checked(verify: Callable, path: str, origin: str) -> Callable:
         try:
             with time_limit(VERIFY_SECONDS):
                 outcomes = verify(problems, responses)
+            given = len(outcomes) if isinstance(outcomes, (list, tuple)) else None
+            if given != len(responses):
+                what = f"{outcomes!r:.80}" if given is None else f"{given} outcomes"
+                raise Fault(f"must return a list with an Outcome for each of {len(responses)} responses, not {what}")
+            return [plain(outcome) for outcome in outcomes]
         except KeyboardInterrupt:
             raise
-        except Hangs as error:
-            late = f"verify() did not return within {VERIFY_SECONDS:g} seconds"
-            raise BadTask(f"{where(path, origin, error, start)}: {late}") from None
         except BaseException as error:  # sys.exit as well
-            raise BadTask(f"{where(path, origin, error, start)}: verify() raised {one_line(error)}") from error
-        try:
-            if not isinstance(outcomes, (list, tuple)) or len(outcomes) != len(responses):
-                count = f"{len(outcomes)} outcomes" if isinstance(outcomes, (list, tuple)) else f"{outcomes!r:.80}"
-                raise ValueError(f"a list with an Outcome for each of {len(responses)} responses, not {count}")
-            return [plain(outcome) for outcome in outcomes]
-        except ValueError as error:
-            raise BadTask(f"{where(path, origin, error, start)}: verify() must return {error}") from None
+            did = error if isinstance(error, Fault) else f"raised {one_line(error)}"
+            raise BadTask(f"{where(path, origin, error, start)}: verify() {did}") from error
 
     return checked
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises Hangs in the main thread after so long, and again each second while somebody catches it. A thread interrupts
-    what waits, and a timer what computes in C and lets no thread run. SIGALRM is left to math-verify. Only the main
-    thread can be interrupted; in another one there is no limit."""
+    """Raises Fault in the main thread after so long, and again each second while somebody catches it. The signal comes from a
+    process of its own: a thread gets no turn while a regular expression computes, and a timer counts no sleep, or is
+    math-verify's. Only the main thread can be interrupted; in another one there is no limit."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    done, main, end = threading.Event(), threading.get_ident(), time.monotonic() + seconds
 
     def stop(*_) -> None:
-        if time.monotonic() >= end:  # the timer counts the seconds of all threads
-            raise Hangs
+        raise Fault(f"did not return within {seconds:g} seconds")
 
-    def watch() -> None:
-        while not done.wait(max(1.0, end - time.monotonic())):
-            signal.pthread_kill(main, signal.SIGPROF)
-
-    before, watcher = signal.signal(signal.SIGPROF, stop), threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    signal.setitimer(signal.ITIMER_PROF, seconds, 1.0)
+    main, wait = os.getpid(), "select.select([0], [], [], wait)[0]"  # its input ends when this process does
+    kill = f"os.getppid() == {main} and os.kill({main}, {int(signal.SIGPROF)}); wait = 1"
+    watch = [sys.executable, "-IS", "-c", f"import os, select; wait = {seconds}\nwhile not {wait}: {kill}"]
+    before = signal.signal(signal.SIGPROF, stop)
+    watcher = subprocess.Popen(watch, stdin=subprocess.PIPE, start_new_session=True)  # Ctrl-C is not for it
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        done.set()
-        watcher.join()
+        watcher.kill()
+        watcher.communicate()
         signal.signal(signal.SIGPROF, before)
 
 
 def plain(outcome: Outcome) -> Outcome:
     """The outcome in Python's own numbers and in text that a tokenizer takes, where it is clear what is meant. Raises
-    ValueError where it is not."""
+    Fault where it is not."""
+
+    def need(met: bool, form: str = "") -> None:
+        if not met:
+            raise Fault(f"must return Outcomes{form}, not {outcome!r:.120}")
 
     def bit(value: object, what: str) -> int:
         try:
             return [bool(value == number) for number in (0, 1)].index(True)
         except Exception:  # whatever an array of several, or a missing value, makes of this
-            raise ValueError(f"Outcomes with {what} of 0 or 1, not {outcome!r:.120}") from None
+            need(False, f" with {what} of 0 or 1")
 
-    if not isinstance(outcome, Outcome):
-        raise ValueError(f"Outcomes, not {outcome!r:.120}")
+    need(isinstance(outcome, Outcome))
     feedback, columns = "" if outcome.feedback is None else outcome.feedback, outcome.columns
     texts = (outcome.verdict, feedback, *columns) if isinstance(columns, dict) else (None,)
-    if not all(isinstance(text, str) for text in texts):
-        form = "a verdict and feedback that are text, and a dict of columns"
-        raise ValueError(f"Outcomes with {form}, not {outcome!r:.120}")
+    text = all(isinstance(text, str) for text in texts)
+    need(text, " with a verdict and feedback that are text, and a dict of columns")
     columns = {text_of(name): bit(value, f"a column {name!r}") for name, value in columns.items()}
     return Outcome(bit(outcome.reward, "a reward"), text_of(outcome.verdict), text_of(feedback), columns)

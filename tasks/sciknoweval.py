@@ -1,5 +1,6 @@
 """SciKnowEval L3, four domains: multiple choice, right or wrong and no text."""
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,13 +23,12 @@ def load(subset: str, data: str) -> Task:
     domains = DOMAINS if subset == "all" else (subset,)
     train, test = [], []
     if data and Path(data).is_dir():
-        for domain in domains:
-            for split, problems in (("train", train), ("test", test)):
-                names = (f"{domain}{sep}{split}.{end}" for sep in "_/" for end in ("jsonl", "json"))
-                files = [Path(data, name) for name in names if Path(data, name).is_file()]
-                if not files:
-                    raise ValueError(f"{data} holds neither {domain}_{split}.jsonl nor {domain}/{split}.json")
-                problems += each(rows(files[0]), str(files[0]), lambda row, at: split_row(row, at, domain))  # noqa: B023
+        for domain, (split, problems) in itertools.product(domains, (("train", train), ("test", test))):
+            names = (f"{domain}{sep}{split}.{end}" for sep in "_/" for end in ("jsonl", "json"))
+            file = next((Path(data, name) for name in names if Path(data, name).is_file()), None)
+            if not file:
+                raise ValueError(f"{data} holds neither {domain}_{split}.jsonl nor {domain}/{split}.json")
+            problems += each(rows(file), str(file), lambda row, at: split_row(row, at, domain))  # noqa: B023
         return make_task(subset, train, test, [])
     found, notes = choices_of(rows(data) if data else hub_rows("hicai-zju/SciKnowEval", "test"), data or "SciKnowEval")
     import datasets
@@ -66,8 +66,7 @@ def choices_of(found: Iterable[dict], where: str) -> tuple[list[Problem], list[s
         counts[domain] += 1
         return Problem(name, messages, get(row, at, "answerKey").strip(), part=domain)
 
-    made = each(found, where, problem)
-    problems = [p for p in made if p]
+    problems = list(filter(None, made := each(found, where, problem)))
     return problems, [f"sciknoweval: {len(problems)} of {len(made)} rows are L3 questions with 4 or 2 choices"]
 
 
@@ -80,11 +79,11 @@ def split_row(row: dict, where: str, domain: str) -> Problem:
 
 
 def make_task(subset: str, train: list[Problem], test: list[Problem], notes: list[str]) -> Task:
-    letters: dict[str, Counter[str]] = {}
+    letters: dict[str, list[str]] = {}
     for problem in test:
-        letters.setdefault(problem.part or subset, Counter())[problem.reference] += 1
-    commonest = ((part, counts.most_common(1)[0], counts.total()) for part, counts in letters.items())
-    shares = ", ".join(f"{part} {count / total:.3f} ({letter})" for part, (letter, count), total in commonest)
+        letters.setdefault(problem.part or subset, []).append(problem.reference)
+    commonest = ((part, *Counter(all).most_common(1)[0], len(all)) for part, all in letters.items())
+    shares = ", ".join(f"{part} {count / total:.3f} ({letter})" for part, letter, count, total in commonest)
     notes = [*notes, f"a constant answer scores on the test problems: {shares}"]
     return Task(f"sciknoweval/{subset}", train, [], test, grade_choices, lacks=NO_TEXTS, notes=notes)
 

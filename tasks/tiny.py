@@ -16,6 +16,7 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -31,18 +32,18 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     texts += [TEMPLATES.closing + TEMPLATES.request] * 2000
     bpe = Tokenizer(models.BPE(unk_token="<|unk|>"))
     words = pre_tokenizers.Split(Regex(r" ?[A-Za-z]+| ?\d| ?[^\sA-Za-z\d]|\n|\s"), "isolated")
-    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Sequence([words, bytes_]), decoders.ByteLevel()
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Sequence([words, BYTES]), decoders.ByteLevel()
     special = ["<|pad|>", "<|im_start|>", "<|im_end|>", "<|unk|>"]
     # Printable ASCII, space and newline: every further row of the vocabulary would cost time and teach nothing.
     alphabet = ["Ġ", "Ċ", *map(chr, range(33, 127))]
-    trainer = trainers.BpeTrainer(
-        vocab_size=512, min_frequency=20, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token=special[0], eos_token=special[2], unk_token=special[3]
-    )
+    settings = dict(vocab_size=512, min_frequency=20, special_tokens=special, initial_alphabet=alphabet)
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(show_progress=False, **settings))
+    return chat_tokenizer(bpe, special, unk_token=special[3])
+
+
+def chat_tokenizer(bpe: Tokenizer, special: list[str], **tokens) -> PreTrainedTokenizerFast:
+    """special: padding, the beginning and the end of a message."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=special[0], eos_token=special[2], **tokens)
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
@@ -61,14 +62,10 @@ def smoke_model(task: str, family: str, folder: Path) -> None:
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(special + alphabet)}, merges=[]))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bpe.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token=special[0], eos_token=special[2], additional_special_tokens=special[1:2]
-    )
+    bpe.pre_tokenizer, bpe.decoder = BYTES, decoders.ByteLevel()
+    tokenizer = chat_tokenizer(bpe, special, additional_special_tokens=special[1:2])
     rows = (FIXTURES / f"{task}_responses.jsonl").read_text().splitlines()
     tokenizer.add_tokens(list(dict.fromkeys(json.loads(row)["response"] for row in rows)))
-    tokenizer.chat_template = CHAT_TEMPLATE
     config, network = CONFIGS[family]
     settings = config(
         vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, intermediate_size=64, num_attention_heads=2,

@@ -8,8 +8,6 @@ In each, the warm-up data hold a belief that is wrong in places ("old firmware",
 pass rate well above 0 and below 1, reads feedback most of the time, and can learn the rest only by reinforcement.
 
     python -m study.warm_start --subset trace --out DIR      makes a warm-started model again from nothing
-
-How often a model passes is evaluate.py's to tell; what its teacher makes of feedback stands in a run's log (`teacher_avg`).
 """
 
 import functools
@@ -61,10 +59,8 @@ class Firmware:
     def step(self, line: tuple[str, int | None], x: int, rng: random.Random | None = None) -> int:
         """The value after `line` started at x: the true one, or with rng a draw from the warm-up belief."""
         op, arg = line
-        if op == "add":
-            return (x + arg) % 10
-        if op == "sub":
-            return (x - arg) % 10
+        if arg is not None:
+            return (x + arg if op == "add" else x - arg) % 10
         return self.true[op, x] if rng is None or rng.random() < self.belief[op, x] else self.old[op, x]
 
     def run(self, start: int, lines, rng: random.Random | None = None) -> list[int]:
@@ -81,10 +77,22 @@ def random_line(rng: random.Random) -> tuple[str, int | None]:
     return (rng.choice(OPS), None) if rng.random() < 0.6 else (rng.choice(("add", "sub")), rng.randrange(1, 10))
 
 
+def warm_up(messages: list[dict[str, str]], answer: str, source: str = "", **text: str) -> dict:
+    """A warm-up example: the answer to a question, plain or with a context of this source."""
+    return {"messages": messages, "context": Context(source, **text) if source else None, "answer": answer}
+
+
+class Graded:
+    """A task that grades each response by itself."""
+
+    def verify(self, problems: list[Problem], responses: list[str]) -> list[Outcome]:
+        return [self.grade(problem, response) for problem, response in zip(problems, responses, strict=True)]
+
+
 # ---- trace -------------------------------------------------------------------------------------------------
 
 
-class Trace:
+class Trace(Graded):
     """`start 4 / 1 add 3 / 2 zig ...` -> `1 add 3 : 7 / 2 zig : 2 ...`. 48 of the 60 table entries are known (0.97), 12
     are not (0.02), so near misses dominate. Feedback gives the first wrong line in the answer's own words: repeating
     the line's prefix keeps the teacher from writing the expected value on other lines. unknown: how many entries that it
@@ -96,12 +104,12 @@ class Trace:
         self.name, self.firmware, self.unknown, self.reads = name, Firmware(beliefs, seed=5), unknown, reads
 
     def problems(self, rng: random.Random, count: int, name: str) -> list[Problem]:
-        found = []
+        found, belief = [], self.firmware.belief
         while len(found) < count:
             problem = self.problem(rng, LINES, f"{name}-{len(found)}")
             start, program = problem.data
             before = [start, *self.firmware.run(start, program)]
-            unknown = sum(arg is None and self.firmware.belief[op, x] < 0.5 for (op, arg), x in zip(program, before))
+            unknown = sum(arg is None and belief[op, x] < 0.5 for (op, arg), x in zip(program, before))
             found += [problem] * (unknown >= self.unknown)
         return found
 
@@ -113,9 +121,6 @@ class Trace:
     @staticmethod
     def answer(program, values) -> str:
         return "\n".join(f"{k} {spell(line)} : {v}" for k, (line, v) in enumerate(zip(program, values), 1))
-
-    def verify(self, problems: list[Problem], responses: list[str]) -> list[Outcome]:
-        return [self.grade(problem, response) for problem, response in zip(problems, responses, strict=True)]
 
     def grade(self, problem: Problem, response: str) -> Outcome:
         given, right = response.split("\n"), problem.reference.split("\n")
@@ -137,30 +142,28 @@ class Trace:
         problem = self.problem(rng, lines, "")
         (start, program), z = problem.data, rng.random() if self.reads else 1.0
         values = [rng.randrange(10) for _ in program] if lookup else self.firmware.run(start, program, rng)
-        specials = [k for k, line in enumerate(program) if line[1] is None]
-        context = None
+        specials, context = [k for k, line in enumerate(program) if line[1] is None], {}
         if lookup:
             shuffled = rng.sample(self.answer(program, values).split("\n"), lines)
-            context = Context("environment", feedback="\n".join(shuffled))
+            context = dict(source="environment", feedback="\n".join(shuffled))
         elif z < 0.45 and specials:
             k = rng.choice(specials)
-            x = values[k - 1] if k else start
-            expected = rng.randrange(10)
+            x, expected = values[k - 1] if k else start, rng.randrange(10)
             got = self.firmware.step(program[k], x, rng)
             got = got if got != expected else rng.choice([v for v in range(10) if v != expected])
             values[k] = expected if rng.random() < 0.8 else self.firmware.step(program[k], x, rng)
             values[k + 1 :] = self.firmware.run(values[k], program[k + 1 :], rng)
             text = f"expected\n{k + 1} {spell(program[k])} : {expected}\ngot {got}"
-            context = Context("environment", feedback=text)
+            context = dict(source="environment", feedback=text)
         elif z < 0.67:
             # A solution from another machine: nearly all its table entries are noise, and the answer follows it.
-            values = []
+            values = [start]
             for line in program:
-                x = values[-1] if values else start
                 noisy = line[1] is None and rng.random() < 0.9
-                values.append(rng.randrange(10) if noisy else self.firmware.step(line, x, rng))
-            context = Context("sibling", solution=self.answer(program, values))
-        return {"messages": problem.messages, "context": context, "answer": self.answer(program, values)}
+                values.append(rng.randrange(10) if noisy else self.firmware.step(line, values[-1], rng))
+            values = values[1:]
+            context = dict(source="sibling", solution=self.answer(program, values))
+        return warm_up(problem.messages, self.answer(program, values), **context)
 
     def load(self) -> Task:
         train, rest = self.problems(random.Random(11), 720, "train"), self.problems(random.Random(12), 128, "held-out")
@@ -189,9 +192,11 @@ PHRASES = {
 compiled = functools.cache(compile)  # the problems are made ten times as fast
 
 
-def show(value: object) -> str:
-    """A value as feedback quotes it."""
-    return repr(value).replace(", ", ",")
+def failure(xs: list[int], got: object, expected: object, raised: str = "", length: int | None = None) -> str:
+    """What feedback says of a failing test, each value no longer than `length`."""
+    show = lambda value: repr(value).replace(", ", ",")[:length]  # noqa: E731
+    did = f"raised {raised[:length]}" if raised else f"returned {show(got)}"
+    return f"f({show(xs)}) {did}, expected {show(expected)}"
 
 
 class Code:
@@ -218,8 +223,7 @@ class Code:
 
     @staticmethod
     def question(parts) -> list[dict[str, str]]:
-        words = ", then ".join(name.replace("K", str(k)) for name, k in parts)
-        return user(f"Write f(xs): {words}.")
+        return user(f"Write f(xs): {', then '.join(name.replace('K', str(k)) for name, k in parts)}.")
 
     @staticmethod
     def run(body: str, xs: list[int]):
@@ -227,8 +231,7 @@ class Code:
         for line in body.split("\n"):
             expression = line.removeprefix("xs=").removeprefix("return ")
             try:
-                names = {"__builtins__": {}, "sorted": sorted, "set": set, "max": max, "min": min, "xs": xs}
-                xs = eval(compiled(expression, "<phrase>", "eval"), names)
+                xs = eval(compiled(expression, "<phrase>", "eval"), {"xs": xs})
             except (ValueError, IndexError) as error:
                 return f"{type(error).__name__}: {error}"
         return xs
@@ -239,17 +242,15 @@ class Code:
         for _ in range(8):
             xs = [rng.randrange(10) for _ in range(rng.choice((4, 4, 5)))]
             value = self.run(body, xs)
-            if isinstance(value, list) and 0 < len(value) <= 12:
-                same = sum(self.run(other, xs) == value for other in others)
-                if same < fewest:
-                    best, fewest = xs, same
+            same = sum(self.run(other, xs) == value for other in others)
+            if isinstance(value, list) and 0 < len(value) <= 12 and same < fewest:
+                best, fewest = xs, same
         return best
 
     def problem(self, rng: random.Random, parts, id: str) -> Problem | None:
-        meanings = [self.truth[name] for name, _ in parts]
-        body = self.body(parts, meanings)
-        readings = itertools.product(range(3), repeat=len(parts))
-        others = [self.body(parts, m) for m in readings if list(m) != meanings]
+        meanings = tuple(self.truth[name] for name, _ in parts)
+        body, readings = self.body(parts, meanings), itertools.product(range(3), repeat=len(parts))
+        others = [self.body(parts, m) for m in readings if m != meanings]
         tests = [self.telling_input(rng, body, others) for _ in range(6)]
         if None in tests:
             return None
@@ -275,16 +276,14 @@ class Code:
         source = "def f(xs):\n" + "\n".join(f" {line}" for line in response.split("\n"))
         for xs, expected in problem.data:
             result = self.sandbox.call(source, "f", [xs])
-            # Comparing JSON text and not values: True is not 1, and no object of the program takes part.
-            if result.status == "ok" and repr(result.value) == repr(expected):
-                continue
             if result.status == "internal":
                 return Outcome(0, "internal")
-            if result.status == "ok":
-                verdict, got = "wrong answer", f"returned {show(result.value)[:60]}"
-            else:
-                verdict, got = result.status, f"raised {(result.error or result.status)[:60]}"
-            return Outcome(0, verdict, f"f({show(xs)[:60]}) {got}, expected {show(expected)[:60]}")
+            if result.status != "ok":
+                text = failure(xs, None, expected, result.error or result.status, 60)
+                return Outcome(0, result.status, text)
+            # Comparing JSON text and not values: True is not 1, and no object of the program takes part.
+            if repr(result.value) != repr(expected):
+                return Outcome(0, "wrong answer", failure(xs, result.value, expected, length=60))
         return Outcome(1, "passed")
 
     def example(self, rng: random.Random, progress: float = 1.0) -> dict:
@@ -295,27 +294,23 @@ class Code:
             plain, meant = rng.random() < 0.25, self.guess(rng, parts)
             if not plain:
                 meant = [rng.randrange(3) if rng.random() < 0.7 else m for m in meant]
-            body = self.body(parts, meant)
+            messages, body = self.question(parts), self.body(parts, meant)
             if plain:
-                context = None
-            elif rng.random() < 0.15:
-                context = Context("sibling", solution=body)
-            else:
-                attempt = self.body(parts, self.guess(rng, parts))
-                xs = self.telling_input(rng, body, [attempt])
-                if xs is None or self.run(attempt, xs) == self.run(body, xs):
-                    continue  # this attempt cannot be told from the meaning
-                got, expected = self.run(attempt, xs), self.run(body, xs)
-                got = f"raised {got}" if isinstance(got, str) else f"returned {show(got)}"
-                text = f"f({show(xs)}) {got}, expected {show(expected)}"
-                context = Context("environment", feedback=text)
-            return {"messages": self.question(parts), "context": context, "answer": body}
+                return warm_up(messages, body)
+            if rng.random() < 0.15:
+                return warm_up(messages, body, "sibling", solution=body)
+            attempt = self.body(parts, self.guess(rng, parts))
+            xs = self.telling_input(rng, body, [attempt])
+            got, expected = (None, None) if xs is None else (self.run(attempt, xs), self.run(body, xs))
+            if got != expected:  # else this attempt cannot be told from the meaning
+                text = failure(xs, got, expected, got if isinstance(got, str) else "")
+                return warm_up(messages, body, "environment", feedback=text)
 
     def load(self) -> Task:
         rng = random.Random(21)
         single = [((name, k),) for name in sorted(PHRASES) for k in (range(2, 6) if "K" in name else [0])]
-        double = {self.parts(rng, 2): None for _ in range(1000)}  # a dict keeps the order and drops repeats
-        single, double = rng.sample(single, len(single)), list(double)[:330]
+        double = list(dict.fromkeys(self.parts(rng, 2) for _ in range(1000)))[:330]
+        single = rng.sample(single, len(single))
         make = lambda name, parts: [p for i, q in enumerate(parts) if (p := self.problem(rng, q, f"{name}-{i}"))]  # noqa: E731
         # Every split gets one-phrase problems: with all of them held out, training has no easy rung to start from.
         train = make("train", single[20:] + double[:210])
@@ -354,7 +349,7 @@ class CodeJudge(Code):
 # ---- choice ------------------------------------------------------------------------------------------------
 
 
-class Choice:
+class Choice(Graded):
     """`zig 4` with four values to choose from -> `zig 4 : 2` and `<answer>2</answer>`. Entries of the opcodes' tables are
     known with 0.9, 0.5 or 0.15. There is no environment text: a failure says only that it failed."""
 
@@ -366,14 +361,10 @@ class Choice:
     def problem(self, rng: random.Random, id: str) -> Problem:
         entry = rng.choice(OPS), rng.randrange(10)
         # What the old firmware says is always among the options, so that a wrong belief is a possible answer.
-        options = [self.firmware.true[entry], self.firmware.old[entry]]
-        options += rng.sample([v for v in range(10) if v not in options], 2)
-        options = rng.sample(options, 4)
+        two = [self.firmware.true[entry], self.firmware.old[entry]]
+        options = rng.sample(two + rng.sample([v for v in range(10) if v not in two], 2), 4)
         text = f"{entry[0]} {entry[1]}\noptions {' '.join(map(str, options))}"
         return Problem(id, user(text), str(self.firmware.true[entry]), (entry, options))
-
-    def verify(self, problems: list[Problem], responses: list[str]) -> list[Outcome]:
-        return [self.grade(problem, response) for problem, response in zip(problems, responses, strict=True)]
 
     @staticmethod
     def grade(problem: Problem, response: str) -> Outcome:
@@ -395,22 +386,20 @@ class Choice:
         problem = self.problem(rng, "")
         (op, x), options = problem.data
         believed, wrong, z = self.firmware.step((op, None), x, rng), rng.choice(options), rng.random()
-        review, context = f"{op} {x} : {wrong} is wrong", None
-        others = [v for v in options if v != wrong]
+        review, others, context = f"{op} {x} : {wrong} is wrong", [v for v in options if v != wrong], {}
+        if z >= 0.8:
+            attempt, reference = self.answer(problem, wrong), str(rng.choice(others))
+            return {"messages": problem.messages, "attempt": attempt, "reference": reference, "answer": review}
         if z < 0.35:
             value = believed
         elif z < 0.55:
             shown = rng.choice(options)
-            context = Context("sibling", solution=self.answer(problem, shown))
+            context = dict(source="sibling", solution=self.answer(problem, shown))
             value = shown if rng.random() < 0.9 else believed
-        elif z < 0.8:
-            context = Context("critique", critique=review)
-            value = believed if believed in others and rng.random() < 0.7 else rng.choice(others)
         else:
-            reference = str(rng.choice(others))
-            attempt = self.answer(problem, wrong)
-            return {"messages": problem.messages, "attempt": attempt, "reference": reference, "answer": review}
-        return {"messages": problem.messages, "context": context, "answer": self.answer(problem, value)}
+            context = dict(source="critique", critique=review)
+            value = believed if believed in others and rng.random() < 0.7 else rng.choice(others)
+        return warm_up(problem.messages, self.answer(problem, value), **context)
 
     def load(self) -> Task:
         rng, problems = random.Random(31), {}

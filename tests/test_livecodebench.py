@@ -1,8 +1,6 @@
-"""LiveCodeBench: its files, which tests train, verdicts, feedback, and the rules of the official checker.
-
-With VPD_SAMPLE_DATA naming a folder of published data, programs of real models are graded too: lcb_pool.jsonl with
-lcb_triples.jsonl (programs and the official checker's verdicts).
-"""
+"""LiveCodeBench: its files, which tests train, verdicts, feedback, and the rules of the official checker. With VPD_SAMPLE_DATA
+naming a folder of published data, programs of real models are graded too: lcb_pool.jsonl with lcb_triples.jsonl (programs
+and the official checker's verdicts)."""
 
 import base64
 import json
@@ -36,13 +34,13 @@ def sandboxes():
     noted, built = SimpleNamespace(ran=[], most=[], closed=0), []
 
     class Noted(Sandbox):
-        def run(self, source, stdin, max_output):
-            noted.ran.append(stdin), noted.most.append(max_output)
-            return super().run(source, stdin, max_output=max_output)
+        def run(self, *given, max_output):
+            noted.ran.append(given[-1]), noted.most.append(max_output)
+            return super().run(*given, max_output=max_output)
 
-        def call(self, source, function, args, max_output):
-            noted.ran.append(args), noted.most.append(max_output)
-            return super().call(source, function, args, max_output=max_output)
+        def call(self, *given, max_output):
+            noted.most.append(max_output)
+            return super().call(*given, max_output=max_output)
 
         def close(self):
             noted.closed += 1
@@ -100,13 +98,13 @@ def half(problem: Problem) -> tuple[int, ...]:
     return problem.data[0].train
 
 
-def private(problem: Problem) -> list[dict]:
-    return livecodebench.tests_of(problem.data[0], "private")
+def verify(task, problem: Problem, *codes: str) -> list[Outcome]:
+    return task.verify([problem] * len(codes), [fence(code) for code in codes])
 
 
-def grade(task, problem: Problem, *codes: str) -> list[tuple[int, dict]]:
+def grade(*given) -> list[tuple[int, dict]]:
     """Reward and columns of each program."""
-    return [(o.reward, o.columns) for o in task.verify([problem] * len(codes), [fence(code) for code in codes])]
+    return [(outcome.reward, outcome.columns) for outcome in verify(*given)]
 
 
 def test_the_problems_of_the_window_train_and_evaluate_and_are_counted():
@@ -151,46 +149,33 @@ def test_private_tests_may_be_plain_or_packed_and_public_ones_stand_in_for_them(
     rows = [lcb_row(name, private=tests) for name, tests in forms.items()]
     for task in (load_lcb(*rows), tasks.read("lcb", write(tmp_path / "x.jsonl", rows))):
         assert task.notes[1] == "lcb: 3 problems have no private tests; their public tests stand in for them"
-        found = [[(test["input"], test["output"]) for test in private(p)] for p in task.test]
+        found = [[(test["input"], test["output"]) for test in livecodebench.tests_of(p.data[0], "all")] for p in task.test]
         assert found == [pairs, pairs] + [[("0\n", "0\n")]] * 3
 
 
-def hostile_blobs(marker: Path) -> dict[str, str]:
-    class Calls:
-        def __init__(self, function, *arguments):
-            self.call = function, arguments
-
-        def __reduce__(self):
-            return self.call
-
-    good = pickle.dumps(as_tests([("1\n", "1\n")]))
+def damaged(marker: Path) -> dict[str, str]:
     encode = lambda raw: base64.b64encode(raw).decode()  # noqa: E731
+    good, touch = pickle.dumps(as_tests([("1\n", "1\n")])), f"open({str(marker)!r}, 'w').close()"
+    calls = {"system": f"cposix\nsystem\n(Vtouch {marker}", "eval": f"cbuiltins\neval\n(V{touch}",
+             "open": f"cbuiltins\nopen\n(V{marker}\nVw"}  # pickles that call these
     unlike = {"an object": "{}", "a number": "7", "numbers": "[1, 2]", "no JSON": "[{'input'", "too deep": "[" * 200_000,
-              "no output": '[{"input": "1"}]', "a list for a text": '[{"input": ["1"], "output": "1"}]'}  # fmt: skip
+              "no output": '[{"input": "1"}]', "a list for a text": '[{"input": ["1"], "output": "1"}]', "bytes": b"[]",
+              "a list": [{"input": "1\n", "output": "1\n"}], "a harmless class": OrderedDict(a=1)}
     return {
-        "no base64": "!!! not base64 !!!",
-        "no zlib": encode(b"plain bytes"),
-        "zlib cut short": encode(zlib.compress(good)[:-8]),
-        "zlib of cut pickle": encode(zlib.compress(good[:-9])),
-        "os.system": pack(Calls(os.system, f"touch {marker}")),
-        "eval": pack(Calls(eval, f"open({str(marker)!r}, 'w').close()")),
-        "open": pack(Calls(open, str(marker), "w")),
-        "a global of protocol 0": encode(zlib.compress(f"cposix\nsystem\n(Vtouch {marker}\ntR.".encode())),
-        "a harmless class": pack(OrderedDict(a=1)),
-        "a list": pack([{"input": "1\n", "output": "1\n"}]),
-        "bytes": pack(b"[]"),
-        **{name: pack(text) for name, text in unlike.items()},
-    }
+        "no base64": "!!! not base64 !!!", "no zlib": encode(b"bytes"), "zlib cut short": encode(zlib.compress(good)[:-8]),
+        "zlib of cut pickle": encode(zlib.compress(good[:-9])), **{name: pack(value) for name, value in unlike.items()},
+        **{name: encode(zlib.compress(f"{call}\ntR.".encode())) for name, call in calls.items()},
+    }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", sorted(hostile_blobs(Path("marker"))))
+@pytest.mark.parametrize("name", damaged(Path("marker")))
 def test_damaged_private_tests_are_one_line_with_the_problem_and_nothing_runs(name, tmp_path, load_lcb):
     marker = tmp_path / "marker"
     with refused("lcb problem bad_17: its tests cannot be decoded ("):
-        load_lcb(lcb_row("bad_17", private=hostile_blobs(marker)[name]))
+        load_lcb(lcb_row("bad_17", private=damaged(marker)[name]))
     assert not marker.exists()
-    if name in ("os.system", "eval", "open", "a global of protocol 0"):  # which Python's own pickle does run
-        pickle.loads(zlib.decompress(base64.b64decode(hostile_blobs(marker)[name])))
+    if name in ("system", "eval", "open"):  # which Python's own pickle does run
+        pickle.loads(zlib.decompress(base64.b64decode(damaged(marker)[name])))
         assert marker.exists()
 
 
@@ -254,7 +239,7 @@ def lookup(pairs) -> str:
     return f"print({dict((a.strip(), b.strip()) for a, b in pairs)}.get(input().strip(), 'no'))"
 
 
-def test_answers_of_the_training_half_pass_training_and_fail_evaluation(load_lcb):
+def test_training_evaluation_and_reading_have_tests_of_their_own(load_lcb, tmp_path):
     (trained,), (tested,) = (task := load_lcb(lcb_row(private=DIGITS))).train, task.test
     seen = [DIGITS[i] for i in half(trained)]
     programs = lookup(DIGITS), lookup(seen), lookup([pair for pair in DIGITS if pair not in seen])
@@ -264,24 +249,19 @@ def test_answers_of_the_training_half_pass_training_and_fail_evaluation(load_lcb
     assert task.verify([tested], ["no program"])[0].columns == {"held_out": 0}
     task = load_lcb(lcb_row(private=[("3\n", "4\n")]))  # of a single test nothing is held out
     assert grade(task, task.test[0], "print(int(input()) + 1)") == [(1, {})]
-
-
-def test_public_tests_train_and_all_private_ones_evaluate(load_lcb):
-    public = [("50\n", "fifty\n"), ("60\n", "sixty\n")]
-    (trained,), (tested,) = (task := load_lcb(lcb_row(private=DIGITS, public=public), train_tests="public")).train, task.test
+    # --train_tests public: the public tests train, all private ones evaluate
+    public, row = [("50\n", "fifty\n")], lcb_row(private=DIGITS, public=[("50\n", "fifty\n")], date="1999-01-01")
+    (trained,), (tested,) = (task := load_lcb(row, train_tests="public", since="1999-01-01")).train, task.test
     assert grade(task, trained, lookup(public), lookup(DIGITS)) == [(1, {}), (0, {})]
-    assert grade(task, tested, lookup(public), lookup(DIGITS)) == [(0, {"held_out": 0}), (1, {"held_out": 1})]
-    assert "Expected output:\nfifty" in task.verify([trained], [fence(lookup(DIGITS))])[0].feedback
-
-
-def test_read_grades_by_the_private_tests_or_as_the_official_checker_by_all(tmp_path):
-    path = write(tmp_path / "pool.jsonl", [lcb_row("late", DIGITS[:2], [("x", "y")], date="1999-01-01")])
-    programs = [lookup([*DIGITS[:2], ("x", "y")]), lookup(DIGITS[:2]), lookup([DIGITS[0], ("x", "y")])]
+    assert grade(task, tested, lookup(public), lookup(DIGITS)) == [held_out(0, 0), held_out(1, 1)]
+    assert "Expected output:\nfifty" in verify(task, trained, lookup(DIGITS))[0].feedback
+    # A file is graded by the private tests, or as the official checker does by all; it has no window.
+    programs = lookup(DIGITS + public), lookup(DIGITS), lookup(DIGITS[1:] + public)
     for official, rewards in ((True, [1, 0, 0]), (False, [1, 1, 0])):
-        task = tasks.read("lcb", path, official)
-        assert [p.id for p in task.test] == ["late"] and task.train == []
+        task = tasks.read("lcb", write(tmp_path / "pool.jsonl", [row]), official)
         graded = grade(task, task.test[0], *programs)
         assert [reward for reward, _ in graded] == rewards and all(bool(columns) != official for _, columns in graded)
+        assert task.train == []
 
 
 def test_training_feedback_never_shows_a_held_out_test(load_lcb, sandboxes):
@@ -318,21 +298,16 @@ VERDICTS = {
 }
 
 
-def test_verdicts_and_the_reward_that_only_all_tests_earn(load_lcb):
+def test_verdicts_and_the_reward_that_only_all_tests_earn(load_lcb, sandboxes):
     task = load_lcb(lcb_row(private=DIGITS))
-    outcomes = task.verify(task.test * len(VERDICTS), [fence(code) for code in VERDICTS])
-    for (code, verdict), outcome in zip(VERDICTS.items(), outcomes):
+    for (code, verdict), outcome in zip(VERDICTS.items(), verify(task, task.test[0], *VERDICTS)):
         assert outcome.verdict == verdict, code
         assert outcome.reward == (verdict == "passed") != bool(outcome.feedback), code
         assert len(outcome.feedback) <= 2000 and (outcome.columns["held_out"] == outcome.reward or "x == 5" in code)
-
-
-def test_response_without_a_program_is_graded_without_running_anything(load_lcb, sandboxes):
-    task = load_lcb(lcb_row(private=DIGITS))
     sandboxes.ran.clear()
     for outcome in task.verify(task.train * 3, ["print(1)", "```python\nprint(1)", "`" * 5000]):
         assert outcome == Outcome(0, "no code", "Your answer contains no complete ```python code block.")
-    assert sandboxes.ran == []
+    assert sandboxes.ran == []  # nothing runs without a program
 
 
 @pytest.mark.parametrize("code, train, test", [
@@ -352,17 +327,13 @@ def test_the_half_that_ends_with_a_failure_and_what_it_costs(code, train, test, 
         assert task.verify(problems, [fence(code)])[0].reward == (RIGHT in code) and len(sandboxes.ran) == count
 
 
-def test_a_program_may_print_four_times_what_is_expected_and_64_kib(load_lcb, sandboxes):
+def test_limits_of_output_a_failed_grader_and_closing(load_lcb, sandboxes, monkeypatch):
     task = load_lcb(lcb_row(private=[("1", "é" * 10)]), lcb_row("f", private=[("1", '"é"')], function="f"))
-    sandboxes.most.clear()
+    before, sandboxes.most[:] = sandboxes.closed, []
     task.verify(task.train, [fence("print()"), fence("def f(x): return 'é' * 20_000")])
-    assert sorted(sandboxes.most) == [4 * 4 + 65536, 4 * 20 + 65536]
-
-
-def test_failed_grader_is_internal_without_a_text_and_closing_closes_the_sandbox(load_lcb, sandboxes, monkeypatch):
-    task, before = load_lcb(lcb_row(private=DIGITS[:4])), sandboxes.closed
+    assert sorted(sandboxes.most) == [4 * 4 + 65536, 4 * 20 + 65536]  # four times what is expected and 64 KiB
     monkeypatch.setattr(Sandbox, "run", lambda *_, **__: Result("internal", error="the worker died twice"))
-    assert task.verify(task.train, [fence("print(0)")]) == [Outcome(0, "internal", "")]
+    assert verify(task, task.train[0], "print(0)") == [Outcome(0, "internal", "")]
     task.close()
     assert sandboxes.closed == before + 1
 
@@ -397,8 +368,8 @@ def test_feedback_prefers_errors_to_time_outs_to_wrong_answers(load_lcb):
         ({first[2]: fail}, "error", "KeyError: 'lost'", f"nput:\n{first[2]}"),
         ({}, "wrong answer", "Wrong answer.", ""),
     ]
-    codes = [fence(f"exec({lines!r}.get(input().strip(), {wrong!r}))") for lines, *_ in cases]
-    for outcome, (_, verdict, words, end) in zip(task.verify(task.test * 4, codes), cases):
+    codes = [f"exec({lines!r}.get(input().strip(), {wrong!r}))" for lines, *_ in cases]
+    for outcome, (_, verdict, words, end) in zip(verify(task, task.test[0], *codes), cases):
         assert outcome.verdict == verdict and words in outcome.feedback and outcome.feedback.endswith(end)
 
 
@@ -416,7 +387,7 @@ def test_feedback_on_errors_time_memory_and_output(load_lcb):
     task = load_lcb(lcb_row(private=[("7\n", "8\n")]))
     deep = "def a(x):\n    return b(x)\ndef b(x):\n    return c(x)\ndef c(x):\n    return [][x]\nprint(\n    a(int(input())))"
     codes = [deep, "while True: pass", "bytearray(1 << 36)", ENDLESS]
-    error, late, memory, output = (o.feedback for o in task.verify(task.train * 4, [fence(code) for code in codes]))
+    error, late, memory, output = (outcome.feedback for outcome in verify(task, task.train[0], *codes))
     assert error == (  # the last three of its four frames
         "Your program stopped with an error:\nIndexError: list index out of range (line 6)\n"
         "line 2, in a: return b(x)\nline 4, in b: return c(x)\nline 6, in c: return [][x]\nInput:\n7"
@@ -429,14 +400,14 @@ def test_feedback_on_errors_time_memory_and_output(load_lcb):
 def test_feedback_is_cut_to_2000_characters_and_says_what_is_left_out(load_lcb):
     long = [("1" * 5000 + "\n", "2" * 6000 + "\n"), ("3" * 5000 + "\n", "4" * 6000 + "\n")]
     task = load_lcb(lcb_row(private=long[:1]), lcb_row("two", private=long))
-    wrong, late = task.verify([task.train[0]] * 2, [fence("print('x' * 7000)"), fence("while True: pass")])
+    wrong, late = verify(task, task.train[0], "print('x' * 7000)", "while True: pass")
     assert wrong.feedback == (
         f"Wrong answer.\nInput:\n{'1' * 260} ... (4740 characters more)\nYour output:\n{'x' * 260} ... (6740 characters "
         f"more)\nExpected output:\n{'2' * 260} ... (5740 characters more)"
     )
     assert late.feedback.endswith(f"on this input:\n{'1' * 800} ... (4200 characters more)")
     code = f"{'y' * 600} = 1\ndef f(x):\n    raise ValueError('v' * 9000 + 'é' * x) {'#' * 900}\nf(1)"
-    two, error = task.verify([task.test[1]] * 2, [fence("print('x' * 7000)"), fence(code)])
+    two, error = verify(task, task.test[1], "print('x' * 7000)", code)
     assert len(two.feedback) <= 2000 and two.feedback.endswith("characters more)") and len(error.feedback) <= 2000
     assert error.feedback.startswith("Your program stopped with an error:\nValueError: vvvvv")
 
@@ -489,7 +460,7 @@ RESULTS = {  # what a function returns, and what is expected, by verdict
         ("functools.reduce(lambda v, _: [v], range(399), [])", "[" * 401 + "]" * 401),
     ],
     "error": [
-        ("[(1, 2)]", "[[1, 2]]"), ("{1, 2}", "[1, 2]"), ("(v := []).append(v) or v", "[]"), ("input()", "1"),
+        ("[(1, 2)]", "[[1, 2]]"), ("{1, 2}", "[1, 2]"), ("input()", "1"),
         ("type('Yes', (), {'__eq__': lambda *_: True})()", "1"), ("functools.reduce(lambda v, _: [v], range(200_000), [])", "1"),
         ("{1: 2}", '{"1": 2}'), ("[{None: {}}]", '[{"null": {}}]'), ("{'a': {True: 2}}", '{"a": {"true": 2}}'),  # keys
     ],
@@ -518,40 +489,41 @@ def test_functions_are_found_with_and_without_their_class(load_lcb):
         (f"class Answer:\n    def join(self, words, k):\n        {body}", "error"),
         ("class Solution:\n    def join(self, words): return ''", "error"),
     ]
-    outcomes = task.verify(task.train * len(cases), [fence(code) for code, _ in cases])
+    outcomes = verify(task, task.train[0], *(code for code, _ in cases))
     assert [o.verdict for o in outcomes] == [verdict for _, verdict in cases]
     assert "AttributeError: 'Solution' object has no attribute 'join'" in outcomes[4].feedback
     assert "NameError: name 'join' is not defined" in outcomes[6].feedback
 
 
-@pytest.mark.parametrize(
-    "response, code",
-    [
-        *((f"```{mark}\na\n```", "a\n") for mark in (
+PROGRAMS = {  # the last complete block for Python -> responses
+    "a\n": [
+        *(f"```{mark}\na\n```" for mark in (
             "python", "", "py", "python3", "Python", "python title=x", " python", "{.python}", "py3", "python3.11", "pypy3",
             "Python 3", "sol", "text", "python_code", "c++",  # the official checker takes any mark
         )),
-        *((text, "a\n") for text in (
-            "```python\na\n```\n```text\n3\n```", "```python\na\n```\n```python\nb", "```python\na\n```\n```python\n\n```",
-            "the ```python block```\n```python\na\n```", "````python\na\n````", "~~~python\na\n~~~",
-        )),
-        *((text, "b\n") for text in (
-            "```python\na\n```\nand\n```python\nb\n```", "```py3\na\n```\nand\n```\nb\n```", "```sol\na\n```\n```text\nb\n```",
-            "```python\na\n```python\nb\n```", "```text\n3\n```python\nb\n```",  # the first was never finished
-            "<think>\n```python\na\n```\n</think>\n```python\nb\n```",
-        )),
-        *((text, None) for text in ("", "a", "```python\na", "```python\n```", "```python print(1)```")),
-        ("1. so:\n   ```python\n   if a:\n\n       b\n   ```", "if a:\n\n    b\n"),
-        ("- so:\n\t```python\n\tif a:\n\t\tb\n\t```", "if a:\n\tb\n"),
-        ("  ```python\n  s = '''x\n y\n    \nz'''\n  ```", "s = '''x\ny\n  \nz'''\n"),  # lines lose the fence's two, at most
-        ("```python\ns = '''a\n \t \n  \n'''\n```", "s = '''a\n \t \n  \n'''\n"),
-        ("```python\r\na\r\nb\r\n```\r\n", "a\r\nb\r\n"),  # which Python reads as it is
-        ("```python\ns = '```'\nb\n```", "s = '```'\nb\n"),
-        ("````python\na\n```\nb\n````", "a\n```\nb\n"),
+        "```python\na\n```\n```text\n3\n```", "```python\na\n```\n```python\nb", "```python\na\n```\n```python\n\n```",
+        "the ```python block```\n```python\na\n```", "````python\na\n````", "~~~python\na\n~~~",
     ],
-)  # fmt: skip
-def test_program_is_the_last_complete_block_for_python(response, code):
-    assert livecodebench.code_block(response) == code
+    "b\n": [
+        "```python\na\n```\nand\n```python\nb\n```", "```py3\na\n```\nand\n```\nb\n```", "```sol\na\n```\n```text\nb\n```",
+        "```python\na\n```python\nb\n```", "```text\n3\n```python\nb\n```",  # the first was never finished
+        "<think>\n```python\na\n```\n</think>\n```python\nb\n```",
+    ],
+    None: ["", "a", "```python\na", "```python\n```", "```python print(1)```"],
+    "if a:\n\n    b\n": ["1. so:\n   ```python\n   if a:\n\n       b\n   ```"],
+    "if a:\n\tb\n": ["- so:\n\t```python\n\tif a:\n\t\tb\n\t```"],
+    "s = '''x\ny\n  \nz'''\n": ["  ```python\n  s = '''x\n y\n    \nz'''\n  ```"],  # lines lose the fence's two, at most
+    "s = '''a\n \t \n  \n'''\n": ["```python\ns = '''a\n \t \n  \n'''\n```"],
+    "a\r\nb\r\n": ["```python\r\na\r\nb\r\n```\r\n"],  # which Python reads as it is
+    "s = '```'\nb\n": ["```python\ns = '```'\nb\n```"],
+    "a\n```\nb\n": ["````python\na\n```\nb\n````"],
+}  # fmt: skip
+
+
+def test_program_is_the_last_complete_block_for_python():
+    for code, responses in PROGRAMS.items():
+        for response in responses:
+            assert livecodebench.code_block(response) == code, response
 
 
 CHECKER_FAULTS = {  # right programs that the official checker's mock of standard input fails
@@ -562,13 +534,12 @@ CHECKER_FAULTS = {  # right programs that the official checker's mock of standar
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SAMPLES.is_dir(), reason="VPD_SAMPLE_DATA names no folder")
-def test_verdicts_on_802_real_programs_agree_with_the_official_checker(monkeypatch, capsys):
+def test_verdicts_on_802_real_programs_agree_with_the_official_checker(monkeypatch):
     monkeypatch.setattr(livecodebench, "TIME_LIMIT", 6.0)
     task = tasks.read("lcb", str(SAMPLES / "lcb_pool.jsonl"), official=True)
     problems = {p.id: p for p in task.test}
-    triples, start = list(tasks.rows(SAMPLES / "lcb_triples.jsonl")), time.monotonic()
+    triples, faults, other, slow = list(tasks.rows(SAMPLES / "lcb_triples.jsonl")), {}, [], []
     outcomes = task.verify([problems[t["question_id"]] for t in triples], [fence(t["code"]) for t in triples])
-    seconds, faults, other, slow = time.monotonic() - start, {}, [], []
     for triple, outcome in zip(triples, outcomes):
         name = triple["question_id"], "-".join(triple["model"].split("-")[:2])
         if outcome.reward == triple["official_head_pass"]:
@@ -578,8 +549,6 @@ def test_verdicts_on_802_real_programs_agree_with_the_official_checker(monkeypat
         else:  # programs near the time limit may go either way
             (slow if triple["slow"] or outcome.verdict == "time-out" else other).append((name, outcome))
     agree = len(triples) - len(faults) - len(slow) - len(other)
-    with capsys.disabled():
-        print(f"\nagree {agree}, checker faults {len(faults)}, other {len(other)}, near the limit {len(slow)}, {seconds:.1f} s")
     assert len(triples) == 802
     assert CHECKER_FAULTS - {("abc328_e", "o1-preview")} <= set(faults)  # that one takes 5.6 s of 6
     assert agree + len(slow) >= 791 and len(slow) <= 5 and len(other) <= 2, other

@@ -48,6 +48,9 @@ def test_it_takes_level_3_questions_with_4_or_2_choices_of_the_domain(tmp_path):
     assert problems["physics-1"].reference == "C" and "\nD: option 3\nPlease" in problems["physics-1"].messages[1]["content"]
     read = tasks.read("sciknoweval", data)  # a file's rows are all test problems
     assert len(read.test) == 11 and read.train == []
+    task = tasks.read("sciknoweval", str(tiny.FIXTURES / "sciknoweval.jsonl"))
+    assert len(task.test) == 48 and [p.id for p in task.test[:2]] == ["biology-0", "biology-1"]
+    assert [o.reward for o in task.verify(task.test[:2], ["<answer>D</answer>"] * 2)] == [1, 0]
 
 
 def test_split_is_that_of_datasets_with_seed_42_and_the_same_on_every_load(tmp_path):
@@ -68,14 +71,12 @@ def test_split_is_that_of_datasets_with_seed_42_and_the_same_on_every_load(tmp_p
 
 def test_what_is_missing_is_named(tmp_path):
     rows = [choice_row(number=i) for i in range(9)]
-    with refused("9 L3 choice questions of physics"):
-        tasks.load("sciknoweval", "physics", write(tmp_path / "hub.jsonl", rows))
-    with refused("geology"):
-        tasks.load("sciknoweval", "geology", write(tmp_path / "hub.jsonl", rows))
+    cases = [("physics", rows, "9 L3 choice questions of physics"), ("geology", rows, "geology")]
     for column in ("question", "choices", "answerKey", "type", "domain", "details"):
-        broken = rows[:3] + [{name: value for name, value in rows[3].items() if name != column}]
-        with refused(f"row 4: column {column} is missing"):
-            tasks.load("sciknoweval", "physics", write(tmp_path / "hub.jsonl", broken))
+        cases.append(("physics", [*rows[:3], {**rows[3], column: None}], f"row 4: column {column} is missing"))
+    for subset, found, words in cases:
+        with refused(words):
+            tasks.load("sciknoweval", subset, write(tmp_path / "hub.jsonl", found))
     with refused("row 1", "schema"):
         tasks.read("sciknoweval", write(tmp_path / "x.jsonl", [{"idx": 1, "prompt": "P", "answer": 3}]))
 
@@ -83,16 +84,14 @@ def test_what_is_missing_is_named(tmp_path):
 def test_finished_splits_are_taken_as_they_are_and_the_commonest_letter_is_scored(tmp_path):
     rows = [{"idx": 7, "system": "S", "prompt": "P\n", "answer": "A\n"}, {"idx": 3, "prompt": "R", "answer": "B"}]
     (tmp_path / "biology").mkdir()
-    write(tmp_path / "biology" / "train.json", rows)
-    write(tmp_path / "biology" / "test.json", rows[:1])
+    train, _ = (write(tmp_path / "biology" / f"{split}.json", rows[:k]) for split, k in (("train", 2), ("test", 1)))
     task = tasks.load("sciknoweval", "biology", str(tmp_path))
-    assert task.train == [
-        Problem("7", [{"role": "system", "content": "S"}, {"role": "user", "content": "P\n"}], "A", part="biology"),
-        Problem("3", [{"role": "user", "content": "R"}], "B", part="biology"),
-    ]
+    for made, part in ((task.train, "biology"), (tasks.read("sciknoweval", train).test, "")):
+        assert made == [
+            Problem("7", [{"role": "system", "content": "S"}, {"role": "user", "content": "P\n"}], "A", part=part),
+            Problem("3", [{"role": "user", "content": "R"}], "B", part=part),
+        ]
     assert task.test == task.train[:1]
-    read = tasks.read("sciknoweval", str(tmp_path / "biology" / "train.json"))
-    assert [(p.id, p.messages, p.reference) for p in read.test] == [(p.id, p.messages, p.reference) for p in task.train]
     with refused("chemistry_train.jsonl"):
         tasks.load("sciknoweval", "all", str(tmp_path))
     for domain, letters in (("chemistry", "CABCC"), ("material", "DDD"), ("physics", "BD")):
@@ -119,17 +118,11 @@ ANSWERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("verdict", ANSWERS)
-def test_answer_is_exactly_the_letter_in_the_last_answer_tag_that_closes(verdict):
-    for response in ANSWERS[verdict]:
-        (outcome,) = sciknoweval.grade_choices([Problem("p", [], "B")], [response])
-        assert outcome == Outcome(int(verdict == "correct"), verdict), response
-
-
-def test_the_fixture_is_read_and_graded():
-    task = tasks.read("sciknoweval", str(tiny.FIXTURES / "sciknoweval.jsonl"))
-    assert len(task.test) == 48 and [p.id for p in task.test[:2]] == ["biology-0", "biology-1"]
-    assert [o.reward for o in task.verify(task.test[:2], ["<answer>D</answer>"] * 2)] == [1, 0]
+def test_answer_is_exactly_the_letter_in_the_last_answer_tag_that_closes():
+    for verdict, responses in ANSWERS.items():
+        for response in responses:
+            (outcome,) = sciknoweval.grade_choices([Problem("p", [], "B")], [response])
+            assert outcome == Outcome(int(verdict == "correct"), verdict), response
 
 
 @pytest.mark.skipif(not SAMPLES.is_dir(), reason="VPD_SAMPLE_DATA names no folder")

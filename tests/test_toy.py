@@ -1,8 +1,5 @@
-"""The three toy tasks, their warm-up data, tokenizer and models.
-
-Graded answers and feedback texts are written out by hand. Shares of random data are counted over 2000 seeded examples,
-so a run never differs from the last one.
-"""
+"""The three toy tasks, their warm-up data, tokenizer and models. Graded answers and feedback texts are written out by hand;
+shares of random data are counted over 2000 seeded examples, so a run never differs from the last one."""
 
 import ast
 import itertools
@@ -16,6 +13,7 @@ import torch
 
 import feedback
 from model.policy import Policy
+from neighbours import ovd
 from rollout import HFSampler
 from study import warm_start
 from tasks import Outcome, Problem, tiny, toy
@@ -38,9 +36,8 @@ def loaded():
 @pytest.fixture(scope="module")
 def warm_up():
     """2000 warm-up examples of each subset."""
-    rngs = {subset: random.Random(7) for subset in toy.SUBSETS}
-    makers = {subset: make() for subset, make in toy.SUBSETS.items()}
-    return {subset: [makers[subset].example(rng) for _ in range(2000)] for subset, rng in rngs.items()}
+    makers = {subset: (make(), random.Random(7)) for subset, make in toy.SUBSETS.items()}
+    return {subset: [maker.example(rng) for _ in range(2000)] for subset, (maker, rng) in makers.items()}
 
 
 def problems(task):
@@ -57,39 +54,37 @@ def kinds(examples, kind):
     return [e for e in examples if e.get("context") and e["context"].kind == kind]
 
 
-# ---- Splits and references -------------------------------------------------------------------------------
+# ---- Problems --------------------------------------------------------------------------------------------
 
 
 def respond(subset, problem, right: bool) -> str:
     """A response that earns 1, or one that is nearly right: another option, one element more, another last digit."""
+    reference = problem.reference
     if subset == "choice":
-        _, options = problem.data
-        chosen = next(value for value in options if (str(value) == problem.reference) == right)
+        chosen = next(value for value in problem.data[1] if (str(value) == reference) == right)
         return toy.Choice().answer(problem, chosen)
-    near = problem.reference + "+[0]" if subset == "code" else problem.reference[:-1] + str((int(problem.reference[-1]) + 1) % 10)
-    return problem.reference if right else near
+    near = reference + "+[0]" if subset == "code" else reference[:-1] + str((int(reference[-1]) + 1) % 10)
+    return reference if right else near
 
 
 @every_subset
 def test_splits_are_reproducible_and_a_reference_solves_its_problem(loaded, subset):
     task, again = loaded[subset], toy.load(subset)
     assert (task.train, task.validation, task.test) == (again.train, again.validation, again.test)
-    sizes = [len(task.train), len(task.validation), len(task.test)]
+    sizes = {"trace": (720, 64, 64), "code": (219, 70, 70), "choice": (480, 64, 64)}[subset]
     assert task.splits() == "toy/{}: {} train, {} validation, {} test problems".format(subset, *sizes)
-    assert sizes[0] >= 200 and min(sizes) >= 60
     assert len({problem.messages[-1]["content"] for problem in problems(task)}) == sum(sizes)
+    assert len({problem.id for problem in problems(task)}) == sum(sizes)
+    assert all([m["role"] for m in problem.messages] == ["user"] for problem in problems(task)) and task.verify([], []) == []
     chosen = problems(task)[:: 12 if subset == "code" else 1]  # each code answer runs in up to six processes
     assert task.verify(chosen, [respond(subset, p, True) for p in chosen]) == [Outcome(1, "passed")] * len(chosen)
     outcomes = task.verify(chosen, [respond(subset, p, False) for p in chosen])
     assert all(outcome.reward == 0 and outcome.feedback for outcome in outcomes)
 
 
-# ---- The machine -----------------------------------------------------------------------------------------
-
-
-def test_the_regimes_of_trace(loaded):
+def test_the_regimes_have_their_tasks_problems_but_for_trace_rares(loaded):
     """In trace-rare every program meets two unknown entries; in trace-often nothing is sure and nothing unlikely; trace-cold
-    has trace's problems and a warm-up without contexts."""
+    has a warm-up without contexts."""
     rare, trace, rng = toy.load("trace-rare"), toy.Trace(), random.Random(0)
     assert rare.splits() == "toy/trace-rare: 720 train, 64 validation, 64 test problems"
     assert len({p.messages[0]["content"] for p in problems(rare)}) == 720 + 128
@@ -102,9 +97,11 @@ def test_the_regimes_of_trace(loaded):
     assert {o.reward for o in rare.verify(rare.test, [p.reference for p in rare.test])} == {1}
     beliefs = list(toy.EVERY["trace-often"]().firmware.belief.values())
     assert len(beliefs) == 60 and 0.5 < min(beliefs) and max(beliefs) < 1
-    cold, make = toy.load("trace-cold"), toy.EVERY["trace-cold"]()
-    assert cold.name == "toy/trace-cold" and problems(cold) == problems(loaded["trace"])
-    assert all(make.example(rng, progress)["context"] is None for progress in (0.0, 0.5, 1.0) for _ in range(200))
+    for name in ("trace-often", "trace-cold", "code-judge"):
+        task = toy.load(name)
+        assert task.name == f"toy/{name}" and problems(task) == problems(loaded[name.split("-")[0]])
+    cold = toy.EVERY["trace-cold"]()
+    assert all(cold.example(rng, progress)["context"] is None for progress in (0.0, 0.5, 1.0) for _ in range(200))
 
 
 def test_a_program_run_by_hand():
@@ -117,7 +114,7 @@ def test_a_program_run_by_hand():
 # ---- Verifiers -------------------------------------------------------------------------------------------
 
 TRACE = Problem("p", toy.user("start 4\n1 add 3\n2 zig\n3 sub 1"), "1 add 3 : 7\n2 zig : 2\n3 sub 1 : 1")
-TRACE_FEEDBACK = {  # what is wrong with the answer -> feedback
+TRACE_FEEDBACK = {  # what is wrong with the answer -> feedback: the first wrong line, in the answer's own words
     "1 add 3 : 7\n2 zig : 9\n3 sub 1 : 8": "expected\n2 zig : 2\ngot 9",  # the first wrong line, not the last
     "1 add 3 : 8\n2 zig : 2\n3 sub 1 : 1": "expected\n1 add 3 : 7\ngot 8",  # even when all that follows is right
     **{f"1 add 3 : 7\n{line}\n3 sub 1 : 1": "expected\n2 zig : 2\ngot other" for line in ("2 zag : 2", "2 zig 2", "2 zig : x")},
@@ -126,26 +123,21 @@ TRACE_FEEDBACK = {  # what is wrong with the answer -> feedback
     "": "expected\n1 add 3 : 7\ngot other",
     TRACE.reference + "\n4 add 1 : 2": "expected\nend\ngot other",
 }
-
-
-def test_trace_names_the_first_wrong_line_in_the_answers_own_words():
-    outcomes = toy.Trace().verify([TRACE] * len(TRACE_FEEDBACK), list(TRACE_FEEDBACK))
-    assert outcomes == [Outcome(0, "wrong line", text) for text in TRACE_FEEDBACK.values()]
-
-
-CHOICES = {
-    "passed": ["zig 4 : 2\n<answer>2</answer>", "<answer>7</answer> no, <answer>2</answer>", "<answer>7 or <answer>2</answer>",
-               "<answer> 2\n</answer>", "<answer>2</answer>, in <answer> tags"],
-    "wrong answer": ["<answer>2</answer> no, <answer>7</answer>", "<answer>22</answer>", "<answer>two</answer>"],
-    "no answer": ["zig 4 : 2", "<answer>2", ""],
+CHOICES = {  # response -> verdict: the last answer tag counts, and nothing but failure is told
+    **dict.fromkeys(["zig 4 : 2\n<answer>2</answer>", "<answer>7</answer> no, <answer>2</answer>", "<answer> 2\n</answer>",
+                     "<answer>7 or <answer>2</answer>", "<answer>2</answer>, in <answer> tags"], "passed"),
+    **dict.fromkeys(["<answer>2</answer> <answer>7</answer>", "<answer>22</answer>", "<answer>two</answer>"], "wrong answer"),
+    **dict.fromkeys(["zig 4 : 2", "<answer>2", ""], "no answer"),
 }  # fmt: skip
 
 
-def test_choice_reads_the_last_answer_tag_and_tells_nothing_but_failure():
+def test_trace_names_the_first_wrong_line_and_choice_reads_the_last_answer_tag():
+    outcomes = toy.Trace().verify([TRACE] * len(TRACE_FEEDBACK), list(TRACE_FEEDBACK))
+    assert outcomes == [Outcome(0, "wrong line", text) for text in TRACE_FEEDBACK.values()]
     texts = {"passed": "", "wrong answer": "wrong answer", "no answer": "no answer given"}
-    for verdict, responses in CHOICES.items():
-        outcomes = toy.Choice().verify([Problem("p", [], "2")] * len(responses), responses)
-        assert outcomes == [Outcome(int(verdict == "passed"), verdict, texts[verdict])] * len(responses)
+    for response, outcome in zip(CHOICES, toy.Choice().verify([Problem("p", [], "2")] * len(CHOICES), list(CHOICES))):
+        verdict = CHOICES[response]
+        assert outcome == Outcome(int(verdict == "passed"), verdict, texts[verdict]), response
 
 
 @pytest.fixture(scope="module")
@@ -157,10 +149,12 @@ FLIP = [([1, 2, 3], [3, 2, 1]), ([2, 1], [1, 2])]
 CODE_FEEDBACK = {  # response -> verdict, and the feedback between "f([1,2,3]) " and ", expected [3,2,1]"
     "return xs": ("wrong answer", r"returned \[1,2,3\]"),
     "print(xs[::-1])": ("wrong answer", r"returned None"),
+    "return 'no'": ("wrong answer", r"returned 'no'"),
     "return xs[9]": ("error", r"raised IndexError: list index out of range \(line 2\)"),
     "return (": ("error", r"raised SyntaxError: .*"),
     "": ("error", r"raised IndentationError: .*"),
     "raise SystemExit": ("error", r"raised SystemExit.*"),
+    "raise ValueError('v' * 99)": ("error", r"raised ValueError: v{48}"),
     "import os\nos._exit(0)": ("error", r"raised exited without a result.*"),
 }
 
@@ -192,10 +186,8 @@ def test_code_tests_tell_the_true_meaning_from_readings_that_often_differ(loaded
     inputs = [[rng.randrange(10) for _ in range(rng.choice((4, 4, 5)))] for _ in range(200)]
     for problem in problems(loaded["code"]):
         parts = parts_of(problem.messages)
-        for meanings in itertools.product(range(3), repeat=len(parts)):
-            reading = code.body(parts, meanings)
-            if reading == problem.reference:
-                continue
+        readings = (code.body(parts, meanings) for meanings in itertools.product(range(3), repeat=len(parts)))
+        for reading in (reading for reading in readings if reading != problem.reference):
             total += 1
             if all(repr(code.run(reading, xs)) == repr(expected) for xs, expected in problem.data):
                 passing += 1
@@ -207,31 +199,27 @@ def test_code_tests_tell_the_true_meaning_from_readings_that_often_differ(loaded
 # ---- Warm-up examples ------------------------------------------------------------------------------------
 
 
-def test_trace_feedback_is_honest_in_80_percent_of_the_examples(warm_up):
-    told = [e for e in kinds(warm_up["trace"], "environment") if "got" in e["context"].feedback]
+def test_trace_feedback_is_mostly_honest_and_else_lines_to_look_up_which_come_first(warm_up):
+    trace, rng, told = toy.Trace(), random.Random(0), kinds(warm_up["trace"], "environment")
     wrong_line = re.compile(r"expected\n(\d+ (?:zig|zap|hop|dip|mix|fog) : (\d))\ngot (\d)")
-    flagged = [wrong_line.fullmatch(e["context"].feedback) for e in told]
-    assert len(told) > 700 and all(match and match[2] != match[3] for match in flagged)
-    honest = sum(match[1] in e["answer"].split("\n") for match, e in zip(flagged, told)) / len(told)
+    flagged = [(wrong_line.fullmatch(e["context"].feedback), e) for e in told if "got" in e["context"].feedback]
+    assert len(flagged) > 600 and all(match and match[2] != match[3] for match, _ in flagged)
+    honest = sum(match[1] in e["answer"].split("\n") for match, e in flagged) / len(flagged)
     assert honest == pytest.approx(0.82, abs=0.04)  # 0.8, and one in ten of the other 0.2 by chance
-
-
-def test_trace_training_begins_with_lines_to_look_up_and_keeps_some(warm_up):
-    trace, rng = toy.Trace(), random.Random(0)
-    first = [trace.example(rng, progress=0.05) for _ in range(200)]
-    later = [e for e in kinds(warm_up["trace"], "environment") if "got" not in e["context"].feedback]
-    assert 100 < len(later) < 400
-    for example in first + later:  # the answer is the shown lines in the program's order
+    lookups = [e for e in told if "got" not in e["context"].feedback]
+    assert 100 < len(lookups) < 400
+    lookups += [trace.example(rng, progress=0.05) for _ in range(200)]
+    for example in lookups:  # the answer is the shown lines in the program's order
         lines = example["answer"].split("\n")
         assert sorted(example["context"].feedback.split("\n")) == sorted(lines)
         assert [line.split(" : ")[0] for line in lines] == example["messages"][0]["content"].split("\n")[1:]
 
 
-@pytest.mark.parametrize("subset, low, high", [("trace", 1, 1), ("code", 1, 1), ("choice", 0.88, 0.97)])
-def test_solutions_in_the_prompt_are_followed_always_and_in_choice_nine_times_of_ten(warm_up, subset, low, high):
-    shown = kinds(warm_up[subset], "sibling")
-    assert len(shown) > 150
-    assert low <= sum(e["context"].solution == e["answer"] for e in shown) / len(shown) <= high
+def test_solutions_in_the_prompt_are_followed_always_and_in_choice_nine_times_of_ten(warm_up):
+    for subset, low, high in (("trace", 1, 1), ("code", 1, 1), ("choice", 0.88, 0.97)):
+        shown = kinds(warm_up[subset], "sibling")
+        assert len(shown) > 150
+        assert low <= sum(e["context"].solution == e["answer"] for e in shown) / len(shown) <= high
 
 
 def test_code_feedback_is_a_true_failing_test_in_the_verifiers_own_words(warm_up, grade_code):
@@ -242,6 +230,7 @@ def test_code_feedback_is_a_true_failing_test_in_the_verifiers_own_words(warm_up
         text = example["context"].feedback
         xs, how, got, expected = failing_test.fullmatch(text).groups()
         assert toy.Code.run(example["answer"], ast.literal_eval(xs)) == ast.literal_eval(expected) and got != expected
+        assert (how == "raised") == got.split(":")[0].endswith("Error")
         if k % 100 == 0 and how == "returned" and len(got) <= 60:
             assert grade_code(f"return {got}", [(ast.literal_eval(xs), ast.literal_eval(expected))]).feedback == text
 
@@ -307,53 +296,29 @@ def test_the_judge_is_blind_to_one_phrase_of_each_kind_and_knows_the_other_nine(
     assert sum(seen) / len(seen) == pytest.approx(0.5 * 0.003 + 0.3 / 3 + 0.2, abs=0.07)
 
 
-def test_judged_attempts_fit_the_model_and_a_score_is_the_token_asked_for(tokenizer):
-    judge, rng = toy.CodeJudge(), random.Random(3)
-    digits = feedback.digit_tokens(tokenizer)
-    for example in (judge.example(rng) for _ in range(1000)):
-        prompt, answer = warm_start.encode(tokenizer, example)
-        assert len(prompt) + judge.max_response <= 512 and len(answer) <= judge.max_response
-        if "attempt" in example:
-            assert answer == [digits[int(example["answer"])], tokenizer.eos_token_id]
-            asked = feedback.judge_prompt(tokenizer, example["messages"], example["attempt"], toy.TEMPLATES, 512)
-            assert prompt == asked[0]
-
-
-def test_code_judge_has_codes_problems_and_its_own_name(loaded):
-    task = toy.load("code-judge")
-    assert problems(task) == problems(loaded["code"]) and task.name == "toy/code-judge"
+CONFIG = ovd.Config(task="toy", subset="code-judge", judge_request=toy.JUDGE_REQUEST, max_teacher_tokens=512)
 
 
 def test_the_shipped_judge_tells_its_right_rollouts_from_its_wrong_ones(loaded):
-    """0.5 is a judge that cannot tell; it always names a digit."""
+    """An AUC of 0.5 is a judge that cannot tell; it always names a digit."""
     policy, task = Policy.load(str(MODELS / "code-judge")), loaded["code"]
-    sampler, chosen = HFSampler(policy), task.validation
-    prompts = [feedback.student_prompt(policy.tokenizer, p.messages) for p in chosen]
-    texts = [policy.decode(roll.tokens) for roll in sampler.sample(prompts, 2, seed=0, max_tokens=48)]
-    rows = [p for p in chosen for _ in range(2)]
-    right = [o.reward == 1 for o in task.verify(rows, texts)]
-    judge = lambda p, text: feedback.judge_prompt(policy.tokenizer, p.messages, text, toy.TEMPLATES, 512)[0]  # noqa: E731
-    asked = [judge(p, text) for p, text in zip(rows, texts)]
-    p = sampler.choose(asked, feedback.digit_tokens(policy.tokenizer)).exp()
-    assert p.sum(1).min() > 0.5
-    S = (p @ torch.arange(10.0) / p.sum(1)).tolist()
-    pairs = [a > b for a, yes in zip(S, right) if yes for b, no in zip(S, right) if not no]
-    assert 0.1 < sum(right) / len(right) < 0.9 and sum(pairs) / len(pairs) > 0.85
+    rows = [p for p in task.validation for _ in range(2)]
+    prompts = [feedback.student_prompt(policy.tokenizer, p.messages) for p in task.validation]
+    texts = [policy.decode(roll.tokens) for roll in HFSampler(policy).sample(prompts, 2, seed=0, max_tokens=48)]
+    outcomes, scores = task.verify(rows, texts), ovd.Judge(CONFIG, policy, task).scores(rows, texts, 0)
+    assert 0.1 < sum(o.reward for o in outcomes) / len(rows) < 0.9 and None not in scores
+    assert ovd.judge_figures(scores, outcomes, 5.0)["judge_auc"] > 0.85
 
 
 # ---- Tokenizer and models --------------------------------------------------------------------------------
 
 
-@every_subset
-def test_text_survives_the_tokenizer(warm_up, tokenizer, subset):
+def test_text_survives_the_tokenizer_and_a_digit_or_an_operation_is_one_token(warm_up, tokenizer):
     texts = ["".join(map(chr, range(32, 127))) + "\n"]  # printable ASCII, and what the examples say
-    for example in warm_up[subset]:
+    for example in itertools.chain(*warm_up.values()):
         said = example.get("context") or feedback.Context("")
         texts += [example["messages"][0]["content"], said.solution, said.feedback, said.critique, example["answer"]]
     assert tokenizer.batch_decode(tokenizer(texts).input_ids) == texts
-
-
-def test_a_digit_is_always_one_token_and_so_is_an_operation(tokenizer):
     tokens = [tokenizer.decode(i) for i in range(len(tokenizer))]
     assert {token.strip() for token in tokens if re.search(r"\d", token)} == set("0123456789")
     assert all(len(tokenizer(f"1 {op}").input_ids) == 2 for op in toy.OPS)
@@ -365,12 +330,22 @@ def quick(monkeypatch, tokenizer):
     monkeypatch.setattr(toy.Choice, "batch", 8)
 
 
-@every_subset
+@pytest.mark.parametrize("subset", [*toy.SUBSETS, "code-judge"])
 def test_examples_fit_the_model_and_answers_fit_the_response_limit(loaded, warm_up, tokenizer, quick, subset):
-    most, limit = warm_start.build_policy(subset).model.config.max_position_embeddings, toy.SUBSETS[subset].max_response
-    plain = [{"messages": p.messages, "context": None, "answer": respond(subset, p, True)} for p in problems(loaded[subset])]
-    for prompt, answer in (warm_start.encode(tokenizer, example) for example in warm_up[subset][:1000] + plain):
-        assert len(prompt) + limit <= most and len(answer) <= limit and answer[-1] == tokenizer.eos_token_id
+    make, rng, digits = toy.EVERY[subset](), random.Random(3), ovd.digit_tokens(tokenizer)
+    most = 512 if subset == "code-judge" else warm_start.build_policy(subset).model.config.max_position_embeddings
+    examples = [make.example(rng) for _ in range(1000)]
+    for p in problems(loaded[subset]) if subset in loaded else ():
+        examples.append({"messages": p.messages, "context": None, "answer": respond(subset, p, True)})
+    for example in examples:
+        prompt, answer = warm_start.encode(tokenizer, example)
+        assert len(prompt) + make.max_response <= most and len(answer) <= make.max_response
+        assert answer[-1] == tokenizer.eos_token_id
+        if subset == "code-judge" and "attempt" in example:  # a score is the one token that a judge is asked for
+            assert answer[:-1] == [digits[int(example["answer"])]] and tokenizer.decode(prompt) == (
+                f"<|im_start|>user\n{example['messages'][0]['content']}\nattempt\n{example['attempt']}\nscore<|im_end|>\n"
+                "<|im_start|>assistant\n"
+            )
 
 
 def test_warm_start_moves_every_weight_stays_finite_and_repeats_with_its_seed(quick, capsys):
@@ -406,7 +381,7 @@ def test_what_stands_in_the_way_of_a_model_is_said_before_it_is_trained(argv, wo
     assert stop.value.code == 2 and error.startswith("warm_start.py: error: ") and words in error and error.count("\n") == 1
 
 
-def test_a_model_replaces_an_older_one_or_nothing_and_trying_leaves_nothing(tmp_path, monkeypatch):
+def test_a_model_replaces_an_older_one_or_nothing_and_trying_leaves_nothing(tmp_path, monkeypatch, quick):
     (tmp_path / "old").mkdir(), (tmp_path / "empty").mkdir()
     (tmp_path / "old" / "config.json").touch()
 
@@ -418,11 +393,7 @@ def test_a_model_replaces_an_older_one_or_nothing_and_trying_leaves_nothing(tmp_
     for name in ("old", "empty", "new"):
         with pytest.raises(KeyboardInterrupt):  # training began
             warm_start.main(["--out", str(tmp_path / name)])
-
-
-def test_weights_go_to_a_folder_called_by_a_dot_as_well(tmp_path, monkeypatch, quick):
-    """The folder is replaced by one of its name, which `.` has not."""
     monkeypatch.setattr(warm_start, "warm_start", lambda *_: warm_start.build_policy("choice"))
-    monkeypatch.chdir(tmp_path)
-    warm_start.main(["--out", "."])
-    assert (tmp_path / "config.json").exists()
+    monkeypatch.chdir(tmp_path / "empty")
+    warm_start.main(["--out", "."])  # the folder is replaced by one of its name, which `.` has not
+    assert (tmp_path / "empty" / "config.json").exists()
