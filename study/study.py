@@ -40,7 +40,7 @@ is chance. The interval says little where some runs collapse and others do not: 
 at each seed. Not tested here: real models (Tables 1 to 3), mathematics (Fig. 4), memory, and the time of an E-step on
 a GPU. A verdict covers these tasks at these settings."""
 
-# ---- Rows ----------------------------------------------------------------------------------------------------
+# ---- Rows and claims -----------------------------------------------------------------------------------------
 
 LABELS = {"vpd": "VPD", "sdpo": "SDPO", "grpo": "GRPO", "joint": "SDPO+RL joint", "reshape": "SDPO+RL reshape",
           "reweight": "SDPO+RL reweight", "distil": "DistIL", "ovd": "OVD"}  # fmt: skip
@@ -69,6 +69,19 @@ for subset, rows in {
 }.items():  # fmt: skip
     for name, dashes, flags in (row.partition(" --") for row in rows.split("; ")):
         ROWS[f"{subset}/{name}"] = f"{dashes}{flags}".split()
+
+Claim = namedtuple("Claim", "says quantity subset above below")  # a line of claims.txt on one subset with one quantity
+CLAIMS: dict[str, list[Claim]] = {}  # by heading; those of papers are in README.md as well
+for line in (Path(__file__).parent / "claims.txt").read_text().splitlines():
+    if line.startswith("## "):
+        claims = CLAIMS.setdefault(line[3:], [])
+    elif line and not line.startswith("# "):
+        says, quantities, subsets, rows = line.split(" | ")
+        claims += [Claim(says, q, s, *rows.split(" > ")) for q in quantities.split(", ") for s in subsets.split()]
+WHAT = {"avg": "", "pass@4": "pass@4: ", "teacher change": "teacher on base failures, gain: ",
+        "margin change": "margin, last five batches minus first five: ",
+        "margin fall": "margin, first five batches minus last five: ",
+        "late gain": "validation, gain in the second half: ", "late loss": "validation, loss in the second half: "}  # fmt: skip
 
 
 def label_of(name: str) -> str:
@@ -112,25 +125,10 @@ def settings_of(flags: list[str]) -> dict:
     return kept | {"teacher": cfg.reader()}
 
 
-# ---- Claims --------------------------------------------------------------------------------------------------
-
-Claim = namedtuple("Claim", "says quantity subset above below")  # a line of claims.txt on one subset with one quantity
-CLAIMS: dict[str, list[Claim]] = {}  # by heading; those of papers are in README.md as well
-for line in (Path(__file__).parent / "claims.txt").read_text().splitlines():
-    if line.startswith("## "):
-        claims = CLAIMS.setdefault(line[3:], [])
-    elif line and not line.startswith("# "):
-        says, quantities, subsets, rows = line.split(" | ")
-        claims += [Claim(says, q, s, *rows.split(" > ")) for q in quantities.split(", ") for s in subsets.split()]
-WHAT = {"avg": "", "pass@4": "pass@4: ", "teacher change": "teacher on base failures, gain: ",
-        "margin change": "margin, last five batches minus first five: ",
-        "margin fall": "margin, first five batches minus last five: ",
-        "late gain": "validation, gain in the second half: ", "late loss": "validation, loss in the second half: "}  # fmt: skip
-
-
 # ---- Runs ----------------------------------------------------------------------------------------------------
 
 STARTED: list[subprocess.Popen] = []  # to be killed when the study is stopped
+SERIES = ("reward", "margin", "entropy", "divergence", "with_context", "response_length", "shift")  # that are kept of a run
 
 
 def folder_of(name: str) -> str:
@@ -181,11 +179,6 @@ def perform_all(jobs: dict[Path, list[str]], at_once: int, test: bool) -> list[s
             print("study.py: stopped; finished runs are kept", file=sys.stderr)
             sys.exit(130)
     return failed
-
-
-# ---- From run directories to one small file ------------------------------------------------------------------
-
-SERIES = ("reward", "margin", "entropy", "divergence", "with_context", "response_length", "shift")
 
 
 def rounded(value):
@@ -295,12 +288,11 @@ def verdict(claim: Claim, rows: dict) -> tuple[str, str] | None:
     values = [[v for run in of if not np.isnan(v := quantity(claim.quantity, run))] for of in runs]
     if min(map(len, values)) < 2:
         return None
-    mean, low, high = interval(*values)
-    text = with_interval(values[0])
+    (mean, low, high), text = interval(*values), with_interval(values[0])
     if len(values) == 2:
-        a, b = map(np.mean, values)
         rank = stats.mannwhitneyu(*values, method="exact").pvalue
-        text = f"{a:.3f} against {b:.3f}: {mean:+.3f} [{low:+.3f}, {high:+.3f}], rank test p {rank:.3f}"
+        text = " against ".join(f"{np.mean(of):.3f}" for of in values)
+        text = f"{text}: {mean:+.3f} [{low:+.3f}, {high:+.3f}], rank test p {rank:.3f}"
     elif claim.above == "base":
         base = runs[0][0]["before"]["avg"]
         text, low, high = f"{text}, base {base:.3f}", base - high, base - low
@@ -314,19 +306,18 @@ def table(subset: str, rows: dict) -> list[str]:
     """The text table of a subset's rows, and under it the command of each."""
     rows = {name: row for name, row in rows.items() if name.split("/")[0] == subset}
     base = runs_of(rows, next(iter(rows)))[0]["before"]
-    lines = [f"{'':34s} {'seeds':>5s} {'avg@4 [95% over seeds]':24s} {'each seed':31s} {'pass@4':6s}  {'margin':12s}  "
-             f"{'teacher':12s} s/batch",
-             f"{'base model':34s} {'':5s} {base['avg']:.3f} {'':18s} {'':31s} {base['pass@4']:.3f}"]  # fmt: skip
+    cells = [("", "seeds", "avg@4 [95% over seeds]", "each seed", "pass@4 ", "margin", "teacher", "s/batch"),
+             ("base model", "", f"{base['avg']:.3f}", "", f"{base['pass@4']:.3f}", "", "", "")]  # fmt: skip
     for name, row in rows.items():
         runs = runs_of(rows, name)
         avg = [run["after"]["avg"] for run in runs]
-        each = " ".join(f"{value:.3f}" for value in avg)
-        pairs = [[ends(run["train"]["margin"]), ends(run["eval"]["teacher"], 1)] for run in runs]
-        margin, teacher = ("" if np.isnan(a) else f"{a:.2f} to {b:.2f}" for a, b in np.mean(pairs, 0))
         pass_4 = np.mean([run["after"]["pass@4"] for run in runs])
+        pairs = [[ends(run["train"]["margin"]), ends(run["eval"]["teacher"], 1)] for run in runs]
+        spans = ["" if np.isnan(a) else f"{a:.2f} to {b:.2f}" for a, b in np.mean(pairs, 0)]
         seconds = np.median([run["seconds_per_batch"] for run in runs])
-        lines.append(f"{row['label']:34s} {len(runs):5d} {with_interval(avg):24s} {each:31s} {pass_4:.3f}  "
-                     f"{margin:12s}  {teacher:12s} {seconds:.2f}")  # fmt: skip
+        each = " ".join(f"{value:.3f}" for value in avg)
+        cells.append((row["label"], len(runs), with_interval(avg), each, f"{pass_4:.3f}", *spans, f"{seconds:.2f}"))
+    lines = ["{:34s} {:>5} {:24s} {:31s} {:6s} {:12s}  {:12s} {}".format(*line).rstrip() for line in cells]
     commands = [f"{row['label']}: {training(name)}" for name, row in rows.items()]
     return ["```", *lines, "```", "", "```", *commands, "```", ""]
 
@@ -351,13 +342,13 @@ def collapses(rows: dict) -> list[str]:
 
 
 def by_verdict(judged: list, heading: str) -> list[str]:
-    """judged: (claim, numbers, verdict). A line for each claim: the subsets on which it holds, its opposite does, and neither is clear."""
+    """judged: (claim, numbers, verdict). A line for each claim: the subsets on which it holds, its opposite does, and
+    neither is clear."""
     places: dict[str, dict[str, list[str]]] = {}
     for claim, _, so in judged:
-        where = claim.subset + " (pass@4)" * (claim.quantity == "pass@4")
-        places.setdefault(claim.says, {}).setdefault(so, []).append(where)
-    lines = [(says, *(", ".join(of.get(so, [])) for so in VERDICTS)) for says, of in places.items()]
-    return markdown((heading, *VERDICTS), *lines)
+        of_claim = places.setdefault(claim.says, {so: [] for so in VERDICTS})
+        of_claim[so].append(claim.subset + " (pass@4)" * (claim.quantity == "pass@4"))
+    return markdown((heading, *VERDICTS), *((says, *map(", ".join, of.values())) for says, of in places.items()))
 
 
 def tuning_list(known: dict) -> list[str]:
