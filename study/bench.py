@@ -30,9 +30,7 @@ from tasks import livecodebench
 from tasks.sandbox import Sandbox
 
 HERE = Path(__file__).resolve().parents[1]
-STEPS = dict(flags=["--steps", "3", "--e_step_every", "1"])
 HEAD = dict(tokens=8 * 256, vocabulary=151936, width=256, top_k=20)  # the vocabulary of Qwen3
-GRADER = dict(count=200)
 
 
 def fresh(function: str, **settings):
@@ -59,12 +57,11 @@ def steps(flags: list[str]) -> list[dict]:
                         for name in ("log", "samples"))  # fmt: skip
         model, tokenizer = (auto.from_pretrained(out / "model") for auto in (AutoModelForCausalLM, AutoTokenizer))
     products = [passes(row, [s for s in samples if s["step"] == row["step"]], cfg, tokenizer) for row in log]
-    rows = []
-    for phase in log[0]["seconds"]:
-        rows.append({"case": phase, "seconds": statistics.median(row["seconds"][phase] for row in log)})
-        if phase in products[0]:
-            rows[-1]["floor"] = statistics.median(floor(model, of_step[phase]) for of_step in products)
-            rows[-1]["times_the_floor"] = rows[-1]["seconds"] / rows[-1]["floor"]
+    rows = [{"case": phase, "seconds": statistics.median(row["seconds"][phase] for row in log)} for phase in log[0]["seconds"]]
+    for row in rows:
+        if row["case"] in products[0]:
+            row["floor"] = statistics.median(floor(model, of_step[row["case"]]) for of_step in products)
+            row["times_the_floor"] = row["seconds"] / row["floor"]
     return [*rows, {"case": "together", "seconds": sum(row["seconds"] for row in rows)}]
 
 
@@ -207,7 +204,11 @@ def grader(count: int) -> list[dict]:
 
 # ---- The table -----------------------------------------------------------------------------------------------
 
-SECTIONS = {"steps": lambda: fresh("steps", **STEPS), "head": lambda: heads(**HEAD), "grader": lambda: grader(**GRADER)}
+SECTIONS = {
+    "steps": partial(fresh, "steps", flags=["--steps", "3", "--e_step_every", "1"]),
+    "head": partial(heads, **HEAD),
+    "grader": partial(grader, count=200),
+}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -120,9 +120,8 @@ def settings_of(flags: list[str]) -> dict:
     """What these flags mean now, as a run directory records it, but for where the model is."""
     from harness.settings import NOT_OF_THE_RUN
 
-    cfg = configured(flags)[1]
-    kept = {k: v for k, v in vars(cfg).items() if k not in (*NOT_OF_THE_RUN, "model", "given", "preset")}
-    return kept | {"teacher": cfg.reader()}
+    cfg, aside = configured(flags)[1], (*NOT_OF_THE_RUN, "model", "given", "preset")
+    return {name: value for name, value in vars(cfg).items() if name not in aside} | {"teacher": cfg.reader()}
 
 
 # ---- Runs ----------------------------------------------------------------------------------------------------

@@ -64,11 +64,6 @@ def test_seeds_are_one_curve_and_settings_that_differ_are_named(tmp_path):
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_line_is_the_mean_of_the_seeds_and_the_band_their_extremes(tmp_path, drawn):
-    figures.draw([run(tmp_path / "a", "vpd", 1, [0.2]), run(tmp_path / "b", "vpd", 2, [0.6])], tmp_path / "out.png")
-    assert drawn["plot"][0][0][1] == pytest.approx([(0.2 + 0.6) / 2]) and drawn["fill_between"][0][0][1:] == ([0.2], [0.6])
-
-
 def test_the_teachers_pass_rate_is_drawn_only_where_a_run_has_one(tmp_path, drawn):
     one, two = run(tmp_path / "a", "vpd", 1, [0.1], [0.5], teacher=0.25), run(tmp_path / "b", "grpo", 1, [0.1])
     for runs, measures in (([two], ["avg", "reward"]), ([one, two], ["avg", "reward", "margin", "teacher_avg"])):
