@@ -30,18 +30,15 @@ from tasks import livecodebench
 from tasks.sandbox import Sandbox
 
 HERE = Path(__file__).resolve().parents[1]
-STEPS = dict(flags=["--steps", "3", "--e_step_every", "1"])
 HEAD = dict(tokens=8 * 256, vocabulary=151936, width=256, top_k=20)  # the vocabulary of Qwen3
-GRADER = dict(count=200)
 
 
 def fresh(function: str, **settings):
     """What `function(**settings)` of this file returns in a new process."""
     call = f"bench.{function}(**json.loads(sys.argv[1]))"
     code = f"from study import bench; import json, sys; print('\\n' + json.dumps({call}))"
-    done = subprocess.run(
-        [sys.executable, "-c", code, json.dumps(settings)], cwd=HERE, stdout=subprocess.PIPE, text=True, check=True
-    )
+    command = [sys.executable, "-c", code, json.dumps(settings)]
+    done = subprocess.run(command, cwd=HERE, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -53,44 +50,43 @@ def steps(flags: list[str]) -> list[dict]:
     flags = ["--task", "toy", "--model", str(HERE / "tasks" / "toy_models" / "trace"), "--eval_every", "0", *flags]
     cfg = vpd.settings(flags)
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "run"
-        every = str(cfg.prompts_per_batch * cfg.group_size)  # each rollout goes to samples.jsonl
+        out, every = Path(folder) / "run", str(cfg.prompts_per_batch * cfg.group_size)
         with contextlib.redirect_stdout(io.StringIO()):
-            vpd.main([*flags, "--log_samples", every, "--out", str(out)])
+            vpd.main([*flags, "--log_samples", every, "--out", str(out)])  # each rollout goes to samples.jsonl
         log, samples = ([json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
                         for name in ("log", "samples"))  # fmt: skip
         model, tokenizer = (auto.from_pretrained(out / "model") for auto in (AutoModelForCausalLM, AutoTokenizer))
     products = [passes(row, [s for s in samples if s["step"] == row["step"]], cfg, tokenizer) for row in log]
-    rows = []
-    for phase in log[0]["seconds"]:
-        rows.append({"case": phase, "seconds": statistics.median(row["seconds"][phase] for row in log)})
-        if phase in products[0]:
-            rows[-1]["floor"] = statistics.median(floor(model, of_step[phase]) for of_step in products)
-            rows[-1]["times_the_floor"] = rows[-1]["seconds"] / rows[-1]["floor"]
+    rows = [{"case": phase, "seconds": statistics.median(row["seconds"][phase] for row in log)} for phase in log[0]["seconds"]]
+    for row in rows:
+        if row["case"] in products[0]:
+            row["floor"] = statistics.median(floor(model, of_step[row["case"]]) for of_step in products)
+            row["times_the_floor"] = row["seconds"] / row["floor"]
     return [*rows, {"case": "together", "seconds": sum(row["seconds"] for row in rows)}]
 
 
 def passes(row: dict, samples: list[dict], cfg, tokenizer) -> dict[str, list[tuple[int, int, bool]]]:
     """The passes that each phase of VPD's step needs at least: tokens through the layers, tokens through the head, and
     whether there is a backward pass. Padding is left out; a prompt that rows share is counted in each."""
-    task, templates = tasks.load(cfg.task, cfg.subset), cfg.templates()
-    messages = {problem.id: problem.messages for problem in task.train}
+    task, x, y, with_context = tasks.load(cfg.task, cfg.subset), [], [], []
     task.close()
-    x, y, student, teacher, heard = [], [], 0, 0, 0
+    messages = {problem.id: problem.messages for problem in task.train}
     for sample in samples:
-        x.append(len(feedback.student_prompt(tokenizer, messages[sample["id"]])))
+        asked = messages[sample["id"]]
+        x.append(len(feedback.student_prompt(tokenizer, asked)))
         y.append(len(tokenizer(sample["response"]).input_ids) + (sample["finish"] == "stop"))
         if sample["context"]:
-            asked = messages[sample["id"]], feedback.Context(**sample["context"]), templates, cfg.max_teacher_tokens
-            xC, _ = feedback.teacher_prompt(tokenizer, *asked)
-            student, teacher, heard = student + x[-1] + y[-1], teacher + len(xC) + y[-1], heard + y[-1]
+            context = feedback.Context(**sample["context"])
+            xC, _ = feedback.teacher_prompt(tokenizer, asked, context, cfg.templates(), cfg.max_teacher_tokens)
+            with_context.append((x[-1] + y[-1], len(xC) + y[-1], y[-1]))
+    student, teacher, scored = map(sum, zip((0, 0, 0), *with_context))
     alive = [sum(length > t for length in y) for t in range(max(y))]  # rows that draw a token t
-    share = (row["e_rows"] or 0) / max(1, sum(sample["context"] is not None for sample in samples))
+    share = (row["e_rows"] or 0) / max(1, len(with_context))
     return {
         "rollout": [(sum(x), alive[0], False), *((rows, rows, False) for rows in alive[1:])],
-        "freeze": [(sum(x) + sum(y), sum(y), False), (teacher, heard, False)],
-        "e_step": [(round(share * teacher), round(share * heard), True)],
-        "m_step": [(teacher, heard, False), (student, heard, True)],
+        "freeze": [(sum(x) + sum(y), sum(y), False), (teacher, scored, False)],
+        "e_step": [(round(share * teacher), round(share * scored), True)],
+        "m_step": [(teacher, scored, False), (student, scored, True)],
     }
 
 
@@ -121,57 +117,55 @@ def resident(which: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+def products(hidden, matrix, t_hidden, t_matrix) -> None:
+    """The student's logits, the teacher's, d hidden and d head, in the head's own chunks."""
+    buffer = torch.empty(min(head.tokens_per_chunk(len(matrix), 4, "cpu", 2), len(hidden)), len(matrix))
+    d_hidden, d_matrix = torch.zeros_like(hidden), torch.zeros_like(matrix)
+    for first in range(0, len(hidden), len(buffer)):
+        at = slice(first, first + len(buffer))
+        logits = buffer[: len(hidden[at])]
+        torch.mm(t_hidden[at], t_matrix.T, out=logits)
+        torch.mm(hidden[at], matrix.T, out=logits)
+        torch.mm(logits, matrix, out=d_hidden[at])
+        d_matrix.addmm_(logits.T, hidden[at])
+
+
+CASES = {  # of a loss: the divergence, and whether over the top k
+    "the four products": None, "top-k, KL(student||teacher)": ("kl_student_teacher", True), "all of V, JS": ("js", False),
+    "log-probs only": ("", False),
+}  # fmt: skip
+
+
 def head_case(case: str, tokens: int, vocabulary: int, width: int, top_k: int) -> dict:
     """CPU seconds of forward and backward with the head's gradient, float32, one thread, and the peak memory above the
     inputs', in logits tensors: tokens x vocabulary numbers of 4 bytes."""
 
-    def inputs(tokens, vocabulary):
+    def drawn(tokens, vocabulary):
         make = torch.Generator().manual_seed(0)
-        drawn = [torch.randn(n, width, generator=make) for n in (tokens, vocabulary, tokens, vocabulary)]
-        drawn[1].mul_(width**-0.5), drawn[3].mul_(width**-0.5)
-        return *drawn, torch.randint(vocabulary, (tokens,), generator=make)
+        given = [torch.randn(n, width, generator=make) for n in (tokens, vocabulary, tokens, vocabulary)]
+        given[1].mul_(width**-0.5), given[3].mul_(width**-0.5)
+        return torch.randint(vocabulary, (tokens,), generator=make), *given
 
-    def products(hidden, matrix, t_hidden, t_matrix, _):
-        """The student's logits, the teacher's, d hidden and d head, in the head's own chunks."""
-        chunk = head.tokens_per_chunk(len(matrix), 4, "cpu", 2)
-        buffer = torch.empty(min(chunk, len(hidden)), len(matrix))
-        d_hidden, d_matrix = torch.zeros_like(hidden), torch.zeros_like(matrix)
-        for first in range(0, len(hidden), len(buffer)):
-            at = slice(first, first + len(buffer))
-            logits = buffer[: len(hidden[at])]
-            torch.mm(t_hidden[at], t_matrix.T, out=logits)
-            torch.mm(hidden[at], matrix.T, out=logits)
-            torch.mm(logits, matrix, out=d_hidden[at])
-            d_matrix.addmm_(logits.T, hidden[at])
-
-    def loss(hidden, matrix, t_hidden, t_matrix, ids):
-        hidden.requires_grad_(), matrix.requires_grad_()
-        kl, js = (partial(losses.divergence, kind=kind) for kind in ("kl_student_teacher", "js"))
-        weights, teacher = torch.full((len(ids),), 1 / len(ids)), (t_hidden, t_matrix)
-        if case == "log-probs only":
-            total, *_ = head.loss(lambda t: -t.logp, weights, hidden, matrix, ids)
-        elif case == "top-k, KL(student||teacher)":
-            total, *_ = head.loss(lambda t: t.D, weights, hidden, matrix, ids, None, teacher, kl, top_k)
-        else:
-            total, *_ = head.loss(lambda t: t.D, weights, hidden, matrix, ids, None, teacher, js)
-        total.backward()
+    def forward_and_backward(ids, hidden, matrix, *teacher):
+        if not CASES[case]:
+            return products(hidden, matrix, *teacher)
+        (kind, over_top_k), weights = CASES[case], torch.full((len(ids),), 1 / len(ids))
+        divergence = (None, teacher, partial(losses.divergence, kind=kind), top_k if over_top_k else None) if kind else ()
+        objective = (lambda t: t.D) if kind else (lambda t: -t.logp)
+        head.loss(objective, weights, hidden.requires_grad_(), matrix.requires_grad_(), ids, *divergence)[0].backward()
 
     torch.set_num_threads(1)
-    run = products if case == "the four products" else loss
-    run(*inputs(2, max(top_k, 64)))  # libraries load at first use
-    given = inputs(tokens, vocabulary)
+    forward_and_backward(*drawn(2, max(top_k, 64)))  # libraries load at first use
+    given = drawn(tokens, vocabulary)
     base, wall, start = resident("VmRSS"), time.perf_counter(), time.process_time()
-    run(*given)
+    forward_and_backward(*given)
     cpu, wall = time.process_time() - start, time.perf_counter() - wall
     above = (resident("VmHWM") - base) / (4 * tokens * vocabulary)
     return {"case": case, "cpu_seconds": cpu, "seconds": wall, "logits_tensors": above}
 
 
-HEAD_CASES = ["the four products", "top-k, KL(student||teacher)", "all of V, JS", "log-probs only"]
-
-
 def heads(**sizes) -> list[dict]:
-    found = [fresh("head_case", case=case, **sizes) for case in HEAD_CASES]
+    found = [fresh("head_case", case=case, **sizes) for case in CASES]
     return [{**case, "times_the_products": case["cpu_seconds"] / found[0]["cpu_seconds"]} for case in found]
 
 
@@ -195,30 +189,25 @@ def grader(count: int) -> list[dict]:
         box.run_many(call, range(20))  # workers start at their own pace
         timed("sandbox, a function called", lambda: box.run_many(call, range(count)))
         timed("sandbox, a script", lambda: box.run_many(script, range(count)))
-    choice = tasks.read("sciknoweval", str(fixtures / "sciknoweval.jsonl"))
-    maths = tasks.read("math", str(fixtures / "math500.jsonl"))
-    try:
-        problems = [choice.test[i % len(choice.test)] for i in range(count)]
-        answers = [f"<answer>{problem.reference}</answer>" for problem in problems]
-        timed("sciknoweval", lambda: [o.reward for o in choice.verify(problems, answers)])
-        problems = [maths.test[i % len(maths.test)] for i in range(count)]
-        answers = [rf"So \boxed{{{problem.reference}}}." for problem in problems]
-        timed("math, the reference itself", lambda: [o.reward for o in maths.verify(problems, answers)])
-        problems = [tasks.Problem("p", [], r"\frac{7}{2}")] * count
-        answers = [rf"So \boxed{{{7 * i}/{2 * i}}}." for i in range(2, count + 2)]  # equal only by arithmetic
-        timed("math, by math-verify", lambda: [o.reward for o in maths.verify(problems, answers)])
-    finally:
-        choice.close(), maths.close()
+    by_arithmetic = [tasks.Problem(f"{7 * i}/{2 * i}", [], r"\frac{7}{2}") for i in range(2, count + 2)]
+    for case, source, file, problems, answer in (
+        ("sciknoweval", "sciknoweval", "sciknoweval.jsonl", None, lambda p: f"<answer>{p.reference}</answer>"),
+        ("math, the reference itself", "math", "math500.jsonl", None, lambda p: rf"So \boxed{{{p.reference}}}."),
+        ("math, by math-verify", "math", "math500.jsonl", by_arithmetic, lambda p: rf"So \boxed{{{p.id}}}."),
+    ):
+        with contextlib.closing(tasks.read(source, str(fixtures / file))) as task:
+            asked = problems or [task.test[i % len(task.test)] for i in range(count)]
+            answers = [answer(problem) for problem in asked]
+            timed(case, lambda: [outcome.reward for outcome in task.verify(asked, answers)])
     return rows
 
 
 # ---- The table -----------------------------------------------------------------------------------------------
 
-
 SECTIONS = {
-    "steps": lambda: fresh("steps", **STEPS),
-    "head": lambda: heads(**HEAD),
-    "grader": lambda: grader(**GRADER),
+    "steps": partial(fresh, "steps", flags=["--steps", "3", "--e_step_every", "1"]),
+    "head": partial(heads, **HEAD),
+    "grader": partial(grader, count=200),
 }
 
 
@@ -227,11 +216,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--out", type=Path, help="JSON of all numbers")
     args = parser.parse_args(argv)
-    if args.out:
-        try:
+    try:
+        if args.out:
             check_out(args.out)
-        except ValueError as error:
-            parser.error(error)
+    except ValueError as error:
+        parser.error(error)
     found = {}
     for section in args.only:
         found[section] = SECTIONS[section]()

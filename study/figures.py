@@ -54,32 +54,39 @@ class Curve(NamedTuple):
     label: str
     look: tuple  # colour, line style
     base: str  # the model that the runs start from
-    logs: list[list[dict]]  # log rows of each seed
+    runs: list[dict[str, dict[int, float]]]  # {measure: {step: value}} of each seed
 
 
-def load(path: Path, lines: bool = False):
-    """The object of a JSON file, or the objects of its lines. Raises ValueError with one line for what is none."""
-    where, found = path, []
+def load(path: Path, missing: dict | None = None):
+    """The object of a JSON file, or `missing` where there is none; of a .jsonl file the objects of its lines. Raises
+    ValueError with one line for what is none."""
+    if missing is not None and not path.exists():
+        return missing
+    number, found, lines = 0, [], path.suffix == ".jsonl"
     try:
         text = path.read_text()
         for number, part in enumerate(text.splitlines() if lines else [text], 1):
-            where = f"{path}, line {number}" if lines else path
             found.append(json.loads(part))
             if not isinstance(found[-1], dict):
                 raise ValueError("it is no object")
     except (OSError, ValueError) as error:
+        where = f"{path}, line {number}" if lines and number else path
         cure = "; --resume of vpd.py mends a log that was cut" if lines else ""
         raise ValueError(f"{where} is no JSON object: {getattr(error, 'strerror', None) or error}{cure}") from None
     return found if lines else found[0]
 
 
+def read(run: Path, *names: str) -> list:
+    """These files of a run directory. Raises ValueError with one line for a folder without them."""
+    if not run.is_dir():
+        raise ValueError(f"{run} is no run directory: {'it is a file' if run.exists() else 'there is no such folder'}")
+    if missing := [name for name in names if not (run / name).is_file()]:
+        how = f"; python evaluate.py --run {run} makes it" if missing == ["evaluation.json"] else ""
+        raise ValueError(f"{run} is no run directory: it has no {' and no '.join(missing)}{how}")
+    return [load(run / name) for name in names]
+
+
 # ---- Curves ------------------------------------------------------------------------------------------------
-
-
-def series(rows: list[dict], measure: str) -> dict[int, float]:
-    """{step: value} of a run's log rows."""
-    kind = MEASURES[measure][1]
-    return {row["step"]: row[measure] for row in rows if row["kind"] == kind and row.get(measure) is not None}
 
 
 def smooth(values: np.ndarray, width: int = 5) -> np.ndarray:
@@ -88,84 +95,69 @@ def smooth(values: np.ndarray, width: int = 5) -> np.ndarray:
     return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
 
 
-def plot(panels: list[tuple], curves: dict[str, Curve], size: tuple):
-    """panels: (what to put before the title, measure, names of curves). Returns the figure, what its legend says of
-    each curve, and the curves that have no values."""
+def plot(panels: list[tuple], curves: dict[str, Curve], size: tuple, dpi: int, kind: str = "png"):
+    """panels: (what to put before the title, measure, names of curves). Returns the picture, what its legend says
+    of each curve, and the curves that have no values."""
     down = len(panels) // 4 + 1
     figure, axes = plt.subplots(down, -(-len(panels) // down), figsize=size, layout="constrained", squeeze=False)
-    lines, counts, empty, base_line = {}, {}, [], None
+    shown, counts, empty, base_lines = {}, {}, [], []
     for axis, (before, measure, names) in zip(axes.flat, panels):
         title, _, smoothed = MEASURES[measure]
         bases: dict[str, list[float]] = {}
         for name in names:
-            label, (colour, dash), base, logs = curves[name]
-            found = [s for s in (series(rows, measure) for rows in logs) if s]
+            label, (colour, dash), base, runs = curves[name]
+            found = [run[measure] for run in runs if run[measure]]
             # Only steps that every seed has: a mean over a changing set of seeds would jump.
             steps = sorted(set.intersection(*map(set, found))) if found else []
             if not steps:
                 empty.append(f"no {measure} of {name}")
                 continue
-            values = np.array([[s[step] for step in steps] for s in found], float)  # (seeds, steps)
+            values = np.array([[of_seed[step] for step in steps] for of_seed in found], float)  # (seeds, steps)
             values = np.array([smooth(v) for v in values]) if smoothed else values
             mark = None if smoothed else "o"  # evaluations are few
-            (lines[label],) = axis.plot(steps, values.mean(0), color=colour, linestyle=dash, marker=mark, ms=3.5)
+            (shown[label],) = axis.plot(steps, values.mean(0), color=colour, linestyle=dash, marker=mark, ms=3.5)
             axis.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.14, linewidth=0)
-            counts.setdefault(label, []).append(len(found))
-            bases.setdefault(base, []).extend(s[0] for s in found if 0 in s)
-        for starts in bases.values():
-            if measure == "avg" and starts:
-                base_line = axis.axhline(np.mean(starts), color="#777777", linewidth=1)
+            counts.setdefault(label, {})[str(len(found))] = None  # more than one number where panels differ
+            bases.setdefault(base, []).extend(of_seed[0] for of_seed in found if 0 in of_seed)
+        if measure == "avg":
+            base_lines += [axis.axhline(np.mean(of), color="#777777", linewidth=1) for of in bases.values() if of]
         axis.set_title(before + title, fontsize=10)
         axis.set_xlabel("rollout batches")
         axis.set_ylabel("mean of 5 batches" if smoothed else "")
         axis.grid(alpha=0.3)
         low, high = axis.get_ylim()  # with 0 on the axis noise does not look like a rise
         axis.set_ylim((0, 1) if measure in ("avg", "teacher_avg", "reward") else (min(0, low), max(0, 1.05 * high)))
-    legend = []
-    for label, seeds in counts.items():
-        seeds = list(dict.fromkeys(seeds))  # more than one number where panels differ
-        legend.append(f"{label} ({' and '.join(map(str, seeds))} seed{'s' if seeds != [1] else ''})")
+    legend = [f"{label} ({' and '.join(seeds)} seed{'s' if [*seeds] != ['1'] else ''})" for label, seeds in counts.items()]
     if legend:
-        shown = [*lines.values(), *([base_line] if base_line else [])]
-        texts = [*legend, "base model"][: len(shown)]
-        figure.legend(shown, texts, loc="outside lower center", ncols=min(3, len(shown)), handlelength=3.5)
-    return figure, legend, empty
-
-
-def picture(figure, dpi: int, kind: str = "png") -> bytes:
+        lines, texts = [*shown.values(), *base_lines[:1]], [*legend, "base model"]
+        figure.legend(lines, texts[: len(lines)], loc="outside lower center", ncols=min(3, len(lines)), handlelength=3.5)
     file = io.BytesIO()
     figure.savefig(file, format=kind, dpi=dpi)
     plt.close(figure)
-    return file.getvalue()
+    return file.getvalue(), legend, empty
 
 
 # ---- Runs --------------------------------------------------------------------------------------------------
 
 
-def expect(run: Path, *names: str) -> None:
-    """Raises ValueError with one line for a folder without these files of a run."""
-    if not run.is_dir():
-        raise ValueError(f"{run} is no run directory: {'it is a file' if run.exists() else 'there is no such folder'}")
-    if missing := [name for name in names if not (run / name).is_file()]:
-        how = f"; python evaluate.py --run {run} makes it" if missing == ["evaluation.json"] else ""
-        raise ValueError(f"{run} is no run directory: it has no {' and no '.join(missing)}{how}")
-
-
-def read(run: Path) -> tuple[dict, list[dict]]:
-    """config.json and the rows of log.jsonl. Raises ValueError with one line when the folder is no run directory."""
-    expect(run, "config.json", "log.jsonl")
-    config, path = load(run / "config.json"), run / "log.jsonl"
-    rows = load(path, lines=True)
+def measured(run: Path) -> tuple[dict, dict[str, dict[int, float]]]:
+    """config.json of a run, and {measure: {step: value}} of its log. Raises ValueError with one line where it is none."""
+    config, rows = read(run, "config.json", "log.jsonl")
     if not isinstance(config.get("method"), str):
         raise ValueError(f"{run}/config.json is not the configuration of a run: it names no method")
+    found: dict[str, dict[int, float]] = {measure: {} for measure in MEASURES}
     for number, row in enumerate(rows, 1):
+        where = f"{run}/log.jsonl, line {number}"
         if "kind" not in row or not isinstance(row.get("step"), int):
-            raise ValueError(f"{path}, line {number} is no row of a run's log: it has no kind or no step")
-        if wrong := [key for key in MEASURES if not isinstance(row.get(key, 0), (int, float, type(None)))]:
-            raise ValueError(f"{path}, line {number}: {wrong[0]} is no number")
-    if not any(row["kind"] in ("train", "eval") for row in rows):
-        raise ValueError(f"{path} has no batch and no evaluation yet: there is nothing to draw")
-    return config, rows
+            raise ValueError(f"{where} is no row of a run's log: it has no kind or no step")
+        for measure, (_, kind, _) in MEASURES.items():
+            if not isinstance(row.get(measure), (int, float, type(None))):
+                raise ValueError(f"{where}: {measure} is no number")
+            if row["kind"] == kind and row.get(measure) is not None:
+                found[measure][row["step"]] = row[measure]
+    if not any(found.values()):
+        raise ValueError(f"{run}/log.jsonl has no batch and no evaluation yet: there is nothing to draw")
+    return config, found
 
 
 def label_of(config: dict, all_configs: list[dict]) -> str:
@@ -176,19 +168,19 @@ def label_of(config: dict, all_configs: list[dict]) -> str:
     return " ".join([config["method"].upper(), *(f"{k}={config[k]}" for k in differ)])
 
 
-def draw(runs: list[Path], out: Path) -> list[str]:
+def draw(folders: list[Path], out: Path) -> list[str]:
     """Draws pass rates, reward and margin to `out`; returns the labels with their number of seeds."""
-    read_runs = [read(run) for run in runs]
+    runs = [measured(folder) for folder in folders]
     curves, spare = {}, iter(SPARE * len(runs))
-    for config, rows in read_runs:
-        name = label_of(config, [config for config, _ in read_runs])
+    for config, values in runs:
+        name = label_of(config, [config for config, _ in runs])
         if name not in curves:
             curves[name] = Curve(name, STYLES.get(name.lower()) or next(spare), str(config.get("model")), [])
-        curves[name].logs.append(rows)
-    there = [m for m in ("avg", "reward", "margin", "teacher_avg") if any(series(rows, m) for _, rows in read_runs)]
-    panels = [("", measure, list(curves)) for measure in there]
-    figure, legend, _ = plot(panels, curves, (13, 7.5 if len(there) > 3 else 4.2))
-    write(out, picture(figure, 110, out.suffix[1:]))
+        curves[name].runs.append(values)
+    there = [m for m in ("avg", "reward", "margin", "teacher_avg") if any(values[m] for _, values in runs)]
+    panels, size = [("", measure, [*curves]) for measure in there], (13, 7.5 if len(there) > 3 else 4.2)
+    picture, legend, _ = plot(panels, curves, size, 110, out.suffix[1:])
+    write(out, picture)
     return legend
 
 
@@ -200,19 +192,19 @@ def study_curves(study: Path) -> dict[str, Curve]:
     curves, rows = {}, load(study).get("rows")
     if not isinstance(rows, dict):
         raise ValueError(f'{study} has no "rows"')
-    others = sorted({name.split("/", 1)[-1] for name in rows} - STYLES.keys())
+    others = sorted({name.partition("/")[2] for name in rows} - STYLES.keys())
     looks = STYLES | dict(zip(others, SPARE * len(others)))
     for name, row in rows.items():
-        subset, variant = name.split("/", 1)[0], name.split("/", 1)[-1]
+        subset, _, variant = name.partition("/")
         try:
             curves[name] = Curve(str(row["label"]), looks[variant], subset, [])
             for run in row["runs"].values():
-                curves[name].logs.append([])
-                for key, (_, kind, _) in MEASURES.items():
-                    values = run[kind].get(key.removesuffix("_avg")) or []  # null: the method has none
+                curves[name].runs.append({})
+                for measure, (_, kind, _) in MEASURES.items():
+                    values = run[kind].get(measure.removesuffix("_avg")) or []  # null: the method has none
                     steps = run[kind]["step"] if kind == "eval" and values else range(len(values))
-                    curves[name].logs[-1] += [{"kind": kind, "step": step, key: None if v is None else float(v)}
-                                              for step, v in zip(steps, values, strict=True)]  # fmt: skip
+                    pairs = zip(steps, values, strict=True)
+                    curves[name].runs[-1][measure] = {step: float(v) for step, v in pairs if v is not None}
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{study}: row {name!r} is not that of a study: {error!r}") from None
     return curves
@@ -222,22 +214,24 @@ def draw_study(study: Path, out: Path) -> tuple[list[str], list[str]]:
     """Draws FIGURES to PNGs in the folder `out`, nothing if the study is faulty. Returns a line for each file, and a
     note for each row and figure that is left out."""
     curves, pictures, lines, notes = study_curves(study), {}, [], []
-    for file, panels in FIGURES.items():
-        wanted, missing, path = [], [], out / f"{file}.png"
+    for path, panels in ((out / f"{file}.png", panels) for file, panels in FIGURES.items()):
+        wanted, missing = [], []
         for subset, measure, variants in panels:
             names = [f"{subset}/{variant}" for variant in variants if variant != "*"]
-            others = [name for name in curves if name.startswith(f"{subset}/") and name not in names]
-            names += others if "*" in variants else []
+            if "*" in variants:
+                names += [name for name in curves if name.startswith(f"{subset}/") and name not in names]
             wanted.append((f"{subset}: ", measure, [name for name in names if name in curves]))
             missing += [f"no row {n}" for n in names if n not in curves and not n.endswith(LATER)]
-        figure, legend, empty = plot(wanted, curves, (9, 6.8 if len(panels) > 2 else 4.2))
-        pictures |= {path: picture(figure, 200)} if legend else {}
-        lines += [f"{path}: {', '.join(legend)}"] if legend else []
-        empty += [] if legend else [f"not drawn, {study} has none of its rows"]
+        picture, legend, empty = plot(wanted, curves, (9, 6.8 if len(panels) > 2 else 4.2), 200)
+        if legend:
+            pictures[path] = picture
+            lines.append(f"{path}: {', '.join(legend)}")
+        else:
+            empty = [f"not drawn, {study} has none of its rows"]
         notes += [f"{path}: {note}" for note in dict.fromkeys(missing + empty)]
     out.mkdir(parents=True, exist_ok=True)
-    for path, drawn in pictures.items():
-        write(path, drawn)
+    for path, picture in pictures.items():
+        write(path, picture)
     return lines, notes
 
 
@@ -256,14 +250,14 @@ def main(argv: list[str] | None = None) -> None:
                 out = out.with_name(f"{out.name}.png")  # as the library names it
             check_out(out)
             lines, notes = [f"{out}: {', '.join(draw(args.runs, out))}"], []
+        elif args.out and args.out.exists() and not args.out.is_dir():
+            parser.error(f"--out {args.out} is a file: the figures of a study go to a folder")
         else:
-            if args.out and args.out.exists() and not args.out.is_dir():
-                parser.error(f"--out {args.out} is a file: the figures of a study go to a folder")
             lines, notes = draw_study(args.study or Path("study/results/study.json"), args.out or Path("study/results"))
     except CannotWrite:
         raise
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        parser.error(error)
     for note in notes:
         print(f"figures.py: {note}", file=sys.stderr)
     print("\n".join(lines), end="\n" if lines else "")

@@ -18,16 +18,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
 
 from harness import command
-from study.figures import load
+from study.figures import load, read
 
 HERE = Path(__file__).parents[1]
 README = HERE / "README.md"
@@ -39,45 +40,48 @@ is chance. The interval says little where some runs collapse and others do not: 
 at each seed. Not tested here: real models (Tables 1 to 3), mathematics (Fig. 4), memory, and the time of an E-step on
 a GPU. A verdict covers these tasks at these settings."""
 
-
-# ---- Rows ----------------------------------------------------------------------------------------------------
+# ---- Rows and claims -----------------------------------------------------------------------------------------
 
 LABELS = {"vpd": "VPD", "sdpo": "SDPO", "grpo": "GRPO", "joint": "SDPO+RL joint", "reshape": "SDPO+RL reshape",
           "reweight": "SDPO+RL reweight", "distil": "DistIL", "ovd": "OVD"}  # fmt: skip
 NEIGHBOURS = ("distil", "ovd")  # a loop of their own: `python -m neighbours.NAME`, the same flags without --method
+# With one update per batch SDPO's token weights are 1, so SDPO's loop is VPD's without the E-step.
+NO_E_STEP = "vpd no E-step --teacher live --divergence js --lr"
+ROWS = {}  # SUBSET/METHOD CHANGE: the flags that differ from the preset. trace-long is trace for twice as many batches.
+for subset, rows in {
+    "code": f"vpd; sdpo; grpo; joint; reshape; reweight; distil; {NO_E_STEP} 6e-4; "
+            "distil local term alone --no_future; distil constant norm --distil_norm constant",
+    "trace": "vpd; sdpo; grpo; distil; vpd F=1 --e_step_every 1; vpd F=10 --e_step_every 10; vpd fixed prior --prior fixed; "
+             "vpd EMA teacher --teacher ema; vpd all passed --passed_text passed; vpd e_groups all --e_groups all; "
+             "vpd KL(student‖teacher) --divergence kl_student_teacher; vpd KL(teacher‖student) --divergence kl_teacher_student; "
+             f"vpd sibling --feedback sibling; {NO_E_STEP} 1e-3; sdpo live teacher --teacher live; "
+             "sdpo sibling --feedback sibling; distil local term alone --no_future --lr 4e-3; "
+             "distil constant norm --distil_norm constant; distil black box --expert samples",
+    "trace-cold": "vpd; sdpo; grpo",
+    "trace-rare": f"vpd; sdpo; grpo; {NO_E_STEP} 1e-3",
+    "trace-often": f"vpd; sdpo; grpo; {NO_E_STEP} 1e-3",
+    "choice": "vpd; sdpo; grpo; vpd critique --feedback critique --lr 3e-4 --e_lr 2.5e-4 --e_step_every 1; "
+              "sdpo critique --feedback critique --lr 1e-3 --divergence kl_student_teacher",
+    "trace-long": "vpd --steps 60; sdpo --steps 60; grpo --steps 60",
+    "code-judge": "vpd; sdpo; grpo; ovd; ovd sg pi --ovd_ratio one; ovd failures left out --no_ovd_failed; "
+                  "ovd sg pi, failures left out --ovd_ratio one --no_ovd_failed; "
+                  "ovd sg pi, all rejected --ovd_ratio one --ovd_threshold 10",
+}.items():  # fmt: skip
+    for name, dashes, flags in (row.partition(" --") for row in rows.split("; ")):
+        ROWS[f"{subset}/{name}"] = f"{dashes}{flags}".split()
 
-
-def plain(methods: str, flags: str = "") -> dict[str, str]:
-    return dict.fromkeys(methods.split(), flags)
-
-
-NO_E_STEP = "--teacher live --divergence js --lr"
-# SUBSET/METHOD CHANGE: the flags that differ from the preset. trace-long is trace for twice as many batches.
-ROWS = {f"{subset}/{name}": flags for subset, rows in {
-    "code": plain("vpd sdpo grpo joint reshape reweight distil") | {
-        "vpd no E-step": f"{NO_E_STEP} 6e-4",
-        "distil local term alone": "--no_future", "distil constant norm": "--distil_norm constant"},
-    "trace": plain("vpd sdpo grpo distil") | {
-        "vpd F=1": "--e_step_every 1", "vpd F=10": "--e_step_every 10", "vpd fixed prior": "--prior fixed",
-        "vpd EMA teacher": "--teacher ema", "vpd all passed": "--passed_text passed",
-        "vpd e_groups all": "--e_groups all", "vpd KL(student‖teacher)": "--divergence kl_student_teacher",
-        "vpd KL(teacher‖student)": "--divergence kl_teacher_student", "vpd sibling": "--feedback sibling",
-        "vpd no E-step": f"{NO_E_STEP} 1e-3",
-        "sdpo live teacher": "--teacher live", "sdpo sibling": "--feedback sibling",
-        "distil local term alone": "--no_future --lr 4e-3", "distil constant norm": "--distil_norm constant",
-        "distil black box": "--expert samples"},
-    "trace-cold": plain("vpd sdpo grpo"),
-    "trace-rare": plain("vpd sdpo grpo") | {"vpd no E-step": f"{NO_E_STEP} 1e-3"},
-    "trace-often": plain("vpd sdpo grpo") | {"vpd no E-step": f"{NO_E_STEP} 1e-3"},
-    "choice": plain("vpd sdpo grpo") | {
-        "vpd critique": "--feedback critique --lr 3e-4 --e_lr 2.5e-4 --e_step_every 1",
-        "sdpo critique": "--feedback critique --lr 1e-3 --divergence kl_student_teacher"},
-    "trace-long": plain("vpd sdpo grpo", "--steps 60"),
-    "code-judge": plain("vpd sdpo grpo ovd") | {
-        "ovd sg pi": "--ovd_ratio one", "ovd failures left out": "--no_ovd_failed",
-        "ovd sg pi, failures left out": "--ovd_ratio one --no_ovd_failed",
-        "ovd sg pi, all rejected": "--ovd_ratio one --ovd_threshold 10"},
-}.items() for name, flags in rows.items()}  # fmt: skip
+Claim = namedtuple("Claim", "says quantity subset above below")  # a line of claims.txt on one subset with one quantity
+CLAIMS: dict[str, list[Claim]] = {}  # by heading; those of papers are in README.md as well
+for line in (Path(__file__).parent / "claims.txt").read_text().splitlines():
+    if line.startswith("## "):
+        claims = CLAIMS.setdefault(line[3:], [])
+    elif line and not line.startswith("# "):
+        says, quantities, subsets, rows = line.split(" | ")
+        claims += [Claim(says, q, s, *rows.split(" > ")) for q in quantities.split(", ") for s in subsets.split()]
+WHAT = {"avg": "", "pass@4": "pass@4: ", "teacher change": "teacher on base failures, gain: ",
+        "margin change": "margin, last five batches minus first five: ",
+        "margin fall": "margin, first five batches minus last five: ",
+        "late gain": "validation, gain in the second half: ", "late loss": "validation, loss in the second half: "}  # fmt: skip
 
 
 def label_of(name: str) -> str:
@@ -89,9 +93,8 @@ def flags_of(name: str) -> list[str]:
     """Of a row's runs, seed and folder aside."""
     subset, variant = name.split("/")
     method, _, change = variant.partition(" ")
-    # With one update per batch SDPO's token weights are 1, so SDPO's loop is VPD's without the E-step.
     method = "sdpo" if change == "no E-step" else method
-    return ["--task", "toy", "--subset", subset.replace("-long", ""), "--method", method, *ROWS[name].split()]
+    return ["--task", "toy", "--subset", subset.replace("-long", ""), "--method", method, *ROWS[name]]
 
 
 def program(flags: list[str]) -> list[str]:
@@ -102,41 +105,29 @@ def program(flags: list[str]) -> list[str]:
     return ["vpd.py", *flags]
 
 
-# ---- Claims --------------------------------------------------------------------------------------------------
+def training(name: str) -> str:
+    return f"python {' '.join(program(flags_of(name)))} --seed N --out DIR"
 
 
-class Claim(NamedTuple):
-    """A line of claims.txt on one subset with one quantity."""
-
-    says: str
-    quantity: str
-    subset: str
-    above: str
-    below: str
+def configured(flags: list[str]):
+    """The loop's module that these flags are for, and its Config."""
+    first, *rest = program(flags)
+    module = import_module(rest.pop(0) if first == "-m" else "vpd")  # and with it torch, which the tables do without
+    return module, module.settings(rest)
 
 
-def read_claims() -> dict[str, list[Claim]]:
-    """By heading, a Claim for each quantity and subset of a line."""
-    found: dict[str, list[Claim]] = {}
-    for line in (Path(__file__).parent / "claims.txt").read_text().splitlines():
-        if line.startswith("## "):
-            claims = found.setdefault(line[3:], [])
-        elif line and not line.startswith("# "):
-            says, quantities, subsets, rows = line.split(" | ")
-            claims += [Claim(says, q, s, *rows.split(" > ")) for q in quantities.split(", ") for s in subsets.split()]
-    return found
+def settings_of(flags: list[str]) -> dict:
+    """What these flags mean now, as a run directory records it, but for where the model is."""
+    from harness.settings import NOT_OF_THE_RUN
 
-
-CLAIMS = read_claims()  # those of papers are in README.md as well
-WHAT = {"avg": "", "pass@4": "pass@4: ", "teacher change": "teacher on base failures, gain: ",
-        "margin change": "margin, last five batches minus first five: ",
-        "margin fall": "margin, first five batches minus last five: ",
-        "late gain": "validation, gain in the second half: ", "late loss": "validation, loss in the second half: "}  # fmt: skip
+    cfg, aside = configured(flags)[1], (*NOT_OF_THE_RUN, "model", "given", "preset")
+    return {name: value for name, value in vars(cfg).items() if name not in aside} | {"teacher": cfg.reader()}
 
 
 # ---- Runs ----------------------------------------------------------------------------------------------------
 
 STARTED: list[subprocess.Popen] = []  # to be killed when the study is stopped
+SERIES = ("reward", "margin", "entropy", "divergence", "with_context", "response_length", "shift")  # that are kept of a run
 
 
 def folder_of(name: str) -> str:
@@ -163,33 +154,11 @@ def perform(flags: list[str], out: Path, test: bool) -> str:
     return ""
 
 
-def configured(flags: list[str]):
-    """The loop's module that these flags are for, and its Config."""
-    from importlib import import_module  # and with it torch, which the tables do without
-
-    command = program(flags)
-    module, rest = (command[1], command[2:]) if command[0] == "-m" else ("vpd", command[1:])
-    module = import_module(module)
-    return module, module.settings(rest)
-
-
-def settings_of(flags: list[str]) -> dict:
-    """What these flags mean now, as a run directory records it, but for where the model is."""
-    from harness.settings import NOT_OF_THE_RUN
-
-    cfg = configured(flags)[1]
-    kept = {k: v for k, v in vars(cfg).items() if k not in (*NOT_OF_THE_RUN, "model", "given", "preset")}
-    return kept | {"teacher": cfg.reader()}
-
-
-def finished(out: Path, flags: list[str]) -> bool:
-    """Is the run there, with the settings that these flags mean now?"""
-    return (out / "done.json").exists() and settings_of(flags).items() <= load(out / "config.json").items()
-
-
 def perform_all(jobs: dict[Path, list[str]], at_once: int, test: bool) -> list[str]:
-    """Makes the run of each folder's flags unless it is finished. Returns what went wrong."""
-    todo = {out: flags for out, flags in jobs.items() if not finished(out, flags)}
+    """Makes the run of each folder's flags, unless it is finished with the settings that they mean now. Returns what went
+    wrong."""
+    todo = {out: flags for out, flags in jobs.items() if not (out / "done.json").exists()
+            or not settings_of(flags).items() <= load(out / "config.json").items()}  # fmt: skip
     print(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them finished before", flush=True)
     failed, start = [], time.time()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a shell's background jobs ignore SIGINT
@@ -211,11 +180,6 @@ def perform_all(jobs: dict[Path, list[str]], at_once: int, test: bool) -> list[s
     return failed
 
 
-# ---- From run directories to one small file ------------------------------------------------------------------
-
-SERIES = ("reward", "margin", "entropy", "divergence", "with_context", "response_length", "shift")
-
-
 def rounded(value):
     """Three significant digits, a pass rate's four."""
     if not isinstance(value, float):
@@ -225,15 +189,14 @@ def rounded(value):
 
 def record(out: Path) -> dict:
     """What tables and figures need of a finished run."""
-    rows = load(out / "log.jsonl", lines=True)
+    config, rows, done = read(out, "config.json", "log.jsonl", "done.json")
     train, evals = ([row for row in rows if row["kind"] == kind] for kind in ("train", "eval"))
-    commit, changed, _ = load(out / "config.json")["commit"].partition("+")
-    result = {"commit": commit[:7] + changed, **load(out / "done.json")}
-    result["seconds_per_batch"] = round(float(np.median([sum(row["seconds"].values()) for row in train])), 3)
-    if (out / "evaluation.json").exists():
-        for name, found in load(out / "evaluation.json").items():
-            kept = {key: rounded(found[key]) for key in ("avg", "low", "high")}
-            result[name] = kept | {key: rounded(v["value"]) for key, v in found.items() if key.startswith("pass@")}
+    commit, changed, _ = config["commit"].partition("+")
+    seconds = float(np.median([sum(row["seconds"].values()) for row in train]))
+    result = {"commit": commit[:7] + changed, **done, "seconds_per_batch": round(seconds, 3)}
+    for name, found in load(out / "evaluation.json", {}).items():
+        kept = {key: rounded(found[key]) for key in ("avg", "low", "high")}
+        result[name] = kept | {key: rounded(v["value"]) for key, v in found.items() if key.startswith("pass@")}
     result["eval"] = {"step": [row["step"] for row in evals], "avg": [rounded(row["avg"]) for row in evals],
                       "teacher": [rounded(row.get("teacher_avg")) for row in evals]}  # fmt: skip
     result["train"] = {key: [rounded(row.get(key)) for row in train] for key in SERIES}
@@ -246,14 +209,9 @@ def hardware() -> str:
     return f"{(names or [platform.machine()])[0]}, one thread per run, torch {version('torch')}"
 
 
-def stored(path: Path, nothing: dict) -> dict:
-    """The object in a JSON file, or `nothing` where there is no file. Raises ValueError for what is none."""
-    return load(path) if path.exists() else nothing
-
-
 def collect(folder: Path, results: Path, seeds: range) -> dict:
     """study.json with the runs in `folder` in the place of older ones of the same name and seed."""
-    known = stored(results / "study.json", {"rows": {}})
+    known = load(results / "study.json", {"rows": {}})
     for name in ROWS:
         runs = known["rows"].get(name, {}).get("runs", {})
         for seed in seeds:
@@ -266,10 +224,6 @@ def collect(folder: Path, results: Path, seeds: range) -> dict:
     known["rows"] = {name: known["rows"][name] for name in ROWS if name in known["rows"]}  # in the order above
     write(results / "study.json", known)
     return known
-
-
-def training(name: str) -> str:
-    return f"python {' '.join(program(flags_of(name)))} --seed N --out DIR"
 
 
 def write(path: Path, content: dict) -> None:
@@ -291,34 +245,35 @@ def ends(values: list, width: int = 5) -> tuple[float, float]:
 
 def quantity(name: str, run: dict) -> float:
     """A number of one run, nan where it has none. Late means the second half of the batches."""
-    validation, sign = run["eval"], -1 if name in ("margin fall", "late loss") else 1
-    if name.startswith("margin"):
-        first, last = ends(run["train"]["margin"])
-    elif name.startswith("late"):
-        first, last = (validation["avg"][validation["step"].index(validation["step"][-1] // 2)], validation["avg"][-1])
-    elif name.startswith("teacher"):
-        known = [v for v in validation["teacher"] if v is not None]
-        first, last = (known[0], known[-1]) if len(known) > 1 else (np.nan, np.nan)
-    else:
+    if name in ("avg", "pass@4"):
         return run["after"][name]
-    return sign * (last - first)
+    steps, avg = run["eval"]["step"], run["eval"]["avg"]
+    if name.startswith("late"):
+        first, last = avg[steps.index(steps[-1] // 2)], avg[-1]
+    else:
+        first, last = ends(run["train"]["margin"]) if name.startswith("margin") else ends(run["eval"]["teacher"], 1)
+    return first - last if name in ("margin fall", "late loss") else last - first
 
 
-def interval(values: list[float]) -> tuple[float, float, float]:
-    """Mean and its 95% t interval over seeds; the interval is nan for fewer than two."""
-    values = [v for v in values if not np.isnan(v)]
-    if len(values) < 2:
+def interval(values: list[float], less: list[float] = ()) -> tuple[float, float, float]:
+    """Mean and its 95% t interval over seeds, nan for fewer than two; with `less`, the difference of means and Welch's
+    interval, for unequal spread. Rows share the order of problems and the first rollouts of a seed; that is not used,
+    since runs go apart after a few batches."""
+    samples = [of for of in (values, less) if of]
+    if not samples or min(map(len, samples)) < 2:
         return values[0] if values else np.nan, np.nan, np.nan
-    return float(np.mean(values)), *map(float, stats.ttest_1samp(values, 0).confidence_interval(0.95))
-
-
-def difference(above: list[float], below: list[float]) -> tuple[float, float, float]:
-    """Difference of means with Welch's 95% interval for unequal spread. Rows share the order of problems and the first
-    rollouts of a seed; that is not used, since runs go apart after a few batches."""
-    mean = float(np.mean(above) - np.mean(below))
-    if np.ptp(above) == 0 and np.ptp(below) == 0:  # no spread at all, nothing to estimate an interval from
+    mean = float(np.mean(values) - (np.mean(less) if less else 0))
+    squares = [np.var(of, ddof=1) / len(of) for of in samples]  # of the means' standard errors
+    if not any(squares):
         return mean, mean, mean
-    return mean, *map(float, stats.ttest_ind(above, below, equal_var=False).confidence_interval(0.95))
+    freedom = sum(squares) ** 2 / sum(square**2 / (len(of) - 1) for square, of in zip(squares, samples))
+    half = float(stats.t.ppf(0.975, freedom) * np.sqrt(sum(squares)))
+    return mean, mean - half, mean + half
+
+
+def with_interval(values: list[float]) -> str:
+    mean, low, high = interval(values)
+    return f"{mean:.3f} [{low:.3f}, {high:.3f}]" if len(values) > 1 else "".join(f"{value:.3f}" for value in values)
 
 
 def runs_of(rows: dict, name: str) -> list[dict]:
@@ -326,27 +281,20 @@ def runs_of(rows: dict, name: str) -> list[dict]:
     return list(rows.get(name, {}).get("runs", {}).values())
 
 
-def with_interval(mean: float, low: float, high: float) -> str:
-    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
-
-
 def verdict(claim: Claim, rows: dict) -> tuple[str, str] | None:
     """The numbers and the verdict, or None while a row has fewer than two seeds."""
-    runs = {name: runs_of(rows, f"{claim.subset}/{name}") for name in claim[3:] if name not in ("base", "0")}
-    values = [[v for run in of if not np.isnan(v := quantity(claim.quantity, run))] for of in runs.values()]
-    if any(len(found) < 2 for found in values):
+    runs = [runs_of(rows, f"{claim.subset}/{name}") for name in claim[3:] if name not in ("base", "0")]
+    values = [[v for run in of if not np.isnan(v := quantity(claim.quantity, run))] for of in runs]
+    if min(map(len, values)) < 2:
         return None
+    (mean, low, high), text = interval(*values), with_interval(values[0])
     if len(values) == 2:
-        mean, low, high = difference(*values)
-        a, b = map(np.mean, values)
         rank = stats.mannwhitneyu(*values, method="exact").pvalue
-        text = f"{a:.3f} against {b:.3f}: {mean:+.3f} [{low:+.3f}, {high:+.3f}], rank test p {rank:.3f}"
-    else:
-        mean, low, high = interval(values[0])
-        text = with_interval(mean, low, high)
-        if claim.above == "base":
-            base = runs[claim.below][0]["before"]["avg"]
-            text, low, high = f"{text}, base {base:.3f}", base - high, base - low
+        text = " against ".join(f"{np.mean(of):.3f}" for of in values)
+        text = f"{text}: {mean:+.3f} [{low:+.3f}, {high:+.3f}], rank test p {rank:.3f}"
+    elif claim.above == "base":
+        base = runs[0][0]["before"]["avg"]
+        text, low, high = f"{text}, base {base:.3f}", base - high, base - low
     return text, VERDICTS[0 if low > 0 else 1 if high < 0 else 2]
 
 
@@ -357,21 +305,18 @@ def table(subset: str, rows: dict) -> list[str]:
     """The text table of a subset's rows, and under it the command of each."""
     rows = {name: row for name, row in rows.items() if name.split("/")[0] == subset}
     base = runs_of(rows, next(iter(rows)))[0]["before"]
-    lines = [f"{'':34s} {'seeds':>5s} {'avg@4 [95% over seeds]':24s} {'each seed':31s} {'pass@4':6s}  {'margin':12s}  "
-             f"{'teacher':12s} s/batch",
-             f"{'base model':34s} {'':5s} {base['avg']:.3f} {'':18s} {'':31s} {base['pass@4']:.3f}"]  # fmt: skip
-    arrow = lambda pair: "" if np.isnan(pair).any() else f"{pair[0]:.2f} to {pair[1]:.2f}"  # noqa: E731
+    cells = [("", "seeds", "avg@4 [95% over seeds]", "each seed", "pass@4 ", "margin", "teacher", "s/batch"),
+             ("base model", "", f"{base['avg']:.3f}", "", f"{base['pass@4']:.3f}", "", "", "")]  # fmt: skip
     for name, row in rows.items():
         runs = runs_of(rows, name)
-        mean, low, high = interval([run["after"]["avg"] for run in runs])
-        over_seeds = with_interval(mean, low, high) if len(runs) > 1 else f"{mean:.3f}"
-        each = " ".join(f"{run['after']['avg']:.3f}" for run in runs)
-        margin = np.mean([ends(run["train"]["margin"]) for run in runs], 0)
-        teacher = np.mean(np.array([np.array(run["eval"]["teacher"], float)[[0, -1]] for run in runs]), 0)
+        avg = [run["after"]["avg"] for run in runs]
         pass_4 = np.mean([run["after"]["pass@4"] for run in runs])
+        pairs = [[ends(run["train"]["margin"]), ends(run["eval"]["teacher"], 1)] for run in runs]
+        spans = ["" if np.isnan(a) else f"{a:.2f} to {b:.2f}" for a, b in np.mean(pairs, 0)]
         seconds = np.median([run["seconds_per_batch"] for run in runs])
-        lines.append(f"{row['label']:34s} {len(runs):5d} {over_seeds:24s} {each:31s} {pass_4:.3f}  "
-                     f"{arrow(margin):12s}  {arrow(teacher):12s} {seconds:.2f}")  # fmt: skip
+        each = " ".join(f"{value:.3f}" for value in avg)
+        cells.append((row["label"], len(runs), with_interval(avg), each, f"{pass_4:.3f}", *spans, f"{seconds:.2f}"))
+    lines = ["{:34s} {:>5} {:24s} {:31s} {:6s} {:12s}  {:12s} {}".format(*line).rstrip() for line in cells]
     commands = [f"{row['label']}: {training(name)}" for name, row in rows.items()]
     return ["```", *lines, "```", "", "```", *commands, "```", ""]
 
@@ -384,32 +329,25 @@ def markdown(*rows) -> list[str]:
 
 def collapses(rows: dict) -> list[str]:
     """Runs whose last validation pass rate is 0.2 or more below the run's best one, or 0."""
-    found, to = [], lambda values: " ".join("" if v is None else f"{v:.2f}" for v in values)
-    for name, row in rows.items():
-        for seed, run in row["runs"].items():
-            avg, train = run["eval"]["avg"], run["train"]
-            if avg[-1] <= max(avg) - 0.2 or avg[-1] == 0 < avg[0]:
-                margins = [v for v in train["margin"] if v is not None]
-                margin = f"{margins[-1]:.2f}, at most {max(margins):.2f}" if margins else ""
-                spans = [f"{train[key][0]:.2f} to {train[key][-1]:.2f}" for key in ("response_length", "with_context")]
-                found.append((name, seed, to(avg), to(run["eval"]["teacher"]), margin, *spans))
+    found, numbers = [], lambda values: " ".join("" if v is None else f"{v:.2f}" for v in values)
+    for name, seed, run in ((name, seed, run) for name, row in rows.items() for seed, run in row["runs"].items()):
+        avg, train = run["eval"]["avg"], run["train"]
+        if avg[-1] <= max(avg) - 0.2 or avg[-1] == 0 < avg[0]:
+            margins = [v for v in train["margin"] if v is not None]
+            margin = f"{margins[-1]:.2f}, at most {max(margins):.2f}" if margins else ""
+            spans = [f"{train[key][0]:.2f} to {train[key][-1]:.2f}" for key in ("response_length", "with_context")]
+            found.append((name, seed, numbers(avg), numbers(run["eval"]["teacher"]), margin, *spans))
     return markdown(("row", "seed", "validation", "teacher", "last margin", "response length", "with context"), *found)
 
 
-def measured(judged: list, heading: str) -> list[str]:
-    """judged: (claim, numbers, verdict) for each claim and subset."""
-    lines = [(claim.says, claim.subset, WHAT[claim.quantity] + text, so) for claim, text, so in judged]
-    return markdown((heading, "where", "measured", "verdict"), *lines)
-
-
 def by_verdict(judged: list, heading: str) -> list[str]:
-    """A line for each claim: the subsets on which it holds, its opposite does, and neither is clear."""
+    """judged: (claim, numbers, verdict). A line for each claim: the subsets on which it holds, its opposite does, and
+    neither is clear."""
     places: dict[str, dict[str, list[str]]] = {}
     for claim, _, so in judged:
-        where = claim.subset + " (pass@4)" * (claim.quantity == "pass@4")
-        places.setdefault(claim.says, {}).setdefault(so, []).append(where)
-    lines = [(says, *(", ".join(of.get(so, [])) for so in VERDICTS)) for says, of in places.items()]
-    return markdown((heading, *VERDICTS), *lines)
+        of_claim = places.setdefault(claim.says, {so: [] for so in VERDICTS})
+        of_claim[so].append(claim.subset + " (pass@4)" * (claim.quantity == "pass@4"))
+    return markdown((heading, *VERDICTS), *((says, *map(", ".join, of.values())) for says, of in places.items()))
 
 
 def tuning_list(known: dict) -> list[str]:
@@ -427,12 +365,11 @@ def tuning_list(known: dict) -> list[str]:
 
 def summary(rows: dict) -> list[str]:
     """A small table of all methods on the two main tasks, and on OVD's. What is not measured is empty."""
-    subsets, lines = ("trace", "code", "code-judge"), []
-    for method, label in LABELS.items():
-        found = [[run["after"]["avg"] for run in runs_of(rows, f"{subset}/{method}")] for subset in subsets]
-        lines.append((label, f"`{method}`", *(with_interval(*interval(avg)) if avg else "" for avg in found)))
-    base = [runs_of(rows, f"{subset}/grpo")[:1] for subset in subsets]
-    base = [f"{runs[0]['before']['avg']:.3f}" if runs else "" for runs in base]
+    subsets = ("trace", "code", "code-judge")
+    avg = lambda when, name: [run[when]["avg"] for run in runs_of(rows, name)]  # noqa: E731
+    base = [with_interval(avg("before", f"{subset}/grpo")[:1]) for subset in subsets]
+    lines = [(label, f"`{method}`", *(with_interval(avg("after", f"{subset}/{method}")) for subset in subsets))
+             for method, label in LABELS.items()]  # fmt: skip
     return markdown(("", "METHOD", *(f"`{s}`" for s in subsets)), ("base model", "", *base), *lines)[:-1]
 
 
@@ -445,7 +382,7 @@ def replaced(text: str, marks: tuple[str, str], lines: list[str]) -> str:
 def texts(results: Path, readme: Path) -> dict[Path, str]:
     """README.md and study/results/README.md with what study.json and tuning.json say between their marks; nothing where
     there are no runs. Raises ValueError with one line for a study.json or tuning.json that is none."""
-    known, tuned = stored(results / "study.json", {"rows": {}}), stored(results / "tuning.json", {})
+    known, tuned = load(results / "study.json", {"rows": {}}), load(results / "tuning.json", {})
     try:
         rows = known["rows"]
         if not (runs := [run for name in rows for run in runs_of(rows, name)]):
@@ -459,7 +396,8 @@ def texts(results: Path, readme: Path) -> dict[Path, str]:
         page += ["## Claims", "", LIMITS, ""]
         for heading, claims in CLAIMS.items():
             judged = [(claim, *found) for claim in claims if (found := verdict(claim, rows))]
-            page += measured(judged, heading)
+            lines = [(claim.says, claim.subset, WHAT[claim.quantity] + text, so) for claim, text, so in judged]
+            page += markdown((heading, "where", "measured", "verdict"), *lines)
             short += by_verdict(judged, heading) if heading.endswith("claim") else []
         page += ["## Runs that collapsed: 0.2 or more below their own best validation pass rate, or at 0", ""]
         page += [*collapses(rows), "## What was tried before", "", *tuning_list(tuned)[:-1]]
@@ -468,11 +406,6 @@ def texts(results: Path, readme: Path) -> dict[Path, str]:
         return {readme: text, own: replaced(own.read_text() if own.exists() else "\n".join(MARKS), MARKS, page)}
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise ValueError(f"{results}/study.json or tuning.json is not that of a study: {error!r}") from None
-
-
-def report(results: Path, readme: Path) -> None:
-    for path, text in texts(results, readme).items():
-        command.write(path, text)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -485,42 +418,41 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tune", action="store_true", help="runs the settings in RESULTS/tuning.json")
     parser.add_argument("--tables", action="store_true", help="no runs, only the tables from RESULTS/study.json")
     args = parser.parse_args(argv)
+    results, folder, seeds, failed = args.results, args.folder.resolve(), range(1, args.seeds + 1), []
     if args.tune and args.tables:
         parser.error("--tune makes runs and --tables none: give one of them")
-    if args.seeds < 1 or args.jobs < 1 or not args.results.is_dir():
+    if args.seeds < 1 or args.jobs < 1 or not results.is_dir():
         parser.error("--seeds and --jobs must be at least 1, and --results a folder that is there")
     try:
         # What is there already has to be readable before hours are spent on more.
-        if not texts(args.results, README) and args.tables:
-            raise ValueError(f"--tables: {args.results}/study.json has no runs to make tables of")
-        tuned = stored(args.results / "tuning.json", {})
-        names = list(dict.fromkeys(entry["name"] for entry in tuned.values()) if args.tune else ROWS)
-        names, all_names = [name for name in names if name.startswith(tuple(args.only))], names
+        if not texts(results, README) and args.tables:
+            parser.error(f"--tables: {results}/study.json has no runs to make tables of")
+        tuned = load(results / "tuning.json", {})
+        all_names = list(dict.fromkeys(entry["name"] for entry in tuned.values()) if args.tune else ROWS)
+        names = [name for name in all_names if name.startswith(tuple(args.only))]
         if not names:
-            raise ValueError(f"--only {' '.join(args.only)}: no row starts like this; there are {', '.join(all_names)}")
+            parser.error(f"--only {' '.join(args.only)}: no row starts like this; there are {', '.join(all_names)}")
         if not args.tables:
-            args.folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
-        parser.error(str(error))
-    folder, failed = args.folder.resolve(), []
+        parser.error(error)
     if args.tune:
-        jobs = {folder / folder_of("tune " + re.sub("--(task|subset|method)? ?", "", flags)): flags
-                for flags, entry in tuned.items() if entry["name"] in names}  # fmt: skip
-        failed = perform_all({out: flags.split() for out, flags in jobs.items()}, args.jobs, test=False)
-        for out, flags in jobs.items():
+        folders = {flags: folder / folder_of("tune " + re.sub("--(task|subset|method)? ?", "", flags))
+                   for flags, entry in tuned.items() if entry["name"] in names}  # fmt: skip
+        failed = perform_all({out: flags.split() for flags, out in folders.items()}, args.jobs, test=False)
+        for flags, out in folders.items():
             if (out / "done.json").exists():
                 found = record(out)
                 avg = dict(zip(map(str, found["eval"]["step"]), found["eval"]["avg"]))
                 tuned[flags] |= {"commit": found["commit"], "avg": avg}
-        write(args.results / "tuning.json", tuned)
-    elif not args.tables:
-        # Seed by seed, so that a study that is stopped has all rows with fewer seeds.
-        seeds = range(1, args.seeds + 1)
+        write(results / "tuning.json", tuned)
+    elif not args.tables:  # seed by seed, so that a study that is stopped has all rows with fewer seeds
         jobs = {folder / f"{folder_of(name)}-seed{seed}": [*flags_of(name), "--seed", str(seed)]
                 for seed in seeds for name in names}  # fmt: skip
         failed = perform_all(jobs, args.jobs, test=True)
-        collect(folder, args.results, seeds)
-    report(args.results, README)
+        collect(folder, results, seeds)
+    for path, text in texts(results, README).items():
+        command.write(path, text)
     for line in failed:
         print(f"study.py: {line}", file=sys.stderr)
     if failed:

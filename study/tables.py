@@ -11,11 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
 from harness.command import Parser, run
 from harness.settings import NOT_OF_THE_RUN
-from study.figures import expect, load
+from study.figures import load, read
+from study.study import interval
 from vpd import METHODS, PRESETS, Config
 
 PAPER = load(Path(__file__).parent / "results" / "paper.json")  # task, model, row, part: percent
@@ -81,8 +81,7 @@ def match(config: dict, result: dict, when: str) -> tuple[tuple, list[str]]:
 def collect(runs: list[tuple[str, dict, dict]]) -> tuple[dict, list[str]]:
     """runs: name, config.json and evaluation.json of each. Returns row -> column -> seed -> avg@n, and a note for each
     run that is in no table. Raises ValueError with one line for files that are something else."""
-    found: dict[tuple, dict[str, dict[int, float]]] = {}
-    notes = []
+    found, notes = {}, []
     for run, config, evaluation in runs:
         outside = {}
         try:
@@ -107,17 +106,16 @@ def collect(runs: list[tuple[str, dict, dict]]) -> tuple[dict, list[str]]:
         notes.append(f"{len(notes)} of {len(runs)} runs in no table")
     for columns in found.values():
         domains = [columns.get(domain, {}) for domain in DOMAINS.values()]
-        columns["average"] = {seed: float(np.mean([of_domain[seed] for of_domain in domains]))
-                              for seed in set.intersection(*map(set, domains))}  # fmt: skip
+        seeds = set.intersection(*map(set, domains))
+        columns["average"] = {seed: float(np.mean([of_domain[seed] for of_domain in domains])) for seed in seeds}
     return found, notes
 
 
 def percent(values: list[float]) -> str:
     """Nothing for no value; the mean in percent, from two seeds on ± half the 95% t interval over seeds (how many)."""
-    if len(values) < 2:
-        return "".join(f"{100 * value:.2f}" for value in values)
-    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
-    return f"{100 * np.mean(values):.2f} ± {100 * half:.2f} ({len(values)})"
+    mean, _, high = interval(values)
+    several = f" ± {100 * (high - mean):.2f} ({len(values)})" if len(values) > 1 else ""
+    return f"{100 * mean:.2f}{several}" if values else ""
 
 
 def lines(found: dict) -> list[str]:
@@ -125,22 +123,22 @@ def lines(found: dict) -> list[str]:
     printed = []
     for title, task, models, rows in TABLES:
         columns = COLUMNS[task]
-        grid, measured = [["", *(text for column in columns for text in (column, "paper"))]], False
+        wanted = [(task, model.lower(), key, together) for model in models for key in rows.values() for together in (0, 1)]
+        if not any(found.get(row) for row in wanted):
+            continue
+        grid = [["", *(text for column in columns for text in (column, "paper"))]]
         for model in models:
             grid.append([model, *[""] * 2 * len(columns)])
             for label, key in rows.items():
+                paper = PAPER[task][model.lower()][key]
                 for together in (False, True):
                     cells = found.get((task, model.lower(), key, together), {})
-                    measured |= bool(cells)
-                    if together and not cells:
-                        continue
-                    paper = PAPER[task][model.lower()][key]
                     pairs = [(percent(list(cells.get(c, {}).values())), f"{paper[c]:.2f}") for c in columns.values()]
-                    grid.append([f"  {label}{', one model for all domains' * together}", *sum(pairs, ())])
-        if measured:
-            first, *others = [max(map(len, column)) for column in zip(*grid)]
-            printed += ["", f"{title}, percent"]
-            printed += ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]).rstrip() for row in grid]
+                    if cells or not together:
+                        grid.append([f"  {label}{', one model for all domains' * together}", *sum(pairs, ())])
+        first, *others = [max(map(len, column)) for column in zip(*grid)]
+        printed += ["", f"{title}, percent"]
+        printed += ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]).rstrip() for row in grid]
     if printed:
         printed += ["", "Several seeds: mean ± half of the 95% t interval over seeds (number of seeds)."]
     return printed[1:]
@@ -151,9 +149,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="run directories that evaluate.py --run has measured")
     try:
         runs = parser.parse_args(argv).runs
-        for folder in runs:
-            expect(folder, "config.json", "evaluation.json")
-        found, notes = collect([(str(f), load(f / "config.json"), load(f / "evaluation.json")) for f in runs])
+        found, notes = collect([(str(run), *read(run, "config.json", "evaluation.json")) for run in runs])
     except ValueError as error:
         parser.error(error)
     for note in notes:

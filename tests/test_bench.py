@@ -85,7 +85,7 @@ def test_a_phase_is_the_median_of_its_steps(monkeypatch):
 
 def test_heads_are_measured_in_fresh_processes_beside_the_products(monkeypatch):
     """20 MB a logits tensor, all of it in one chunk: the products need it once, JS over all of V twice and more."""
-    monkeypatch.setattr(bench, "HEAD_CASES", ["the four products", "all of V, JS"])
+    monkeypatch.setattr(bench, "CASES", ["the four products", "all of V, JS"])
     products, js = bench.heads(tokens=256, vocabulary=20000, width=32, top_k=5)
     assert products["case"] == "the four products" and products["times_the_products"] == 1
     assert 0.9 < products["logits_tensors"] < 1.9 and 2 < js["logits_tensors"] < 12

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict
-from math import sqrt
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from harness import command
 from neighbours import distil
 from study import figures, tables
 from test_command import full
+from test_study import assert_refused, made
 
 
 def run(folder, method, seed, rewards, margins=None, teacher=None, **settings):
@@ -25,14 +25,8 @@ def run(folder, method, seed, rewards, margins=None, teacher=None, **settings):
     return folder
 
 
-def study_run(avg, **train):
-    """A run of study.json with two evaluations; `train`: lists by measure."""
-    nothing = {key: None for key in ("reward", "margin", "entropy", "divergence")}
-    return {"eval": {"step": [0, 10], "avg": avg, "teacher": None}, "train": nothing | train}
-
-
 def study(tmp_path, rows):
-    """study.json with rows {name: list of runs}."""
+    """study.json with rows {name: its runs}."""
     path = tmp_path / "study.json"
     named = {name: {"label": name.split("/")[1].upper(), "runs": dict(enumerate(runs, 1))} for name, runs in rows.items()}
     path.write_text(json.dumps({"hardware": "none", "rows": named}))
@@ -41,76 +35,57 @@ def study(tmp_path, rows):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """What is drawn: {"lines": [(x, y, colour, dash)], "bands": [(low, high)], "titles": [...], "ylabels": [...], "limits":
-    [(low, high)], "bases": [y]}; no PNG is made."""
-    seen = {"lines": [], "bands": [], "titles": [], "ylabels": [], "limits": [], "bases": []}
-    axes = figures.plt.Axes
-    plot, level, limit = axes.plot, axes.axhline, axes.set_ylim
+    """What is drawn, (arguments, keywords) of every call by the method of an axis; no PNG is made."""
+    seen = {name: [] for name in ("plot", "axhline", "fill_between", "set_title", "set_ylabel", "set_ylim")}
+    for name, calls in seen.items():
 
-    def line(self, x, y, **k):
-        seen["lines"].append((list(x), list(y), k["color"], k["linestyle"]))
-        return plot(self, x, y, **k)
+        def noted(self, *args, own=getattr(figures.plt.Axes, name), calls=calls, **keywords):
+            calls.append((args, keywords))
+            return own(self, *args, **keywords)
 
-    monkeypatch.setattr(axes, "plot", line)
-    monkeypatch.setattr(axes, "axhline", lambda self, y, **k: seen["bases"].append(y) or level(self, y, **k))
-    monkeypatch.setattr(axes, "fill_between", lambda self, x, low, high, **_: seen["bands"].append((list(low), list(high))))
-    monkeypatch.setattr(axes, "set_title", lambda self, text, **_: seen["titles"].append(text))
-    monkeypatch.setattr(axes, "set_ylabel", lambda self, text, **_: seen["ylabels"].append(text))
-    monkeypatch.setattr(axes, "set_ylim", lambda self, y, **k: (k or seen["limits"].append(y), limit(self, y, **k)))
+        monkeypatch.setattr(figures.plt.Axes, name, noted)
     monkeypatch.setattr(figures.plt.Figure, "savefig", lambda self, file, **_: file.write(b"picture"))
     return seen
 
 
-def assert_refused(argv, reason, capsys, main=figures.main):
-    with pytest.raises(SystemExit) as stop:
-        main([str(word) for word in argv])
-    out, error = capsys.readouterr()
-    assert stop.value.code == 2 and error.count("\n") == 1 and reason in error and out == ""
+def first(calls):
+    """The first arguments of calls."""
+    return [args[0] for args, _ in calls]
 
 
 # ---- Curves of runs --------------------------------------------------------------------------------------------
 
 
 def test_seeds_are_one_curve_and_settings_that_differ_are_named(tmp_path):
-    runs = [
-        run(tmp_path / "a", "vpd", 1, [0.1, 0.2], e_step_every=1),
-        run(tmp_path / "b", "vpd", 2, [0.3, 0.4], e_step_every=1),
-        run(tmp_path / "c", "vpd", 1, [0.3, 0.4], e_step_every=5),
-        run(tmp_path / "d", "grpo", 1, [0.3, 0.4], e_step_every=1),
-    ]
+    runs = [run(tmp_path / str(i), method, seed, [0.3, 0.4], e_step_every=every)
+            for i, (method, seed, every) in enumerate((("vpd", 1, 1), ("vpd", 2, 1), ("vpd", 1, 5), ("grpo", 1, 1)))]  # fmt: skip
     names = figures.draw(runs, tmp_path / "out.png")
     assert names == ["VPD e_step_every=1 (2 seeds)", "VPD e_step_every=5 (1 seed)", "GRPO (1 seed)"]
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_band_is_lowest_to_highest_seed_and_the_line_their_mean(tmp_path, drawn):
-    figures.draw([run(tmp_path / "a", "vpd", 1, [0.2]), run(tmp_path / "b", "vpd", 2, [0.6])], tmp_path / "out.png")
-    assert drawn["lines"][0][1] == pytest.approx([(0.2 + 0.6) / 2]) and drawn["bands"][0] == ([0.2], [0.6])
-
-
 def test_the_teachers_pass_rate_is_drawn_only_where_a_run_has_one(tmp_path, drawn):
     one, two = run(tmp_path / "a", "vpd", 1, [0.1], [0.5], teacher=0.25), run(tmp_path / "b", "grpo", 1, [0.1])
-    figures.draw([one, two], tmp_path / "x.png")
-    assert drawn["titles"] == [figures.MEASURES[m][0] for m in ("avg", "reward", "margin", "teacher_avg")]
-    assert drawn["lines"][-1][:2] == ([0], [0.25]) and len(drawn["lines"]) == 2 + 2 + 1 + 1
-    drawn["titles"].clear()
-    figures.draw([two], tmp_path / "x.png")
-    assert drawn["titles"] == [figures.MEASURES[m][0] for m in ("avg", "reward")]
+    for runs, measures in (([two], ["avg", "reward"]), ([one, two], ["avg", "reward", "margin", "teacher_avg"])):
+        drawn["set_title"].clear(), drawn["plot"].clear()
+        figures.draw(runs, tmp_path / "x.png")
+        assert first(drawn["set_title"]) == [figures.MEASURES[m][0] for m in measures]
+    assert drawn["plot"][-1][0] == ([0], [0.25]) and len(drawn["plot"]) == 2 + 2 + 1 + 1
 
 
 def test_the_base_model_is_a_line_at_its_mean_pass_rate_one_for_each_model(tmp_path, drawn):
     starts = (("vpd", 1, 0.1, "a"), ("vpd", 2, 0.3, "a"), ("grpo", 1, 0.2, "a"), ("grpo", 1, 0.8, "b"))
     figures.draw([run(tmp_path / str(i), method, seed, [avg, 1.0], model=model)
                   for i, (method, seed, avg, model) in enumerate(starts)], tmp_path / "x.png")  # fmt: skip
-    assert drawn["bases"] == pytest.approx([(0.1 + 0.3 + 0.2) / 3, 0.8])  # and none in the panel of rewards
+    assert first(drawn["axhline"]) == pytest.approx([(0.1 + 0.3 + 0.2) / 3, 0.8])  # and none in the panel of rewards
 
 
-@pytest.mark.parametrize("first, last", [(0.23, 0.31), (-0.2, -0.1), (-1, 2)])
-def test_zero_is_on_the_margins_axis_so_that_noise_is_no_rise(first, last, tmp_path, drawn):
-    figures.draw([run(tmp_path / "a", "vpd", 1, [0.1] * 10, [first] * 5 + [last] * 5)], tmp_path / "x.png")
-    rates, reward, (low, high) = drawn["limits"]
-    assert rates == reward == (0, 1) and low <= first < last <= high
-    assert low == 0 if first > 0 else high == 0 if last < 0 else low < 0 < high
+@pytest.mark.parametrize("start, last", [(0.23, 0.31), (-0.2, -0.1), (-1, 2)])
+def test_zero_is_on_the_margins_axis_so_that_noise_is_no_rise(start, last, tmp_path, drawn):
+    figures.draw([run(tmp_path / "a", "vpd", 1, [0.1] * 10, [start] * 5 + [last] * 5)], tmp_path / "x.png")
+    rates, reward, (low, high) = first(call for call in drawn["set_ylim"] if not call[1])  # others are the library's
+    assert rates == reward == (0, 1) and low <= start < last <= high
+    assert low == 0 if start > 0 else high == 0 if last < 0 else low < 0 < high
 
 
 def test_smoothing_is_a_centred_mean_that_shrinks_at_the_ends():
@@ -118,22 +93,9 @@ def test_smoothing_is_a_centred_mean_that_shrinks_at_the_ends():
     assert figures.smooth(np.array([1.0, 2.0, 6.0, 3.0, 3.0, 9.0])) == pytest.approx(expected)
 
 
-def test_steps_without_a_value_are_left_out_and_not_drawn_as_zero():
-    rows = [{"kind": "train", "step": 0, "margin": None}, {"kind": "train", "step": 1, "margin": 0.5}]
-    assert figures.series(rows, "margin") == {1: 0.5}
-
-
-@pytest.mark.parametrize(
-    "name, reason",
-    [("nowhere", "is no run directory: there is no such folder"), ("file", "is no run directory: it is a file"),
-     ("folder", "is no run directory: it has no config.json and no log.jsonl"),
-     ("half", "is no run directory: it has no log.jsonl")],
-)  # fmt: skip
-def test_what_a_folder_lacks_of_a_run_is_named_and_exit_2(name, reason, tmp_path, capsys):
-    (tmp_path / "file").touch(), (tmp_path / "folder").mkdir(), (tmp_path / "half").mkdir()
-    (tmp_path / "half" / "config.json").write_text('{"method": "vpd"}')
-    assert_refused([tmp_path / name, "--out", tmp_path / "x.png"], f"{tmp_path / name} {reason}", capsys)
-    assert not (tmp_path / "x.png").exists()
+def test_steps_without_a_value_are_left_out_and_not_drawn_as_zero(tmp_path):
+    _, found = figures.measured(run(tmp_path / "a", "vpd", 1, [0.1, 0.2], margins=[None, 0.5]))
+    assert (found["margin"], found["avg"], found["entropy"]) == ({1: 0.5}, {0: 0.1}, {})
 
 
 VPD, ROW = '{"method": "vpd"}', '{"kind": "train", "step": 0, "reward": 0.5}'
@@ -141,31 +103,43 @@ VPD, ROW = '{"method": "vpd"}', '{"kind": "train", "step": 0, "reward": 0.5}'
 
 @pytest.mark.parametrize(
     "config, log, reason",
-    [("[]", ROW, "config.json is no JSON object"), ("{}", ROW, "config.json is not the configuration of a run"),
-     ("{", ROW, "config.json is no JSON object"), (VPD, "", "log.jsonl has no batch"),
-     (VPD, '{"kind": "resume", "step": 0}', "log.jsonl has no batch"),
-     (VPD, f"{ROW}\n{ROW[:30]}", "log.jsonl, line 2 is no JSON object"), (VPD, "\0\xff", "log.jsonl is no JSON object"),
-     (VPD, '{"step": 0}', "log.jsonl, line 1 is no row"), (VPD, "[]", "log.jsonl, line 1 is no JSON object"),
-     (VPD, '{"kind": "train", "step": "one"}', "log.jsonl, line 1 is no row"),
-     (VPD, ROW.replace("0.5", '"high"'), "log.jsonl, line 1: reward is no number")],
+    [(None, None, " is no run directory: it has no config.json and no log.jsonl"),
+     (VPD, None, " is no run directory: it has no log.jsonl"),
+     ("[]", ROW, "/config.json is no JSON object"), ("{}", ROW, "/config.json is not the configuration of a run"),
+     ("{", ROW, "/config.json is no JSON object"), (VPD, "", "/log.jsonl has no batch"),
+     (VPD, '{"kind": "resume", "step": 0}', "/log.jsonl has no batch"),
+     (VPD, f"{ROW}\n{ROW[:30]}", "/log.jsonl, line 2 is no JSON object"), (VPD, "\0\xff", "/log.jsonl is no JSON object"),
+     (VPD, '{"step": 0}', "/log.jsonl, line 1 is no row"), (VPD, "[]", "/log.jsonl, line 1 is no JSON object"),
+     (VPD, '{"kind": "train", "step": "one"}', "/log.jsonl, line 1 is no row"),
+     (VPD, ROW.replace("0.5", '"high"'), "/log.jsonl, line 1: reward is no number")],
 )  # fmt: skip
-def test_run_whose_files_are_something_else_is_one_line_and_exit_2(config, log, reason, tmp_path, capsys):
-    (tmp_path / "config.json").write_text(config)
-    (tmp_path / "log.jsonl").write_text(log, encoding="latin-1")
-    assert_refused([tmp_path, "--out", tmp_path / "x.png"], f"{tmp_path}/{reason}", capsys)
+def test_a_run_that_lacks_a_file_or_has_another_is_one_line_and_exit_2(config, log, reason, tmp_path, capsys):
+    for name, text in (("config.json", config), ("log.jsonl", log)):
+        if text is not None:
+            (tmp_path / name).write_text(text, encoding="latin-1")
+    assert_refused(figures, [tmp_path, "--out", tmp_path / "x.png"], f"{tmp_path}{reason}", capsys)
     assert not (tmp_path / "x.png").exists()
 
 
-@pytest.mark.parametrize("out, reason", [("no/x.png", "there is no folder"), ("", "it is a folder"), ("x.foo", "foo")])
-def test_a_picture_that_cannot_be_written_is_one_line_and_exit_2(out, reason, tmp_path, capsys):
-    one = run(tmp_path / "a", "vpd", 1, [0.1])
-    assert_refused([one, "--out", tmp_path / out], reason, capsys)
-    assert [path.name for path in tmp_path.iterdir()] == ["a"] and not tmp_path.with_suffix(".png").exists()
+@pytest.mark.parametrize(
+    "argv, reason",
+    [("{0}/nowhere", "/nowhere is no run directory: there is no such folder"),
+     ("{0}/study.json", "/study.json is no run directory: it is a file"),
+     ("{0}/a --out {0}/no/x.png", "there is no folder"), ("{0}/a --out {0}", "it is a folder"),
+     ("{0}/a --out {0}/x.foo", "foo"), ("--study {0}/study.json --out {0}/study.json", "go to a folder"),
+     ("a --study b", "--study goes without"), ("--nothing", "--nothing")],
+)  # fmt: skip
+def test_flags_that_cannot_be_are_one_line_exit_2_and_nothing_written(argv, reason, tmp_path, capsys):
+    run(tmp_path / "a", "vpd", 1, [0.1])
+    study(tmp_path, {"trace/vpd": [made()]})
+    assert_refused(figures, argv.format(tmp_path).split(), reason, capsys)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "study.json"]
+    assert not tmp_path.with_suffix(".png").exists()
 
 
 def test_curves_and_figures_stay_whole_on_a_full_disk(tmp_path, monkeypatch):
     one = run(tmp_path / "a", "vpd", 1, [0.1])
-    path = study(tmp_path, {"trace/vpd": [study_run([0.1, 0.2])]})
+    path = study(tmp_path, {"trace/vpd": [made()]})
     (tmp_path / "x.png").write_bytes(b"old"), (tmp_path / "progress.png").write_bytes(b"old")
     monkeypatch.setattr(Path, "write_bytes", full)
     for argv, file in (([one, "--out", tmp_path / "x.png"], "x.png"),
@@ -181,110 +155,94 @@ def test_a_picture_without_an_ending_is_named_as_it_is_written(tmp_path, capsys)
     assert capsys.readouterr().out.startswith(f"{tmp_path}/curves.png: ") and (tmp_path / "curves.png").exists()
 
 
-def test_options_that_do_not_go_together_are_one_line_and_exit_2(tmp_path, capsys):
-    path = study(tmp_path, {"trace/vpd": [study_run([0.1, 0.2])]})
-    assert_refused(["--study", path, "--out", path], "go to a folder", capsys)
-    assert_refused(["a", "--study", "b"], "--study goes without", capsys)
-    assert_refused(["--nothing"], "--nothing", capsys)
-
-
 # ---- The paper's figures ---------------------------------------------------------------------------------------
 
 
 def test_every_figure_is_drawn_where_all_rows_are_there(tmp_path, monkeypatch, capsys):
-    train = dict.fromkeys(("reward", "margin", "entropy", "divergence"), [0.1, 0.2, 0.3])
-    run = study_run([0.1, 0.4], **train)
-    run["eval"]["teacher"] = [0.3, 0.5]
+    series = [0.1, 0.2, 0.3]
+    runs = [made(margin=series, reward=series, entropy=series, divergence=series)] * 2
     names = {f"{subset}/{v}" for panels in figures.FIGURES.values() for subset, _, variants in panels for v in variants}
     monkeypatch.chdir(tmp_path)
     results = tmp_path / "study" / "results"
     results.mkdir(parents=True)
-    study(results, {name: [run, run] for name in sorted(names - {"trace-long/*"})})
+    study(results, dict.fromkeys(sorted(names - {"trace-long/*"}), runs))
     figures.main([])  # no argument: study/results/study.json, into study/results
     out, error = capsys.readouterr()
-    files = ["cold", "long", "margin", "prior", "progress"]
-    assert sorted(path.stem for path in results.glob("*.png")) == files and error == ""
-    assert all((results / f"{file}.png").read_bytes().startswith(b"\x89PNG") for file in files)
+    drawn = {path.stem: path.read_bytes() for path in results.glob("*.png")}
+    assert drawn.keys() == {"cold", "long", "margin", "prior", "progress"} and error == ""
+    assert all(picture.startswith(b"\x89PNG") for picture in drawn.values())
     assert "study/results/margin.png: VPD (2 seeds), SDPO (2 seeds)\n" in out
 
 
 def test_study_curve_is_the_mean_over_seeds_and_its_band_their_extremes(tmp_path, drawn):
-    path = study(tmp_path, {"trace-cold/vpd": [study_run([0.1, 0.3]), study_run([0.1, 0.4]), study_run([0.4, 0.8])]})
-    lines, _ = figures.draw_study(path, tmp_path)
-    assert lines == [f"{tmp_path}/cold.png: VPD (3 seeds)"] and drawn["bases"] == pytest.approx([(0.1 + 0.1 + 0.4) / 3])
-    steps, mean, *_ = drawn["lines"][0]
-    assert steps == [0, 10] and mean == pytest.approx([(0.1 + 0.1 + 0.4) / 3, (0.3 + 0.4 + 0.8) / 3])
-    assert drawn["bands"] == [([0.1, 0.3], [0.4, 0.8])]
+    runs = [made(evals=evals, teacher=None) for evals in ([0.1, 0.3], [0.1, 0.4], [0.4, 0.8])]
+    lines, _ = figures.draw_study(study(tmp_path, {"trace-cold/vpd": runs}), tmp_path)
+    assert lines == [f"{tmp_path}/cold.png: VPD (3 seeds)"]
+    assert first(drawn["axhline"]) == pytest.approx([(0.1 + 0.1 + 0.4) / 3])
+    assert drawn["plot"][0][0] == ([0, 10], pytest.approx([(0.1 + 0.1 + 0.4) / 3, (0.3 + 0.4 + 0.8) / 3]))
+    assert [[*low, *high] for (_, low, high), _ in drawn["fill_between"]] == [[0.1, 0.3, 0.4, 0.8]]
 
 
 def test_margin_is_smoothed_for_each_seed_before_the_mean_and_says_so(tmp_path, drawn):
     """Batch 1 has no margin on the second seed, so it is left out of both."""
-    runs = [study_run([0, 0], margin=[1, 9, 2, 6]), study_run([0, 0], margin=[3, None, 4, 5])]
-    figures.draw_study(study(tmp_path, {"trace/vpd": runs}), tmp_path)
-    steps, mean, *_ = drawn["lines"][0]  # three batches each, less than the width of 5: their mean everywhere
-    assert steps == [0, 2, 3] and mean == pytest.approx([((1 + 2 + 6) / 3 + (3 + 4 + 5) / 3) / 2] * 3)
-    assert drawn["bands"][0] == (pytest.approx([(1 + 2 + 6) / 3] * 3), pytest.approx([(3 + 4 + 5) / 3] * 3))
-    labelled = dict(zip(drawn["titles"], drawn["ylabels"]))
+    path = study(tmp_path, {"trace/vpd": [made(margin=[1, 9, 2, 6]), made(margin=[3, None, 4, 5])]})
+    figures.draw_study(path, tmp_path)
+    # three batches each, less than the width of 5: their mean everywhere
+    assert drawn["plot"][0][0] == ([0, 2, 3], pytest.approx([((1 + 2 + 6) / 3 + (3 + 4 + 5) / 3) / 2] * 3))
+    assert [*map(list, drawn["fill_between"][0][0][1:])] == [[(1 + 2 + 6) / 3] * 3, [(3 + 4 + 5) / 3] * 3]
+    labelled = dict(zip(first(drawn["set_title"]), first(drawn["set_ylabel"])))
     assert labelled["trace: reward margin of the teacher"] == "mean of 5 batches"
     assert labelled["trace: pass rate on validation problems"] == ""  # evaluations are not smoothed
 
 
 def test_rows_and_values_that_are_not_there_are_named_and_what_is_there_is_drawn(tmp_path, drawn, capsys):
-    run = study_run([0.1, 0.2], margin=[0.1], entropy=[0.1])
-    path = study(tmp_path, {"trace/vpd": [run], "trace-long/grpo": [run], "trace-long/vpd": []})
-    figures.main(["--study", str(path), "--out", str(tmp_path / "new" / "folder")])
-    said = [line.removeprefix(f"figures.py: {tmp_path}/new/folder/") for line in capsys.readouterr().err.splitlines()]
+    run, out = made(margin=[0.1], entropy=[0.1]), tmp_path / "new" / "folder"
+    path = study(tmp_path, {"trace/vpd": [run], "trace-long/grpo": [run], "trace-long/vpd": [], "code/vpd": [run] * 3})
+    figures.main(["--study", str(path), "--out", str(out)])
+    printed, errors = capsys.readouterr()
+    assert f"{out}/progress.png: VPD (3 and 1 seeds)\n" in printed  # where panels differ
+    said = [line.removeprefix(f"figures.py: {out}/") for line in errors.splitlines()]
     assert said[:1] == ["margin.png: no row trace/sdpo"]
-    assert {"progress.png: no row code/vpd", "progress.png: no row trace/grpo", "long.png: no row trace-long/sdpo",
+    assert {"progress.png: no row code/sdpo", "progress.png: no row trace/grpo", "long.png: no row trace-long/sdpo",
             "long.png: no avg of trace-long/vpd", "long.png: no divergence of trace-long/grpo",
             f"cold.png: not drawn, {path} has none of its rows"} <= set(said)  # fmt: skip
     assert "progress.png: no row trace/reweight" not in said  # the study has the hybrids only on code
     assert not any("distil" in line or "ovd" in line for line in said)  # later methods are not missed
     assert said.count("prior.png: no row trace/vpd fixed prior") == 1  # once, for two panels
-    files = sorted(path.name for path in (tmp_path / "new" / "folder").iterdir())
-    assert files == ["long.png", "margin.png", "prior.png", "progress.png"]
-
-
-def test_legend_gives_both_numbers_of_seeds_where_panels_differ(tmp_path, drawn):
-    run = study_run([0.1, 0.2])
-    lines, _ = figures.draw_study(study(tmp_path, {"code/vpd": [run], "trace/vpd": [run] * 3}), tmp_path)
-    assert f"{tmp_path}/progress.png: VPD (1 and 3 seeds)" in lines
+    assert sorted(path.name for path in out.iterdir()) == ["long.png", "margin.png", "prior.png", "progress.png"]
 
 
 def test_method_looks_the_same_in_every_figure_and_no_two_look_alike(tmp_path, drawn):
-    seed = study_run([0.1, 0.2], margin=[0.5])
+    looks = lambda: [(k["color"], k["linestyle"]) for _, k in drawn["plot"]]  # noqa: E731
+    seed = made(margin=[0.5], teacher=None)
     rows = "code/grpo trace/vpd trace/sdpo trace/grpo trace-cold/grpo trace-long/grpo trace-long/new".split()
     figures.draw_study(study(tmp_path, {name: [seed] for name in rows}), tmp_path)
     one, two, three = (figures.STYLES[method] for method in ("vpd", "sdpo", "grpo"))
     margin, code, trace, cold, prior, long = [one, two], [three], [one, two, three], [three], [one] * 2, [three]
-    expected = [*margin, *code, *trace, *cold, *prior, *long, figures.SPARE[0]]
-    assert [(colour, dash) for _, _, colour, dash in drawn["lines"]] == expected
+    assert looks() == [*margin, *code, *trace, *cold, *prior, *long, figures.SPARE[0]]
     every = [*figures.STYLES.values(), *figures.SPARE]
     assert len(set(every)) == len(every)
-    drawn["lines"].clear()  # curves of runs as well
+    drawn["plot"].clear()  # curves of runs as well
     figures.draw([run(tmp_path / "a", "sdpo", 1, [0.1]), run(tmp_path / "b", "vpd", 1, [0.1])], tmp_path / "x.png")
-    assert [(colour, dash) for _, _, colour, dash in drawn["lines"]] == [two, one] * 2  # pass rate, reward; no margins
+    assert looks() == [two, one] * 2  # pass rate, reward; no margins
+
+
+GOOD = {"label": "SDPO", "runs": {"1": made(margin=[1])}}
 
 
 @pytest.mark.parametrize(
-    "broken",
-    [{"label": "VPD"}, {"runs": {}}, {"label": "VPD", "runs": []}, {"label": "VPD", "runs": {"1": {}}},
-     {"label": "VPD", "runs": {"1": study_run([0.1])}},  # two steps
-     {"label": "VPD", "runs": {"1": study_run([0.1, "high"])}},
-     {"label": "VPD", "runs": {"1": study_run([0.1, 0.2], margin=3)}}],
+    "text, reason",
+    [(json.dumps({"rows": {"trace/sdpo": GOOD, "trace/broken": {"label": "VPD"} | broken}}), "trace/broken") for broken in (
+        {}, {"runs": []}, {"runs": {"1": {}}}, {"runs": {"1": made(teacher=[0.1])}},  # of three steps
+        {"runs": {"1": made(evals=[0.1, "high"])}}, {"runs": {"1": made(margin=3)}})]
+    + [(json.dumps({"rows": {"trace/broken": {"runs": {}}}}), "'label'")]
+    + [(text, "study.json") for text in ("", "{", "[]", "{}", '{"rows": []}')],
 )  # fmt: skip
-def test_faulty_row_of_a_study_is_one_line_and_no_figure_is_written(broken, tmp_path, capsys):
-    good = {"label": "SDPO", "runs": {"1": study_run([0.1, 0.2], margin=[1])}}
-    (tmp_path / "study.json").write_text(json.dumps({"rows": {"trace/sdpo": good, "trace/broken": broken}}))
-    assert_refused(["--study", tmp_path / "study.json", "--out", tmp_path / "out"], "trace/broken", capsys)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("text", [None, "{", "[]", "{}", '{"rows": []}'])
-def test_file_that_is_no_study_is_one_line_and_exit_2(text, tmp_path, capsys):
-    if text is not None:
+def test_a_study_that_is_none_or_has_a_faulty_row_is_one_line_and_draws_nothing(text, reason, tmp_path, capsys):
+    if text:
         (tmp_path / "study.json").write_text(text)
-    assert_refused(["--study", tmp_path / "study.json", "--out", tmp_path], "study.json", capsys)
+    assert_refused(figures, ["--study", tmp_path / "study.json", "--out", tmp_path / "out"], reason, capsys)
+    assert not (tmp_path / "out").exists()
 
 
 # ---- The paper's tables ----------------------------------------------------------------------------------------
@@ -379,30 +337,18 @@ def test_a_run_with_settings_of_no_cell_is_in_no_table_and_told_why(flags, reaso
     assert reason in notes[0]
 
 
-@pytest.mark.parametrize("differs", [{"n": 1}, {"temperature": 0.0}, {"top_p": 1.0}, {"split": "train"}, {"max_tokens": 9}])
-def test_evaluation_with_other_settings_is_in_no_table(differs):
-    found, notes = tables.collect([evaluated("--task lcb", 0.5, **differs)])
-    (name,) = differs
+@pytest.mark.parametrize("name, value", [("n", 1), ("temperature", 0.0), ("top_p", 1.0), ("split", "train"), ("max_tokens", 9)])
+def test_evaluation_with_other_settings_is_in_no_table(name, value):
+    found, notes = tables.collect([evaluated("--task lcb", 0.5, **{name: value})])
     assert found == {} and f"evaluated with {name}=" in notes[0]
 
 
-def test_what_training_changes_keeps_no_base_out_and_what_changes_the_problems_does():
-    for flags, keys in (("--task lcb --e_groups all", {"base"}), ("--task lcb --until 2025-04-01", set()),
-                        (f"{SMALL} --subset biology --feedback critique --lr 1", {"base"})):  # fmt: skip
-        found, notes = tables.collect([evaluated(flags, 0.5)])
-        assert {key for _, _, key, _ in found} == keys
-        assert ("its base model is in one" in notes[0]) == bool(keys)
-
-
-def test_percent_is_the_mean_with_half_the_t_interval_over_seeds():
-    assert tables.percent([]) == "" and tables.percent([0.4962]) == "49.62"
-    # t quantiles at 0.975 from a table: 12.706 for 1 degree of freedom, 4.303 for 2
-    spread = sqrt((0.02**2 + 0.02**2) / 1)  # sample standard deviation of 0.48, 0.52
-    assert tables.percent([0.48, 0.52]) == f"50.00 ± {100 * 12.706 * spread / sqrt(2):.2f} (2)" == "50.00 ± 25.41 (2)"
-    spread = sqrt((0.02**2 + 0 + 0.02**2) / 2)
-    three = f"50.00 ± {100 * 4.303 * spread / sqrt(3):.2f} (3)"
-    assert tables.percent([0.48, 0.5, 0.52]) == three == "50.00 ± 4.97 (3)"
-    assert tables.percent([0.5, 0.5]) == "50.00 ± 0.00 (2)"
+@pytest.mark.parametrize(
+    "flags, keys", [("--task lcb --e_groups all", {"base"}), ("--task lcb --until 2025-04-01", set()),
+                    (f"{SMALL} --subset biology --feedback critique --lr 1", {"base"})])  # fmt: skip
+def test_what_training_changes_keeps_no_base_out_and_what_changes_the_problems_does(flags, keys):
+    found, notes = tables.collect([evaluated(flags, 0.5)])
+    assert {key for _, _, key, _ in found} == keys and ("its base model is in one" in notes[0]) == bool(keys)
 
 
 def test_columns_are_under_each_other():
@@ -444,10 +390,9 @@ def test_seed_that_is_there_already_is_named_and_not_averaged():
 
 
 def write_run(folder, flags):
-    _, config, evaluation = evaluated(flags, 0.5)
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    for name, content in zip(("config.json", "evaluation.json"), evaluated(flags, 0.5)[1:]):
+        (folder / name).write_text(json.dumps(content))
     return str(folder)
 
 
@@ -470,5 +415,4 @@ def test_run_that_was_not_evaluated_or_is_none_is_one_line_and_exit_2(name, text
     write_run(tmp_path, "--task lcb")
     (tmp_path / name).write_text(text) if text else (tmp_path / name).unlink()
     reason = f"{tmp_path} is no run directory: it has no evaluation.json; python evaluate.py --run {tmp_path} makes it"
-    assert_refused([tmp_path], str(tmp_path) if text else reason, capsys, tables.main)
-    assert_refused([], "runs", capsys, tables.main)
+    assert_refused(tables, [tmp_path], str(tmp_path) if text else reason, capsys)

@@ -8,11 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import pytest
 from scipy import stats
 
@@ -29,7 +29,7 @@ RESULTS = ROOT / "study" / "results"
 
 @pytest.mark.parametrize("name", study.ROWS)
 def test_a_rows_flags_are_settings_that_work_together(name):
-    module, cfg = study.configured([*study.flags_of(name), "--seed", "1"])
+    module, cfg = study.configured(study.flags_of(name))
     module.check(cfg)
     subset, method = name.split(" ")[0].split("/")
     method = "sdpo" if name.endswith("vpd no E-step") else method  # which is SDPO's loop on VPD's settings
@@ -57,42 +57,33 @@ def test_a_variant_differs_from_its_method_in_what_its_name_says():
 
 
 def test_every_method_of_a_task_was_tried_with_as_many_settings_and_they_still_work():
-    counts: dict[str, dict[str, int]] = {}
+    counts: dict[str, Counter] = {}
     for flags, entry in json.loads((RESULTS / "tuning.json").read_text()).items():
         module, cfg = study.configured(flags.split())
         module.check(cfg)
         assert entry["name"].split(" ")[0] == f"{cfg.subset}/{cfg.method}"
-        of_task = counts.setdefault(cfg.subset, {})
-        of_task[entry["name"]] = of_task.get(entry["name"], 0) + 1
-    assert {task: set(of.values()) for task, of in counts.items()} == {
+        counts.setdefault(cfg.subset, Counter())[entry["name"]] += 1
+    assert {task: {*of.values()} for task, of in counts.items()} == {
         "code": {6}, "choice": {5}, "trace-often": {3}, "trace": {10}, "code-judge": {6}}  # fmt: skip
 
 
 def test_claims_are_about_rows_that_are_run_and_quantities_that_have_a_name():
-    claims = [claim for of in study.CLAIMS.values() for claim in of]
-    assert len(claims) == 42 + 17 + 15
-    for claim in claims:
+    assert [len(claims) for claims in study.CLAIMS.values()] == [42, 17, 15]
+    for claim in sum(study.CLAIMS.values(), []):
         rows = {f"{claim.subset}/{name}" for name in (claim.above, claim.below) if name not in ("0", "base")}
         assert rows <= study.ROWS.keys() and claim.quantity in study.WHAT, claim
-
-
-def test_a_neighbour_is_a_program_of_its_own_without_method():
-    name = "code-judge/ovd sg pi, all rejected"
-    assert study.training(name) == ("python -m neighbours.ovd --task toy --subset code-judge --ovd_ratio one "
-                                    "--ovd_threshold 10 --seed N --out DIR")  # fmt: skip
-    assert study.training("trace-long/vpd") == (
-        "python vpd.py --task toy --subset trace --method vpd --steps 60 --seed N --out DIR")  # fmt: skip
 
 
 # ---- Quantities and intervals by hand ----------------------------------------------------------------------
 
 
-def made(avg, margin=(), teacher=(0.25, 0.5), evals=(0.1, 0.3, 0.2)):
+def made(avg=0.5, margin=(), teacher=(0.25, 0.25, 0.5), evals=(0.1, 0.3, 0.2), **train):
+    """A run of study.json."""
+    nothing = {"reward": None, "entropy": None, "divergence": None, "response_length": [8.0, 9.0], "with_context": [1.0, 0.5]}
     return {
         "commit": "abc", "seconds": 36.0, "seconds_per_batch": 2.0, "before": {"avg": 0.1, "low": 0, "high": 1, "pass@4": 0.2},
-        "after": {"avg": avg, "low": 0.0, "high": 1.0, "pass@4": 0.9},
-        "eval": {"step": list(range(0, 10 * len(evals), 10)), "avg": list(evals), "teacher": list(teacher)},
-        "train": {"margin": list(margin), "response_length": [8.0, 9.0], "with_context": [1.0, 0.5]},
+        "after": {"avg": avg, "low": 0.0, "high": 1.0, "pass@4": 0.9}, "train": nothing | {"margin": margin} | train,
+        "eval": {"step": list(range(0, 10 * len(evals), 10)), "avg": evals, "teacher": teacher},
     }  # fmt: skip
 
 
@@ -115,48 +106,38 @@ def test_quantities_of_a_run():
         assert math.isnan(study.quantity("teacher change", made(0.6, teacher=teacher)))
 
 
-def test_the_interval_over_seeds_is_student_s_t():
-    values = [0.1, 0.2, 0.6]
-    mean = 0.9 / 3
-    deviation = math.sqrt(((0.1 - mean) ** 2 + (0.2 - mean) ** 2 + (0.6 - mean) ** 2) / 2)
+def test_the_interval_over_seeds_is_student_s_t_and_that_of_a_difference_welchs():
+    mean, deviation = 0.9 / 3, math.sqrt((0.2**2 + 0.1**2 + 0.3**2) / 2)
     half = 4.302653 * deviation / math.sqrt(3)  # t of 2 degrees of freedom at 0.975
-    for given in (values, [0.1, float("nan"), 0.2, 0.6]):
-        assert study.interval(given) == pytest.approx((mean, mean - half, mean + half), rel=1e-6)
-    assert study.interval([0.4])[0] == 0.4 and math.isnan(study.interval([0.4])[1])
-    assert math.isnan(study.interval([])[0])
-
-
-def test_the_difference_of_rows_has_welchs_interval():
+    assert study.interval([0.1, 0.2, 0.6]) == pytest.approx((mean, mean - half, mean + half), rel=1e-6)
+    assert study.interval([0.4])[0] == 0.4 and math.isnan(study.interval([0.4])[1]) and math.isnan(study.interval([])[0])
+    assert [study.with_interval(values) for values in ([], [0.4], [0.5, 0.5])] == ["", "0.400", "0.500 [0.500, 0.500]"]
     above, below = [0.5, 0.7], [0.1, 0.2, 0.6]
     var_a, var_b = 0.02 / 2, 0.07 / 3  # of the means: sample variances (0.2^2 / 2) and (0.04 + 0.01 + 0.09) / 2
     freedom = (var_a + var_b) ** 2 / (var_a**2 / 1 + var_b**2 / 2)
     half = stats.t.ppf(0.975, freedom) * math.sqrt(var_a + var_b)
-    assert study.difference(above, below) == pytest.approx((0.6 - 0.3, 0.3 - half, 0.3 + half), rel=1e-9)
-    assert study.difference([0.5, 0.5], [0.0, 0.0]) == (0.5, 0.5, 0.5)
+    assert study.interval(above, below) == pytest.approx((0.6 - 0.3, 0.3 - half, 0.3 + half), rel=1e-9)
+    assert study.interval([0.5, 0.5], [0.0, 0.0]) == (0.5, 0.5, 0.5)
 
 
 HIGH, LOW = [0.8, 0.82, 0.84], [0.2, 0.22, 0.24]
 
 
 @pytest.mark.parametrize(
-    "above, below, so",
-    [(HIGH, LOW, "yes"), (LOW, HIGH, "no, the opposite"), ([0.2, 0.5, 0.8], [0.3, 0.5, 0.6], "undecided")],
-)
-def test_a_claim_holds_when_its_interval_lies_above_zero(above, below, so):
-    text, verdict = study.verdict(Claim("", "avg", "trace", "vpd", "grpo"), rows_of(vpd=above, grpo=below))
-    a, b = np.mean(above), np.mean(below)
-    assert verdict == so and text.startswith(f"{a:.3f} against {b:.3f}: {a - b:+.3f} [")
-
-
-@pytest.mark.parametrize(
-    "quantity, above, below, averages, so",
-    [("avg", "base", "sdpo", [0.02, 0.03, 0.04], "yes"),  # base 0.1
-     ("avg", "base", "sdpo", [0.3, 0.31, 0.32], "no, the opposite"),
-     ("late loss", "sdpo", "0", HIGH, "yes"), ("late gain", "sdpo", "0", HIGH, "no, the opposite")],  # 0.3 to 0.2 in all
+    "quantity, above, below, text, so",
+    [("avg", HIGH, LOW, "0.820 against 0.220: +0.600 [", "yes"),
+     ("avg", LOW, HIGH, "0.220 against 0.820: -0.600 [", "no, the opposite"),
+     ("avg", [0.2, 0.5, 0.8], [0.3, 0.5, 0.7], "0.500 against 0.500: +0.000 [-0.613, +0.613]", "undecided"),
+     ("avg", "base", [0.02, 0.03, 0.04], "0.030 [0.005, 0.055], base 0.100", "yes"),
+     ("avg", "base", [0.3, 0.31, 0.32], "0.310 [0.285, 0.335], base 0.100", "no, the opposite"),
+     ("late loss", HIGH, "0", "0.100 [0.100, 0.100]", "yes"),  # 0.3 to 0.2 in all
+     ("late gain", HIGH, "0", "-0.100 [-0.100, -0.100]", "no, the opposite")],
 )  # fmt: skip
-def test_a_claim_about_one_row_is_against_zero_or_the_base(quantity, above, below, averages, so):
-    text, verdict = study.verdict(Claim("", quantity, "trace", above, below), rows_of(sdpo=averages))
-    assert verdict == so and text.endswith("base 0.100" if above == "base" else "]")
+def test_a_claim_holds_when_its_interval_lies_above_zero_or_below_the_base(quantity, above, below, text, so):
+    rows = rows_of(**{name: values for name, values in (("vpd", above), ("grpo", below)) if isinstance(values, list)})
+    claim = Claim("", quantity, "trace", above if above == "base" else "vpd", below if below == "0" else "grpo")
+    found, verdict = study.verdict(claim, rows)
+    assert verdict == so and found.startswith(text)
 
 
 def test_verdicts_name_the_subsets_on_which_a_claim_holds_fails_or_is_open():
@@ -167,16 +148,15 @@ def test_verdicts_name_the_subsets_on_which_a_claim_holds_fails_or_is_open():
     assert lines == ["| best | trace | trace | trace, trace (pass@4) |", ""]
 
 
-def test_no_verdict_before_two_seeds():
-    claim = Claim("", "avg", "trace", "vpd", "grpo")
-    assert study.verdict(claim, rows_of(vpd=[0.8], grpo=[0.1, 0.2])) is None
-    assert study.verdict(claim, rows_of(vpd=[0.8, 0.9])) is None
+@pytest.mark.parametrize("rows", [rows_of(vpd=[0.8], grpo=[0.1, 0.2]), rows_of(vpd=[0.8, 0.9])])
+def test_no_verdict_before_two_seeds(rows):
+    assert study.verdict(Claim("", "avg", "trace", "vpd", "grpo"), rows) is None
 
 
 # ---- Tables ------------------------------------------------------------------------------------------------
 
 
-def test_the_report_goes_between_marks_and_names_seeds_hours_commits_and_commands(tmp_path):
+def test_the_report_goes_between_marks_and_names_seeds_hours_commits_and_commands(tmp_path, monkeypatch):
     rows = rows_of(vpd=HIGH, grpo=LOW)
     rows["trace/vpd"]["runs"]["1"]["eval"]["avg"] = [0.1, 0.5, 0.3]  # 0.2 below its best
     (tmp_path / "study.json").write_text(json.dumps({"hardware": "a machine", "rows": rows}))
@@ -187,10 +167,12 @@ def test_the_report_goes_between_marks_and_names_seeds_hours_commits_and_command
     (tmp_path / "tuning.json").write_text(json.dumps(tried | {"--lr 9": {"name": "trace/vpd"}}))  # one is still to be run
     readme, own = tmp_path / "MAIN.md", tmp_path / "README.md"
     readme.write_text("\n".join(["above", study.MARKS[0], "old", study.MARKS[1], "below", *study.SUMMARY, ""]))
-    for _ in range(2):  # again gives the same
-        study.report(tmp_path, readme)
+    monkeypatch.setattr(study, "README", readme)
+    for before in ("", "", "an introduction\n"):  # again gives the same, and what is above the marks stays
+        own.write_text(before + own.read_text()) if own.exists() else None
+        study.main(["--tables", "--results", str(tmp_path)])
         text, page = readme.read_text(), own.read_text()
-        assert text.startswith("above\n") and "\nold\n" not in text
+        assert text.startswith("above\n") and "\nold\n" not in text and page.startswith(before + study.MARKS[0])
         below = text.partition(study.MARKS[1])[2]
         summed = ["| base model |  | 0.100 |  |  |", "| VPD | `vpd` | 0.820 [0.770, 0.870] |  |  |",
                   "| SDPO | `sdpo` |  |  |  |", "| GRPO | `grpo` | 0.220 [0.170, 0.270] |  |  |"]  # fmt: skip
@@ -201,24 +183,23 @@ def test_the_report_goes_between_marks_and_names_seeds_hours_commits_and_command
         assert "| VPD beats GRPO (Tables 1, 2) | trace |  |  |" in text
         assert "0.820 [" in page and "0.800 0.820 0.840" in page and f"vpd: {study.training('trace/vpd')}" in page
         assert "VPD beats GRPO (Tables 1, 2) | trace | 0.820 against 0.220: +0.600" in page
-        assert "| trace/vpd | 1 | 0.10 0.50 0.30 | 0.25 0.50 |  | 8.00 to 9.00 | 1.00 to 0.50 |" in page
+        assert "| trace/vpd | 1 | 0.10 0.50 0.30 | 0.25 0.25 0.50 |  | 8.00 to 9.00 | 1.00 to 0.50 |" in page
         assert "| trace/vpd | 2 |" not in page and "lr 1e-3: 0.40; **lr 2e-3: 0.60**" in page
-    own.write_text(f"an introduction\n{own.read_text()}")
-    study.report(tmp_path, readme)
-    assert own.read_text() == f"an introduction\n{page}"
 
 
-def test_the_shipped_tables_are_those_of_the_shipped_numbers(tmp_path):
-    for name in ("study.json", "tuning.json", "README.md"):
-        shutil.copy(RESULTS / name, tmp_path)
-    readme = tmp_path / "MAIN.md"
-    shutil.copy(ROOT / "README.md", readme)
-    study.report(tmp_path, readme)
-    assert readme.read_text() == (ROOT / "README.md").read_text()
+def test_the_shipped_tables_are_those_of_the_shipped_numbers(tmp_path, monkeypatch):
+    for path in (RESULTS / "study.json", RESULTS / "tuning.json", RESULTS / "README.md"):
+        shutil.copy(path, tmp_path)
+    monkeypatch.setattr(study, "README", shutil.copy(ROOT / "README.md", tmp_path / "MAIN.md"))
+    study.main(["--tables", "--results", str(tmp_path)])
+    assert (tmp_path / "MAIN.md").read_text() == (ROOT / "README.md").read_text()
     assert (tmp_path / "README.md").read_text() == (RESULTS / "README.md").read_text()
     for name, row in json.loads((RESULTS / "study.json").read_text())["rows"].items():
         assert row["command"] == f"python vpd.py {' '.join(study.flags_of(name))} --seed N --out DIR"  # as it was run
         assert row["label"] == study.label_of(name)
+    # a neighbour is now a program of its own
+    assert study.training("code-judge/ovd sg pi, all rejected") == (
+        "python -m neighbours.ovd --task toy --subset code-judge --ovd_ratio one --ovd_threshold 10 --seed N --out DIR")  # fmt: skip
 
 
 # ---- Runs --------------------------------------------------------------------------------------------------
@@ -326,22 +307,23 @@ def test_collecting_keeps_the_rows_that_were_not_run_again(tmp_path, monkeypatch
 # ---- Files and flags ---------------------------------------------------------------------------------------
 
 
-def assert_refused(argv, words, capsys):
+def assert_refused(module, argv, words, capsys):
     with pytest.raises(SystemExit) as stop:
-        study.main([str(word) for word in argv])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("study.py: error: ") and words in error and error.count("\n") == 1
+        module.main([str(word) for word in argv])
+    out, error = capsys.readouterr()
+    assert stop.value.code == 2 and words in error and error.count("\n") == 1 and out == ""
+    assert error.startswith(f"{module.__name__.rpartition('.')[2]}.py: error: ")
 
 
 @pytest.mark.parametrize(
     "argv, words",
-    [(["--only", "chess"], "--only chess: no row starts like this"), (["--seeds", "0"], "--seeds"), (["--jobs", "0"], "--jobs"),
-     (["--results", "no/such/folder"], "--results"), (["--cores", "2"], "--cores"),
-     (["--tune", "--only", "trace-cold"], "no row starts like this"),
-     (["--tune", "--tables"], "--tune makes runs and --tables none")],
+    [("--only chess", "--only chess: no row starts like this"), ("--seeds 0", "--seeds"), ("--jobs 0", "--jobs"),
+     ("--results no/such/folder", "--results"), ("--cores 2", "--cores"),
+     ("--tune --only trace-cold", "no row starts like this"), ("--tune --tables", "--tune makes runs and --tables none"),
+     (f"--folder {__file__}", __file__)],
 )  # fmt: skip
 def test_wrong_flags_are_one_line_exit_2_and_nothing_written(argv, words, tmp_path, capsys):
-    assert_refused([*argv, "--folder", tmp_path / "runs"], words, capsys)
+    assert_refused(study, ["--folder", tmp_path / "runs", *argv.split()], words, capsys)
     assert not (tmp_path / "runs").exists()
 
 
@@ -358,17 +340,11 @@ def test_a_study_that_cannot_be_read_is_one_line_before_anything_is_run_or_writt
     (tmp_path / "README.md").write_text("as it was")
     monkeypatch.setattr(study, "README", tmp_path / "README.md")
     (tmp_path / name).write_text(text)
-    assert_refused(["--tables", "--results", tmp_path], words, capsys)
+    assert_refused(study, ["--tables", "--results", tmp_path], words, capsys)
     if "no runs" not in words:  # which runs would change
-        assert_refused(["--only", "trace/vpd", "--results", tmp_path, "--folder", tmp_path / "runs"], words, capsys)
+        assert_refused(study, ["--only", "trace/vpd", "--results", tmp_path, "--folder", tmp_path / "runs"], words, capsys)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["README.md", name])
     assert (tmp_path / "README.md").read_text() == "as it was"
-
-
-def test_a_folder_for_runs_that_is_a_file_is_one_line(tmp_path, capsys):
-    (tmp_path / "runs").touch()
-    argv = ["--only", "trace/vpd", "--results", tmp_path, "--folder", tmp_path / "runs"]
-    assert_refused(argv, str(tmp_path / "runs"), capsys)
 
 
 def test_numbers_are_kept_to_what_they_are_good_for_and_a_series_is_a_line(tmp_path):
@@ -379,12 +355,12 @@ def test_numbers_are_kept_to_what_they_are_good_for_and_a_series_is_a_line(tmp_p
     assert '"series": [0.5,null,2]' in (tmp_path / "x.json").read_text() and len(list(tmp_path.iterdir())) == 1
 
 
-def test_the_report_stays_whole_on_a_full_disk(tmp_path, monkeypatch):
+def test_the_report_and_the_numbers_stay_whole_on_a_full_disk(tmp_path, monkeypatch):
     readme = tmp_path / "page.md"
     readme.write_text("old")
     monkeypatch.setattr(study, "texts", lambda *_: {readme: "new"})
     monkeypatch.setattr(study.Path, "write_bytes", full)
-    for doing in (lambda: study.report(tmp_path, readme), lambda: study.write(readme, {"a": 1})):
+    for writes in (lambda: study.main(["--tables", "--results", str(tmp_path)]), lambda: study.write(readme, {"a": 1})):
         with pytest.raises(study.command.CannotWrite, match=f"^{readme}: No space left on device$"):
-            doing()
+            writes()
     assert readme.read_text() == "old" and list(tmp_path.iterdir()) == [readme]
