@@ -321,7 +321,7 @@ def roll_out(cfg: Config, policy: Policy, sampler, problems: list, step: int) ->
     mask = policy.mask(y)  # (B, T)
     sampler_logp = torch.zeros(mask.shape, dtype=policy.score_dtype, device=policy.device)
     for i, rollout in enumerate(rollouts):
-        sampler_logp[i, : len(rollout.logp)] = torch.tensor(rollout.logp)
+        sampler_logp[i, : len(rollout.logp)] = torch.tensor(rollout.logp, dtype=sampler_logp.dtype)
     problems = [p for p in problems for _ in range(G)]
     return Batch(step, problems, x, rollouts, y, [policy.decode(tokens) for tokens in y], mask, sampler_logp, xC=x)
 

@@ -160,7 +160,7 @@ def replace(batch, shown: dict, policy: Policy) -> torch.Tensor:
     logp = batch.sampler_logp.new_zeros(batch.mask.shape)
     for i, rollout in enumerate(batch.rollouts):
         drawn = shown[i][0].logp if i in shown else rollout.logp
-        logp[i, : len(drawn)] = torch.tensor(drawn)
+        logp[i, : len(drawn)] = torch.tensor(drawn, dtype=logp.dtype)
     batch.sampler_logp = logp
     return by_student
 

@@ -22,7 +22,7 @@ def batch(**more):
     """Three rollouts: a success of two tokens, a failure of one, and one that the grader failed on."""
     known = dict(
         mask=MASK, r=T([1, 0, 0]), has_C=torch.tensor([True, True, False]), graded=torch.tensor([True, True, False]),
-        sampler_logp=LOGP + T([[0.5, -0.5], [0.0, 9.0], [0.0, 0.0]]), old_logp=LOGP, contexts_cut=1,
+        sampler_logp=LOGP + T([[-0.5, 0.3], [0.0, 9.0], [0.0, 0.0]]), old_logp=LOGP, contexts_cut=1,
         teacher_logp=LOGP + T([[1.0, 1.0], [-1.0, 9.0], [0.0, 0.0]]),
         C=[Context("sibling", "s"), Context("environment", feedback="f"), None],
         outcomes=[Outcome(1, "passed"), Outcome(0, "wrong"), Outcome(0, "internal")],
@@ -52,8 +52,8 @@ def test_figures_of_the_weights_that_sampled_are_over_the_tokens_of_the_rows():
     log = BatchLog(0, World(), beta=0.5, limit=1.5)
     log.frozen(batch(), entropy)
     expected = {
-        "entropy": 1.5 / 5, "sampler_gap": 1.0 / 5,  # five tokens; of two of them |gap| is 1/2
-        "mismatch_truncated": 1 / 5,  # exp(0.5) = 1.65 is over 1.5, exp(-0.5), exp(0) are not
+        "entropy": 1.5 / 5, "sampler_gap": 0.8 / 5,  # five tokens; of two of them |gap| is 0.5 and 0.3
+        "mismatch_truncated": 1 / 5,  # exp(0.5) = 1.65 is over 1.5, exp(-0.3), exp(0) are not
         "margin": 0.5 * 2 - 0.5 * -1,  # rows 0 and 1 have a context; r~ = beta sum (log q - log pi)
     }  # fmt: skip
     assert figures(log) == pytest.approx(expected)
@@ -66,7 +66,7 @@ def test_figures_of_the_weights_that_sampled_are_over_the_tokens_of_the_rows():
     assert log.m_loss() == 0.5 and log.sums is None and log.m_losses == [0.5]
     assert log.D_sum == pytest.approx(0.6 / 2)  # row 2 has no context; the mean is over the two rows that have one
     log.from_passes(batch(), torch.tensor([True, False, True]), has_teacher=True)
-    assert figures(log) == pytest.approx({"entropy": 1.2 / 4, "sampler_gap": 1.0 / 4})
+    assert figures(log) == pytest.approx({"entropy": 1.2 / 4, "sampler_gap": 0.8 / 4})
 
 
 def test_a_row_of_the_log_by_hand():
