@@ -12,21 +12,20 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import losses
 import rollout
 import tasks
 import vpd
 from conftest import FAMILIES
-from harness import command, session
+from harness import plan, session
 from model.parallel import World
 from model.policy import Policy
 from neighbours import distil, ovd
@@ -54,7 +53,6 @@ CASES = {  # name: (model, program, flags, are the rollouts those of one process
     "distil untied float64": ("untied", distil, DOUBLE, True),
     "distil samples float64": ("tied", distil, ["--expert", "samples", *DOUBLE], True),
     "ovd untied float64": ("untied", ovd, ["--teacher", "ema", *DOUBLE], False),
-    "vpd tied float32": ("tied", vpd, E_STEP, True),
     "grpo tied float32": ("tied", vpd, GRPO, True),
     "sampled float64": ("tied", vpd, [*E_STEP, *DOUBLE, "--eval_every", "5", "--eval_samples", "1"], False),
     "critiques float64": ("untied", vpd, [*E_STEP, *DOUBLE, *CRITIQUE], False),
@@ -135,11 +133,16 @@ def compute(out: Path) -> dict:
     view = policy.view([[5, 6, 7]] if world.rank == 0 else [[8, 9]], [[10, 11, 2]])
     dtypes = [str(view.hidden.dtype), str(view.head.dtype)]
     policy.backward(view.loss(lambda t: -t.logp, view.mask / 3)[0])
-    norm = policy.step(torch.optim.AdamW(policy.model.parameters(), lr=1e-2), 1e-2, 1.0)
+    size = lambda tensors: sum(t.to_local().nbytes for t in tensors if isinstance(t, DTensor))  # noqa: E731
+    held = {"weights": size(policy.model.parameters()), "gradients": size(p.grad for p in policy.model.parameters()),
+            "EMA teacher": size(twin.parameters())}  # fmt: skip
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-2)
+    norm = policy.step(optimizer, 1e-2, 1.0)
+    held["AdamW's moments"] = size(t for state in optimizer.state.values() for t in state.values())
     after = policy.score(*row)[0]
     policy.save(out / "bfloat16")
     local = next(policy.model.parameters())
-    return {"dtypes": [*dtypes, str(local.dtype)], "rows": local.to_local().shape[0], "of": local.shape[0], "norm": norm,
+    return {"held": held, "dtypes": [*dtypes, str(local.dtype)], "rows": local.to_local().shape[0], "of": local.shape[0], "norm": norm,
             "rise": (after - before).sum().item(), "twin": (twin_says - before).abs().max().item(), "before": before.tolist(),
             "chosen": shares.choose(CHOSEN, [19, 20, 2]).tolist()}  # fmt: skip
 
@@ -273,6 +276,12 @@ def test_compute_is_bfloat16_and_weights_gradients_and_optimizer_float32(runs, f
     assert {w.dtype for w in saved.values()} == {torch.bfloat16}
     assert json.loads((runs[1] / "bfloat16" / "config.json").read_text())["dtype"] == "bfloat16"
     assert Policy.load(str(runs[1] / "bfloat16")).model.dtype == torch.float32
+
+
+def test_each_process_holds_what_is_planned(runs, facts):
+    cfg = vpd.Config(task="lcb", method="sdpo")
+    found = plan.memory(AutoConfig.from_pretrained(runs[0] / "untied"), cfg, cfg.row(), processes=2)
+    assert facts[0]["held"] == pytest.approx(found.state, rel=0.02)  # of the first, whose shards are the larger ones
 
 
 def test_two_processes_choose_between_tokens_as_one_does(runs, facts):

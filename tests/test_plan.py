@@ -195,48 +195,6 @@ def test_what_a_layer_keeps_for_its_backward_pass_is_what_autograd_keeps():
     assert out.requires_grad and ours == pytest.approx(sum(kept.values()), rel=0.02)
 
 
-WORKER = """
-import json, os, sys, torch
-sys.path.insert(0, sys.argv[1])
-from types import SimpleNamespace
-from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, Qwen3Config
-from model.parallel import World
-from model.policy import Policy
-torch.set_num_threads(1)
-world = World.start()
-network = AutoModelForCausalLM.from_config(Qwen3Config(**json.loads(sys.argv[2])))
-policy = Policy(network, SimpleNamespace(eos_token_id=2, chat_template=None), world=world)
-optimizer = torch.optim.AdamW(policy.model.parameters())
-twin = policy.frozen_copy()
-view = policy.view([[5, 6]], [[7, 8, 2]])
-policy.backward(view.loss(lambda t: -t.logp, view.mask.float())[0])
-size = lambda tensors: sum(t.to_local().nbytes for t in tensors if isinstance(t, DTensor))
-found = {"weights": size(policy.model.parameters()), "gradients": size(p.grad for p in policy.model.parameters())}
-found["EMA teacher"] = size(twin.parameters())
-policy.step(optimizer, 1e-3, 1.0)
-found["AdamW's moments"] = size(t for state in optimizer.state.values() for t in state.values())
-if world.rank == 0:
-    print("found", json.dumps(found), flush=True)
-world.wait()
-os._exit(0)
-"""
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_weights_gradients_and_moments_of_two_processes_are_what_they_hold(tmp_path, tied):
-    shape = TINY | dict(vocab_size=301, hidden_size=36, intermediate_size=75, tie_word_embeddings=tied)
-    (tmp_path / "worker.py").write_text(WORKER)
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*run, tmp_path / "worker.py", ROOT, json.dumps(shape)], capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    measured = json.loads(done.stdout.split("found", 1)[1])
-    found, _ = planned(shape, "--task lcb --method sdpo", processes=2)
-    assert measured == pytest.approx(found.state, rel=0.02)
-
-
 GROWTH = """
 import json, sys, torch
 sys.path.insert(0, sys.argv[1])

@@ -147,6 +147,8 @@ def test_after_an_update_and_a_push_rollouts_come_from_the_new_weights(pair, asl
     assert gap(policy, before)[1] > 0.2  # what the old weights' rollouts look like to the new ones
     if asleep:
         sampler.sleep()
+        with pytest.raises(RuntimeError, match=r"nor between sleep\(\)"):
+            sampler.sample(PROMPTS, **MIXED)
     sampler.sync(policy)
     after = sampler.sample(PROMPTS, **MIXED)  # the long prompt was cached under the old weights
     assert gap(policy, after)[0] < 1e-5 and sampler.gap < 1e-5
@@ -188,25 +190,16 @@ def test_a_second_network_of_the_class_is_made_and_pushed_beside_the_engine(pair
     assert torch.equal(policy.score([[3]], [[4]], model=twin)[0], policy.score([[3]], [[4]])[0])
 
 
-def test_the_seed_alone_decides(pair):
+def test_the_seed_decides_taken_whole_and_not_a_rows_company(pair, monkeypatch):
     _, sampler = pair
     first = sampler.sample(PROMPTS, **MIXED)
     assert same(sampler.sample(PROMPTS, **MIXED), first, tol=1e-5)
     other = sampler.sample(PROMPTS, **MIXED | {"seed": 4})
     assert all(r.tokens != s.tokens for r, s in zip(other, first))
     assert len({tuple(r.tokens) for r in first[:4]}) == 4  # the rows of one prompt are draws of their own
-
-
-def test_a_row_does_not_depend_on_its_company(pair):
-    _, sampler = pair
-    rollouts = sampler.sample(PROMPTS, **MIXED)
-    assert same(sampler.sample(PROMPTS[:2], **MIXED), rollouts[:8], tol=1e-5)
-    assert same(sampler.sample([[9], PROMPTS[1], PROMPTS[2]], **MIXED)[4:], rollouts[4:], tol=1e-5)
+    assert same(sampler.sample(PROMPTS[:2], **MIXED), first[:8], tol=1e-5)
+    assert same(sampler.sample([[9], PROMPTS[1], PROMPTS[2]], **MIXED)[4:], first[4:], tol=1e-5)
     assert sampler.sample([], **MIXED) == []
-
-
-def test_the_largest_seed_is_taken_whole(pair, monkeypatch):
-    _, sampler = pair
     drawn = []
     for seed in (2**63 - 1, 2**31 - 1, 2**63 - 2):  # alike in their last 31 bits, or in all but the last
         monkeypatch.setattr(rollout, "seed_for", lambda *_: seed)
@@ -302,15 +295,6 @@ def test_the_push_reads_every_weight_in_the_engines_dtype(pair, monkeypatch):
     monkeypatch.setattr(rollout, "whole", counted)
     sampler.sync(policy)
     assert seen == [name for name, _ in policy.model.named_parameters()] + ["the end"]
-
-
-def test_an_engine_asleep_does_not_sample(pair):
-    policy, sampler = pair
-    sampler.sleep()
-    with pytest.raises(RuntimeError, match=r"nor between sleep\(\)"):
-        sampler.sample(PROMPTS, **MIXED)
-    sampler.sync(policy)
-    assert gap(policy, sampler.sample(PROMPTS, **MIXED))[0] < 1e-5
 
 
 def test_building_the_engine_leaves_the_trainers_generators_alone(engine):
