@@ -53,9 +53,9 @@ for subset, rows in {
             "distil local term alone --no_future; distil constant norm --distil_norm constant",
     "trace": "vpd; sdpo; grpo; distil; vpd F=1 --e_step_every 1; vpd F=10 --e_step_every 10; vpd fixed prior --prior fixed; "
              "vpd EMA teacher --teacher ema; vpd all passed --passed_text passed; vpd e_groups all --e_groups all; "
-             "vpd KL(student‖teacher) --divergence kl_student_teacher; vpd KL(teacher‖student) --divergence kl_teacher_student; "
-             f"vpd sibling --feedback sibling; {NO_E_STEP} 1e-3; sdpo live teacher --teacher live; "
-             "sdpo sibling --feedback sibling; distil local term alone --no_future --lr 4e-3; "
+             "vpd KL(student‖teacher) --divergence kl_student_teacher; "
+             f"vpd KL(teacher‖student) --divergence kl_teacher_student; vpd sibling --feedback sibling; {NO_E_STEP} 1e-3; "
+             "sdpo live teacher --teacher live; sdpo sibling --feedback sibling; distil local term alone --no_future --lr 4e-3; "
              "distil constant norm --distil_norm constant; distil black box --expert samples",
     "trace-cold": "vpd; sdpo; grpo",
     "trace-rare": f"vpd; sdpo; grpo; {NO_E_STEP} 1e-3",

@@ -94,7 +94,9 @@ def test_smoothing_is_a_centred_mean_that_shrinks_at_the_ends():
 
 
 def test_steps_without_a_value_are_left_out_and_not_drawn_as_zero(tmp_path):
-    _, found = figures.measured(run(tmp_path / "a", "vpd", 1, [0.1, 0.2], margins=[None, 0.5]))
+    log = run(tmp_path / "a", "vpd", 1, [0.1, 0.2], margins=[None, 0.5]) / "log.jsonl"
+    log.write_text(log.read_text() + '{"kind": "end", "step": 9, "avg": 1}\n')  # of a kind that has no such measure
+    _, found = figures.measured(log.parent)
     assert (found["margin"], found["avg"], found["entropy"]) == ({1: 0.5}, {0: 0.1}, {})
 
 
