@@ -98,7 +98,7 @@ def decoded(record: Record, kind: str) -> list[dict]:
 def tests_of(record: Record, use: str) -> list[dict]:
     """The tests that grade in a use. "train" and "all" are the private ones (the public ones of a record that has none), of
     which "train" takes half; "public" the public ones; "official" both together, as the official checker has it."""
-    public = decoded(record, "public") if use in ("public", "official") else []
+    public = decoded(record, "public") if use == "official" else []
     private = decoded(record, "private") if use != "public" else []
     return public + private or decoded(record, "public")
 
