@@ -198,7 +198,8 @@ def memory(config, cfg, method, processes: int, gpu_bytes: float = 0) -> Plan:
     return Plan(
         whole, processes, gpu_bytes, state, moments, sampling, share, cache,
         cache_token=2 * BF16 * text.num_hidden_layers * kv_heads * d, longest=longest,
-        host=whole * (master + (compute if compute < master else 0)), model=whole * compute, checkpoint=whole * master * (1 + 2 * optimizers + len(copies)), stored=stored,
+        host=whole * (master + (compute if compute < master else 0)), model=whole * compute,
+        checkpoint=whole * master * (1 + 2 * optimizers + len(copies)), stored=stored,
     )  # fmt: skip
 
 
