@@ -118,8 +118,8 @@ def test_the_products_are_those_of_the_loss_in_the_same_chunks(monkeypatch):
 def test_graders_grade_rightly_and_a_wrong_grade_is_an_error(monkeypatch):
     rows = bench.grader(8)
     assert len(rows) == 5 and all(row["per_second"] > 1 for row in rows)
-    monkeypatch.setattr(bench.Sandbox, "run", lambda *_: Result("ok", "wrong"))
-    with pytest.raises(AssertionError, match="sandbox, a script: 0 of 2"):
+    monkeypatch.setattr(bench.Sandbox, "run", lambda *_: Result("ok", "2\n"))
+    with pytest.raises(AssertionError, match="sandbox, a script: 1 of 2"):
         bench.grader(2)
 
 
