@@ -69,7 +69,8 @@ def smoke_model(task: str, family: str, folder: Path) -> None:
     config, network = CONFIGS[family]
     settings = config(
         vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, intermediate_size=64, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=32768, initializer_range=0.05, pad_token_id=0, eos_token_id=2, bos_token_id=None,
+        num_key_value_heads=1, max_position_embeddings=32768, initializer_range=0.05,
+        pad_token_id=0, eos_token_id=2, bos_token_id=None,
     )  # fmt: skip
     network(settings).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -349,8 +349,8 @@ def test_examples_fit_the_model_and_answers_fit_the_response_limit(loaded, warm_
 
 
 def test_warm_start_moves_every_weight_stays_finite_and_repeats_with_its_seed(quick, capsys):
-    first, again, untrained = *(warm_start.warm_start("choice", 3, seed=4) for _ in range(2)), warm_start.build_policy("choice", 4)
-    weights = (policy.model.parameters() for policy in (first, again, untrained))
+    first, again = (warm_start.warm_start("choice", 3, seed=4) for _ in range(2))
+    weights = (policy.model.parameters() for policy in (first, again, warm_start.build_policy("choice", 4)))
     for a, b, start in zip(*weights, strict=True):
         assert torch.equal(a, b) and not torch.equal(a, start) and a.isfinite().all()
     losses = [float(loss) for loss in re.findall(r"step 3/3  loss (\S+)", capsys.readouterr().out)]
@@ -370,8 +370,8 @@ def test_a_shipped_model_loads_and_is_small(tokenizer, subset):
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--out", __file__], "is a file"), (["--out", f"{__file__}/x/y"], "cannot be made"), (["--out", "/proc/x"], "cannot be made"),
-    (["--out", str(Path(__file__).parent)], "holds other things than a model"), (["--out", "x", "--steps", "-1"], "--steps"),
+    (["--out", __file__], "is a file"), (["--out", f"{__file__}/x/y"], "cannot be made"), (["--out", "x", "--steps", "-1"], "--steps"),
+    (["--out", "/proc/x"], "cannot be made"), (["--out", str(Path(__file__).parent)], "holds other things than a model"),
 ])  # fmt: skip
 def test_what_stands_in_the_way_of_a_model_is_said_before_it_is_trained(argv, words, capsys, monkeypatch):
     monkeypatch.setattr(warm_start, "warm_start", lambda *_: pytest.fail("training began"))
