@@ -1048,14 +1048,14 @@ def test_a_call_costs_milliseconds(one, source):
 
 @pytest.mark.slow
 def test_5120_tests_take_at_most_8_seconds_on_2_workers():
-    """256 programs with 20 tests each, called and run; the best of three, since others use the machine too."""
+    """256 programs with 20 tests each, called and run; the best of five, since others use the machine too."""
     with S.Sandbox(workers=2) as box:
         for grade in [
             lambda n: all(box.call(f"def f(x):\n    return x + {n}", "f", [x]).value == x + n for x in range(20)),
             lambda n: all(box.run(f"print(int(input()) + {n})", f"{x}\n").value == f"{x + n}\n" for x in range(20)),
         ]:
             seconds = []
-            for _ in range(3):
+            for _ in range(5):
                 start = time.monotonic()
                 assert all(box.run_many(grade, range(256)))
                 seconds.append(time.monotonic() - start)
