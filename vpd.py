@@ -35,8 +35,6 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
 import torch

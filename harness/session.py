@@ -287,6 +287,7 @@ class Run:
         self.out, self.record, self.lock, self.critic, self.also, self.signals = out, record, lock, critic, also, []
         self.steps = cfg.steps or cfg.epochs * (len(task.train) // cfg.prompts_per_batch)
         self.watched, self.split = watch(task)
+        self.problems = fingerprint(task.train)
         self.shift, self.bad_in_a_row, self.idle, self.made, self.best = None, 0, 0, 0, -1.0
         self.first_step, self.saved, self.probe = 0, None, []
 
@@ -333,7 +334,7 @@ class Run:
         out, world = self.out, self.policy.world
         kept = checkpoint.restore(out / "checkpoints", self.models, self.optimizers, world)
         if kept:
-            if kept.get("problems") != fingerprint(self.task.train):
+            if kept.get("problems") != self.problems:
                 raise checkpoint.Damaged("the training problems are not those that the run began with: start a new run")
             self.first_step, self.shift, self.best = kept["step"], kept["shift"], kept["best"]
             self.bad_in_a_row, self.idle, self.made = kept["bad_in_a_row"], kept["idle"], kept["made"]
@@ -424,8 +425,7 @@ class Run:
 
     def save_state(self, step: int) -> None:
         self.saved = step
-        state = {name: getattr(self, name) for name in ("shift", "bad_in_a_row", "idle", "made", "best")}
-        state["problems"] = fingerprint(self.task.train)
+        state = {name: getattr(self, name) for name in ("shift", "bad_in_a_row", "idle", "made", "best", "problems")}
         checkpoint.save(self.out / "checkpoints", step, self.models, self.optimizers, state, self.policy.world)
 
     def leave_if_told(self, step: int) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 from harness import hub
 from harness.command import CannotWrite
 from model import head
-from model.head import Scores, View
+from model.head import View
 from model.parallel import World, shard, states
 
 Ids = list[int]
