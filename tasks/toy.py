@@ -96,12 +96,15 @@ class Trace(Graded):
     """`start 4 / 1 add 3 / 2 zig ...` -> `1 add 3 : 7 / 2 zig : 2 ...`. 48 of the 60 table entries are known (0.97), 12
     are not (0.02), so near misses dominate. Feedback gives the first wrong line in the answer's own words: repeating
     the line's prefix keeps the teacher from writing the expected value on other lines. unknown: how many entries that it
-    does not know a program meets at least; reads: whether the warm-up has contexts."""
+    does not know a program meets at least; reads: whether the warm-up has contexts; dialect: feedback comes in other words,
+    the value before its line, which only this share of the warm-up's feedback has: a teacher that reads half."""
 
     heads, steps, batch, max_response = 4, 2000, 32, 100
 
-    def __init__(self, name: str = "trace", beliefs=(0.97,) * 8 + (0.02,) * 2, unknown: int = 0, reads: bool = True):
+    def __init__(self, name: str = "trace", beliefs=(0.97,) * 8 + (0.02,) * 2, unknown: int = 0, reads: bool = True,
+                 dialect: float = 0.0):  # fmt: skip
         self.name, self.firmware, self.unknown, self.reads = name, Firmware(beliefs, seed=5), unknown, reads
+        self.dialect = dialect
 
     def problems(self, rng: random.Random, count: int, name: str) -> list[Problem]:
         found, belief = [], self.firmware.belief
@@ -122,6 +125,12 @@ class Trace(Graded):
     def answer(program, values) -> str:
         return "\n".join(f"{k} {spell(line)} : {v}" for k, (line, v) in enumerate(zip(program, values), 1))
 
+    @staticmethod
+    def said(expected: str, got: object, dialect: bool) -> str:
+        """The feedback on a line."""
+        line, _, value = expected.partition(" : ")
+        return f"wrong {got}\nanswer {value} is {line}" if dialect else f"expected\n{expected}\ngot {got}"
+
     def grade(self, problem: Problem, response: str) -> Outcome:
         given, right = response.split("\n"), problem.reference.split("\n")
         for got, expected in itertools.zip_longest(given, right, fillvalue=""):
@@ -129,7 +138,7 @@ class Trace(Graded):
                 prefix, _, value = got.partition(" : ")
                 # A line whose value alone is wrong is quoted by its value; anything else is beyond repair by a digit.
                 same = prefix == expected.partition(" : ")[0] and value.isdigit()
-                return Outcome(0, "wrong line", f"expected\n{expected or 'end'}\ngot {value if same else 'other'}")
+                return Outcome(0, "wrong line", self.said(expected or "end", value if same else "other", self.dialect > 0))
         return Outcome(1, "passed")
 
     def example(self, rng: random.Random, progress: float = 1.0) -> dict:
@@ -153,7 +162,8 @@ class Trace(Graded):
             got = got if got != expected else rng.choice([v for v in range(10) if v != expected])
             values[k] = expected if rng.random() < 0.8 else self.firmware.step(program[k], x, rng)
             values[k + 1 :] = self.firmware.run(values[k], program[k + 1 :], rng)
-            text = f"expected\n{k + 1} {spell(program[k])} : {expected}\ngot {got}"
+            dialect = self.dialect > 0 and rng.random() < self.dialect
+            text = self.said(f"{k + 1} {spell(program[k])} : {expected}", got, dialect)
             context = dict(source="environment", feedback=text)
         elif z < 0.67:
             # A solution from another machine: nearly all its table entries are noise, and the answer follows it.
