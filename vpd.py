@@ -206,6 +206,7 @@ class Config:
     e_lr: float = E_STEP(0.0, "learning rate of the E-step; 0: --lr", least=0)
     e_optimizer: Literal["shared", "own"] = E_STEP("shared", "whose AdamW state; the paper has one network and one optimizer")
     e_groups: Literal["mixed", "all"] = E_STEP("mixed", "mixed: groups in which both outcomes have a context")
+    e_failures: Literal["all", "likelier"] = E_STEP("all", "likelier: only failures that the teacher finds likelier than the student did")
     beta: float = FEEDBACK(0.1, "of the implicit reward, Eq. 7", above=0)
     shift_rate: float = E_STEP(0.1, "delta <- (1 - rate) delta + rate value; the paper gives none", above=0, most=1)
     prior: Literal["dynamic", "fixed"] = E_STEP("dynamic", "what r~ is measured from; fixed: the initial weights (ablation)")
@@ -445,7 +446,8 @@ def train(cfg: Config, run: session.Run) -> None:
                     delta = losses.moving_shift(
                         run.shift, losses.reward_shift(r_tilde, batch.r[rows]).item(), cfg.shift_rate
                     )
-                    e_loss = losses.bco_loss(r_tilde, batch.r[rows], delta)  # Eq. 9
+                    floor = 0.0 if cfg.e_failures == "likelier" else None
+                    e_loss = losses.bco_loss(r_tilde, batch.r[rows], delta, floor=floor)  # Eq. 9
                     # dL_E / d log q(y_t|x,C,y_<t) = c, one number for all tokens of a row. With c fixed, the second pass sums
                     # c log q over any micro-batches, and has the gradient of Eq. 9 over the whole minibatch.
                     c = torch.zeros_like(batch.old_logp)  # (B, T)
