@@ -135,7 +135,7 @@ class Config:
     a flag overrides both. What differs from the preset is printed at the start; all of it is saved as config.json."""
 
     task: Literal[*TASKS] = RUN("toy", "picks a preset; own: --data FILE.py")
-    subset: str = RUN("", "of toy or sciknoweval; the task's first by default")
+    subset: str = RUN("", "of toy, sciknoweval or reasoning_gym; the task's first by default")
     data: str = RUN("", "file or folder of the task's source; the hub by default")
     train_tests: Literal["private", "public"] = RUN("private", "lcb: SDPO's seeded half, or the paper's words", **LCB_ONLY)
     since: str = RUN("2025-02-01", "lcb: problems from this contest date on", **LCB_ONLY)
@@ -250,7 +250,8 @@ PRESETS = {
         lr=5e-6, epochs=0, steps=200, warmup_steps=10, minibatch_prompts=32, top_k=0, divergence="kl_teacher_student",
         ema_rate=0.05, feedback="sibling", eval_every=20,
     ),
-    "own": {},  # Table D.1's; --data FILE.py
+    "own": presets.ONE_GPU,  # --data FILE.py
+    "reasoning_gym": presets.REASONING_GYM,
     "toy": presets.TOY,
 }  # fmt: skip
 

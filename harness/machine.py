@@ -134,8 +134,8 @@ def shared_memory(plan: Plan):
 
 
 def runs_programs(cfg) -> bool:
-    """Does grading run what a model has written? (Of a task of one's own we do not know.)"""
-    return cfg.task in ("lcb", "own") or cfg.task == "toy" and cfg.subset.startswith("code")
+    """Does grading run what a model has written? (Of a task of one's own we do not know; reasoning-gym evaluates some answers.)"""
+    return cfg.task in ("lcb", "own", "reasoning_gym") or cfg.task == "toy" and cfg.subset.startswith("code")
 
 
 def sandbox(cfg):

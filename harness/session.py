@@ -25,7 +25,7 @@ from tqdm import tqdm
 import evaluate
 import feedback
 import tasks
-from harness import command, machine, plan, runs
+from harness import command, machine, plan, presets, runs
 from harness.command import CannotWrite, Stopped, fail, write
 from harness.log import BatchLog, terminal_line
 from harness.settings import differing
@@ -215,8 +215,8 @@ def launch(cfg, check: Callable, train: Callable, also: Callable = lambda *_: No
         torch.set_num_threads(1)  # threads that fight for a busy core cost more than they bring
     try:
         check(cfg)
-        if cfg.smoke and cfg.task in ("toy", "own"):
-            raise ValueError(f"--smoke is for lcb, sciknoweval and math: --task {cfg.task} runs here as it is")
+        if cfg.smoke and cfg.task not in presets.SMOKE_TASKS:
+            raise ValueError(f"--smoke is for {', '.join(presets.SMOKE_TASKS)}: --task {cfg.task} runs here as it is")
         if cfg.smoke and cfg.plan:
             raise ValueError("--plan is for the task's own model, which --smoke replaces by a tiny one")
         if cfg.plan:

@@ -4,6 +4,7 @@ needs no more, so bringing your own task means writing a file whose `load()` ret
     lcb           LiveCodeBench v6: programs run against tests; feedback is what went wrong
     sciknoweval   SciKnowEval L3, four domains: multiple choice, right or wrong and no text
     math          DAPO-Math-17k for training; MATH-500, AIME24, AIME25, AMC23 for evaluation
+    reasoning_gym any generator of the library of that name, which makes the problems and scores answers
     toy           three tasks that a CPU can learn in minutes
 """
 
@@ -19,6 +20,7 @@ TASKS = {  # task -> its subsets, the first one being the default
     "sciknoweval": ("biology", "chemistry", "material", "physics", "all"),
     "math": ("dapo",),
     "own": ("",),
+    "reasoning_gym": ("spell_backward",),  # or another of the library's generators
 }
 
 
@@ -36,7 +38,7 @@ def load(
     if task not in TASKS:
         raise ValueError(f"task {task!r} has no loader: choose one of {', '.join(TASKS)}")
     subset = subset or TASKS[task][0]
-    if subset not in TASKS[task]:
+    if subset not in TASKS[task] and task != "reasoning_gym":
         raise ValueError(f"task {task} has no subset {subset!r}: choose one of {', '.join(TASKS[task])}")
     if data and not Path(data).exists():
         raise ValueError(f"--data {data} does not exist")
@@ -46,10 +48,12 @@ def load(
         from tasks import toy
 
         return toy.load(subset)
-    from tasks import livecodebench, mathematics, own, sciknoweval
+    from tasks import livecodebench, mathematics, own, reasoning_gym, sciknoweval
 
     if task == "own":
         return own.load(data)
+    if task == "reasoning_gym":
+        return reasoning_gym.load(subset, data)
     if task == "lcb":
         return livecodebench.load(data, train_tests, since, until)
     return sciknoweval.load(subset, data) if task == "sciknoweval" else mathematics.load(data)
