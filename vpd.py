@@ -150,6 +150,7 @@ class Config:
     epochs: int = RUN(30, "passes over the training problems", least=0, need="--steps 0", reads=lambda c: not c.steps)
     steps: int = RUN(0, "rollout batches; 0: by --epochs", least=0)
     log_samples: int = RUN(8, "rollouts of each batch that go to samples.jsonl", least=0)
+    track: Literal["", "tensorboard", "wandb"] = RUN("", "hand the log's numbers to this library too, where it is installed")
     unsafe_sandbox: bool = RUN(False, "run programs although this machine lacks a layer of the sandbox",
                                 need="tasks that run programs", reads=machine.runs_programs)  # fmt: skip
     plan: bool = PLAN(False, "print what the run needs, check this machine, and end")

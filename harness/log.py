@@ -4,12 +4,16 @@ docs/log.md has the formula of every figure and the value to expect at the first
 """
 
 import math
+import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
 import losses
+from tasks.base import one_line
 
 
 def mean(values) -> float | None:
@@ -156,3 +160,51 @@ def terminal_line(row: dict) -> str:
 def _short(value: float) -> str:
     """Three decimals, or two significant digits of what is smaller."""
     return f"{value:.3f}" if value == 0 or abs(value) >= 0.01 else f"{value:.1e}"
+
+
+# ---- Trackers ----------------------------------------------------------------------------------------------------
+
+
+class Tracker:
+    """Hands rows of the log to a tracker's library, tensorboard or wandb (kind "": to nobody), with the number of batches done as the
+    step. What fails is told in one line, and nothing more is handed over: no tracker is worth a run."""
+
+    def __init__(self, kind: str, out: Path, settings: dict, first_step: int):
+        self.kind = kind
+        self._try(lambda: self._open(out, settings, first_step))
+
+    def _open(self, out: Path, settings: dict, first_step: int) -> None:
+        if self.kind == "wandb":
+            import wandb
+
+            run = wandb.init(project="vpd", name=out.name, dir=out, config=settings)
+            self.take, self.end = lambda figures, step: run.log(figures, step=step), run.finish
+        else:
+            from torch.utils.tensorboard import SummaryWriter
+
+            board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+            self.take = lambda figures, step: [board.add_scalar(name, value, step) for name, value in figures.items()]
+            self.end = board.close
+
+    def _try(self, act: Callable[[], object]) -> None:
+        try:
+            if self.kind:
+                act()
+        except Exception as error:
+            print(f"--track {self.kind} failed ({one_line(error)}): the run goes on without it", file=sys.stderr)
+            self.kind = ""
+
+    def write(self, row: dict) -> None:
+        self._try(lambda: self.take(dict(numbers(row, row["kind"])), row["step"] + (row["kind"] == "train")))
+
+    def close(self) -> None:
+        self._try(lambda: self.end())
+
+
+def numbers(row: dict, under: str) -> Iterator[tuple[str, float]]:
+    """(name, number) of all numbers in a row: train/reward, eval/pass@2/value."""
+    for name, value in row.items():
+        if isinstance(value, dict):
+            yield from numbers(value, f"{under}/{name}")
+        elif isinstance(value, int | float) and name != "step":
+            yield f"{under}/{name}", value

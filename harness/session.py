@@ -5,6 +5,7 @@
 
 import fcntl
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -27,7 +28,7 @@ import feedback
 import tasks
 from harness import command, machine, plan, presets, runs
 from harness.command import CannotWrite, Stopped, fail, write
-from harness.log import BatchLog, terminal_line
+from harness.log import BatchLog, Tracker, terminal_line
 from harness.settings import differing
 from model import checkpoint
 from model.parallel import World
@@ -133,6 +134,8 @@ def open_run(cfg, world: World, also: Callable = lambda *_: None) -> "Run":
     what else a loop needs, `Run.also`; it may raise ValueError. Raises ValueError, OSError or ImportError with one line."""
     method = cfg.row()
     notes = world.first(lambda: check_directory(cfg) or machine.check_driver(cfg))
+    if cfg.track and importlib.util.find_spec(cfg.track) is None:
+        raise ValueError(f"--track {cfg.track} needs its package: pip install {cfg.track}")
     check_model(cfg)
     check_sampler(cfg.sampler)
     task = tasks.load(cfg.task, cfg.subset, cfg.data, cfg.train_tests, cfg.since, cfg.until)
@@ -301,7 +304,7 @@ class Run:
         shared = len({id(optimizer) for optimizer in optimizers.values()}) == 1
         names = list(optimizers)[:1] if shared else list(optimizers)
         self.optimizers = {name: (self.policy.model, optimizers[name]) for name in names}
-        self.log, self.samples = None, None
+        self.log, self.samples, self.tracker = None, None, None
         try:
             restored = self._restore() if self.cfg.resume else None
             first = self.policy.world.rank == 0
@@ -311,6 +314,7 @@ class Run:
                 )
             except OSError as error:
                 raise CannotWrite(f"{error.filename}: {error.strerror}") from error
+            self.tracker = Tracker(self.cfg.track if first else "", self.out, self.record, self.first_step)
             self._begin(restored)
             yield
             if not self.made:
@@ -325,7 +329,7 @@ class Run:
         else:
             self.policy.save(self.out / "model")
         finally:
-            for each in (self.log, self.samples, self.lock):
+            for each in (self.tracker, self.log, self.samples, self.lock):
                 with suppress(OSError, AttributeError):  # whatever could not be written has been told
                     each.close()
             self.task.close()
@@ -370,6 +374,8 @@ class Run:
             file.flush()
         except OSError as error:
             raise CannotWrite(f"{file.name}: {error.strerror}") from error
+        if file is self.log:
+            self.tracker.write(row)
 
     # ---- A batch -----------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from typing import Literal, get_args, get_origin
 from harness.command import fail
 
 # Settings of a command rather than of the run that it starts or resumes.
-NOT_OF_THE_RUN = ("out", "resume", "overwrite", "plan", "gpus", "gpu_memory")
+NOT_OF_THE_RUN = ("out", "resume", "overwrite", "track", "plan", "gpus", "gpu_memory")
 
 
 class Group:

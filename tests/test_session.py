@@ -1,12 +1,15 @@
 """What surrounds the loop: run directories, what a model or a task brings that cannot be trained, interruptions, updates that
 are not finite, the best weights, and the probe of the teacher."""
 
+import importlib.util
 import json
 import os
 import signal
+import sys
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -386,6 +389,46 @@ def test_a_disk_that_is_full_is_one_line_and_nothing_half_written(what, tmp_path
         goes_on = "--resume goes on after 1 batches" if what == "model" else "no checkpoint yet: --resume starts again"
         assert goes_on in last
     assert not list((tmp_path / "run").rglob("part-*"))
+
+
+# ---- Trackers ----------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_holds_the_numbers_of_the_log_also_of_a_run_that_was_resumed(tmp_path):
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    flags = ["--track", "tensorboard", "--eval_every", "2", "--teacher_probe", "0", "--checkpoint_every", "1"]
+    run(tmp_path / "run", *flags, steps=2)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"steps": 3}))
+    vpd.main(["--resume", "--out", str(tmp_path / "run"), "--track", "tensorboard"])
+    board = reading.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    told = lambda name: [(e.step, pytest.approx(e.value)) for e in board.Scalars(name)]  # noqa: E731
+    assert told("train/reward") == [(row["step"] + 1, row["reward"]) for row in read_log(tmp_path / "run")]
+    watched = read_log(tmp_path / "run", "eval")
+    assert told("eval/avg") == [(row["step"], row["avg"]) for row in watched] and len(watched) == 3
+
+
+@pytest.mark.parametrize("fails", [0, 2])
+def test_a_tracker_that_fails_says_so_once_and_the_run_goes_on(fails, tmp_path, monkeypatch, capsys):
+    given, wandb = [], ModuleType("wandb")
+
+    def log(figures, step):
+        if len(given) == fails:
+            raise RuntimeError("the network\nis gone")
+        given.append((step, figures))
+
+    wandb.init = lambda **how: SimpleNamespace(log=log, finish=lambda: given.append("end")) if fails else log({}, 0)
+    wandb.__spec__ = ModuleSpec("wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    assert len(run(tmp_path / "run", "--track", "wandb", steps=4)) == 4
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "--track" in line]
+    assert "wandb failed (RuntimeError: the network is gone)" in line and [step for step, _ in given] == [1, 2][:fails]
+    assert all("train/seconds/rollout" in figures and "train/step" not in figures for _, figures in given)
+
+
+def test_a_tracker_that_is_not_installed_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install wandb" in refused(capsys, tmp_path / "run", "--track", "wandb")
 
 
 # ---- The probe of the teacher ------------------------------------------------------------------------------------
