@@ -254,6 +254,7 @@ def main(argv: list[str] | None = None) -> None:
             print("\n".join([*task.notes, *lines]))
             if args.out:
                 write(args.out, "".join(json.dumps(row) + "\n" for row in graded))
+                print(f"{args.out}: every response's grade")
             return
         world = World.start()
     except CannotWrite:
@@ -294,6 +295,7 @@ def main(argv: list[str] | None = None) -> None:
     task.close()
     if args.out and world.rank == 0:
         write(args.out, json.dumps(results if args.run else results["model"], indent=1) + "\n")
+        print(f"{args.out}: these numbers, and every problem's rewards")
 
 
 if __name__ == "__main__":

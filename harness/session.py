@@ -9,6 +9,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -144,7 +146,8 @@ def open_run(cfg, world: World, also: Callable = lambda *_: None) -> "Run":
     if method.teacher and cfg.feedback in task.lacks:
         has = ", ".join(source for source in feedback.SOURCES if source not in task.lacks)
         raise ValueError(f"--feedback {cfg.feedback}: {task.name} has {has}")
-    out = Path(world.first(lambda: cfg.out or f"runs/{cfg.task}-{cfg.method}-seed{cfg.seed}-{time.strftime('%Y%m%d-%H%M%S')}"))
+    name = cfg.task if cfg.task != "own" else re.sub(r"\W+", "-", task.name)
+    out = Path(world.first(lambda: cfg.out or f"runs/{name}-{cfg.method}-seed{cfg.seed}-{time.strftime('%Y%m%d-%H%M%S')}"))
 
     with tempfile.TemporaryDirectory() as made:
         # A smoke run that is resumed has its model there.
@@ -196,7 +199,7 @@ def open_run(cfg, world: World, also: Callable = lambda *_: None) -> "Run":
     if making:  # the model was made on the spot; evaluation will want it again
         cfg.model = str(out.resolve() / "base")
         task.notes.append("smoke run: the weights are random, and no number it gives means anything")
-    record = {**asdict(cfg), "out": str(out), "teacher": cfg.reader(), "commit": git_commit(), "processes": world.size,
+    record = {**asdict(cfg), "out": str(out), "task_name": task.name, "teacher": cfg.reader(), "commit": git_commit(), "processes": world.size,
               "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
               "torch": torch.__version__, "command": " ".join(["python", *sys.argv]), "prompts_dropped": dropped,
               "model_files": runs.fingerprint(path)}  # fmt: skip
@@ -241,7 +244,7 @@ def launch(cfg, check: Callable, train: Callable, also: Callable = lambda *_: No
     if where := os.environ.get("VPD_OUT_FILE"):  # of a script that goes on with this run's directory
         Path(where).write_text(str(out))
     changed = " ".join(f"--{name} {value!r}" for name, value in differing(cfg).items())
-    print(f"{out}: {cfg.method} on {run.task.splits()}\nbeside the preset: {changed or 'nothing'}")
+    print(f"{out}: {cfg.method} on {run.task.splits()}\nbeside the preset: {changed or 'nothing'}\n{run.size()}")
     for note in run.task.notes:
         print(note)
     # Of several processes none can save by itself, so that Ctrl-C is taken there like SIGTERM: they stop together.
@@ -292,7 +295,27 @@ class Run:
         self.watched, self.split = watch(task)
         self.problems = fingerprint(task.train)
         self.shift, self.bad_in_a_row, self.idle, self.made, self.best = None, 0, 0, 0, -1.0
-        self.first_step, self.saved, self.probe = 0, None, []
+        self.first_step, self.saved, self.probe, self.eval_seconds = 0, None, [], 0.0
+
+    def size(self) -> str:
+        """How many updates the run makes at most, in one line."""
+        cfg, B = self.cfg, self.cfg.prompts_per_batch
+        updates, often = self.steps * (B // cfg.minibatch_prompts), f"every {cfg.eval_every} batches"
+        teacher = -(-self.steps // cfg.e_step_every) * (B // cfg.e_minibatch_prompts) if cfg.row().e_step else 0
+        line = f"{self.steps} batches make {updates} updates of the student" + f" and {teacher} of the teacher" * (teacher > 0)
+        return line + f"; {len(self.watched)} {self.split} problems are watched {often if cfg.eval_every else 'never'}"
+
+    def outlook(self, batch_seconds: float, done: int) -> str:
+        """When the run will end, by its first batch and evaluation."""
+        evaluations = sum(map(self.watches, range(done + 1, self.steps + 1)))
+        left = batch_seconds * (self.steps - done) + self.eval_seconds * evaluations
+        times = f"a batch takes {batch_seconds:.1f} s" + f", an evaluation {self.eval_seconds:.1f} s" * (evaluations > 0)
+        end = time.strftime("%a %H:%M", time.localtime(time.time() + left))
+        return f"{times}: the run will end in about {timedelta(seconds=round(left))}, {end}"
+
+    def watches(self, done: int) -> bool:
+        """Whether an evaluation follows so many batches."""
+        return bool(self.cfg.eval_every) and (done % self.cfg.eval_every == 0 or done == self.steps)
 
     @contextmanager
     def started(self, teacher, optimizers: dict[str, torch.optim.Optimizer]) -> Iterator[None]:
@@ -421,7 +444,9 @@ class Run:
         self.bar.update()
         self.made += log.updates()
         self.idle = 0 if log.e_norms or log.m_norms else self.idle + 1
-        if cfg.eval_every and (done % cfg.eval_every == 0 or done == self.steps):
+        if log.step == self.first_step and done < self.steps:
+            tqdm.write(self.outlook(sum(row["seconds"].values()), done))
+        if self.watches(done):
             self.validate(done)
         if done == self.steps or cfg.checkpoint_every and done % cfg.checkpoint_every == 0:
             self.save_state(done)
@@ -458,7 +483,8 @@ class Run:
         figures = {key: value for key, value in result.items() if key != "rewards"}
         if self.probe:
             figures["teacher_avg"] = self.teacher_pass_rate()
-        seconds = {"eval": round(time.perf_counter() - start, 4)}
+        self.eval_seconds = round(time.perf_counter() - start, 4)
+        seconds = {"eval": self.eval_seconds}
         self._write(self.log, {"kind": "eval", "step": step, "split": self.split, **figures, "seconds": seconds})
         teacher = f"  teacher on {len(self.probe)} base failures {figures['teacher_avg']:.3f}" if self.probe else ""
         tqdm.write(f"{self.split} after {step:4d} batches: {evaluate.line(result)}{teacher}")

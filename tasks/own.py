@@ -48,7 +48,8 @@ def load(path: str) -> Task:
         id, count = Counter(str(problem.id) for problem in problems or task.train[:1]).most_common(1)[0]
         if count > 1:
             raise ValueError(f"{path}: problem {id!r} is there twice: a problem's id is its own within its split")
-    task.name, task.verify = f"own/{name}", checked(task.verify, path, spec.origin)
+    task.name = text_of(task.name) if isinstance(task.name, str) and task.name.strip() else name
+    task.verify = checked(task.verify, path, spec.origin)
     task.verify(task.train[:2], ["", ""][: len(task.train)])  # what is wrong with it is best said before the run
     return task
 

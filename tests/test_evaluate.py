@@ -393,7 +393,8 @@ def test_responses_are_graded_in_their_order(task, data, responses, ids, expecte
         assert [bool(row["feedback"]) for row in rows] == [False] * 4 + [True] * 3
         assert "Input:\n3\n1 2 3\nYour output:\n3\nExpected output:\n6" in rows[4]["feedback"]  # a public test
         assert "ZeroDivisionError: division by zero (line 1)" in rows[5]["feedback"]
-    *_, counts, mean = capsys.readouterr().out.splitlines()
+    *_, counts, mean, file = capsys.readouterr().out.splitlines()
+    assert file.startswith(f"{argv[-1]}: ")
     assert counts.startswith(said[0]) and mean.startswith(f"mean reward of the answered problems {said[1]}")
 
 

@@ -259,6 +259,31 @@ def test_a_sequence_that_is_too_long_is_refused_and_what_a_run_may_meet_is_noted
     assert "toy/choice has no test problems" in told
 
 
+def test_a_run_says_how_much_it_does_when_it_ends_and_what_its_task_is_called(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = [*own(tmp_path / "own.py", reward="len(texts[0]) % 2"), "--prompts_per_batch", "4", "--minibatch_prompts", "2"]
+    flags = [*flags, "--eval_every", "3", "--e_step_every", "2", "--feedback", "environment", "--steps", "5"]
+    vpd.main([*SMALL, *flags, "--e_minibatch_prompts", "4"])
+    told = capsys.readouterr().out
+    (out,) = (tmp_path / "runs").iterdir()
+    assert out.name.startswith("t-vpd-seed0-") and json.loads((out / "config.json").read_text())["task_name"] == "t"
+    assert f"{out.relative_to(tmp_path)}: vpd on t: 8 train" in told
+    # 5 batches of 2 updates; E-steps at batches 0, 2 and 4, of one update.
+    assert "5 batches make 10 updates of the student and 3 of the teacher; 2 test problems are watched every 3" in told
+    assert told.count("the run will end in about") == 1
+
+
+def test_the_end_of_a_run_is_what_is_left_of_batches_and_evaluations(monkeypatch):
+    cfg = parsed("--steps", "10", "--eval_every", "4")
+    task = tasks.Task("t", [], [], [], None)
+    here = session.Run(cfg, None, None, task, Path(), {}, None, None, None)
+    here.eval_seconds = 100.0
+    monkeypatch.setattr(session.time, "time", lambda: 0.0)
+    left = 9 * 20 + 3 * 100  # after batches 4, 8 and 10
+    at = session.time.strftime("%a %H:%M", session.time.localtime(left))
+    assert here.outlook(20.0, 1) == f"a batch takes 20.0 s, an evaluation 100.0 s: the run will end in about 0:08:00, {at}"
+
+
 # ---- How a run ends ----------------------------------------------------------------------------------------------
 
 

@@ -190,9 +190,11 @@ def load_own(tmp_path, monkeypatch):
     return load
 
 
-def test_an_own_task_has_the_files_name_and_its_verifier(load_own):
-    task = load_own('return [Outcome(1, "passed", columns={"short": len(r) < 5}) for r in responses]')
-    assert task.name == "own/mine" and task.splits().endswith("3 train, 3 validation, 3 test problems")
+def test_an_own_task_has_its_own_name_or_the_files_and_its_verifier(load_own):
+    body = 'return [Outcome(1, "passed", columns={"short": len(r) < 5}) for r in responses]'
+    assert load_own(body, text=FILE.replace('Task("mine"', 'Task("any name"')).name == "any name"
+    task = load_own(body, text=FILE.replace('Task("mine"', 'Task(""'))
+    assert task.name == "mine" and task.splits().endswith("3 train, 3 validation, 3 test problems")
     assert task.verify(task.test[:1], ["yes"]) == [Outcome(1, "passed", columns={"short": 1})]
 
 
