@@ -15,6 +15,9 @@ import torch
 import losses
 from tasks.base import one_line
 
+GAP = 0.05  # nats: the terminal shows a larger gap between trainer and sampler
+DIED = 0.3  # of an E-step's rows: a run says once that more than these no longer pull
+
 
 def mean(values) -> float | None:
     """The mean of a tensor's or list's finite values, or None if there are none."""
@@ -45,7 +48,7 @@ class BatchLog:
         self.e_losses, self.e_norms, self.died, self.m_losses, self.m_norms = [], [], [], [], []
         self.samples: dict[int, dict] = {}  # what else samples.jsonl says of a row
         self.packing, self.sums = torch.zeros(2, dtype=torch.long), None
-        self.D_sum, self.with_D, self.scores = 0.0, False, []
+        self.D_sum, self.with_D, self.scores, self.overlaps = 0.0, False, [], []
 
     def lap(self, phase: str) -> None:
         now = time.perf_counter()
@@ -92,6 +95,9 @@ class BatchLog:
         here = weight[rows, : scores.D.shape[1]]
         D = losses.sequence_mean(scores.D * here, view.mask, max(1, int(weight.any(1).sum())))
         self.with_D = self.with_D or bool(weight.any())
+        if scores.overlap is not None:
+            seen = scores.overlap[view.mask.bool() & (here > 0) & scores.overlap.isfinite()]
+            self.overlaps.append(torch.stack([seen.sum(), seen.new_tensor(len(seen))]).double())
         part = torch.stack([loss.detach(), D]).double()
         self.sums = part if self.sums is None else self.sums + part
         if measures:
@@ -126,6 +132,7 @@ class BatchLog:
         wins = Counter(c.kind for c, o in zip(batch.C, batch.outcomes) if c and o.reward)
         died = torch.cat(self.died) if self.died else []
         filled, padded = self.world.sum(self.packing).tolist()
+        overlap, places = self.world.sum(sum((pair.cpu() for pair in self.overlaps), torch.zeros(2, dtype=torch.float64))).tolist()
         seconds = {phase: round(value, 4) for phase, value in self.seconds.items()}
         lengths = [len(rollout.tokens) for rollout in batch.rollouts]
         if self.e_losses:
@@ -140,7 +147,7 @@ class BatchLog:
             "success_given_context": {kind: wins[kind] / count for kind, count in sorted(kinds.items())},
             **self.figures,
             "m_loss": mean(self.m_losses), "m_grad_norm": mean(self.m_norms),
-            "divergence": self.D_sum if distils and self.with_D else None, "lr": lr, "contexts_cut": batch.contexts_cut,
+            "divergence": self.D_sum if distils and self.with_D else None, "overlap": overlap / places if places else None, "lr": lr, "contexts_cut": batch.contexts_cut,
             "left_out": {reason: count for reason, count in self.left_out.items() if count},
             "updates_not_finite": len(self.e_norms + self.m_norms) - self.updates(),
             "padding": 1 - filled / padded if padded else None, "seconds": seconds,
@@ -153,6 +160,7 @@ def terminal_line(row: dict) -> str:
     show = {"reward": "reward", "margin": "margin", "divergence": "D", "e_loss": "E-loss", "shift": "delta",
             "m_loss": "M-loss", "m_grad_norm": "|g|", "entropy": "entropy", "response_length": "length",
             "with_context": "with C", "accepted": "accepted"}  # fmt: skip
+    show |= {"sampler_gap": "gap"} if (row.get("sampler_gap") or 0) > GAP else {}
     cells = [f"{name} {_short(row[key])}" for key, name in show.items() if row.get(key) is not None]
     return f"{row['step']:4d}  " + "  ".join(cells) + f"  {sum(row['seconds'].values()):.1f} s"
 

@@ -19,7 +19,7 @@ TOY = dict(
 # Ours, by the memory plan: Qwen3-0.6B on a GPU of 24 GB, Qwen3-1.7B on one of 48 or 80 GB. One update follows a batch.
 ONE_GPU = dict(
     model="Qwen/Qwen3-0.6B", lr=5e-6, epochs=0, steps=100, prompts_per_batch=16, minibatch_prompts=16, e_minibatch_prompts=16,
-    max_prompt_tokens=1024, max_response_tokens=1024, max_teacher_tokens=3072, micro_batch_tokens=8192,
+    max_prompt_tokens=1024, max_response_tokens=1024, max_teacher_tokens=3072, micro_batch_tokens=8192, teacher_probe=32,
 )  # fmt: skip
 # Those of rlhf-book's SDPO (github.com/natolambert/rlhf-book, code/distillation), where both have the setting.
 REASONING_GYM = ONE_GPU | dict(

@@ -30,7 +30,7 @@ import feedback
 import tasks
 from harness import command, machine, plan, presets, runs
 from harness.command import CannotWrite, Stopped, fail, write
-from harness.log import BatchLog, Tracker, terminal_line
+from harness.log import DIED, BatchLog, Tracker, terminal_line
 from harness.settings import differing
 from model import checkpoint
 from model.parallel import World
@@ -295,7 +295,7 @@ class Run:
         self.watched, self.split = watch(task)
         self.problems = fingerprint(task.train)
         self.shift, self.bad_in_a_row, self.idle, self.made, self.best = None, 0, 0, 0, -1.0
-        self.first_step, self.saved, self.probe, self.eval_seconds = 0, None, [], 0.0
+        self.first_step, self.saved, self.probe, self.eval_seconds, self.warned = 0, None, [], 0.0, False
 
     def size(self) -> str:
         """How many updates the run makes at most, in one line."""
@@ -441,6 +441,9 @@ class Run:
                       "finish": batch.rollouts[i].finish, **asdict(batch.outcomes[i]), "context": context}  # fmt: skip
             self._write(self.samples, sample | log.samples.get(i, {}))
         tqdm.write(terminal_line(row))
+        if (row["e_died"] or 0) > DIED and not self.warned:
+            self.warned = True
+            tqdm.write(f"{row['e_died']:.2f} of the E-step's rows no longer pull: see e_died in docs/log.md (a smaller --beta, fewer E-steps)")
         self.bar.update()
         self.made += log.updates()
         self.idle = 0 if log.e_norms or log.m_norms else self.idle + 1
@@ -488,6 +491,12 @@ class Run:
         self._write(self.log, {"kind": "eval", "step": step, "split": self.split, **figures, "seconds": seconds})
         teacher = f"  teacher on {len(self.probe)} base failures {figures['teacher_avg']:.3f}" if self.probe else ""
         tqdm.write(f"{self.split} after {step:4d} batches: {evaluate.line(result)}{teacher}")
+        if self.probe and not step:  # a teacher that cannot read has nothing to teach
+            rewards = {p.id: rewards for p, rewards in zip(self.watched, result["rewards"].values())}
+            student = sum(sum(rewards[row["id"]]) for row in self.probe) / (len(self.probe) * self.cfg.eval_samples)
+            if figures["teacher_avg"] <= student:
+                tqdm.write(f"with the feedback the teacher passes no more of them than the student without it ({student:.3f}): see "
+                           "teacher_avg in docs/log.md")  # fmt: skip
         if self.task.validation and result["avg"] > self.best:  # nothing is chosen by test problems
             self.best = result["avg"]
             self.policy.save(self.out / "best")

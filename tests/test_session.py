@@ -491,6 +491,31 @@ def test_the_teacher_is_tested_on_the_same_failures_at_every_evaluation(
     assert (third == pytest.approx(after, rel=1e-12)) == (teacher == "live")
 
 
+@pytest.mark.parametrize("teacher, warned", [(0.125, True), (0.25, False)])
+def test_a_teacher_that_reads_no_better_than_the_student_is_told_once(teacher, warned, tmp_path, monkeypatch, capsys):
+    measure = evaluate.measure
+
+    def measured(policy, sampler, verify, problems, **how):
+        found = measure(policy, sampler, verify, problems, **how)
+        if how["prompts"]:
+            return found | {"avg": teacher}
+        right = {row["id"] for row in json.loads((tmp_path / "run" / "base_failures.json").read_text())[:1]}
+        return found | {"rewards": {p.id: [int(p.id in right)] for p in problems}}  # 1 of the 8, 1 of 64 in all
+
+    monkeypatch.setattr(evaluate, "measure", measured)
+    run(tmp_path / "run", "--eval_every", "1", "--teacher_probe", "8", "--group_size", "8")
+    assert len(json.loads((tmp_path / "run" / "base_failures.json").read_text())) == 8
+    told = capsys.readouterr().out
+    assert ("no more of them than the student without it (0.125)" in told) == warned == told.count("see teacher_avg in")
+
+
+def test_rows_of_the_e_step_that_no_longer_pull_are_told_once(tmp_path, capsys):
+    rows = run(tmp_path / "run", "--beta", "1000", "--e_step_every", "1", "--lr", "0.01", "--seed", "1", steps=4)
+    late = [f"{row['e_died']:.2f}" for row in rows if (row["e_died"] or 0) > 0.3]
+    told = [line for line in capsys.readouterr().out.splitlines() if "no longer pull" in line]
+    assert len(late) > 1 and len(told) == 1 and told[0].startswith(f"{late[0]} of the E-step's rows no longer pull")
+
+
 def test_base_failures_are_the_first_failure_with_a_context_of_each_problem(monkeypatch):
     cfg = parsed("--subset", "choice", "--group_size", "3", "--teacher_probe", "4", "--feedback", "environment")
     problems = [tasks.Problem(name, [{"role": "user", "content": name}], "") for name in "abcde"]
