@@ -43,7 +43,7 @@ import feedback
 import losses
 from evaluate import PROTOCOLS
 from feedback import SOURCES, TEXTS, Templates
-from harness import machine, presets, session
+from harness import command, machine, presets, session
 from harness.settings import Group, check_fields, parse, read_by
 from losses import DIVERGENCES
 from model.policy import Policy, ema_update
@@ -563,4 +563,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    session.program(main)
+    command.run(main)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import evaluate
 import feedback
 import tasks
-from harness import command, machine, plan, presets, runs
+from harness import machine, plan, presets, runs
 from harness.command import CannotWrite, Stopped, fail, write
 from harness.log import DIED, BatchLog, Tracker, terminal_line
 from harness.settings import differing
@@ -97,15 +97,10 @@ def _lock(out: Path):
 
 def git_commit() -> str:
     """The commit of this code, marked when the tree differs from it; "unknown" outside a repository."""
-    here = Path(__file__).parents[1]
-    git = lambda *args: subprocess.run(["git", *args], cwd=here, capture_output=True, text=True)  # noqa: E731
-    try:
-        head = git("rev-parse", "HEAD")
-    except OSError:  # no git on this machine
-        return "unknown"
-    if head.returncode:
-        return "unknown"
-    return head.stdout.strip() + ("+changes" if git("status", "--porcelain", "-uno").stdout else "")
+    git = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+    with suppress(OSError):  # no git on this machine
+        return subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() or "unknown"
+    return "unknown"
 
 
 def fingerprint(problems: list) -> str:
@@ -276,11 +271,6 @@ def launch(cfg, check: Callable, train: Callable, also: Callable = lambda *_: No
     print(f"done: {out}/model is the last model{best}")
 
 
-def program(main: Callable[[], None]) -> None:
-    """main() as a program."""
-    command.run(main)
-
-
 # ---- The run -----------------------------------------------------------------------------------------------------
 
 
@@ -302,7 +292,7 @@ class Run:
         cfg, B = self.cfg, self.cfg.prompts_per_batch
         updates, often = self.steps * (B // cfg.minibatch_prompts), f"every {cfg.eval_every} batches"
         teacher = -(-self.steps // cfg.e_step_every) * (B // cfg.e_minibatch_prompts) if cfg.row().e_step else 0
-        line = f"{self.steps} batches make {updates} updates of the student" + f" and {teacher} of the teacher" * (teacher > 0)
+        line = f"{self.steps} batches make up to {updates} updates of the student" + f" and {teacher} of the teacher" * (teacher > 0)
         return line + f"; {len(self.watched)} {self.split} problems are watched {often if cfg.eval_every else 'never'}"
 
     def outlook(self, batch_seconds: float, done: int) -> str:
@@ -385,6 +375,8 @@ class Run:
             if cfg.teacher_probe and self.record["teacher"]:
                 self.probe = self._base_failures()
                 self.policy.world.first(lambda: write(probe, json.dumps(self.probe, indent=1) + "\n"))
+                if not self.probe:
+                    tqdm.write("--teacher_probe: no failure of the first weights has a context, so the teacher's pass rate is not measured")
             self.validate(0)
         self.critic.missing.clear()  # the first batch counts its own
         quiet = None if self.policy.world.rank == 0 else True

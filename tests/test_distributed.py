@@ -334,7 +334,7 @@ def broken_run(phase: str, rank: int, out: str) -> None:
 
         setattr(where, name, broken)
     sys.argv = ["vpd.py", *SHORT, "--out", out]
-    session.program(vpd.main)
+    command.run(vpd.main)
 
 
 def break_all(folder: str) -> None:

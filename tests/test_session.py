@@ -269,7 +269,7 @@ def test_a_run_says_how_much_it_does_when_it_ends_and_what_its_task_is_called(tm
     assert out.name.startswith("t-vpd-seed0-") and json.loads((out / "config.json").read_text())["task_name"] == "t"
     assert f"{out.relative_to(tmp_path)}: vpd on t: 8 train" in told
     # 5 batches of 2 updates; E-steps at batches 0, 2 and 4, of one update.
-    assert "5 batches make 10 updates of the student and 3 of the teacher; 2 test problems are watched every 3" in told
+    assert "5 batches make up to 10 updates of the student and 3 of the teacher; 2 test problems are watched every 3" in told
     assert told.count("the run will end in about") == 1
 
 
