@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -156,18 +157,14 @@ class BatchLog:
 
 
 def terminal_line(row: dict) -> str:
-    """At most 12 figures of a batch, three digits each."""
+    """At most 12 figures of a batch: three decimals, or two significant digits of what is smaller."""
+    short = lambda x: f"{x:.3f}" if x == 0 or abs(x) >= 0.01 else f"{x:.1e}"  # noqa: E731
     show = {"reward": "reward", "margin": "margin", "divergence": "D", "e_loss": "E-loss", "shift": "delta",
             "m_loss": "M-loss", "m_grad_norm": "|g|", "entropy": "entropy", "response_length": "length",
             "with_context": "with C", "accepted": "accepted"}  # fmt: skip
     show |= {"sampler_gap": "gap"} if (row.get("sampler_gap") or 0) > GAP else {}
-    cells = [f"{name} {_short(row[key])}" for key, name in show.items() if row.get(key) is not None]
+    cells = [f"{name} {short(row[key])}" for key, name in show.items() if row.get(key) is not None]
     return f"{row['step']:4d}  " + "  ".join(cells) + f"  {sum(row['seconds'].values()):.1f} s"
-
-
-def _short(value: float) -> str:
-    """Three decimals, or two significant digits of what is smaller."""
-    return f"{value:.3f}" if value == 0 or abs(value) >= 0.01 else f"{value:.1e}"
 
 
 # ---- Trackers ----------------------------------------------------------------------------------------------------
@@ -178,21 +175,18 @@ class Tracker:
     step. What fails is told in one line, and nothing more is handed over: no tracker is worth a run."""
 
     def __init__(self, kind: str, out: Path, settings: dict, first_step: int):
-        self.kind = kind
+        self.kind, self.close = kind, lambda: None
         self._try(lambda: self._open(out, settings, first_step))
 
     def _open(self, out: Path, settings: dict, first_step: int) -> None:
         if self.kind == "wandb":
-            import wandb
-
-            run = wandb.init(project="vpd", name=out.name, dir=out, config=settings)
-            self.take, self.end = lambda figures, step: run.log(figures, step=step), run.finish
+            run = import_module("wandb").init(project="vpd", name=out.name, dir=out, config=settings)
+            self.take, self.close = lambda figures, step: run.log(figures, step=step), lambda: self._try(run.finish)
         else:
-            from torch.utils.tensorboard import SummaryWriter
-
-            board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+            writer = import_module("torch.utils.tensorboard").SummaryWriter
+            board = writer(str(out / "tensorboard"), purge_step=first_step + 1 if first_step else None)
             self.take = lambda figures, step: [board.add_scalar(name, value, step) for name, value in figures.items()]
-            self.end = board.close
+            self.close = lambda: self._try(board.close)
 
     def _try(self, act: Callable[[], object]) -> None:
         try:
@@ -204,9 +198,6 @@ class Tracker:
 
     def write(self, row: dict) -> None:
         self._try(lambda: self.take(dict(numbers(row, row["kind"])), row["step"] + (row["kind"] == "train")))
-
-    def close(self) -> None:
-        self._try(lambda: self.end())
 
 
 def numbers(row: dict, under: str) -> Iterator[tuple[str, float]]:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sysconfig
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -114,13 +115,9 @@ def host_memory() -> tuple[float, float]:
         total, free = (int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
     except (OSError, ValueError, KeyError):
         return float("inf"), float("inf")
-    old = "memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"
-    for limit, used in (("memory.max", "memory.current"), old):
-        try:
-            most, taken = (int((CGROUP / name).read_text()) for name in (limit, used))
-            total, free = min(total, most), min(free, most - taken)
-        except (OSError, ValueError):  # no such file, or no limit
-            continue
+    with suppress(OSError, ValueError):  # no such file, or no limit
+        most, taken = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        total, free = min(total, most), min(free, most - taken)
     return total, free
 
 

@@ -6,13 +6,11 @@ from pathlib import Path
 
 
 def fingerprint(model: str) -> str:
-    """Of the weights' files in a folder, by their sizes and their ends; "" for a hub id."""
+    """Of the weights' files in a folder, by their sizes and beginnings; "" for a hub id."""
     digest = hashlib.sha256()
     for path in sorted(Path(model).glob("*.safetensors")):
         with path.open("rb") as file:
             digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(1 << 20))
-            file.seek(max(0, path.stat().st_size - (1 << 20)))
-            digest.update(file.read())
     return digest.hexdigest()[:16] if Path(model).is_dir() else ""
 
 

@@ -290,10 +290,11 @@ class Run:
     def size(self) -> str:
         """How many updates the run makes at most, in one line."""
         cfg, B = self.cfg, self.cfg.prompts_per_batch
-        updates, often = self.steps * (B // cfg.minibatch_prompts), f"every {cfg.eval_every} batches"
-        teacher = -(-self.steps // cfg.e_step_every) * (B // cfg.e_minibatch_prompts) if cfg.row().e_step else 0
-        line = f"{self.steps} batches make up to {updates} updates of the student" + f" and {teacher} of the teacher" * (teacher > 0)
-        return line + f"; {len(self.watched)} {self.split} problems are watched {often if cfg.eval_every else 'never'}"
+        line = f"{self.steps} batches make up to {self.steps * (B // cfg.minibatch_prompts)} updates of the student"
+        if cfg.row().e_step:
+            line += f" and {-(-self.steps // cfg.e_step_every) * (B // cfg.e_minibatch_prompts)} of the teacher"
+        watched = f"; {len(self.watched)} {self.split} problems are watched every {cfg.eval_every} batches"
+        return line + watched * bool(cfg.eval_every)
 
     def outlook(self, batch_seconds: float, done: int) -> str:
         """When the run will end, by its first batch and evaluation."""
@@ -359,9 +360,6 @@ class Run:
             last = self.first_step if kept else -1
             dropped = sum(checkpoint.cut_log(out / name, last) for name in ("log.jsonl", "samples.jsonl"))
             print(f"going on after {self.first_step} batches; {dropped} later lines dropped from the logs")
-            known = (out / "log.jsonl").read_text().count('"kind": "train"') if (out / "log.jsonl").exists() else 0
-            if known < self.first_step:
-                print(f"{out}/log.jsonl has {known} of the {self.first_step} batches done", file=sys.stderr)
         return kept
 
     def _begin(self, restored: dict | None) -> None:
@@ -514,11 +512,8 @@ class Run:
         """Pass rate of the teacher, as it now is, on the failures in `probe`."""
         cfg, by_id = self.cfg, {p.id: p for p in self.watched}
         problems = [by_id[row["id"]] for row in self.probe]
-        prompts = [
-            feedback.teacher_prompt(
-                self.policy.tokenizer, problem.messages, feedback.Context(**row["context"]), cfg.templates(), cfg.max_teacher_tokens
-            )[0]
-            for problem, row in zip(problems, self.probe)
-        ]  # fmt: skip
+        contexts, words = [feedback.Context(**row["context"]) for row in self.probe], cfg.templates()
+        prompts = [feedback.teacher_prompt(self.policy.tokenizer, problem.messages, C, words, cfg.max_teacher_tokens)[0]
+                   for problem, C in zip(problems, contexts)]  # fmt: skip
         with weights_of(self.teacher, self.sampler, self.policy) as reader:
             return self.measure(reader, problems, "probe", prompts)["avg"]

@@ -45,9 +45,8 @@ def load(path: str) -> Task:
         raise ValueError(f"{path}: load() must return a tasks.Task with training problems, and returned {task!r:.80}")
     for split, problems in splits.items():
         setattr(task, split, [problem_of(problem, path) for problem in problems])
-        id, count = Counter(str(problem.id) for problem in problems or task.train[:1]).most_common(1)[0]
-        if count > 1:
-            raise ValueError(f"{path}: problem {id!r} is there twice: a problem's id is its own within its split")
+        if twice := [id for id, count in Counter(str(problem.id) for problem in problems).items() if count > 1]:
+            raise ValueError(f"{path}: problem {twice[0]!r} is there twice: a problem's id is its own within its split")
     task.name = text_of(task.name) if isinstance(task.name, str) and task.name.strip() else name
     task.verify = checked(task.verify, path, spec.origin)
     task.verify(task.train[:2], ["", ""][: len(task.train)])  # what is wrong with it is best said before the run

@@ -1,6 +1,5 @@
 """reasoning-gym (PyPI, Apache-2.0): a hundred generators of problems, each of which scores answers itself."""
 
-import base64
 import difflib
 import json
 import os
@@ -12,8 +11,8 @@ from tasks.base import Outcome, Problem, Task, one_line
 from tasks.sandbox import Sandbox
 
 INSTALL = "pip install reasoning-gym==0.1.25 (its pycosat needs a C compiler and Python's headers)"
-SEEDS = {"train": 0, "validation": 1_000_000, "test": 2_000_000}  # beside --data's; problem i of a split has one i higher
-HELD_OUT = 100  # validation and test problems each
+# Each split's first seed, beside --data's (problem i has one i higher), and its problems at most; train leaves out what the others have.
+SPLITS = {"test": (2_000_000, 100), "validation": (1_000_000, 100), "train": (0, 10**9)}
 SCORE_SECONDS = 6.0  # for one answer, its process included
 # Some generators' problems depend on the order of a set of strings, so that every process and run makes them under one hash seed.
 MAKE = """
@@ -47,22 +46,20 @@ def load(subset: str, data: str) -> Task:
         seed, size = int(settings["seed"]), int(settings["size"])
     except (ValueError, TypeError) as error:
         raise ValueError(f"--data {data} is no JSON object of a generator's settings ({one_line(error)})") from None
-    sizes = {"test": min(HELD_OUT, size), "validation": min(HELD_OUT, size), "train": size}
-    made = make(subset, [settings | {"seed": seed + SEEDS[split], "size": sizes[split]} for split in sizes])
-    splits, seen, repeated = {}, set(), 0
-    for split, rows in zip(sizes, made):
+    made = make(subset, [settings | {"seed": seed + start, "size": min(size, most)} for start, most in SPLITS.values()])
+    splits, seen, repeated, system = {}, set(), 0, {"role": "system", "content": SYSTEM_PROMPTS["default"]}
+    for split, rows in zip(SPLITS, made):
         new = {question: (answer, entry) for question, answer, entry in rows if question not in seen}
         repeated += len(rows) - len(new)
         seen |= new.keys()
         splits[split] = [
-            Problem(f"{split}-{i}", [{"role": "system", "content": SYSTEM_PROMPTS["default"]}, {"role": "user", "content": question}],
-                    answer if isinstance(answer, str) else "", entry)
+            Problem(f"{split}-{i}", [system, {"role": "user", "content": question}], answer if isinstance(answer, str) else "", entry)
             for i, (question, (answer, entry)) in enumerate(new.items())
         ]  # fmt: skip
     sandbox = Sandbox(time_limit=SCORE_SECONDS, memory_mb=4096, packages=True, warm=SCORE.format(repr(subset), repr(settings)))
     notes = [f"{repeated} problems that another one repeats dropped", f"sandbox: {sandbox.layers}"][not repeated :]
     verify = lambda problems, responses: grade(sandbox, problems, responses)  # noqa: E731
-    return Task(f"reasoning_gym/{subset}", *(splits[split] for split in SEEDS), verify, sandbox.close, notes=notes)
+    return Task(f"reasoning_gym/{subset}", **splits, verify=verify, close=sandbox.close, notes=notes)
 
 
 def make(name: str, splits: list[dict]) -> list[list[tuple[str, str | None, str]]]:

@@ -110,16 +110,13 @@ def test_a_run_that_goes_on_is_left_alone(tmp_path, capsys):
         session.open_directory(parsed(), tmp_path / "run", {})
 
 
-def test_a_model_is_saved_by_its_whole_path_and_the_run_goes_on_elsewhere(tmp_path, monkeypatch, capsys):
+def test_a_model_is_saved_by_its_whole_path_and_the_run_goes_on_elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(MODELS)
     run(tmp_path / "run", "--model", "choice", "--checkpoint_every", "1", steps=1)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["model"] == str(MODELS / "choice")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "choice").mkdir()
-    (tmp_path / "run" / "log.jsonl").write_text("")
-    capsys.readouterr()
     vpd.main(["--out", "run", "--resume"])
-    assert "log.jsonl has 0 of the 1 batches done" in capsys.readouterr().err
 
 
 # ---- What a task or a model brings -------------------------------------------------------------------------------
