@@ -133,7 +133,7 @@ class BatchLog:
         wins = Counter(c.kind for c, o in zip(batch.C, batch.outcomes) if c and o.reward)
         died = torch.cat(self.died) if self.died else []
         filled, padded = self.world.sum(self.packing).tolist()
-        overlap, places = self.world.sum(sum((pair.cpu() for pair in self.overlaps), torch.zeros(2, dtype=torch.float64))).tolist()
+        overlap, places = self.world.sum(sum((x.cpu() for x in self.overlaps), torch.zeros(2, dtype=torch.float64))).tolist()
         seconds = {phase: round(value, 4) for phase, value in self.seconds.items()}
         lengths = [len(rollout.tokens) for rollout in batch.rollouts]
         if self.e_losses:
@@ -148,7 +148,8 @@ class BatchLog:
             "success_given_context": {kind: wins[kind] / count for kind, count in sorted(kinds.items())},
             **self.figures,
             "m_loss": mean(self.m_losses), "m_grad_norm": mean(self.m_norms),
-            "divergence": self.D_sum if distils and self.with_D else None, "overlap": overlap / places if places else None, "lr": lr, "contexts_cut": batch.contexts_cut,
+            "divergence": self.D_sum if distils and self.with_D else None, "overlap": overlap / places if places else None,
+            "lr": lr, "contexts_cut": batch.contexts_cut,
             "left_out": {reason: count for reason, count in self.left_out.items() if count},
             "updates_not_finite": len(self.e_norms + self.m_norms) - self.updates(),
             "padding": 1 - filled / padded if padded else None, "seconds": seconds,
@@ -171,8 +172,8 @@ def terminal_line(row: dict) -> str:
 
 
 class Tracker:
-    """Hands rows of the log to a tracker's library, tensorboard or wandb (kind "": to nobody), with the number of batches done as the
-    step. What fails is told in one line, and nothing more is handed over: no tracker is worth a run."""
+    """Hands rows of the log to a tracker's library, tensorboard or wandb (kind "": to nobody); the step is the number of batches
+    done. What fails is told in one line, and nothing more is handed over: no tracker is worth a run."""
 
     def __init__(self, kind: str, out: Path, settings: dict, first_step: int):
         self.kind, self.close = kind, lambda: None

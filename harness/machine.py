@@ -30,8 +30,8 @@ def check_driver(cfg) -> list[str]:
         torch.cuda.init()
     except Exception as error:  # an older driver, a build without CUDA
         why = one_line(error)
-    line = f"nvidia-smi lists {count} GPUs and torch {torch.__version__} can use none ({why}): update the driver, or install the pins "
-    line += "of requirements.txt in a new environment"
+    line = f"nvidia-smi lists {count} GPUs and torch {torch.__version__} can use none ({why}): update the driver, or install "
+    line += "the pins of requirements.txt in a new environment"
     if cfg.task == "toy" or cfg.smoke:
         return [f"{line}; this run needs none"]
     raise ValueError(f"{line}; CUDA_VISIBLE_DEVICES= hides the GPUs and trains on the CPU")
@@ -128,7 +128,7 @@ def shared_memory(plan: Plan):
 
 
 def runs_programs(cfg) -> bool:
-    """Does grading run what a model has written? (Of a task of one's own we do not know; reasoning-gym evaluates some answers.)"""
+    """Does grading run what a model has written? (Of an own task we do not know; reasoning-gym evaluates some answers.)"""
     return cfg.task in ("lcb", "own", "reasoning_gym") or cfg.task == "toy" and cfg.subset.startswith("code")
 
 

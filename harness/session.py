@@ -194,8 +194,8 @@ def open_run(cfg, world: World, also: Callable = lambda *_: None) -> "Run":
     if making:  # the model was made on the spot; evaluation will want it again
         cfg.model = str(out.resolve() / "base")
         task.notes.append("smoke run: the weights are random, and no number it gives means anything")
-    record = {**asdict(cfg), "out": str(out), "task_name": task.name, "teacher": cfg.reader(), "commit": git_commit(), "processes": world.size,
-              "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    record = {**asdict(cfg), "out": str(out), "task_name": task.name, "teacher": cfg.reader(), "commit": git_commit(),
+              "processes": world.size, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
               "torch": torch.__version__, "command": " ".join(["python", *sys.argv]), "prompts_dropped": dropped,
               "model_files": runs.fingerprint(path)}  # fmt: skip
     world.wait()  # everybody has looked
@@ -374,7 +374,7 @@ class Run:
                 self.probe = self._base_failures()
                 self.policy.world.first(lambda: write(probe, json.dumps(self.probe, indent=1) + "\n"))
                 if not self.probe:
-                    tqdm.write("--teacher_probe: no failure of the first weights has a context, so the teacher's pass rate is not measured")
+                    tqdm.write("--teacher_probe measures nothing: no failure of the first weights has a context")
             self.validate(0)
         self.critic.missing.clear()  # the first batch counts its own
         quiet = None if self.policy.world.rank == 0 else True
@@ -433,7 +433,7 @@ class Run:
         tqdm.write(terminal_line(row))
         if (row["e_died"] or 0) > DIED and not self.warned:
             self.warned = True
-            tqdm.write(f"{row['e_died']:.2f} of the E-step's rows no longer pull: see e_died in docs/log.md (a smaller --beta, fewer E-steps)")
+            tqdm.write(f"{row['e_died']:.2f} of the E-step's rows no longer pull: smaller --beta, or see e_died in docs/log.md")
         self.bar.update()
         self.made += log.updates()
         self.idle = 0 if log.e_norms or log.m_norms else self.idle + 1

@@ -129,7 +129,7 @@ def plain(outcome: Outcome) -> Outcome:
     feedback, columns = "" if outcome.feedback is None else outcome.feedback, outcome.columns
     texts = (outcome.verdict, feedback, *columns) if isinstance(columns, dict) else (None,)
     if not all(isinstance(text, str) for text in texts):
-        raise Fault(f"must return Outcomes with a verdict and feedback that are text, and a dict of columns, not {outcome!r:.120}")
+        raise Fault(f"must return Outcomes with a verdict and feedback that are text, a dict of columns, not {outcome!r:.120}")
     try:  # whatever an array of several, or a missing value, makes of this
         reward, *bits = [[bool(value == n) for n in (0, 1)].index(True) for value in (outcome.reward, *columns.values())]
     except Exception:

@@ -11,10 +11,10 @@ from tasks.base import Outcome, Problem, Task, one_line
 from tasks.sandbox import Sandbox
 
 INSTALL = "pip install reasoning-gym==0.1.25 (its pycosat needs a C compiler and Python's headers)"
-# Each split's first seed, beside --data's (problem i has one i higher), and its problems at most; train leaves out what the others have.
+# Each split's first seed, beside --data's (problem i has one i higher), and its problems at most.
 SPLITS = {"test": (2_000_000, 100), "validation": (1_000_000, 100), "train": (0, 10**9)}
 SCORE_SECONDS = 6.0  # for one answer, its process included
-# Some generators' problems depend on the order of a set of strings, so that every process and run makes them under one hash seed.
+# Some generators depend on the order of a set of strings, so that every process and run makes problems under one hash seed.
 MAKE = """
 import base64, json, pickle, sys, reasoning_gym
 out, sys.stdout = sys.stdout, sys.stderr  # some generators print
@@ -32,7 +32,7 @@ sys.modules["gym"] = gym
 
 
 def load(subset: str, data: str) -> Task:
-    """Problems of the generator `subset`. data: a JSON file of its own settings; size (training problems) and seed are among them."""
+    """Problems of the generator `subset`, no question twice. data: a JSON file of its own settings, of which size is of training."""
     try:
         from reasoning_gym.factory import DATASETS
         from reasoning_gym.utils import SYSTEM_PROMPTS
@@ -53,8 +53,8 @@ def load(subset: str, data: str) -> Task:
         repeated += len(rows) - len(new)
         seen |= new.keys()
         splits[split] = [
-            Problem(f"{split}-{i}", [system, {"role": "user", "content": question}], answer if isinstance(answer, str) else "", entry)
-            for i, (question, (answer, entry)) in enumerate(new.items())
+            Problem(f"{split}-{i}", [system, {"role": "user", "content": text}], answer if isinstance(answer, str) else "", entry)
+            for i, (text, (answer, entry)) in enumerate(new.items())
         ]  # fmt: skip
     sandbox = Sandbox(time_limit=SCORE_SECONDS, memory_mb=4096, packages=True, warm=SCORE.format(repr(subset), repr(settings)))
     notes = [f"{repeated} problems that another one repeats dropped", f"sandbox: {sandbox.layers}"][not repeated :]
@@ -81,7 +81,8 @@ def grade(sandbox: Sandbox, problems: list[Problem], responses: list[str]) -> li
         said, result = f"Your answer was: {pair[1]}\n", sandbox.call("from gym import score", "score", list(pair))
         if result.status == "ok":
             right = result.value > 1 - 1e-6  # some scores are sums of shares
-            return Outcome(1, "correct") if right else Outcome(0, "wrong", f"{said}Its score is {result.value:.2f}, where 1 is right.")
+            told = f"{said}Its score is {result.value:.2f}, where 1 is right."
+            return Outcome(1, "correct") if right else Outcome(0, "wrong", told)
         verdict = {"internal": "internal", "timeout": "time-out"}.get(result.status, "unreadable")
         return Outcome(0, verdict, "" if verdict == "internal" else f"{said}The checker could not read it.")
 
