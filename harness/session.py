@@ -300,7 +300,7 @@ class Run:
         """When the run will end, by its first batch and evaluation."""
         evaluations = sum(map(self.watches, range(done + 1, self.steps + 1)))
         left = batch_seconds * (self.steps - done) + self.eval_seconds * evaluations
-        times = f"a batch takes {batch_seconds:.1f} s" + f", an evaluation {self.eval_seconds:.1f} s" * (evaluations > 0)
+        times = f"a batch takes {batch_seconds:.1f} s" + f", an evaluation {self.eval_seconds:.1f} s" * (self.eval_seconds > 0)
         end = time.strftime("%a %H:%M", time.localtime(time.time() + left))
         return f"{times}: the run will end in about {timedelta(seconds=round(left))}, {end}"
 

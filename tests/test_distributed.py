@@ -25,7 +25,7 @@ import rollout
 import tasks
 import vpd
 from conftest import FAMILIES
-from harness import plan, session
+from harness import command, plan
 from model.parallel import World
 from model.policy import Policy
 from neighbours import distil, ovd
