@@ -43,7 +43,7 @@ import feedback
 import losses
 from evaluate import PROTOCOLS
 from feedback import SOURCES, TEXTS, Templates
-from harness import machine, presets, session
+from harness import command, machine, presets, session
 from harness.settings import Group, check_fields, parse, read_by
 from losses import DIVERGENCES
 from model.policy import Policy, ema_update
@@ -135,7 +135,7 @@ class Config:
     a flag overrides both. What differs from the preset is printed at the start; all of it is saved as config.json."""
 
     task: Literal[*TASKS] = RUN("toy", "picks a preset; own: --data FILE.py")
-    subset: str = RUN("", "of toy or sciknoweval; the task's first by default")
+    subset: str = RUN("", "of toy, sciknoweval or reasoning_gym; the task's first by default")
     data: str = RUN("", "file or folder of the task's source; the hub by default")
     train_tests: Literal["private", "public"] = RUN("private", "lcb: SDPO's seeded half, or the paper's words", **LCB_ONLY)
     since: str = RUN("2025-02-01", "lcb: problems from this contest date on", **LCB_ONLY)
@@ -150,6 +150,7 @@ class Config:
     epochs: int = RUN(30, "passes over the training problems", least=0, need="--steps 0", reads=lambda c: not c.steps)
     steps: int = RUN(0, "rollout batches; 0: by --epochs", least=0)
     log_samples: int = RUN(8, "rollouts of each batch that go to samples.jsonl", least=0)
+    track: Literal["", "tensorboard", "wandb"] = RUN("", "hand the log's numbers to this library too, where it is installed")
     unsafe_sandbox: bool = RUN(False, "run programs although this machine lacks a layer of the sandbox",
                                 need="tasks that run programs", reads=machine.runs_programs)  # fmt: skip
     plan: bool = PLAN(False, "print what the run needs, check this machine, and end")
@@ -251,7 +252,8 @@ PRESETS = {
         lr=5e-6, epochs=0, steps=200, warmup_steps=10, minibatch_prompts=32, top_k=0, divergence="kl_teacher_student",
         ema_rate=0.05, feedback="sibling", eval_every=20,
     ),
-    "own": {},  # Table D.1's; --data FILE.py
+    "own": presets.ONE_GPU,  # --data FILE.py
+    "reasoning_gym": presets.REASONING_GYM,
     "toy": presets.TOY,
 }  # fmt: skip
 
@@ -563,4 +565,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    session.program(main)
+    command.run(main)
