@@ -30,7 +30,7 @@ import rollout  # noqa: E402
 import tasks  # noqa: E402
 import vpd  # noqa: E402
 from harness import command  # noqa: E402
-from model.parallel import World  # noqa: E402
+from model.parallel import Shared, World  # noqa: E402
 from model.policy import Policy  # noqa: E402
 from neighbours import distil, ovd  # noqa: E402
 from rollout import HFSampler, StaleEngine, VLLMSampler, seed_for  # noqa: E402
@@ -219,6 +219,19 @@ def test_a_row_ends_with_an_eos_of_the_policy_or_is_cut_at_max_tokens(pair):
     assert any(r.finish == "stop" and len(r.tokens) == 12 for r in rollouts)  # EOS at the last place is no cut
     for other in (EOS, 7, 8):  # the EOS ids of the folder's configuration and generation settings end nothing
         assert any(other in r.tokens[:-1] for r in rollouts)
+
+
+def test_rows_are_handed_over_while_others_are_still_drawn(pair):
+    policy, sampler = pair
+    policy.eos_ids, seen, left = list(range(30, 60)), {}, []
+
+    def finished(row, rollout):
+        seen[row] = rollout
+        left.append(sampler.llm.llm_engine.get_num_unfinished_requests())
+
+    rollouts = sampler.sample(PROMPTS, **MIXED, finished=finished)
+    assert rollouts == [seen[row] for row in range(12)] and same(sampler.sample(PROMPTS, **MIXED), rollouts, tol=1e-5)
+    assert list(seen) != sorted(seen) and left[0] > 3 and left == sorted(left, reverse=True)
 
 
 def test_a_prompt_without_room_is_one_line_and_the_engine_goes_on(pair):
@@ -478,7 +491,11 @@ def script(out: Path) -> None:
         policy, sampler = make(family, out / family, world, torch.float32)
         alive.append(sampler)  # an engine that is collected takes vLLM's groups along, the next one's too
         sampler.sync(policy)
-        drawn = [sampler.sample(PROMPTS, **MIXED)]
+        # Two rows of three begin to be graded in the process that drew them, every fourth row as what it is not in the end.
+        grade = Shared(world, lambda rows, tokens: [(row, sum(y), len(rows)) for row, y in zip(rows, tokens)], threads=2)
+        begin = lambda row, r: row % 3 and grade.begin(row, row, r.tokens if row % 4 else [])  # noqa: E731
+        drawn = [sampler.sample(PROMPTS, **MIXED, finished=begin)]
+        graded = [grade(list(range(12)), [r.tokens for r in drawn[0]]) for _ in range(2)]
         train(policy)
         sampler.sleep()
         sampler.sync(policy)
@@ -492,8 +509,9 @@ def script(out: Path) -> None:
         except StaleEngine:
             raised = True
         result[family] = dict(
-            drawn=[[vars(r) for r in rs] for rs in drawn], gaps=gaps, raised=raised, empty=sampler.sample([], **MIXED)
-        )
+            drawn=[[vars(r) for r in rs] for rs in drawn], gaps=gaps, raised=raised, empty=sampler.sample([], **MIXED),
+            graded=graded,
+        )  # fmt: skip
     (out / f"{world.rank}.json").write_text(json.dumps(result))
 
 
@@ -530,6 +548,10 @@ def test_two_processes(by_processes, family):
     """Over sharded weights: the rollouts of one process, before and after an update, and one verdict on a push that one
     of them missed."""
     one, *two = [found[family] for size in (1, 2) for found in by_processes[size]]
+    for share, found in zip((6, 3, 3), (one, *two)):
+        sums = [(row, sum(r["tokens"])) for row, r in enumerate(found["drawn"][0])]
+        first = [[*of, 1 if of[0] % 3 and of[0] % 4 else share] for of in sums]
+        assert found["graded"] == [first, [[*of, share * 2] for of in sums]]  # the second time nothing had begun
     for found in two:
         assert found["empty"] == [] and found["raised"] and one["raised"]
         assert max(found["gaps"]) < 1e-5
