@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -298,6 +299,37 @@ def test_a_refusal_names_what_would_help():
     assert "a larger --engine_memory" in full and "--max_response_tokens" in full and "\n" not in full
 
 
+# ---- Hours ---------------------------------------------------------------------------------------------------
+
+
+def test_the_estimate_of_hours_has_the_measured_step_adds_up_and_scales(monkeypatch):
+    def of(shape, flags, processes=8, **changed):
+        found, cfg = planned(shape, f"--task {flags}", processes, 80e9)
+        about = replace(found, **changed), Qwen3Config(**shape), cfg, cfg.row()
+        batch = plan.seconds(*about)
+        hours, steps, whole = re.search(r": ([\d.]+) hours, (\d+) batches of ([\d.]+) s: ", line := plan.hours(*about)).groups()
+        assert line.startswith("estimate, not measured") and float(whole) == pytest.approx(sum(batch.values()), rel=0.01)
+        assert sum(float(part.split()[-1]) for part in line.split(" s: ")[1].split(", ")) == pytest.approx(float(whole), rel=0.01)
+        assert float(hours) == pytest.approx(int(steps) * sum(batch.values()) / 3600, rel=0.05)
+        return batch | {"steps": int(steps)}
+
+    lcb, math = of(QWEN3_8B, "lcb"), of(QWEN3_8B, "math")
+    assert lcb["steps"] == 30 * (131 // 32) and math["steps"] == 200 and lcb["grading"] > 0 == math["grading"]
+    half = of(QWEN3_8B, "math", 4)
+    for name, fixed in (("E-step", 0), ("freeze", 0), ("M-step", plan.UPDATE)):  # twice the GPUs, half the time
+        assert half[name] - fixed == pytest.approx(2 * (math[name] - fixed)) and math[name] > fixed
+    assert math["rollouts"] < half["rollouts"] < 2 * math["rollouts"]  # the longest row takes as long
+    assert math["E-step"] == pytest.approx(2 * of(QWEN3_8B, "math --e_step_every 10")["E-step"])
+    assert math["evaluation"] == pytest.approx(2 * of(QWEN3_8B, "math --eval_every 40")["evaluation"])
+    assert of(QWEN3_8B, "math --method sdpo")["E-step"] == 0 < of(QWEN3_8B, "math --method grpo")["M-step"] < math["M-step"]
+
+    monkeypatch.setattr(plan, "FILLED", 1)  # the step of docs/gpus.md, with layers run again and without
+    step = ("lcb --method sdpo --teacher live --prompts_per_batch 1 --group_size 4 --max_prompt_tokens 512 "
+            "--max_response_tokens 1536 --max_teacher_tokens 1024 --micro_batch_tokens 8192 --steps 1")  # fmt: skip
+    assert of(QWEN3_2B, step, 1, stored=0)["M-step"] == pytest.approx(0.3929, rel=0.02)
+    assert of(QWEN3_2B, step, 1)["M-step"] == pytest.approx(0.354, rel=0.02)
+
+
 # ---- As a user meets it --------------------------------------------------------------------------------------
 
 
@@ -343,8 +375,9 @@ def test_plan_flag_needs_only_a_config_refuses_after_its_table_and_leaves_nothin
         listed = [float(line[54:].ljust(20)[slice(0, 10) if column == -2 else slice(10, 20)].strip() or 0)
                   for line in out[3 : 3 + len(cells) - 1]]  # fmt: skip
         assert float(cells[-1][column]) == pytest.approx(sum(listed), abs=0.1)
-    assert out[-1].startswith("host memory 49.1 GB in the process that gathers the weights to save them (each loads only its shard); "
+    assert out[-2].startswith("host memory 49.1 GB in the process that gathers the weights to save them (each loads only its shard); "
                               "on disk: model 16.4 GB")  # fmt: skip
+    assert out[-1].startswith("estimate, not measured")
 
 
 def test_plan_of_other_families(folder, capsys):
