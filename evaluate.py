@@ -281,8 +281,9 @@ def main(argv: list[str] | None = None) -> None:
         except ValueError as error:
             fail(error, "evaluate.py")
         if sampler is None:
-            longest = max(len(student_prompt(policy.tokenizer, p.messages)) for p in problems) + args.max_tokens
-            sampler = open_sampler(args.sampler, policy, path, longest, args.engine_memory)
+            prompts = [student_prompt(policy.tokenizer, p.messages) for p in problems]
+            longest, probes = max(map(len, prompts)) + args.max_tokens, prompts[: 2 * world.size]
+            sampler = open_sampler(args.sampler, policy, path, longest, args.engine_memory, probes)
         try:
             sampler.sync(policy)
         except StaleEngine as error:
