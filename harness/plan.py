@@ -120,12 +120,7 @@ def memory(config, cfg, method, processes: int, gpu_bytes: float = 0) -> Plan:
     # Shards are cut along the first axis, and the first process has the larger ones.
     cut = lambda shape: -(-shape[0] // processes) * (shape.numel() // shape[0])  # noqa: E731
     everything = [shape for group in [*layers, root] for shape in group]
-    whole, shard, root_size, layer_size = (
-        count(everything),
-        sum(map(cut, everything)),
-        count(root),
-        max(map(count, layers)),
-    )
+    whole, shard, root_size, layer_size = count(everything), sum(map(cut, everything)), count(root), max(map(count, layers))
     master, compute = getattr(torch, cfg.dtype).itemsize, BF16 if gpu_bytes else getattr(torch, cfg.dtype).itemsize
     teacher, e_step = cfg.reader(), method.e_step
     optimizers = 2 if e_step and cfg.e_optimizer == "own" else 1
@@ -310,17 +305,14 @@ def lines(plan: Plan, cfg, method) -> list[str]:
     G, B = cfg.group_size, cfg.prompts_per_batch
     student, taught, _ = tokens(cfg, method)
     m_rows, e_rows = cfg.minibatch_prompts * G, cfg.e_minibatch_prompts * G
-    rows = (
-        f"{B * G} rollouts per batch; M-step: {B // cfg.minibatch_prompts} updates per batch, {m_rows} sequences each"
-    )
+    rows = f"{B * G} rollouts per batch; M-step: {B // cfg.minibatch_prompts} updates per batch, {m_rows} sequences each"
     most = f"tokens at most: {student} a student's row" + f", {taught} a teacher's" * bool(taught)
     most += f", {max(cfg.micro_batch_tokens, student, 0 if writes_responses(method) else taught)} a micro batch, {m_rows * student} an M-step update"
     if method.e_step:
         rows += f"; E-step: {B // cfg.e_minibatch_prompts} every {cfg.e_step_every} batches, {e_rows} sequences each"
         most += f", {e_rows * taught} an E-step update"
     end = f"host memory {size(plan.host)} in the process that gathers the weights to save them (each loads only its shard); "
-    end += f"on disk: model {size(plan.model)}, "
-    end += f"weights with optimizer {size(plan.checkpoint)}"
+    end += f"on disk: model {size(plan.model)}, weights with optimizer {size(plan.checkpoint)}"
     if not plan.gpu:
         end = f"{plan.parameters:.3g} parameters; {size(sum(plan.state.values()))} a process with optimizer; {end}"
         return [rows, most, end]

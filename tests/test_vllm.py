@@ -49,27 +49,28 @@ PROMPTS = [[3 + 7 * i % 300 for i in range(300)], [12, 3], [5, 5, 13, 4, 6]]
 MIXED = dict(n=4, seed=3, max_tokens=24)
 
 
-def make(family: str, folder: Path, world: World = World(), dtype: torch.dtype | None = None, vocabulary: int = 320) -> tuple:
-    """(policy, sampler) of random weights. The folder gets a configuration, no weights, and generation settings that
-    must change nothing."""
+def network(family: str, vocabulary: int = 320):
     torch.manual_seed(0)
     settings = dict(
         vocab_size=vocabulary, hidden_size=64, num_hidden_layers=2, intermediate_size=64, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=512, initializer_range=0.15, pad_token_id=0,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=1024, initializer_range=0.15, pad_token_id=0,
         eos_token_id=EOS, bos_token_id=None,
     )  # fmt: skip
     if family == "olmo3":
         layers = ["sliding_attention", "full_attention"]
-        config = Olmo3Config(**settings, architectures=["Olmo3ForCausalLM"], sliding_window=128, layer_types=layers)
-        network = Olmo3ForCausalLM
-    else:
-        config = Qwen3Config(**settings, architectures=["Qwen3ForCausalLM"], tie_word_embeddings=family == "tied")
-        network = Qwen3ForCausalLM
-    model = network(config).to(dtype or FAMILIES[family])
+        settings |= dict(architectures=["Olmo3ForCausalLM"], sliding_window=128, layer_types=layers)
+        return Olmo3ForCausalLM(Olmo3Config(**settings))
+    return Qwen3ForCausalLM(Qwen3Config(**settings, architectures=["Qwen3ForCausalLM"], tie_word_embeddings=family == "tied"))
+
+
+def make(family: str, folder: Path, world: World = World(), dtype: torch.dtype | None = None) -> tuple:
+    """(policy, sampler) of random weights. The folder gets a configuration, no weights, and generation settings that
+    must change nothing."""
+    model = network(family).to(dtype or FAMILIES[family])
     policy = Policy(model, SimpleNamespace(eos_token_id=EOS, chat_template=None), world=world)
     if world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        config.save_pretrained(folder)
+        model.config.save_pretrained(folder)
         settings = dict(eos_token_id=[7, 8], repetition_penalty=1.7, top_k=1, temperature=0.1, max_new_tokens=2)
         (folder / "generation_config.json").write_text(json.dumps(settings))
     world.wait()
@@ -132,11 +133,6 @@ def pair(engine):
 
 
 # ---- The distribution ------------------------------------------------------------------------------------------
-
-
-def test_logp_is_the_trainers_score(pair):
-    policy, sampler = pair
-    assert gap(policy, sampler.sample(PROMPTS, **MIXED))[0] < 1e-5
 
 
 @pytest.mark.parametrize("asleep", [False, True])
@@ -326,17 +322,6 @@ def test_an_engine_in_bfloat16_is_near_and_has_a_limit_of_its_own(tmp_path):
         sampler.sync(policy)
 
 
-def test_a_tied_head_of_a_real_vocabulary_gets_the_pushed_weights(tmp_path):
-    """From 49,152 rows on or so vLLM's CPU code packs a copy of the head, which a second push would leave as it was."""
-    policy, sampler = make("tied", tmp_path, vocabulary=49152)
-    scheduler = sampler.llm.llm_engine.vllm_config.scheduler_config
-    assert (scheduler.max_num_seqs, scheduler.max_num_batched_tokens) == (128, 8192)
-    for _ in range(2):
-        sampler.sync(policy)
-        assert sampler.gap < 1e-5 and gap(policy, sampler.sample(PROMPTS, **MIXED))[0] < 1e-4
-        train(policy, rate=3.0)
-
-
 # ---- Whole runs ------------------------------------------------------------------------------------------------
 
 
@@ -345,13 +330,7 @@ def run(tmp_path, monkeypatch):
     """run(out, *flags): batches of a random model on the toy task `choice`, with outcomes and feedback made up from the
     response's length, so that groups are mixed. Returns the log."""
     tokenizer, load = tiny.build_tokenizer(), tasks.load
-    torch.manual_seed(1)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, intermediate_size=64, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=1024, initializer_range=0.1, pad_token_id=0,
-        eos_token_id=2, bos_token_id=None, tie_word_embeddings=True, architectures=["Qwen3ForCausalLM"],
-    )  # fmt: skip
-    Policy(Qwen3ForCausalLM(config), tokenizer).save(tmp_path / "model")
+    Policy(network("tied", len(tokenizer)), tokenizer).save(tmp_path / "model")
 
     def graded(*args, **kwargs):
         task = load(*args, **kwargs)
@@ -384,19 +363,6 @@ def test_a_run_learns_from_the_engines_rollouts_and_is_evaluated_with_it(run, tm
     assert "before" in capsys.readouterr().out
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert found["before"]["rewards"] != found["after"]["rewards"]  # the engine was given the other weights
-
-
-def test_a_run_that_goes_on_draws_the_same_rollouts(run, tmp_path):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    rows = run(whole)
-    shutil.copytree(whole, cut)
-    for step in (2, 3):
-        shutil.rmtree(cut / "checkpoints" / f"step-{step:06d}")
-    shutil.copytree(whole / "checkpoints" / "step-000002", cut / "checkpoints" / "step-000002")
-    for one, other in zip(run(cut, "--resume"), rows, strict=True):
-        for key in ("reward", "m_loss", "m_grad_norm", "entropy", "response_length"):
-            assert one[key] == pytest.approx(other[key], rel=1e-6), key
-    assert (whole / "samples.jsonl").read_text() == (cut / "samples.jsonl").read_text()
 
 
 @pytest.mark.parametrize("teacher", ["live", "ema"])
