@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.request import urlopen
@@ -33,7 +33,7 @@ from harness import command  # noqa: E402
 from model.parallel import Shared, World  # noqa: E402
 from model.policy import Policy  # noqa: E402
 from neighbours import distil, ovd  # noqa: E402
-from rollout import HFSampler, StaleEngine, VLLMSampler, seed_for  # noqa: E402
+from rollout import HFSampler, StaleEngine, VLLMSampler  # noqa: E402
 from tasks import tiny, toy  # noqa: E402
 from test_rollout import nucleus, same  # noqa: E402
 
