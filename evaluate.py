@@ -26,9 +26,9 @@ import tasks
 from feedback import student_prompt
 from harness import machine, plan, runs
 from harness.command import CannotWrite, Parser, check_out, fail, run, write
-from model.parallel import World
+from model.parallel import Shared, World
 from model.policy import Policy
-from rollout import StaleEngine, check_sampler, open_sampler, seed_for
+from rollout import StaleEngine, check_sampler, grading, open_sampler, seed_for
 
 
 class Protocol(NamedTuple):
@@ -87,8 +87,9 @@ def measure(policy: Policy, sampler, verify: Callable, problems: list[tasks.Prob
     "parts" a summary of each part of the benchmark and under "columns" of the verifier's further columns; under
     "rewards" the outcomes of each problem by id."""
     prompts = prompts or [student_prompt(policy.tokenizer, p.messages) for p in problems]
-    rollouts = sampler.sample(prompts, n, seed, max_tokens, temperature, top_p)
-    outcomes = verify([p for p in problems for _ in range(n)], [policy.decode(r.tokens) for r in rollouts])
+    rows = [p for p in problems for _ in range(n)]
+    rollouts = sampler.sample(prompts, n, seed, max_tokens, temperature, top_p, grading(verify, rows, policy))
+    outcomes = verify(rows, [policy.decode(r.tokens) for r in rollouts])
     rewards = np.array([o.reward for o in outcomes]).reshape(len(problems), n)
     parts = dict.fromkeys(p.part for p in problems)
     several = len(parts) > 1
@@ -267,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
 
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    problems, results, sampler, verify = getattr(task, args.split), {}, None, world.shared(task.verify)
+    problems, results, sampler, verify = getattr(task, args.split), {}, None, Shared(world, task.verify, task.threads)
     keys = ("split", "seed", "temperature", "top_p", "max_tokens")
     settings = {"task": task.name, **{key: getattr(args, key) for key in keys}}
     print("\n".join(task.notes + [f"{task.name}, {len(problems)} {args.split} problems, {args.n} samples each, temperature "
@@ -282,8 +283,9 @@ def main(argv: list[str] | None = None) -> None:
         except ValueError as error:
             fail(error, "evaluate.py")
         if sampler is None:
-            longest = max(len(student_prompt(policy.tokenizer, p.messages)) for p in problems) + args.max_tokens
-            sampler = open_sampler(args.sampler, policy, path, longest, args.engine_memory)
+            prompts = [student_prompt(policy.tokenizer, p.messages) for p in problems]
+            longest, probes = max(map(len, prompts)) + args.max_tokens, prompts[: 2 * world.size]
+            sampler = open_sampler(args.sampler, policy, path, longest, args.engine_memory, probes)
         try:
             sampler.sync(policy)
         except StaleEngine as error:

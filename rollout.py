@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import os
 import random
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -36,6 +37,13 @@ class Rollout:
     tokens: Ids
     logp: list[float]
     finish: str
+
+
+def grading(verify: Callable, problems: list, policy: Policy) -> Callable | None:
+    """What `sample` may call with each row it has finished: its grading begins, where the task's grader takes rows one by one
+    (`model.parallel.Shared`). problems: of each row."""
+    begin = getattr(verify, "begin", None)
+    return begin and (lambda row, rollout: begin(row, problems[row], policy.decode(rollout.tokens)))
 
 
 class _Draw:
@@ -77,10 +85,11 @@ class HFSampler:
 
     @torch.no_grad()
     def sample(
-        self, prompts: list[Ids], n: int, seed: int, max_tokens: int, temperature: float = 1.0, top_p: float = 1.0
-    ) -> list[Rollout]:
+        self, prompts: list[Ids], n: int, seed: int, max_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
+        finished: Callable[[int, Rollout], None] | None = None,
+    ) -> list[Rollout]:  # fmt: skip
         """n responses for each prompt, prompt by prompt: row i * n + j is response j to prompt i. temperature 0 takes
-        the likeliest token."""
+        the likeliest token. finished: called with row and rollout as soon as one is there, in the process that drew it."""
         world, count = self.policy.world, len(prompts) * n
         order = sorted(world.share(count), key=lambda row: len(prompts[row // n]))
         calls: list[list[int]] = []
@@ -100,6 +109,8 @@ class HFSampler:
                 top_p,
             )
             rollouts.update(zip(rows, drawn))
+            for row in rows if finished else ():
+                finished(row, rollouts[row])
         return world.collect([rollouts[row] for row in world.share(count)], count)
 
     def _generate(
@@ -241,8 +252,9 @@ class VLLMSampler:
         return torch.stack([torch.cat(gaps[rank :: world.size]).mean() for rank in range(world.size)]).max().item()
 
     def sample(
-        self, prompts: list[Ids], n: int, seed: int, max_tokens: int, temperature: float = 1.0, top_p: float = 1.0
-    ) -> list[Rollout]:
+        self, prompts: list[Ids], n: int, seed: int, max_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
+        finished: Callable[[int, Rollout], None] | None = None,
+    ) -> list[Rollout]:  # fmt: skip
         """As HFSampler's. All rows of a prompt are drawn in one process, which then reads the prompt once. Raises
         ValueError if a prompt leaves no room for a response, RuntimeError while the engine sleeps."""
         if not self.awake:
@@ -260,12 +272,16 @@ class VLLMSampler:
             )
             for row in rows
         ]  # fmt: skip
-        answers = self.llm.generate([{"prompt_token_ids": prompts[row // n]} for row in rows], params, use_tqdm=False)
-        drawn = []
-        for answer in (a.outputs[0] for a in answers):
-            logp = [at[token].logprob for at, token in zip(answer.logprobs, answer.token_ids)]
-            drawn.append(Rollout(list(answer.token_ids), logp, answer.finish_reason))
-        groups = world.collect([drawn[k : k + n] for k in range(0, len(drawn), n)], len(prompts))
+        ids = self.llm.enqueue([{"prompt_token_ids": prompts[row // n]} for row in rows], params, use_tqdm=False)
+        row_of, drawn, engine = {id.split("-")[0]: row for id, row in zip(ids, rows)}, {}, self.llm.llm_engine
+        while engine.has_unfinished_requests():
+            for answer in engine.step():
+                row, response = row_of[answer.request_id], answer.outputs[0]
+                logp = [at[token].logprob for at, token in zip(response.logprobs, response.token_ids)]
+                drawn[row] = Rollout(list(response.token_ids), logp, response.finish_reason)
+                if finished:
+                    finished(row, drawn[row])
+        groups = world.collect([[drawn[row] for row in rows[k : k + n]] for k in range(0, len(rows), n)], len(prompts))
         return [rollout for group in groups for rollout in group]
 
 

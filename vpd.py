@@ -47,7 +47,7 @@ from harness import command, machine, presets, session
 from harness.settings import Group, check_fields, parse, read_by
 from losses import DIVERGENCES
 from model.policy import Policy, ema_update
-from rollout import Rollout, seed_for
+from rollout import Rollout, grading, seed_for
 from tasks import TASKS
 
 # ---- What the M-step minimises, per token ----------------------------------------------------------------------
@@ -313,17 +313,18 @@ def batches(problems: list, size: int, steps: int, seed: int):
         yield order[start : start + size]
 
 
-def roll_out(cfg: Config, policy: Policy, sampler, problems: list, step: int) -> Batch:
-    """y ~ pi_theta(.|x): G rollouts of each problem."""
+def roll_out(cfg: Config, policy: Policy, sampler, problems: list, step: int, verify: Callable | None = None) -> Batch:
+    """y ~ pi_theta(.|x): G rollouts of each problem. verify: may begin to grade those that are there."""
     G, x = cfg.group_size, [feedback.student_prompt(policy.tokenizer, p.messages) for p in problems]
     seed = seed_for(cfg.seed, step, "rollouts")
-    rollouts = sampler.sample(x, G, seed, cfg.max_response_tokens, cfg.temperature, cfg.top_p)
+    problems = [p for p in problems for _ in range(G)]
+    begin = grading(verify, problems, policy)
+    rollouts = sampler.sample(x, G, seed, cfg.max_response_tokens, cfg.temperature, cfg.top_p, begin)
     y, x = [rollout.tokens for rollout in rollouts], [prompt for prompt in x for _ in range(G)]
     mask = policy.mask(y)  # (B, T)
     sampler_logp = torch.zeros(mask.shape, dtype=policy.score_dtype, device=policy.device)
     for i, rollout in enumerate(rollouts):
         sampler_logp[i, : len(rollout.logp)] = torch.tensor(rollout.logp, dtype=sampler_logp.dtype)
-    problems = [p for p in problems for _ in range(G)]
     return Batch(step, problems, x, rollouts, y, [policy.decode(tokens) for tokens in y], mask, sampler_logp, xC=x)
 
 
@@ -414,7 +415,7 @@ def train(cfg: Config, run: session.Run) -> None:
             log, rate = run.batch(step), run.rate(step)
 
             # ---- 1. Rollouts y ~ pi_theta(.|x)
-            batch = roll_out(cfg, policy, sampler, problems, step)
+            batch = roll_out(cfg, policy, sampler, problems, step, run.task.verify)
             log.lap("rollout")
             run.leave_if_told(step)
 

@@ -47,28 +47,32 @@ def run(main: Callable[[], None], *refused: type[Exception]) -> None:
     """A command as a program: Ctrl-C is exit status 130 without a traceback, what `refused` names is bad input. One of several
     processes leaves at once, whatever happened: while the interpreter takes itself down, threads of torch's abort a finished
     process now and then, and vLLM waits for the process group, which the other processes may never leave."""
-    name, several, status = Path(sys.argv[0]).name, int(os.environ.get("WORLD_SIZE", 1)) > 1, 0
+    name, at_once, status = Path(sys.argv[0]).name, lambda: int(os.environ.get("WORLD_SIZE", 1)) > 1 or "vllm" in sys.modules, 1
     try:
-        main()
-    except KeyboardInterrupt:
-        status = 130
-    except SystemExit as error:
-        if not isinstance(error.code, int | None):
-            raise
-        status = error.code or 0
-    except CannotWrite as error:
-        status = say(f"cannot write {error}", name, 1)
-    except refused as error:
-        status = say(error, name)
-    except BaseException:
-        if not several:
-            raise
-        traceback.print_exc()
-        status = 1
-    if several or "vllm" in sys.modules:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        try:
+            main()
+            status = 0
+        except KeyboardInterrupt:
+            status = 130
+        except SystemExit as error:
+            if isinstance(error.code, int | None):
+                status = error.code or 0
+            else:  # a text
+                print(error.code, file=sys.stderr)
+        except CannotWrite as error:
+            status = say(f"cannot write {error}", name, 1)
+        except refused as error:
+            status = say(error, name)
+        except BaseException:
+            if not at_once():
+                raise
+            traceback.print_exc()
+    finally:
+        if at_once():
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError):  # whoever read it may be gone
+                    stream.flush()
+            os._exit(status)
     if status:
         sys.exit(status)
 

@@ -20,6 +20,15 @@ LARGEST_SHARE = 0.65  # of the GPU, for the engine: a larger cache than this fil
 PROBE = 32  # tokens at most of each of a process's two probes after a push (rollout.VLLMSampler)
 BF16, F32 = 2, 4  # bytes
 
+# For the estimate of hours. Measured on one H100 (docs/gpus.md): operations of a bfloat16 product and bytes moved, a second; the
+# share of the former that a training step reaches, by whether layers are run again.
+PRODUCT, MEMORY, REACHED = 792e12, 3.0e12, {True: 0.39, False: 0.44}
+# Assumed: rows' mean length, of what is allowed; seconds of an engine's step beside reading weights and cache; seconds until the
+# last rows are graded, where programs are run; parameters pushed a second; and of several GPUs the seconds that an update waits
+# for the network, and how much longer than the mean the slowest takes where an update has no more than two rows for each.
+FILLED, STEP, PROGRAMS, PUSHED, UPDATE, SLOWEST = 1 / 3, 1e-3, 10.0, 1.6e9, 0.15, 1.6
+PROBLEMS = {"lcb": (131, 131), "sciknoweval": (450, 50), "math": (17000, 600)}  # for training and to watch, of the default subset
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -111,12 +120,7 @@ def memory(config, cfg, method, processes: int, gpu_bytes: float = 0) -> Plan:
     # Shards are cut along the first axis, and the first process has the larger ones.
     cut = lambda shape: -(-shape[0] // processes) * (shape.numel() // shape[0])  # noqa: E731
     everything = [shape for group in [*layers, root] for shape in group]
-    whole, shard, root_size, layer_size = (
-        count(everything),
-        sum(map(cut, everything)),
-        count(root),
-        max(map(count, layers)),
-    )
+    whole, shard, root_size, layer_size = count(everything), sum(map(cut, everything)), count(root), max(map(count, layers))
     master, compute = getattr(torch, cfg.dtype).itemsize, BF16 if gpu_bytes else getattr(torch, cfg.dtype).itemsize
     teacher, e_step = cfg.reader(), method.e_step
     optimizers = 2 if e_step and cfg.e_optimizer == "own" else 1
@@ -231,6 +235,54 @@ def refuse(plan: Plan, cfg) -> None:
         )
 
 
+def operations(config, prompt: float, response: float) -> float:
+    """Of one row's forward pass: two for each weight and token in the layers, and in the head for the response only; attention's
+    two products over the causal half."""
+    layers, _ = shapes(config)
+    text, weights = config.get_text_config(), sum(shape.numel() for layer in layers for shape in layer if len(shape) == 2)
+    square = 2 * text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    length = prompt + response
+    return 2 * weights * length + square * len(layers) * length**2 + 2 * text.vocab_size * text.hidden_size * response
+
+
+def seconds(plan: Plan, config, cfg, method) -> dict[str, float]:
+    """An estimate for GPUs as fast as an H100: seconds of a batch by phase, with a batch's share of the evaluations."""
+    N, rows, R = plan.processes, cfg.prompts_per_batch * cfg.group_size, cfg.max_response_tokens
+    x, xC, y = (FILLED * n for n in (cfg.max_prompt_tokens, cfg.max_teacher_tokens, R))
+    updates, writes = cfg.prompts_per_batch // cfg.minibatch_prompts, writes_responses(method)
+    each = rows / updates / N  # rows of an update on one GPU
+    rate = N * PRODUCT * REACHED[min(cfg.micro_batch_tokens, each * (x + y)) > plan.stored]
+    student, teacher = (rows * operations(config, prompt, y) / rate for prompt in (x, xC))
+
+    def sample(count: float, prompt: float) -> float:
+        """Weights are read once a step, of which there are as many as the longest row or the cache asks for."""
+        steps = max(R, count / N * y / max(1.0, min(128, plan.cache / plan.cache_token / (prompt + y))))
+        cached = count / N * y * (prompt + y / 2) * plan.cache_token
+        return (steps * BF16 * plan.parameters + cached) / MEMORY + steps * STEP
+
+    grading, due = PROGRAMS * (cfg.task == "lcb"), method.e_step / cfg.e_step_every
+    frozen, reads = 1.0 if updates > 1 else due, bool(tokens(cfg, method)[1]) and not writes and (method.distils or method.scores)
+    watched = PROBLEMS.get(cfg.task, (0, 0))[1] * cfg.eval_samples
+    return {
+        "rollouts": sample(rows, x) + writes * sample(rows, xC),
+        "grading": grading,
+        "freeze": frozen * student + (frozen if method.scores else due) * teacher,
+        "E-step": due * 3 * teacher,
+        "M-step": (3 * student + reads * teacher) * (SLOWEST if N > 1 and each <= 2 else 1) + updates * UPDATE * (N > 1),
+        "sync": plan.parameters / PUSHED,
+        "evaluation": (sample(watched, x) + grading) / cfg.eval_every if watched and cfg.eval_every else 0.0,
+    }
+
+
+def hours(plan: Plan, config, cfg, method) -> str:
+    """The estimate in one line."""
+    batch = seconds(plan, config, cfg, method)
+    steps, whole = cfg.steps or cfg.epochs * (PROBLEMS.get(cfg.task, (0, 0))[0] // cfg.prompts_per_batch), sum(batch.values())
+    parts = ", ".join(f"{name} {value:.3g}" for name, value in batch.items() if value)
+    total = f"{steps * whole / 3600:.2g} hours, {steps} batches" if steps else "a batch"
+    return f"estimate, not measured, for GPUs as fast as an H100 and rows {FILLED:.2f} as long as allowed: {total} of {whole:.3g} s: {parts}"
+
+
 def size(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
@@ -241,8 +293,9 @@ def show(cfg, method, path: str, processes: int) -> Plan:
     gpu = cfg.gpu_memory * 1e9 or (torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 0)
     if cfg.plan and not gpu and cfg.task != "toy":
         raise ValueError("there is no GPU here to plan for: say --gpus N --gpu_memory GB")
-    found = memory(read(path), cfg, method, cfg.gpus or processes, gpu)
-    print("\n".join(lines(found, cfg, method)), flush=True)
+    config = read(path)
+    found = memory(config, cfg, method, cfg.gpus or processes, gpu)
+    print("\n".join([*lines(found, cfg, method), *([hours(found, config, cfg, method)] if cfg.plan and gpu else [])]), flush=True)
     refuse(found, cfg)
     return found
 
@@ -252,17 +305,14 @@ def lines(plan: Plan, cfg, method) -> list[str]:
     G, B = cfg.group_size, cfg.prompts_per_batch
     student, taught, _ = tokens(cfg, method)
     m_rows, e_rows = cfg.minibatch_prompts * G, cfg.e_minibatch_prompts * G
-    rows = (
-        f"{B * G} rollouts per batch; M-step: {B // cfg.minibatch_prompts} updates per batch, {m_rows} sequences each"
-    )
+    rows = f"{B * G} rollouts per batch; M-step: {B // cfg.minibatch_prompts} updates per batch, {m_rows} sequences each"
     most = f"tokens at most: {student} a student's row" + f", {taught} a teacher's" * bool(taught)
     most += f", {max(cfg.micro_batch_tokens, student, 0 if writes_responses(method) else taught)} a micro batch, {m_rows * student} an M-step update"
     if method.e_step:
         rows += f"; E-step: {B // cfg.e_minibatch_prompts} every {cfg.e_step_every} batches, {e_rows} sequences each"
         most += f", {e_rows * taught} an E-step update"
     end = f"host memory {size(plan.host)} in the process that gathers the weights to save them (each loads only its shard); "
-    end += f"on disk: model {size(plan.model)}, "
-    end += f"weights with optimizer {size(plan.checkpoint)}"
+    end += f"on disk: model {size(plan.model)}, weights with optimizer {size(plan.checkpoint)}"
     if not plan.gpu:
         end = f"{plan.parameters:.3g} parameters; {size(sum(plan.state.values()))} a process with optimizer; {end}"
         return [rows, most, end]

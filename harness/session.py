@@ -33,7 +33,7 @@ from harness.command import CannotWrite, Stopped, fail, write
 from harness.log import DIED, BatchLog, Tracker, terminal_line
 from harness.settings import differing
 from model import checkpoint
-from model.parallel import World
+from model.parallel import Shared, World
 from model.policy import Policy
 from rollout import check_sampler, open_sampler, seed_for, weights_of
 
@@ -137,7 +137,7 @@ def open_run(cfg, world: World, also: Callable = lambda *_: None) -> "Run":
     check_sampler(cfg.sampler)
     task = tasks.load(cfg.task, cfg.subset, cfg.data, cfg.train_tests, cfg.since, cfg.until)
     cfg.data = str(Path(cfg.data).resolve()) if cfg.data else ""
-    task.verify = world.shared(task.verify)
+    task.verify = Shared(world, task.verify, task.threads)
     if method.teacher and cfg.feedback in task.lacks:
         has = ", ".join(source for source in feedback.SOURCES if source not in task.lacks)
         raise ValueError(f"--feedback {cfg.feedback}: {task.name} has {has}")

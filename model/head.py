@@ -129,24 +129,26 @@ def _logsumexp(logits: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts, -1).logsumexp(-1, keepdim=True)
 
 
-def _exponentiate(logits: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
-    """Turns logits into exp(logits - largest) in place. Returns their sum, (c, 1)."""
-    return sum(block.sub_(largest).exp_().sum(-1, keepdim=True) for block in _blocks(logits))
+def _exponentiate(logits: torch.Tensor, largest: torch.Tensor, entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Turns logits into e^u in place, u = logits − largest. Returns z = Σ e^u and, for `entropy`, Σ u e^u, (c, 1) each: the
+    entropy is log z − (1/z) Σ u e^u."""
+    z, weighted = torch.zeros_like(largest), torch.zeros_like(largest) if entropy else None
+    for block in _blocks(logits):
+        block.sub_(largest)
+        u = block.clamp(min=-1e4) if entropy else None  # e^u = 0 has no share: 0 · −inf
+        z += block.exp_().sum(-1, keepdim=True)
+        if entropy:
+            weighted += u.mul_(block).sum(-1, keepdim=True)
+    return z, weighted
 
 
 def _entropy(logits: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-    """(c,), a block of columns at a time. total: (c, 1), the logits' logsumexp."""
-    entropy = logits.new_zeros(len(logits))
+    """(c, 1), a block of columns at a time. total: (c, 1), the logits' logsumexp."""
+    entropy = torch.zeros_like(total)
     for block in _blocks(logits):
-        log_p = block - total
-        entropy -= (log_p.exp() * log_p).nan_to_num(0.0).sum(-1)  # p = 0 has no share: 0 · −inf
+        log_p = (block - total).clamp_(min=-1e4)  # p = 0 has no share: 0 · −inf
+        entropy -= log_p.exp().mul_(log_p).sum(-1, keepdim=True)
     return entropy
-
-
-def _entropy_of_parts(z: torch.Tensor, *parts: torch.Tensor) -> torch.Tensor:
-    """(c,), from z p in several parts: log z − (1/z) Σ z p log(z p). z: (c, 1)."""
-    blocks = (block for part in parts for block in _blocks(part))
-    return (z.log() + sum(torch.special.entr(block).sum(-1, keepdim=True) for block in blocks) / z).squeeze(-1)
 
 
 @torch.no_grad()
@@ -161,7 +163,7 @@ def score(hidden: torch.Tensor, head: torch.Tensor, tokens: torch.Tensor) -> tup
         logits = _project(hidden[at], head, buffer)
         total = _logsumexp(logits)
         logp[at] = (logits.gather(-1, tokens[at, None]) - total).squeeze(-1)
-        entropy[at] = _entropy(logits, total)
+        entropy[at] = _entropy(logits, total).squeeze(-1)
     return logp, entropy
 
 
@@ -262,9 +264,8 @@ def _chunk(objective, weights, logits, tokens, known, taught, divergence, top_k,
         overlap = logits.new_full((len(logits),), torch.nan)
         here = slice(None, None, PLACES)
         overlap[here] = (top[here, :, None] == taught[here].topk(top_k, dim=-1).indices[:, None]).any(-1).float().mean(-1)
-        total_t, _, log_t, _ = _split(taught, top, taught.amax(-1, keepdim=True))
-        total, others, log_s, at_top = _split(logits, top, logits.gather(-1, top[:, :1]))
-        H = _entropy_of_parts(others + at_top.sum(-1, keepdim=True), logits, at_top) if entropy else None
+        total_t, _, log_t, _, _ = _split(taught, top, taught.amax(-1, keepdim=True))
+        total, others, log_s, at_top, H = _split(logits, top, logits.gather(-1, top[:, :1]), entropy)
     elif compares:
         total, total_t = _logsumexp(logits), _logsumexp(taught)  # (c, 1)
         H = _entropy(logits, total) if entropy else None
@@ -273,8 +274,8 @@ def _chunk(objective, weights, logits, tokens, known, taught, divergence, top_k,
         total_t = 0.0 if taught is None else _logsumexp(taught)
         at_expert = None if expert is None else logits.gather(-1, expert.unsqueeze(-1))
         largest = logits.amax(-1, keepdim=True)
-        z = _exponentiate(logits, largest)  # z p is now in logits
-        H = _entropy_of_parts(z, logits) if entropy else None
+        z, weighted = _exponentiate(logits, largest, entropy)  # z p is now in logits
+        H = z.log() - weighted / z if entropy else None
         total = largest + z.log()
         log_s = None if expert is None else at_expert - total  # (c, 1), the one bucket that is known of the expert's
     teacher_logp = chosen_t - total_t if taught is not None else chosen_t
@@ -289,6 +290,7 @@ def _chunk(objective, weights, logits, tokens, known, taught, divergence, top_k,
             leaf = D = (torch.zeros_like(logp.detach()) if D is None else D.unsqueeze(0)).requires_grad_()
         t = SimpleNamespace(**{"teacher_logp": row(teacher_logp)} | known, logp=logp, D=D)
         value = (weights * objective(t).squeeze(0)).sum()
+        H = H.squeeze(-1) if entropy else None
         scores = Scores(logp.detach().squeeze(0), H, D.detach().squeeze(0), teacher_logp.squeeze(-1), overlap)
         if not need:
             return value.detach().to(logits.dtype), scores
@@ -312,13 +314,14 @@ def _chunk(objective, weights, logits, tokens, known, taught, divergence, top_k,
     return value.detach().to(logits.dtype), scores
 
 
-def _split(logits, top, largest) -> tuple[torch.Tensor, ...]:
+def _split(logits, top, largest, entropy=False) -> tuple[torch.Tensor, ...]:
     """The top k and the tail: (logsumexp (c, 1), what the tail sums to (c, 1), log p of the buckets (c, k + 1), exp of the top k
-    (c, k)). largest: (c, 1). logits are left holding exp(logits - largest), 0 at the top k."""
+    (c, k), entropy (c, 1) or None). largest: (c, 1). logits are left holding exp(logits - largest), 0 at the top k."""
     at_top = logits.gather(-1, top) - largest
-    others = _exponentiate(logits.scatter_(-1, top, -torch.inf), largest)
-    log_z = (others + at_top.exp().sum(-1, keepdim=True)).log()
-    return largest + log_z, others, torch.cat([at_top - log_z, others.log() - log_z], -1), at_top.exp()
+    others, weighted = _exponentiate(logits.scatter_(-1, top, -torch.inf), largest, entropy)
+    z = others + at_top.exp().sum(-1, keepdim=True)
+    H = z.log() - (weighted + (at_top.clamp(min=-1e4) * at_top.exp()).sum(-1, keepdim=True)) / z if entropy else None
+    return largest + z.log(), others, torch.cat([at_top - z.log(), others.log() - z.log()], -1), at_top.exp(), H
 
 
 def _compare(logits, total, taught, total_t, divergence) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from types import MethodType
@@ -76,15 +77,6 @@ class World:
             dist.all_reduce(x)
         return x
 
-    def shared(self, function: Callable) -> Callable:
-        """`function` takes lists with an entry a row and returns one; the result does each row in one process."""
-
-        def divided(*columns: list) -> list:
-            n = len(columns[0])
-            return self.collect(function(*([column[i] for i in self.share(n)] for column in columns)), n)
-
-        return function if self.size == 1 else divided
-
     def first(self, function: Callable):
         """What `function()` returns in process 0, everywhere; the others do not call it."""
         box = [function() if self.rank == 0 else None]
@@ -103,6 +95,31 @@ class World:
         numbers = [None] * self.size
         dist.all_gather_object(numbers, n)
         return max(numbers)
+
+
+class Shared:
+    """`function` takes lists with an entry a row and returns one; the result does each row in one process. Where it may be called
+    from several `threads` at once, rows of the next call may be begun before, each in any one process."""
+
+    def __init__(self, world: World, function: Callable, threads: int = 0):
+        self.world, self.function, self.begun = world, function, {}
+        self.pool = ThreadPoolExecutor(threads) if threads else None
+
+    def begin(self, row: int, *entries) -> None:
+        if self.pool:
+            self.begun[row] = entries, self.pool.submit(self.function, *([entry] for entry in entries))
+
+    def __call__(self, *columns: list) -> list:
+        n, begun, self.begun = len(columns[0]), self.begun, {}
+        of = lambda row: tuple(column[row] for column in columns)  # noqa: E731
+        done = {row: future.result()[0] for row, (entries, future) in begun.items() if row < n and entries == of(row)}
+        if self.pool and self.world.size > 1:
+            done = {row: result for part in self.world.collect([done], self.world.size) for row, result in part.items()}
+        rest = [row for row in range(n) if row not in done]
+        mine = [rest[i] for i in self.world.share(len(rest))]
+        found = self.function(*([column[row] for row in mine] for column in columns))
+        done |= zip(rest, self.world.collect(found, len(rest)))
+        return [done[row] for row in range(n)]
 
 
 def shard(model: nn.Module, compute: torch.dtype | None, compiled: bool = False) -> nn.Module:

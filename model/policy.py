@@ -33,17 +33,9 @@ class Policy:
     shards, each layer by torch.compile."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        tokenizer,
-        micro_batch_tokens: int = 16384,
-        world: World = World(),
-        compute: torch.dtype | None = None,
-        recompute: float | None = None,
-        temperature: float = 1.0,
-        compiled: bool = False,
-        placed: bool = False,
-    ):
+        self, model: nn.Module, tokenizer, micro_batch_tokens: int = 16384, world: World = World(), compute: torch.dtype | None = None,
+        recompute: float | None = None, temperature: float = 1.0, compiled: bool = False, placed: bool = False,
+    ):  # fmt: skip
         cuda = world.device.type == "cuda"
         self.tokenizer, self.micro_batch_tokens, self.world = tokenizer, micro_batch_tokens, world
         self.temperature, self.compiled = temperature, compiled
@@ -226,6 +218,15 @@ class Policy:
         filled = 0 if empty else sum(map(len, prompts)) + sum(map(len, responses))
         return View(hidden, tokens, mask, model.get_output_embeddings().weight, filled, ids.numel())
 
+    def _views(self, prompts: Sequence[Ids], responses: Sequence[Ids], rows: Iterable[int] | None = None, model=None):
+        """(rows, places, view) of each of this process's micro-batches, for passes without gradients over the rows asked for."""
+        lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
+        for batch in self.micro_batches(range(len(responses)) if rows is None else rows, lengths):
+            view = self.view([prompts[i] for i in batch], [responses[i] for i in batch], model)
+            if batch:
+                yield batch, slice(view.mask.shape[1]), view
+        self._reshard(model)
+
     @torch.no_grad()
     def score(
         self, prompts: Sequence[Ids], responses: Sequence[Ids], rows: Iterable[int] | None = None, model=None
@@ -235,14 +236,9 @@ class Policy:
         N, T = len(responses), max(map(len, responses), default=0)
         logp = torch.zeros(N, T, dtype=self.score_dtype, device=self.device)
         entropy = torch.zeros_like(logp)
-        lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
-        for batch in self.micro_batches(range(N) if rows is None else rows, lengths):
-            view = self.view([prompts[i] for i in batch], [responses[i] for i in batch], model)
-            t = view.mask.shape[1]
-            if batch:
-                scores = view.score()
-                logp[batch, :t], entropy[batch, :t] = scores.logp.to(logp.dtype), scores.entropy.to(logp.dtype)
-        self._reshard(model)
+        for batch, t, view in self._views(prompts, responses, rows, model):
+            scores = view.score()
+            logp[batch, t], entropy[batch, t] = scores.logp.to(logp.dtype), scores.entropy.to(logp.dtype)
         return self.world.sum(logp), self.world.sum(entropy)
 
     @torch.no_grad()
@@ -274,26 +270,19 @@ class Policy:
         """A token that `model` takes after (prompt, y_<t) at each place, (N, T) ids, 0 on padding and on rows not asked for.
         seeds: one for each of the N rows."""
         taken = torch.zeros(len(responses), max(map(len, responses), default=0), dtype=torch.long, device=self.device)
-        for batch in self.micro_batches(rows, [len(p) + len(r) for p, r in zip(prompts, responses)]):
-            view = self.view([prompts[i] for i in batch], [responses[i] for i in batch], model)
-            t = view.mask.shape[1]
-            if batch:
-                draws = [torch.Generator().manual_seed(seeds[i]) for i in batch]
-                uniform = torch.stack([torch.rand(t, generator=g, dtype=torch.float64) for g in draws])
-                taken[batch, :t] = view.draw(uniform.to(self.device))
-        self._reshard(model)
+        for batch, t, view in self._views(prompts, responses, rows, model):
+            draws = [torch.Generator().manual_seed(seeds[i]) for i in batch]
+            uniform = torch.stack([torch.rand(t.stop, generator=g, dtype=torch.float64) for g in draws])
+            taken[batch, t] = view.draw(uniform.to(self.device))
         return self.world.sum(taken)
 
     @torch.no_grad()
     def choose(self, prompts: Sequence[Ids], ids: Ids) -> torch.Tensor:
         """log p of each of `ids` as the token after each prompt, (N, len(ids)), at temperature 1."""
         logp = torch.zeros(len(prompts), len(ids), dtype=self.score_dtype, device=self.device)
-        for batch in self.micro_batches(range(len(prompts)), [len(p) + 1 for p in prompts]):
-            view = self.view([prompts[i] for i in batch], [ids[:1]] * len(batch))
-            if batch:
-                of = torch.tensor(ids, device=self.device)
-                logp[batch] = head.choices(view.hidden[:, 0] * self.temperature, view.head, of).to(logp.dtype)
-        self._reshard()
+        of = torch.tensor(ids, device=self.device)
+        for batch, _, view in self._views(prompts, [ids[:1]] * len(prompts)):
+            logp[batch] = head.choices(view.hidden[:, 0] * self.temperature, view.head, of).to(logp.dtype)
         return self.world.sum(logp)
 
     def _reshard(self, model: nn.Module | None = None) -> None:
@@ -434,9 +423,6 @@ def _turn_end(tokenizer) -> int | None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "zqz"}]
     after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("zqz")[2].strip()
     known = [token for token in tokenizer.all_special_tokens if after.startswith(token)]
-    known += [
-        str(token)
-        for token in tokenizer.added_tokens_decoder.values()
-        if token.special and after.startswith(str(token))
-    ]
+    added = tokenizer.added_tokens_decoder.values()
+    known += [str(token) for token in added if token.special and after.startswith(str(token))]
     return tokenizer.convert_tokens_to_ids(known[0]) if known else None

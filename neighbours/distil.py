@@ -118,7 +118,7 @@ def train(cfg: Config, run: session.Run) -> None:
             log, rate = run.batch(step), run.rate(step)
 
             # ---- Rollouts, outcomes, contexts, and what the student and the teacher make of them
-            batch = vpd.roll_out(cfg, policy, sampler, problems, step)
+            batch = vpd.roll_out(cfg, policy, sampler, problems, step, run.task.verify)
             log.lap("rollout")
             run.leave_if_told(step)
             vpd.grade(batch, run.task, policy)

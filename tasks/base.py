@@ -41,7 +41,8 @@ class Outcome:
 class Task:
     """Problems and verifier. `verify(problems, responses)` grades one response per problem, in order; `close` releases what
     it holds (worker processes). Without validation problems a run is watched on the test problems and chooses nothing by
-    them. `lacks`: the feedback sources that the task has not; `notes`: lines for the start of a run."""
+    them. `lacks`: the feedback sources that the task has not; `notes`: lines for the start of a run; `threads`: on how many
+    threads verify may grade rows, one at a time, while others are still sampled (0: only all of them afterwards)."""
 
     name: str
     train: list[Problem]
@@ -51,6 +52,7 @@ class Task:
     close: Callable[[], None] = lambda: None
     lacks: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
+    threads: int = 0
 
     def splits(self) -> str:
         """How many problems each split has, in one line."""

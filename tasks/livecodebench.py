@@ -180,7 +180,7 @@ def make_task(records: list[Record], note: str, test_use: str, train_use: str = 
     if bare := sum(record.bare for record in records):
         notes.insert(1, f"lcb: {bare} problems have no private tests; their public tests stand in for them")
     # There is no reference to write a critique with.
-    return Task("lcb/v6", problems(train_use), [], problems(test_use), verify, sandbox.close, ("critique",), notes)
+    return Task("lcb/v6", problems(train_use), [], problems(test_use), verify, sandbox.close, ("critique",), notes, threads=16)
 
 
 def code_block(response: str) -> str | None:

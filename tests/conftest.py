@@ -27,6 +27,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: time-outs, throughput, whole data sets; run by `bash run.sh test-slow`")
     config.addinivalue_line("markers", "gpu: what only a CUDA device tells; run by `bash run.sh test-gpu`")
     config.addinivalue_line("markers", "vllm: the real engine; run by `bash run.sh test-vllm`")
+    config.addinivalue_line("markers", "real: a real checkpoint; run by `bash run.sh test-real`")
 
 
 # OLMo3's sliding window is shorter than the test sequences, so that it matters.

@@ -80,7 +80,7 @@ class Sampler:
     def sleep(self):
         self.calls += "sleep "
 
-    def sample(self, prompts, n, seed, max_tokens, temperature, top_p):
+    def sample(self, prompts, n, seed, max_tokens, temperature, top_p, finished=None):
         self.drawn.append((prompts, seed, self.model))
         self.calls, self.how = self.calls + "sample ", (max_tokens, temperature, top_p)
         rng, drawn = random.Random(seed), []

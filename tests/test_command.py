@@ -111,12 +111,20 @@ def test_what_ends_a_command_is_its_exit_status_and_at_most_a_line(error, refuse
             command.run(main)
 
 
-@pytest.mark.parametrize("ends, status", [("1 / 0", 1), ("sys.exit(7)", 7), ("None", 0)])
-def test_one_of_several_processes_leaves_at_once_with_its_status(ends, status):
+@pytest.mark.parametrize("ends, status, said", [("1 / 0", 1, "ZeroDivisionError: "), ("sys.exit(7)", 7, ""), ("None", 0, ""),
+                                                ("sys.exit('why')", 1, "why\n"), ("print('lost')", 0, "")])  # fmt: skip
+def test_one_of_several_processes_leaves_at_once_with_its_status(ends, status, said):
     code = f"import atexit, sys; from harness import command; atexit.register(print, 'lingers'); command.run(lambda: {ends})"
-    environment = os.environ | {"WORLD_SIZE": "2"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert (done.returncode, done.stdout) == (status, "") and ("ZeroDivisionError" in done.stderr) == (status == 1)
+    environment = os.environ | {"WORLD_SIZE": "2", "PYTHONUNBUFFERED": ""}
+    reader, closed = os.pipe()
+    os.close(reader)
+    for out in (subprocess.PIPE, closed):
+        pipes = dict(stdout=out, stderr=subprocess.PIPE, text=True, env=environment)
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, **pipes)
+        told = "lost\n" if "lost" in ends else ""
+        assert (done.returncode, done.stdout) == (status, None if out == closed else told)
+        assert said in done.stderr and bool(said) == bool(done.stderr)
+    os.close(closed)
 
 
 def test_ctrl_c_is_130_and_no_traceback():

@@ -83,7 +83,7 @@ class Scripted:
     def __init__(self, truncated=()):
         self.truncated = truncated
 
-    def sample(self, prompts, n, seed, max_tokens, temperature, top_p):
+    def sample(self, prompts, n, seed, max_tokens, temperature, top_p, finished=None):
         self.asked = (prompts, n, seed, max_tokens, temperature, top_p)
         pairs = itertools.product(range(len(prompts)), range(n))
         return [Rollout([i, j], [0.0, 0.0], "length" if (i, j) in self.truncated else "stop") for i, j in pairs]

@@ -335,15 +335,10 @@ def test_the_head_beside_whole_logits_and_its_products(case, world, table, monke
 
 
 def flops(config) -> tuple[float, float]:
-    """Floating-point operations of `distil` on ROWS, and what recomputation adds. The student's forward and backward
-    are three forward passes, the teacher's is one; 2 operations per weight and token in the decoder layers, in the
-    head for response tokens only; attention's two products over the causal half."""
-    layers, _ = plan.shapes(config)
-    weights = sum(shape.numel() for layer in layers for shape in layer if len(shape) == 2)
-    square = 2 * config.num_attention_heads * config.head_dim * len(layers)  # times length^2 of a row
-    forward = lambda length: ROWS * (2 * weights * length + square * length**2)  # noqa: E731
-    student, vocabulary = forward(PROMPT + RESPONSE), 2 * config.vocab_size * config.hidden_size * ROWS * RESPONSE
-    return 3 * student + forward(PROMPT + CONTEXT + RESPONSE) + 4 * vocabulary, student
+    """Floating-point operations of `distil` on ROWS, and what recomputation of the layers adds. The student's forward and backward
+    are three forward passes, the teacher's is one."""
+    student, head = ROWS * plan.operations(config, PROMPT, RESPONSE), 2 * config.vocab_size * config.hidden_size * ROWS * RESPONSE
+    return 3 * student + ROWS * plan.operations(config, PROMPT + CONTEXT, RESPONSE), student - head
 
 
 def planned(config) -> float:

@@ -65,7 +65,7 @@ HIDDEN = {"CUDA_VISIBLE_DEVICES": ""}
      ("check math --gpus 8", HIDDEN, ["vpd.py --task math --plan --gpus 8"]),
      ("eval --run x", HIDDEN, ["evaluate.py --run x"]),
      ("bench steps", HIDDEN, ["-m study.bench steps"]),
-     ("test -x", HIDDEN, ["-m pytest -q -m not slow and not vllm and not gpu tests -x"]),
+     ("test -x", HIDDEN, ["-m pytest -q -m not slow and not vllm and not gpu and not real tests -x"]),
      # Several processes: one checks first.
      ("lcb", {"CUDA_VISIBLE_DEVICES": None}, ["vpd.py --task lcb --plan --gpus 2", f"{TORCHRUN}vpd.py --task lcb",
                                                f"{TORCHRUN}{AFTER[0]}", AFTER[1]]),
