@@ -26,17 +26,19 @@ REASONING_GYM = ONE_GPU | dict(
     model="Qwen/Qwen3-1.7B", lr=1e-6, steps=200, max_prompt_tokens=512, max_response_tokens=512, max_teacher_tokens=1024,
     feedback="sibling", eval_every=20,
 )  # fmt: skip
-# Chosen on validation problems, seed 0, with as many settings for each method of a subset (study/results/README.md). The regimes
-# of trace take its settings and then their own. trace-rare and trace-cold have none; hybrids are tuned on code only, OVD and
-# GRPO on code-judge, whose other methods have code's settings.
+# Chosen on validation problems: on trace by study/results/tuning.json (vpd: of its settings with a live teacher), on the others
+# with as many settings for each method of a subset at an earlier commit. The regimes of trace take its settings, then their own.
 TOY_SUBSETS = {
     "code": {"model": "tasks/toy_models/code"},
     "choice": {"model": "tasks/toy_models/choice", "feedback": "sibling"},
     "trace-often": {"model": "tasks/toy_models/trace-often"},
     "trace-cold": {"model": "tasks/toy_models/trace-cold"},
     "code-judge": {"model": "tasks/toy_models/code-judge"},
-    ("trace", "sdpo"): {"divergence": "kl_student_teacher"},
-    ("trace", "grpo"): {"lr": 2e-3, "divide_by_std": True},
+    ("trace", "sdpo"): {"lr": 2e-3, "divergence": "kl_student_teacher", "ema_rate": 0.2},
+    ("trace", "grpo"): {"lr": 3e-3, "divide_by_std": True},
+    ("trace", "joint"): {"lr": 2e-3, "ema_rate": 0.2, "divide_by_std": True, "w_opd": 3.0},
+    ("trace", "reshape"): {"lr": 2e-3, "ema_rate": 0.2},
+    ("trace", "reweight"): {"lr": 2e-3, "divide_by_std": True, "reweight_lam": 0.25},
     ("code", "vpd"): {"lr": 6e-4, "e_lr": 1e-3, "e_step_every": 1},
     ("code", "sdpo"): {"lr": 2e-3},
     ("code", "grpo"): {"lr": 3e-3, "divide_by_std": True},
