@@ -146,7 +146,7 @@ def server():
         url=f"http://127.0.0.1:{listening.server_port}/v1", seen=seen, attempts=attempts, reply_with=reply_with,
         complete_with=complete_with,
     )  # fmt: skip
-    threading.Thread(target=listening.serve_forever, daemon=True).start()
+    threading.Thread(target=listening.serve_forever, args=(0.01,), daemon=True).start()  # shutdown waits so long
     yield handle
     listening.shutdown()
     listening.server_close()
