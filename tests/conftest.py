@@ -152,8 +152,7 @@ def server():
     listening.server_close()
 
 
-@pytest.fixture
-def small_validation(monkeypatch):
+def fewer_validation_problems(patch):
     load = tasks.load
 
     def fewer(*args):
@@ -161,4 +160,7 @@ def small_validation(monkeypatch):
         task.validation = task.validation[:4]
         return task
 
-    monkeypatch.setattr(tasks, "load", fewer)
+    patch.setattr(tasks, "load", fewer)
+
+
+small_validation = pytest.fixture(lambda monkeypatch: fewer_validation_problems(monkeypatch))
