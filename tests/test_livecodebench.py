@@ -311,9 +311,7 @@ def test_verdicts_and_the_reward_that_only_all_tests_earn(load_lcb, sandboxes):
 
 
 @pytest.mark.parametrize("code, train, test", [
-    ("while True: pass", 1, 2),  # a time-out ends its half
-    ("raise ValueError", 1, 2),  # and so does an error
-    ("print('x' * 100_000)", 1, 2),
+    ("raise ValueError", 1, 2),  # an error ends its half
     ("print('wrong')", 3, 7),  # wrong answers do not: the shortest two are shown
     ("import time; time.sleep(0.4); print('wrong')", 2, 3),  # but for slow ones: 2 x 0.4 > 2 limits of 0.25 s
     (f"import time; time.sleep(0.4); {RIGHT}", 3, 7),  # a right program may take its time
@@ -345,18 +343,20 @@ def test_limits_of_output_a_failed_grader_and_closing(load_lcb, sandboxes, monke
 ])  # fmt: skip
 def test_of_several_failures_the_gravest_is_the_verdict_and_the_feedback(first, second, verdict, monkeypatch, load_lcb):
     """Of two halves, since all but a wrong answer end theirs; of one rank the first. Each half begins with a wrong answer."""
-    task = load_lcb(lcb_row(private=DIGITS))
+    task, ran = load_lcb(lcb_row(private=DIGITS)), []
     seen = [DIGITS[i][0] for i in half(task.test[0])]
     others = [given for given, _ in DIGITS if given not in seen]
 
     def run_test(*args):
         given = args[-1]["input"]
         kind = "wrong answer" if given in (seen[0], others[0]) else first if given in seen else second
+        ran.append(kind)
         return kind, Result("error", "said", f"no {given}")
 
     monkeypatch.setattr(livecodebench, "run_test", run_test)
     (outcome,) = task.verify(task.test, [fence("print(1)")])
     assert (outcome.reward, outcome.verdict, bool(outcome.feedback)) == (0, verdict, verdict != "internal")
+    assert len(ran) == sum(4 if kind in ("passed", "wrong answer") else 2 for kind in (first, second))
     if verdict not in ("internal", "wrong answer"):
         assert outcome.feedback.endswith(f"nput:\n{(seen if verdict == first else others)[1].strip()}")
 
@@ -446,14 +446,11 @@ RESULTS = {  # what a function returns, and what is expected, by verdict
     ],
     "wrong answer": [
         ("0.1 + 0.2", "0.3"), ("'1'", "1"), ("None", "0"), ("[]", "null"), ("print(1)", "1"), ("10 ** 5000 + 1", "1" + "0" * 5000),
-        ("type('Yes', (int,), {'__eq__': lambda *_: True})(3)", "1"), ("float('nan')", "NaN"),
-        ("type('Yes', (list,), {'__eq__': lambda *_: True})([3])", "[1]"),
+        ("float('nan')", "NaN"), ("type('Yes', (list,), {'__eq__': lambda *_: True})([3])", "[1]"),
         ("functools.reduce(lambda v, _: [v], range(399), [])", "[" * 401 + "]" * 401),
     ],
     "error": [
-        ("[(1, 2)]", "[[1, 2]]"), ("{1, 2}", "[1, 2]"), ("input()", "1"),
-        ("type('Yes', (), {'__eq__': lambda *_: True})()", "1"), ("functools.reduce(lambda v, _: [v], range(200_000), [])", "1"),
-        ("{1: 2}", '{"1": 2}'), ("[{None: {}}]", '[{"null": {}}]'), ("{'a': {True: 2}}", '{"a": {"true": 2}}'),  # keys
+        ("[(1, 2)]", "[[1, 2]]"), ("{1: 2}", '{"1": 2}'), ("input()", "1"),
     ],
 }  # fmt: skip
 
