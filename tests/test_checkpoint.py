@@ -1,7 +1,6 @@
 """A run that is stopped, killed or damaged goes on as if nothing had been: checkpoints by themselves, then whole runs."""
 
 import json
-import math
 import os
 import random
 import shutil
@@ -25,8 +24,7 @@ from harness import session
 from model import checkpoint
 from model.parallel import World
 
-torch.set_num_threads(1)
-ROOT, ALONE = Path(__file__).parent.parent, World()
+ALONE = World()
 
 
 # ---- A checkpoint by itself --------------------------------------------------------------------------------

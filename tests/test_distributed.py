@@ -32,7 +32,6 @@ from neighbours import distil, ovd
 from tasks import tiny
 from test_policy import DAMAGES, spoil
 
-torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--shutdown-timeout", "1800", "--nproc-per-node", "2"]
 

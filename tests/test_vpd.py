@@ -125,14 +125,6 @@ def test_a_run_repeats_itself_and_another_seed_does_not(tmp_path):
     assert plain[0] == plain[1] != plain[2]
 
 
-def test_rows_left_out_are_counted_by_reason(tmp_path):
-    rows = run(tmp_path / "run", "--method", "sdpo", "--feedback", "environment", "--no_borrow", "--eval_every", "0")
-    for row in rows:
-        assert row["left_out"].get("m_step: no context", 0) == round(row["reward"] * 16)
-        assert row["with_context"] == pytest.approx(1 - row["reward"])
-        assert row["success_given_context"] == ({"environment": 0.0} if row["with_context"] else {})
-
-
 def test_critiques_come_from_the_model_itself_and_reach_the_teacher(tmp_path):
     run(tmp_path / "run", "--feedback", "critique", "--eval_every", "0")
     contexts = [json.loads(line)["context"] for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
