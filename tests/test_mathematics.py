@@ -2,7 +2,6 @@
 
 With VPD_SAMPLE_DATA naming a folder that holds math/ (the evaluation sets), their answers have to equal themselves."""
 
-import json
 import os
 import random
 import re
@@ -13,6 +12,7 @@ from types import SimpleNamespace
 
 import datasets
 import pytest
+from test_tasks import write
 
 import tasks
 from tasks import Outcome, Problem, algebra, mathematics
@@ -408,12 +408,7 @@ def test_closing_the_task_closes_its_sandbox(task, sandbox):
 
 
 def fixture_rows(name: str) -> list[dict]:
-    return [json.loads(line) for line in (FIXTURES / f"{name}.jsonl").read_text().splitlines()]
-
-
-def write(path: Path, rows: list[dict]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+    return list(tasks.rows(FIXTURES / f"{name}.jsonl"))
 
 
 DAPO_TRAIN = [  # of the fixture: two rows are doubles, one problem has two answers, one stands in MATH-500
