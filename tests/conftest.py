@@ -118,10 +118,11 @@ def complete_with(text, finish="length"):
 
 
 @pytest.fixture
-def server():
+def server(monkeypatch):
     """An OpenAI-compatible server. A test sets `answer(body, attempt)`, which gives (status, JSON or text); `seen` holds
     (path, authorization, body) of the requests; reply_with(text) and complete_with(text) are answers of the protocol."""
     seen, attempts = [], Counter()
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01, raising=False)  # half a second
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
