@@ -98,11 +98,7 @@ class World:
 
     def most(self, n: float) -> float:
         """The largest of the processes' numbers."""
-        if self.size == 1:
-            return n
-        numbers = [None] * self.size
-        dist.all_gather_object(numbers, n)
-        return max(numbers)
+        return max(self.collect([n], self.size))
 
 
 def shard(model: nn.Module, compute: torch.dtype | None, compiled: bool = False) -> nn.Module:
