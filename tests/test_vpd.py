@@ -10,8 +10,6 @@ import torch
 
 import losses
 import vpd
-from harness import session
-from harness.command import Stopped
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,16 +50,6 @@ def test_a_row_without_a_grade_has_an_advantage_of_0_and_not_of_a_rounding():
     A = vpd.advantages(SimpleNamespace(group_size=8, divide_by_std=False), SimpleNamespace(r=r, graded=graded))
     torch.testing.assert_close(A, torch.tensor([5 / 6] + [-1 / 6] * 5 + [0.0] * 2))
     assert not A[6:].any()
-
-
-def test_five_bad_updates_in_a_row_end_the_run_and_five_in_all_do_not():
-    norms = iter([math.nan] * 4 + [1.0] + [math.nan] * 5)
-    policy = SimpleNamespace(step=lambda optimizer, lr, limit, skip: next(norms))
-    run = SimpleNamespace(policy=policy, cfg=SimpleNamespace(max_grad_norm=1.0), bad_in_a_row=0)
-    for _ in range(9):
-        session.Run.update(run, None, 0.1, 0.0)
-    with pytest.raises(Stopped, match="five updates in a row"):
-        session.Run.update(run, None, 0.1, 0.0)
 
 
 # ---- Whole runs --------------------------------------------------------------------------------------------
