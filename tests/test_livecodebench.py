@@ -14,10 +14,9 @@ import time
 import zlib
 from collections import OrderedDict
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from test_tasks import refused, write
+from test_tasks import one_sandbox, refused, write
 
 import tasks
 from tasks import Outcome, Problem, livecodebench, tiny
@@ -29,31 +28,10 @@ SAMPLES = Path(os.environ.get("VPD_SAMPLE_DATA") or "nowhere")
 
 @pytest.fixture(scope="module", autouse=True)
 def sandboxes():
-    """The tasks of this file share one sandbox, which notes what it runs and how much a program may print; a program may
-    take 2 s here. Closing a task closes nothing until the file is done."""
-    noted, built = SimpleNamespace(ran=[], most=[], closed=0), []
-
-    class Noted(Sandbox):
-        def run(self, *given, max_output):
-            noted.ran.append(given[-1]), noted.most.append(max_output)
-            return super().run(*given, max_output=max_output)
-
-        def call(self, *given, max_output):
-            noted.most.append(max_output)
-            return super().call(*given, max_output=max_output)
-
-        def close(self):
-            noted.closed += 1
-
-    def build(**settings):
-        built[:] = built or [Noted(**settings)]
-        return built[0]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(livecodebench, "Sandbox", build)
+    """A program may take 2 s here."""
+    with one_sandbox(livecodebench) as noted, pytest.MonkeyPatch.context() as patch:
         patch.setattr(livecodebench, "TIME_LIMIT", 2.0)
         yield noted
-    Sandbox.close(built[0])
 
 
 # ---- Loading -------------------------------------------------------------------------------------------------------
@@ -268,9 +246,9 @@ def test_training_feedback_never_shows_a_held_out_test(load_lcb, sandboxes):
     pairs = [(f"question{i}\n", f"answer{i}\n") for i in range(8)]
     task = load_lcb(*(lcb_row(f"p{i}", private=pairs) for i in range(4)))
     for problem in task.train:
-        sandboxes.ran.clear()
+        sandboxes.asked.clear()
         (outcome,) = task.verify([problem], [fence("print('nothing')")])
-        assert sandboxes.ran == [pairs[i][0] for i in half(problem)]
+        assert sandboxes.asked == [pairs[i][0] for i in half(problem)]
         shown = {int(i) for i in re.findall(r"(?:question|answer)(\d)", outcome.feedback)}
         assert len(shown) == 2 and shown < set(half(problem))
 
@@ -304,10 +282,10 @@ def test_verdicts_and_the_reward_that_only_all_tests_earn(load_lcb, sandboxes):
         assert outcome.verdict == verdict, code
         assert outcome.reward == (verdict == "passed") != bool(outcome.feedback), code
         assert len(outcome.feedback) <= 2000 and (outcome.columns["held_out"] == outcome.reward or "x == 5" in code)
-    sandboxes.ran.clear()
+    sandboxes.asked.clear()
     for outcome in task.verify(task.train * 3, ["print(1)", "```python\nprint(1)", "`" * 5000]):
         assert outcome == Outcome(0, "no code", "Your answer contains no complete ```python code block.")
-    assert sandboxes.ran == []  # nothing runs without a program
+    assert sandboxes.asked == []  # nothing runs without a program
 
 
 @pytest.mark.parametrize("code, train, test", [
@@ -321,8 +299,8 @@ def test_the_half_that_ends_with_a_failure_and_what_it_costs(code, train, test, 
         monkeypatch.setattr(livecodebench, "TIME_LIMIT", 0.25)
     task = load_lcb(lcb_row(private=DIGITS[:7]))
     for problems, count in ((task.train, train), (task.test, test)):
-        sandboxes.ran.clear()
-        assert task.verify(problems, [fence(code)])[0].reward == (RIGHT in code) and len(sandboxes.ran) == count
+        sandboxes.asked.clear()
+        assert task.verify(problems, [fence(code)])[0].reward == (RIGHT in code) and len(sandboxes.asked) == count
 
 
 def test_limits_of_output_a_failed_grader_and_closing(load_lcb, sandboxes, monkeypatch):

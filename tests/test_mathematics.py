@@ -8,11 +8,10 @@ import re
 import signal
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import pytest
-from test_tasks import write
+from test_tasks import one_sandbox, write
 
 import tasks
 from tasks import Outcome, Problem, algebra, mathematics
@@ -26,25 +25,8 @@ needs_samples = pytest.mark.skipif(not SAMPLES.is_dir(), reason="VPD_SAMPLE_DATA
 
 @pytest.fixture(scope="module")
 def sandbox():
-    """The tasks of this file share one sandbox, which notes what it is asked; closing a task does not close it."""
-
-    class Noted(Sandbox):
-        def call(self, source, function, args):
-            asked.append(args)
-            return super().call(source, function, args)
-
-        def close(self):
-            closed.append(self)
-
-    def build(**settings):
-        built.append(built[0] if built else Noted(**settings))
-        return built[0]
-
-    asked, closed, built = [], [], []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mathematics, "Sandbox", build)
-        yield SimpleNamespace(asked=asked, closed=closed, kind=Noted)
-    Sandbox.close(built[0])
+    with one_sandbox(mathematics) as noted:
+        yield noted
 
 
 @pytest.fixture(scope="module")
@@ -372,7 +354,7 @@ def test_a_time_out_is_remembered_when_it_has_come_three_times(task, sandbox):
     for times, asked in ((2, 2), (5, 3)):
         pair, calls = (f"{times}/7", rf"\frac{{{2 * times}}}{{14}}"), []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sandbox.kind, "call", lambda *question: calls.append(question) or Result("timeout"))
+            patch.setattr(Sandbox, "call", lambda *question: calls.append(question) or Result("timeout"))
             assert [graded(task, pair) for _ in range(times)] == [["time-out"]] * times
         assert len(calls) == asked
         assert graded(task, pair) == (["correct"] if times < 3 else ["time-out"])
@@ -392,7 +374,7 @@ def test_a_time_out_is_remembered_when_it_has_come_three_times(task, sandbox):
 def test_only_true_is_paid_and_a_failed_grader_is_not_remembered(result, verdict, task, sandbox):
     pair = ("z", f"z+{hash(result) % 997}-0")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sandbox.kind, "call", lambda *_: result)
+        patch.setattr(Sandbox, "call", lambda *_: result)
         assert graded(task, pair) == [verdict]
     count = len(sandbox.asked)
     graded(task, pair)
@@ -401,7 +383,7 @@ def test_only_true_is_paid_and_a_failed_grader_is_not_remembered(result, verdict
 
 def test_closing_the_task_closes_its_sandbox(task, sandbox):
     task.close()
-    assert len(sandbox.closed) == 1
+    assert sandbox.closed == 1
 
 
 # ---- The data sets ------------------------------------------------------------------------------------------------

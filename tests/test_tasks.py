@@ -20,6 +20,7 @@ import pytest
 import tasks
 from harness import hub
 from tasks import Outcome, Problem, Task, livecodebench, own, tiny, toy
+from tasks.sandbox import Sandbox
 
 
 @contextmanager
@@ -29,6 +30,34 @@ def refused(*words):
         yield
     message = str(refusal.value)
     assert message and "\n" not in message and all(word in message for word in words), message
+
+
+@contextmanager
+def one_sandbox(module):
+    """The tasks of a module share one sandbox, which notes what it is asked and how much may come back; closing a task closes
+    nothing before the end."""
+    noted, built = SimpleNamespace(asked=[], most=[], closed=0), []
+
+    class Noted(Sandbox):
+        def call(self, source, function, args, max_output=None):
+            noted.asked.append(args), noted.most.append(max_output)
+            return super().call(source, function, args, max_output)
+
+        def run(self, source, stdin, max_output=None):
+            noted.asked.append(stdin), noted.most.append(max_output)
+            return super().run(source, stdin, max_output)
+
+        def close(self):
+            noted.closed += 1
+
+    def build(**settings):
+        built[:] = built or [Noted(**settings)]
+        return built[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "Sandbox", build)
+        yield noted
+    Sandbox.close(built[0])
 
 
 def write(path, rows) -> str:
