@@ -45,7 +45,6 @@ CRITIQUE = ["--feedback", "critique", "--max_critique_tokens", "6"]
 CASES = {  # name: (model, program, flags, are the rollouts those of one process?)
     "vpd tied float64": ("tied", vpd, [*E_STEP, *DOUBLE], True),
     "vpd untied float64": ("untied", vpd, [*E_STEP, *DOUBLE], True),
-    "sdpo tied float64": ("tied", vpd, [*SDPO, *DOUBLE], True),
     "sdpo top 5 float32": ("tied", vpd, [*SDPO, "--top_k", "5"], True),  # a tail near 1e-7 is no place for 1e-9
     "fixed prior float64": ("untied", vpd, [*E_STEP, *DOUBLE, "--prior", "fixed"], True),
     "joint untied float64": ("untied", vpd, ["--method", "joint", "--minibatch_prompts", "1", *DOUBLE], True),
