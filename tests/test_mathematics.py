@@ -2,6 +2,7 @@
 
 With VPD_SAMPLE_DATA naming a folder that holds math/ (the evaluation sets), their answers have to equal themselves."""
 
+import functools
 import os
 import random
 import re
@@ -43,28 +44,9 @@ def graded(task, *pairs: tuple[str, str]) -> list[str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def read_once():
-    """Reading takes most of a comparison's time: each text is read and evaluated once in this file, or fails once."""
-
-    def once(function):
-        known = {}
-
-        def call(value, *options):
-            key = (value if isinstance(value, str) else id(value), *options)
-            if key not in known:
-                try:
-                    known[key] = function(value, *options), value, None  # the value stays, and its id with it
-                except Exception as error:
-                    known[key] = None, value, error
-            result, _, error = known[key]
-            if error:
-                raise error
-            return result
-
-        return call
-
+    """Reading takes most of a comparison's time: each text is read once in this file."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(algebra, "read", once(algebra.read))
-        patch.setattr(algebra, "shaped", once(algebra.shaped))
+        patch.setattr(algebra, "read", functools.cache(algebra.read))
         yield
 
 

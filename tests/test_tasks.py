@@ -1,7 +1,6 @@
 """The contract of tasks/: what a task, a problem and an outcome are, how a task is found by name, how files are read, and what
 a task file of one's own may do. The benchmarks have files of their own, and so has the toy."""
 
-import dataclasses
 import json
 import os
 import re
@@ -65,18 +64,7 @@ def write(path, rows) -> str:
     return str(path)
 
 
-# ---- Types -----------------------------------------------------------------------------------------------
-
-
-def test_problems_and_outcomes_are_fixed_and_much_may_be_left_out():
-    problem, outcome = Problem("p", [{"role": "user", "content": "2+3?"}]), Outcome(1, "passed")
-    assert (problem.reference, problem.data, outcome.feedback, outcome.columns) == ("", None, "", {})
-    for value, field in ((problem, "reference"), (outcome, "reward")):
-        with pytest.raises(dataclasses.FrozenInstanceError):
-            setattr(value, field, 0)
-    task = Task("sums", [problem] * 3, [problem], [problem] * 2, lambda problems, responses: [])
-    assert task.splits() == "sums: 3 train, 1 validation, 2 test problems"
-    task.close()  # nothing to release, and still there to call
+# ---- Walls -----------------------------------------------------------------------------------------------
 
 
 def test_tasks_know_nothing_of_training():
