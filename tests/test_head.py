@@ -197,25 +197,20 @@ def test_no_tokens_give_a_loss_of_0_and_gradients_of_0():
 
 
 @pytest.mark.parametrize("top_k", [4, None], ids=str)
-def test_bfloat16_states_and_head_keep_the_softmax_in_float32(top_k):
+def test_bfloat16_keeps_the_softmax_in_float32_and_the_gradients_in_its_own(top_k):
     """Logits are rounded to bfloat16 as in any bfloat16 model, what follows is not: against the same rounded logits."""
     hidden, weight, tokens, weights, A, teacher = inputs(torch.bfloat16)
     logits, taught = ((h @ w.T).float()[None] for h, w in ((hidden.detach(), weight.detach()), teacher))
     expected = losses.distillation_loss(logits, taught, "js", top_k)[0]
-    _, logp, d = chunked(hidden, weight, tokens, weights, A, teacher, "js", top_k)
+    loss, logp, d = chunked(hidden, weight, tokens, weights, A, teacher, "js", top_k)
     assert logp.dtype == d.dtype == torch.float32
     close(logp, losses.token_logp(logits, tokens[None])[0], 1e-6)
     close(d, expected, 1e-6)
     assert head.score(hidden, weight, tokens)[0].dtype == torch.float32
-
-
-def test_gradients_come_back_in_the_dtype_of_the_weights():
-    hidden, weight, tokens, weights, A, teacher = inputs(torch.bfloat16)
-    chunked(hidden, weight, tokens, weights, A, teacher, "js", 4)[0].backward()
-    reference = [x.detach().double().requires_grad_() for x in (hidden, weight)]
-    taught = tuple(x.double() for x in teacher)
-    plain(*reference, tokens, weights, A, taught, "js", 4)[0].backward()
-    for mine, other in zip((hidden, weight), reference):
+    loss.backward()
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    plain(*exact, tokens, weights, A, tuple(x.double() for x in teacher), "js", top_k)[0].backward()
+    for mine, other in zip((hidden, weight), exact):
         assert mine.grad.dtype == torch.bfloat16
         assert (mine.grad.double() - other.grad).norm() < 0.05 * other.grad.norm()
 
