@@ -10,7 +10,6 @@ import algorithm
 import pytest
 import torch
 from test_algorithm import SCRIPT, G, Sampler, config, reference, rows_of, trained
-from test_vpd import weights
 
 import vpd
 from model.parallel import World
@@ -256,8 +255,8 @@ ATTEMPTS = ["one", "<think>hm</think>two", "three", "four", "five"]
 REQUEST = "{question}|{attempt}|0 TO 9"
 
 
-def judge_of(byte_tokenizer, choose=None, **settings):
-    cfg = config("ovd", ovd, judge_request=REQUEST, **settings)
+def judge_of(byte_tokenizer, choose=None):
+    cfg = config("ovd", ovd, judge_request=REQUEST)
     policy = SimpleNamespace(tokenizer=byte_tokenizer, world=World(), choose=choose)
     return ovd.Judge(cfg, policy, SimpleNamespace(name="t", notes=[]))
 
@@ -562,17 +561,6 @@ CHOICE = ["--subset", "choice", "--prompts_per_batch", "4", "--minibatch_prompts
 
 def log_of(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-def test_ovd_whose_judge_accepts_everything_is_grpo_bit_for_bit(tmp_path):
-    """choice's model, which has not learned to judge, names no digit."""
-    fixed = [*CHOICE, *"--steps 2 --lr 0.001 --divide_by_std False --minibatch_prompts 2".split()]
-    ovd.main([*fixed, "--ovd_threshold", "9", "--out", str(tmp_path / "ovd")])
-    vpd.main([*fixed, "--method", "grpo", "--out", str(tmp_path / "grpo")])
-    one, other = (weights(tmp_path / name / "model") for name in ("ovd", "grpo"))
-    assert all(torch.equal(one[k], other[k]) for k in one)
-    for row in log_of(tmp_path / "ovd"):
-        assert row["accepted"] == 1 and row["demonstrations"] == 0 and row["left_out"]["judge: no digit, kept"] == 16
 
 
 def test_ovd_on_a_model_that_judges(tmp_path):
