@@ -341,8 +341,8 @@ def bco_loss(
 
     implicit_rewards: (B,), r̃ of `implicit_reward`; rewards: (B,) of 0 and 1; shift: δ of `moving_shift`, carries no gradient;
     num_pos, num_neg: n₊ and n₋ of the whole optimizer step when these rows are one of its micro-batches (default: of these
-    rows). Returns (). A class without rows adds nothing. This is a classifier's loss, not Eq. 5: over unrestricted q its infimum
-    lies at q(failure) = 0. The gradient in r̃ is −σ(−(r̃−δ))/n₊ on a success and +σ(r̃−δ)/n₋ on a failure.
+    rows). Returns (). A class without rows adds nothing. Needs nothing else of this file. This is a classifier's loss, not Eq. 5: over unrestricted q its infimum lies at
+    q(failure) = 0. The gradient in r̃ is −σ(−(r̃−δ))/n₊ on a success and +σ(r̃−δ)/n₋ on a failure.
     """
     assert implicit_rewards.shape == rewards.shape, (
         f"implicit_rewards {tuple(implicit_rewards.shape)} and rewards {tuple(rewards.shape)} differ"
