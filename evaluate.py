@@ -45,7 +45,8 @@ PROTOCOLS = {  # n is the paper's (Sec. 5), temperature and top_p are SDPO's
     "lcb": Protocol(4, 0.6, 0.95, 8192),
     "sciknoweval": Protocol(16, 0.6, 0.95, 8192),
     "math": Protocol(4, 0.6, 0.95, 8192),
-    "own": Protocol(4, 0.6, 0.95, 8192),
+    "own": Protocol(4, 0.6, 0.95, 1024),
+    "reasoning_gym": Protocol(4, 0.6, 0.95, 512),
 }
 
 # ---- Numbers -----------------------------------------------------------------------------------------------------
@@ -183,7 +184,7 @@ def arguments(argv: list[str] | None) -> Namespace:
     parser.add_argument("--greedy", action="store_true", help="temperature 0 and one sample")
     parser.add_argument("--temperature", type=float, help="default 1.0 for toy, else 0.6 (SDPO)")
     parser.add_argument("--top_p", type=float, help="default 1.0 for toy, else 0.95 (SDPO)")
-    parser.add_argument("--max_tokens", type=int, help="default 100 for toy, else 8192")
+    parser.add_argument("--max_tokens", type=int, help="default 100 for toy, 1024 for own, 512 for reasoning_gym, else 8192")
     parser.add_argument("--sampler", choices=("", "vllm", "hf"), default="", help="default: vllm on a GPU, else hf")
     parser.add_argument("--engine_memory", type=float, default=0.6, help="vLLM's share of the GPU's memory")
     parser.add_argument("--unsafe_sandbox", action="store_true", help="run programs although a layer of the sandbox is missing")
@@ -223,7 +224,7 @@ def prepare(args: Namespace) -> tuple[tasks.Task, dict[str, str]]:
     for what, path in (("the responses", args.responses), ("the problems", args.data)):
         if args.out and path and args.out.resolve() == Path(path).resolve():
             raise ValueError(f"--out {args.out} would replace {what}")
-    whole = args.data and args.task != "own"  # a file of problems; an own task's is code
+    whole = args.data and args.task not in ("own", "reasoning_gym")  # a file of problems; theirs are code, and settings
     if args.data and args.run or whole and (args.subset or args.split != "test"):
         raise ValueError("--data takes all rows of a file: it goes without --run, --subset and --split")
     if args.responses and not args.data:
@@ -253,6 +254,7 @@ def main(argv: list[str] | None = None) -> None:
             print("\n".join([*task.notes, *lines]))
             if args.out:
                 write(args.out, "".join(json.dumps(row) + "\n" for row in graded))
+                print(f"{args.out}: every response's grade")
             return
         world = World.start()
     except CannotWrite:
@@ -293,6 +295,7 @@ def main(argv: list[str] | None = None) -> None:
     task.close()
     if args.out and world.rank == 0:
         write(args.out, json.dumps(results if args.run else results["model"], indent=1) + "\n")
+        print(f"{args.out}: these numbers, and every problem's rewards")
 
 
 if __name__ == "__main__":

@@ -336,12 +336,14 @@ def bco_loss(
     shift: torch.Tensor | float,
     num_pos: int | None = None,
     num_neg: int | None = None,
+    floor: float | None = None,
 ) -> torch.Tensor:
     """L_E = −(1/n₊) Σ_{r=1} log σ(r̃ − δ) − (1/n₋) Σ_{r=0} log σ(−(r̃ − δ)).  (Eq. 9)
 
     implicit_rewards: (B,), r̃ of `implicit_reward`; rewards: (B,) of 0 and 1; shift: δ of `moving_shift`, carries no gradient;
     num_pos, num_neg: n₊ and n₋ of the whole optimizer step when these rows are one of its micro-batches (default: of these
-    rows). Returns (). A class without rows adds nothing. Needs nothing else of this file. This is a classifier's loss, not Eq. 5: over unrestricted q its infimum lies at
+    rows); floor: a failure at or below it adds nothing (our departure; None: Eq. 9). Returns (). A class without rows adds
+    nothing. Needs nothing else of this file. This is a classifier's loss, not Eq. 5: over unrestricted q its infimum lies at
     q(failure) = 0. The gradient in r̃ is −σ(−(r̃−δ))/n₊ on a success and +σ(r̃−δ)/n₋ on a failure.
     """
     assert implicit_rewards.shape == rewards.shape, (
@@ -352,5 +354,6 @@ def bco_loss(
     success = (rewards == 1).to(implicit_rewards.dtype)
     num_pos = max(int(success.sum()) if num_pos is None else num_pos, 1)
     num_neg = max(int((1 - success).sum()) if num_neg is None else num_neg, 1)
+    failure = 1 - success if floor is None else (1 - success) * (implicit_rewards.detach() > floor)
     logit = implicit_rewards - shift
-    return -(success * F.logsigmoid(logit)).sum() / num_pos - ((1 - success) * F.logsigmoid(-logit)).sum() / num_neg
+    return -(success * F.logsigmoid(logit)).sum() / num_pos - (failure * F.logsigmoid(-logit)).sum() / num_neg

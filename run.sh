@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # bash run.sh [WORD] [flags passed on]
-#   toy (no word), lcb, sciknoweval, math, own   train, evaluate the first and the last weights, draw the curves
+#   toy (no word), lcb, sciknoweval, math, reasoning_gym, own   train, evaluate the first and the last weights, draw the curves
 #   check TASK       what the run needs, and whether this machine has it
 #   eval, study, figures, tables, bench          evaluate.py, python -m study.WORD
 #   test, test-slow, test-vllm, test-gpu         the tests; test-vllm has an environment of its own (.venv-vllm, or $VPD_VLLM_VENV)
@@ -11,7 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 word=toy
 if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then word=$1; shift; fi
 case $word in
-  toy|lcb|sciknoweval|math|own|check|eval|study|figures|tables|bench|test|test-slow|test-vllm|test-gpu) ;;
+  toy|lcb|sciknoweval|math|reasoning_gym|own|check|eval|study|figures|tables|bench|test|test-slow|test-vllm|test-gpu) ;;
   *) echo "run.sh: error: unknown word '$word'; the first lines of run.sh list them" >&2; exit 2 ;;
 esac
 
@@ -39,6 +39,8 @@ if [ "$home" != "${VPD_VLLM_VENV:-}" ] && ! cmp -s requirements.txt "$stamp"; th
     python -m pip uninstall -q -y torchvision torchaudio torchcodec
   else
     if [ "$gpus" -gt 0 ]; then cat requirements.txt; else grep -v '^vllm' requirements.txt; fi | $pip -r /dev/stdin
+    # Of its dependencies pycosat is compiled; where that fails only --task reasoning_gym is missing, which says so.
+    $pip reasoning-gym==0.1.25 >/dev/null 2>&1 || echo "reasoning-gym could not be built and is left out"
   fi
   cp requirements.txt "$stamp"
 fi

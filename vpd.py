@@ -43,7 +43,7 @@ import feedback
 import losses
 from evaluate import PROTOCOLS
 from feedback import SOURCES, TEXTS, Templates
-from harness import machine, presets, session
+from harness import command, machine, presets, session
 from harness.settings import Group, check_fields, parse, read_by
 from losses import DIVERGENCES
 from model.policy import Policy, ema_update
@@ -135,7 +135,7 @@ class Config:
     a flag overrides both. What differs from the preset is printed at the start; all of it is saved as config.json."""
 
     task: Literal[*TASKS] = RUN("toy", "picks a preset; own: --data FILE.py")
-    subset: str = RUN("", "of toy or sciknoweval; the task's first by default")
+    subset: str = RUN("", "of toy, sciknoweval or reasoning_gym; the task's first by default")
     data: str = RUN("", "file or folder of the task's source; the hub by default")
     train_tests: Literal["private", "public"] = RUN("private", "lcb: SDPO's seeded half, or the paper's words", **LCB_ONLY)
     since: str = RUN("2025-02-01", "lcb: problems from this contest date on", **LCB_ONLY)
@@ -150,6 +150,7 @@ class Config:
     epochs: int = RUN(30, "passes over the training problems", least=0, need="--steps 0", reads=lambda c: not c.steps)
     steps: int = RUN(0, "rollout batches; 0: by --epochs", least=0)
     log_samples: int = RUN(8, "rollouts of each batch that go to samples.jsonl", least=0)
+    track: Literal["", "tensorboard", "wandb"] = RUN("", "hand the log's numbers to this library too, where it is installed")
     unsafe_sandbox: bool = RUN(False, "run programs although this machine lacks a layer of the sandbox",
                                 need="tasks that run programs", reads=machine.runs_programs)  # fmt: skip
     plan: bool = PLAN(False, "print what the run needs, check this machine, and end")
@@ -206,6 +207,7 @@ class Config:
     e_lr: float = E_STEP(0.0, "learning rate of the E-step; 0: --lr", least=0)
     e_optimizer: Literal["shared", "own"] = E_STEP("shared", "whose AdamW state; the paper has one network and one optimizer")
     e_groups: Literal["mixed", "all"] = E_STEP("mixed", "mixed: groups in which both outcomes have a context")
+    e_failures: Literal["all", "likelier"] = E_STEP("all", "likelier: only failures that the teacher finds likelier than the student did")
     beta: float = FEEDBACK(0.1, "of the implicit reward, Eq. 7", above=0)
     shift_rate: float = E_STEP(0.1, "delta <- (1 - rate) delta + rate value; the paper gives none", above=0, most=1)
     prior: Literal["dynamic", "fixed"] = E_STEP("dynamic", "what r~ is measured from; fixed: the initial weights (ablation)")
@@ -250,7 +252,8 @@ PRESETS = {
         lr=5e-6, epochs=0, steps=200, warmup_steps=10, minibatch_prompts=32, top_k=0, divergence="kl_teacher_student",
         ema_rate=0.05, feedback="sibling", eval_every=20,
     ),
-    "own": {},  # Table D.1's; --data FILE.py
+    "own": presets.ONE_GPU,  # --data FILE.py
+    "reasoning_gym": presets.REASONING_GYM,
     "toy": presets.TOY,
 }  # fmt: skip
 
@@ -445,7 +448,8 @@ def train(cfg: Config, run: session.Run) -> None:
                     delta = losses.moving_shift(
                         run.shift, losses.reward_shift(r_tilde, batch.r[rows]).item(), cfg.shift_rate
                     )
-                    e_loss = losses.bco_loss(r_tilde, batch.r[rows], delta)  # Eq. 9
+                    floor = 0.0 if cfg.e_failures == "likelier" else None
+                    e_loss = losses.bco_loss(r_tilde, batch.r[rows], delta, floor=floor)  # Eq. 9
                     # dL_E / d log q(y_t|x,C,y_<t) = c, one number for all tokens of a row. With c fixed, the second pass sums
                     # c log q over any micro-batches, and has the gradient of Eq. 9 over the whole minibatch.
                     c = torch.zeros_like(batch.old_logp)  # (B, T)
@@ -561,4 +565,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    session.program(main)
+    command.run(main)

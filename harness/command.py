@@ -89,8 +89,8 @@ def fail(message: object, command: str = "", status: int = 2) -> None:
 class Parser(argparse.ArgumentParser):
     """Flags by their whole names. `prog` is given, since a command also runs inside of another one, or of a test."""
 
-    def __init__(self, prog: str, description: str):
-        super().__init__(prog, description=description, allow_abbrev=False)
+    def __init__(self, prog: str, description: str, **how):
+        super().__init__(prog, description=description, allow_abbrev=False, **how)
 
     def error(self, message: object) -> None:
-        fail(message, self.prog)
+        fail(message, self.prog.split()[-1])

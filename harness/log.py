@@ -4,12 +4,20 @@ docs/log.md has the formula of every figure and the value to expect at the first
 """
 
 import math
+import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
 
 import torch
 
 import losses
+from tasks.base import one_line
+
+GAP = 0.05  # nats: the terminal shows a larger gap between trainer and sampler
+DIED = 0.3  # of an E-step's rows: a run says once that more than these no longer pull
 
 
 def mean(values) -> float | None:
@@ -41,7 +49,7 @@ class BatchLog:
         self.e_losses, self.e_norms, self.died, self.m_losses, self.m_norms = [], [], [], [], []
         self.samples: dict[int, dict] = {}  # what else samples.jsonl says of a row
         self.packing, self.sums = torch.zeros(2, dtype=torch.long), None
-        self.D_sum, self.with_D, self.scores = 0.0, False, []
+        self.D_sum, self.with_D, self.scores, self.overlaps = 0.0, False, [], []
 
     def lap(self, phase: str) -> None:
         now = time.perf_counter()
@@ -88,6 +96,9 @@ class BatchLog:
         here = weight[rows, : scores.D.shape[1]]
         D = losses.sequence_mean(scores.D * here, view.mask, max(1, int(weight.any(1).sum())))
         self.with_D = self.with_D or bool(weight.any())
+        if scores.overlap is not None:
+            seen = scores.overlap[view.mask.bool() & (here > 0) & scores.overlap.isfinite()]
+            self.overlaps.append(torch.stack([seen.sum(), seen.new_tensor(len(seen))]).double())
         part = torch.stack([loss.detach(), D]).double()
         self.sums = part if self.sums is None else self.sums + part
         if measures:
@@ -122,6 +133,7 @@ class BatchLog:
         wins = Counter(c.kind for c, o in zip(batch.C, batch.outcomes) if c and o.reward)
         died = torch.cat(self.died) if self.died else []
         filled, padded = self.world.sum(self.packing).tolist()
+        overlap, places = self.world.sum(sum((x.cpu() for x in self.overlaps), torch.zeros(2, dtype=torch.float64))).tolist()
         seconds = {phase: round(value, 4) for phase, value in self.seconds.items()}
         lengths = [len(rollout.tokens) for rollout in batch.rollouts]
         if self.e_losses:
@@ -136,7 +148,8 @@ class BatchLog:
             "success_given_context": {kind: wins[kind] / count for kind, count in sorted(kinds.items())},
             **self.figures,
             "m_loss": mean(self.m_losses), "m_grad_norm": mean(self.m_norms),
-            "divergence": self.D_sum if distils and self.with_D else None, "lr": lr, "contexts_cut": batch.contexts_cut,
+            "divergence": self.D_sum if distils and self.with_D else None, "overlap": overlap / places if places else None,
+            "lr": lr, "contexts_cut": batch.contexts_cut,
             "left_out": {reason: count for reason, count in self.left_out.items() if count},
             "updates_not_finite": len(self.e_norms + self.m_norms) - self.updates(),
             "padding": 1 - filled / padded if padded else None, "seconds": seconds,
@@ -145,14 +158,53 @@ class BatchLog:
 
 
 def terminal_line(row: dict) -> str:
-    """At most 12 figures of a batch, three digits each."""
+    """At most 12 figures of a batch: three decimals, or two significant digits of what is smaller."""
+    short = lambda x: f"{x:.3f}" if x == 0 or abs(x) >= 0.01 else f"{x:.1e}"  # noqa: E731
     show = {"reward": "reward", "margin": "margin", "divergence": "D", "e_loss": "E-loss", "shift": "delta",
             "m_loss": "M-loss", "m_grad_norm": "|g|", "entropy": "entropy", "response_length": "length",
             "with_context": "with C", "accepted": "accepted"}  # fmt: skip
-    cells = [f"{name} {_short(row[key])}" for key, name in show.items() if row.get(key) is not None]
+    show |= {"sampler_gap": "gap"} if (row.get("sampler_gap") or 0) > GAP else {}
+    cells = [f"{name} {short(row[key])}" for key, name in show.items() if row.get(key) is not None]
     return f"{row['step']:4d}  " + "  ".join(cells) + f"  {sum(row['seconds'].values()):.1f} s"
 
 
-def _short(value: float) -> str:
-    """Three decimals, or two significant digits of what is smaller."""
-    return f"{value:.3f}" if value == 0 or abs(value) >= 0.01 else f"{value:.1e}"
+# ---- Trackers ----------------------------------------------------------------------------------------------------
+
+
+class Tracker:
+    """Hands rows of the log to a tracker's library, tensorboard or wandb (kind "": to nobody); the step is the number of batches
+    done. What fails is told in one line, and nothing more is handed over: no tracker is worth a run."""
+
+    def __init__(self, kind: str, out: Path, settings: dict, first_step: int):
+        self.kind, self.close = kind, lambda: None
+        self._try(lambda: self._open(out, settings, first_step))
+
+    def _open(self, out: Path, settings: dict, first_step: int) -> None:
+        if self.kind == "wandb":
+            run = import_module("wandb").init(project="vpd", name=out.name, dir=out, config=settings)
+            self.take, self.close = lambda figures, step: run.log(figures, step=step), lambda: self._try(run.finish)
+        else:
+            writer = import_module("torch.utils.tensorboard").SummaryWriter
+            board = writer(str(out / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+            self.take = lambda figures, step: [board.add_scalar(name, value, step) for name, value in figures.items()]
+            self.close = lambda: self._try(board.close)
+
+    def _try(self, act: Callable[[], object]) -> None:
+        try:
+            if self.kind:
+                act()
+        except Exception as error:
+            print(f"--track {self.kind} failed ({one_line(error)}): the run goes on without it", file=sys.stderr)
+            self.kind = ""
+
+    def write(self, row: dict) -> None:
+        self._try(lambda: self.take(dict(numbers(row, row["kind"])), row["step"] + (row["kind"] == "train")))
+
+
+def numbers(row: dict, under: str) -> Iterator[tuple[str, float]]:
+    """(name, number) of all numbers in a row: train/reward, eval/pass@2/value."""
+    for name, value in row.items():
+        if isinstance(value, dict):
+            yield from numbers(value, f"{under}/{name}")
+        elif isinstance(value, int | float) and name != "step":
+            yield f"{under}/{name}", value

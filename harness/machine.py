@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sysconfig
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -13,8 +14,8 @@ import torch
 import tasks
 from harness import hub
 from harness.plan import Plan, size
+from tasks.base import one_line
 
-DRIVERS = {11: 450, 12: 525, 13: 580}  # CUDA's first number: the first driver that runs it (NVIDIA's compatibility table)
 CGROUP = Path("/sys/fs/cgroup")
 NCCL_SHM = 1e9  # assumed: below it NCCL may fail to map its buffers; docker gives 64 MB unless told otherwise
 
@@ -22,30 +23,27 @@ NCCL_SHM = 1e9  # assumed: below it NCCL may fail to map its buffers; docker giv
 def check_driver(cfg) -> list[str]:
     """Notes. Raises ValueError where there are GPUs that torch cannot use."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1") or cfg.gpu_memory  # planned for other GPUs
-    if hidden or torch.cuda.is_available() or not (versions := driver_versions()):
+    if hidden or torch.cuda.is_available() or not (count := gpus()):
         return []
-    build, cuda, version = torch.__version__.split("+")[0], torch.version.cuda, versions[0]
-    needed = DRIVERS.get(int((cuda or "0").split(".")[0]), 0)
-    if cuda is None:
-        why = f"torch {build} is a build without CUDA: install the pins of requirements.txt in a new environment"
-    elif int(version.split(".")[0]) < needed:
-        why = f"driver {version} is older than {needed}, which torch {build} (CUDA {cuda}) needs: update it"
-    else:
-        why = f"driver {version} is new enough, so `python -c 'import torch; torch.cuda.init()'` says what is wrong"
-    line = f"nvidia-smi lists {len(versions)} GPUs and torch can use none: {why}"
+    why = "it finds none"
+    try:
+        torch.cuda.init()
+    except Exception as error:  # an older driver, a build without CUDA
+        why = one_line(error)
+    line = f"nvidia-smi lists {count} GPUs and torch {torch.__version__} can use none ({why}): update the driver, or install "
+    line += "the pins of requirements.txt in a new environment"
     if cfg.task == "toy" or cfg.smoke:
         return [f"{line}; this run needs none"]
     raise ValueError(f"{line}; CUDA_VISIBLE_DEVICES= hides the GPUs and trains on the CPU")
 
 
-def driver_versions() -> list[str]:
-    """The driver's version, once for each GPU that nvidia-smi lists."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+def gpus() -> int:
+    """How many nvidia-smi lists."""
     try:
-        lines = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.splitlines()
+        lines = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60).stdout.splitlines()
     except (OSError, subprocess.TimeoutExpired):
-        return []
-    return [line.strip() for line in lines if line.strip()[:1].isdigit()]
+        return 0
+    return sum(line.startswith("GPU ") for line in lines)
 
 
 def check(cfg, plan: Plan) -> list[str]:
@@ -117,13 +115,9 @@ def host_memory() -> tuple[float, float]:
         total, free = (int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
     except (OSError, ValueError, KeyError):
         return float("inf"), float("inf")
-    old = "memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"
-    for limit, used in (("memory.max", "memory.current"), old):
-        try:
-            most, taken = (int((CGROUP / name).read_text()) for name in (limit, used))
-            total, free = min(total, most), min(free, most - taken)
-        except (OSError, ValueError):  # no such file, or no limit
-            continue
+    with suppress(OSError, ValueError):  # no such file, or no limit
+        most, taken = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        total, free = min(total, most), min(free, most - taken)
     return total, free
 
 
@@ -134,8 +128,8 @@ def shared_memory(plan: Plan):
 
 
 def runs_programs(cfg) -> bool:
-    """Does grading run what a model has written? (Of a task of one's own we do not know.)"""
-    return cfg.task in ("lcb", "own") or cfg.task == "toy" and cfg.subset.startswith("code")
+    """Does grading run what a model has written? (Of an own task we do not know; reasoning-gym evaluates some answers.)"""
+    return cfg.task in ("lcb", "own", "reasoning_gym") or cfg.task == "toy" and cfg.subset.startswith("code")
 
 
 def sandbox(cfg):

@@ -1,4 +1,4 @@
-"""The settings of the toy runs and of smoke runs. The paper's are in vpd.py."""
+"""The settings of the toy runs, of one GPU and of smoke runs. The paper's are in vpd.py."""
 
 from pathlib import Path
 
@@ -15,6 +15,16 @@ TOY = dict(
     ema_rate=0.05, eval_temperature=1.0, eval_top_p=1.0, solution_template=toy.TEMPLATES.solution,
     feedback_template=toy.TEMPLATES.feedback, critique_template=toy.TEMPLATES.critique, closing_line=toy.TEMPLATES.closing,
     critique_request=toy.TEMPLATES.request,
+)  # fmt: skip
+# Ours, by the memory plan: Qwen3-0.6B on a GPU of 24 GB, Qwen3-1.7B on one of 48 or 80 GB. One update follows a batch.
+ONE_GPU = dict(
+    model="Qwen/Qwen3-0.6B", lr=5e-6, epochs=0, steps=100, prompts_per_batch=16, minibatch_prompts=16, e_minibatch_prompts=16,
+    max_prompt_tokens=1024, max_response_tokens=1024, max_teacher_tokens=3072, micro_batch_tokens=8192, teacher_probe=32,
+)  # fmt: skip
+# Those of rlhf-book's SDPO (github.com/natolambert/rlhf-book, code/distillation), where both have the setting.
+REASONING_GYM = ONE_GPU | dict(
+    model="Qwen/Qwen3-1.7B", lr=1e-6, steps=200, max_prompt_tokens=512, max_response_tokens=512, max_teacher_tokens=1024,
+    feedback="sibling", eval_every=20,
 )  # fmt: skip
 # Chosen on validation problems, seed 0, with as many settings for each method of a subset (study/results/README.md). The regimes
 # of trace take its settings and then their own. trace-rare and trace-cold have none; hybrids are tuned on code only, OVD and
@@ -51,6 +61,7 @@ SMOKE_TASKS = {
     "lcb": {"data": "lcb.jsonl", "minibatch_prompts": 2},
     "sciknoweval": {"data": "sciknoweval.jsonl", "subset": "all"},
     "math": {"data": ""},
+    "reasoning_gym": {"data": "reasoning_gym.json"},
 }
 
 

@@ -5,9 +5,11 @@
 
 import fcntl
 import hashlib
+import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -25,9 +28,9 @@ from tqdm import tqdm
 import evaluate
 import feedback
 import tasks
-from harness import command, machine, plan, runs
+from harness import machine, plan, presets, runs
 from harness.command import CannotWrite, Stopped, fail, write
-from harness.log import BatchLog, terminal_line
+from harness.log import DIED, BatchLog, Tracker, terminal_line
 from harness.settings import differing
 from model import checkpoint
 from model.parallel import World
@@ -94,15 +97,10 @@ def _lock(out: Path):
 
 def git_commit() -> str:
     """The commit of this code, marked when the tree differs from it; "unknown" outside a repository."""
-    here = Path(__file__).parents[1]
-    git = lambda *args: subprocess.run(["git", *args], cwd=here, capture_output=True, text=True)  # noqa: E731
-    try:
-        head = git("rev-parse", "HEAD")
-    except OSError:  # no git on this machine
-        return "unknown"
-    if head.returncode:
-        return "unknown"
-    return head.stdout.strip() + ("+changes" if git("status", "--porcelain", "-uno").stdout else "")
+    git = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+    with suppress(OSError):  # no git on this machine
+        return subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() or "unknown"
+    return "unknown"
 
 
 def fingerprint(problems: list) -> str:
@@ -133,6 +131,8 @@ def open_run(cfg, world: World, also: Callable = lambda *_: None) -> "Run":
     what else a loop needs, `Run.also`; it may raise ValueError. Raises ValueError, OSError or ImportError with one line."""
     method = cfg.row()
     notes = world.first(lambda: check_directory(cfg) or machine.check_driver(cfg))
+    if cfg.track and importlib.util.find_spec(cfg.track) is None:
+        raise ValueError(f"--track {cfg.track} needs its package: pip install {cfg.track}")
     check_model(cfg)
     check_sampler(cfg.sampler)
     task = tasks.load(cfg.task, cfg.subset, cfg.data, cfg.train_tests, cfg.since, cfg.until)
@@ -141,7 +141,8 @@ def open_run(cfg, world: World, also: Callable = lambda *_: None) -> "Run":
     if method.teacher and cfg.feedback in task.lacks:
         has = ", ".join(source for source in feedback.SOURCES if source not in task.lacks)
         raise ValueError(f"--feedback {cfg.feedback}: {task.name} has {has}")
-    out = Path(world.first(lambda: cfg.out or f"runs/{cfg.task}-{cfg.method}-seed{cfg.seed}-{time.strftime('%Y%m%d-%H%M%S')}"))
+    name = cfg.task if cfg.task != "own" else re.sub(r"\W+", "-", task.name)
+    out = Path(world.first(lambda: cfg.out or f"runs/{name}-{cfg.method}-seed{cfg.seed}-{time.strftime('%Y%m%d-%H%M%S')}"))
 
     with tempfile.TemporaryDirectory() as made:
         # A smoke run that is resumed has its model there.
@@ -193,8 +194,8 @@ def open_run(cfg, world: World, also: Callable = lambda *_: None) -> "Run":
     if making:  # the model was made on the spot; evaluation will want it again
         cfg.model = str(out.resolve() / "base")
         task.notes.append("smoke run: the weights are random, and no number it gives means anything")
-    record = {**asdict(cfg), "out": str(out), "teacher": cfg.reader(), "commit": git_commit(), "processes": world.size,
-              "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    record = {**asdict(cfg), "out": str(out), "task_name": task.name, "teacher": cfg.reader(), "commit": git_commit(),
+              "processes": world.size, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
               "torch": torch.__version__, "command": " ".join(["python", *sys.argv]), "prompts_dropped": dropped,
               "model_files": runs.fingerprint(path)}  # fmt: skip
     world.wait()  # everybody has looked
@@ -215,8 +216,8 @@ def launch(cfg, check: Callable, train: Callable, also: Callable = lambda *_: No
         torch.set_num_threads(1)  # threads that fight for a busy core cost more than they bring
     try:
         check(cfg)
-        if cfg.smoke and cfg.task in ("toy", "own"):
-            raise ValueError(f"--smoke is for lcb, sciknoweval and math: --task {cfg.task} runs here as it is")
+        if cfg.smoke and cfg.task not in presets.SMOKE_TASKS:
+            raise ValueError(f"--smoke is for {', '.join(presets.SMOKE_TASKS)}: --task {cfg.task} runs here as it is")
         if cfg.smoke and cfg.plan:
             raise ValueError("--plan is for the task's own model, which --smoke replaces by a tiny one")
         if cfg.plan:
@@ -238,7 +239,7 @@ def launch(cfg, check: Callable, train: Callable, also: Callable = lambda *_: No
     if where := os.environ.get("VPD_OUT_FILE"):  # of a script that goes on with this run's directory
         Path(where).write_text(str(out))
     changed = " ".join(f"--{name} {value!r}" for name, value in differing(cfg).items())
-    print(f"{out}: {cfg.method} on {run.task.splits()}\nbeside the preset: {changed or 'nothing'}")
+    print(f"{out}: {cfg.method} on {run.task.splits()}\nbeside the preset: {changed or 'nothing'}\n{run.size()}")
     for note in run.task.notes:
         print(note)
     # Of several processes none can save by itself, so that Ctrl-C is taken there like SIGTERM: they stop together.
@@ -270,11 +271,6 @@ def launch(cfg, check: Callable, train: Callable, also: Callable = lambda *_: No
     print(f"done: {out}/model is the last model{best}")
 
 
-def program(main: Callable[[], None]) -> None:
-    """main() as a program."""
-    command.run(main)
-
-
 # ---- The run -----------------------------------------------------------------------------------------------------
 
 
@@ -289,7 +285,28 @@ class Run:
         self.watched, self.split = watch(task)
         self.problems = fingerprint(task.train)
         self.shift, self.bad_in_a_row, self.idle, self.made, self.best = None, 0, 0, 0, -1.0
-        self.first_step, self.saved, self.probe = 0, None, []
+        self.first_step, self.saved, self.probe, self.eval_seconds, self.warned = 0, None, [], 0.0, False
+
+    def size(self) -> str:
+        """How many updates the run makes at most, in one line."""
+        cfg, B = self.cfg, self.cfg.prompts_per_batch
+        line = f"{self.steps} batches make up to {self.steps * (B // cfg.minibatch_prompts)} updates of the student"
+        if cfg.row().e_step:
+            line += f" and {-(-self.steps // cfg.e_step_every) * (B // cfg.e_minibatch_prompts)} of the teacher"
+        watched = f"; {len(self.watched)} {self.split} problems are watched every {cfg.eval_every} batches"
+        return line + watched * bool(cfg.eval_every)
+
+    def outlook(self, batch_seconds: float, done: int) -> str:
+        """When the run will end, by its first batch and evaluation."""
+        evaluations = sum(map(self.watches, range(done + 1, self.steps + 1)))
+        left = batch_seconds * (self.steps - done) + self.eval_seconds * evaluations
+        times = f"a batch takes {batch_seconds:.1f} s" + f", an evaluation {self.eval_seconds:.1f} s" * (self.eval_seconds > 0)
+        end = time.strftime("%a %H:%M", time.localtime(time.time() + left))
+        return f"{times}: the run will end in about {timedelta(seconds=round(left))}, {end}"
+
+    def watches(self, done: int) -> bool:
+        """Whether an evaluation follows so many batches."""
+        return bool(self.cfg.eval_every) and (done % self.cfg.eval_every == 0 or done == self.steps)
 
     @contextmanager
     def started(self, teacher, optimizers: dict[str, torch.optim.Optimizer]) -> Iterator[None]:
@@ -301,7 +318,7 @@ class Run:
         shared = len({id(optimizer) for optimizer in optimizers.values()}) == 1
         names = list(optimizers)[:1] if shared else list(optimizers)
         self.optimizers = {name: (self.policy.model, optimizers[name]) for name in names}
-        self.log, self.samples = None, None
+        self.log, self.samples, self.tracker = None, None, None
         try:
             restored = self._restore() if self.cfg.resume else None
             first = self.policy.world.rank == 0
@@ -311,6 +328,7 @@ class Run:
                 )
             except OSError as error:
                 raise CannotWrite(f"{error.filename}: {error.strerror}") from error
+            self.tracker = Tracker(self.cfg.track if first else "", self.out, self.record, self.first_step)
             self._begin(restored)
             yield
             if not self.made:
@@ -325,7 +343,7 @@ class Run:
         else:
             self.policy.save(self.out / "model")
         finally:
-            for each in (self.log, self.samples, self.lock):
+            for each in (self.tracker, self.log, self.samples, self.lock):
                 with suppress(OSError, AttributeError):  # whatever could not be written has been told
                     each.close()
             self.task.close()
@@ -342,9 +360,6 @@ class Run:
             last = self.first_step if kept else -1
             dropped = sum(checkpoint.cut_log(out / name, last) for name in ("log.jsonl", "samples.jsonl"))
             print(f"going on after {self.first_step} batches; {dropped} later lines dropped from the logs")
-            known = (out / "log.jsonl").read_text().count('"kind": "train"') if (out / "log.jsonl").exists() else 0
-            if known < self.first_step:
-                print(f"{out}/log.jsonl has {known} of the {self.first_step} batches done", file=sys.stderr)
         return kept
 
     def _begin(self, restored: dict | None) -> None:
@@ -358,6 +373,8 @@ class Run:
             if cfg.teacher_probe and self.record["teacher"]:
                 self.probe = self._base_failures()
                 self.policy.world.first(lambda: write(probe, json.dumps(self.probe, indent=1) + "\n"))
+                if not self.probe:
+                    tqdm.write("--teacher_probe measures nothing: no failure of the first weights has a context")
             self.validate(0)
         self.critic.missing.clear()  # the first batch counts its own
         quiet = None if self.policy.world.rank == 0 else True
@@ -370,6 +387,8 @@ class Run:
             file.flush()
         except OSError as error:
             raise CannotWrite(f"{file.name}: {error.strerror}") from error
+        if file is self.log:
+            self.tracker.write(row)
 
     # ---- A batch -----------------------------------------------------------------------------------------------
 
@@ -412,10 +431,15 @@ class Run:
                       "finish": batch.rollouts[i].finish, **asdict(batch.outcomes[i]), "context": context}  # fmt: skip
             self._write(self.samples, sample | log.samples.get(i, {}))
         tqdm.write(terminal_line(row))
+        if (row["e_died"] or 0) > DIED and not self.warned:
+            self.warned = True
+            tqdm.write(f"{row['e_died']:.2f} of the E-step's rows no longer pull: smaller --beta, or see e_died in docs/log.md")
         self.bar.update()
         self.made += log.updates()
         self.idle = 0 if log.e_norms or log.m_norms else self.idle + 1
-        if cfg.eval_every and (done % cfg.eval_every == 0 or done == self.steps):
+        if log.step == self.first_step and done < self.steps:
+            tqdm.write(self.outlook(sum(row["seconds"].values()), done))
+        if self.watches(done):
             self.validate(done)
         if done == self.steps or cfg.checkpoint_every and done % cfg.checkpoint_every == 0:
             self.save_state(done)
@@ -452,10 +476,17 @@ class Run:
         figures = {key: value for key, value in result.items() if key != "rewards"}
         if self.probe:
             figures["teacher_avg"] = self.teacher_pass_rate()
-        seconds = {"eval": round(time.perf_counter() - start, 4)}
+        self.eval_seconds = round(time.perf_counter() - start, 4)
+        seconds = {"eval": self.eval_seconds}
         self._write(self.log, {"kind": "eval", "step": step, "split": self.split, **figures, "seconds": seconds})
         teacher = f"  teacher on {len(self.probe)} base failures {figures['teacher_avg']:.3f}" if self.probe else ""
         tqdm.write(f"{self.split} after {step:4d} batches: {evaluate.line(result)}{teacher}")
+        if self.probe and not step:  # a teacher that cannot read has nothing to teach
+            rewards = {p.id: rewards for p, rewards in zip(self.watched, result["rewards"].values())}
+            student = sum(sum(rewards[row["id"]]) for row in self.probe) / (len(self.probe) * self.cfg.eval_samples)
+            if figures["teacher_avg"] <= student:
+                tqdm.write(f"with the feedback the teacher passes no more of them than the student without it ({student:.3f}): see "
+                           "teacher_avg in docs/log.md")  # fmt: skip
         if self.task.validation and result["avg"] > self.best:  # nothing is chosen by test problems
             self.best = result["avg"]
             self.policy.save(self.out / "best")
@@ -481,11 +512,8 @@ class Run:
         """Pass rate of the teacher, as it now is, on the failures in `probe`."""
         cfg, by_id = self.cfg, {p.id: p for p in self.watched}
         problems = [by_id[row["id"]] for row in self.probe]
-        prompts = [
-            feedback.teacher_prompt(
-                self.policy.tokenizer, problem.messages, feedback.Context(**row["context"]), cfg.templates(), cfg.max_teacher_tokens
-            )[0]
-            for problem, row in zip(problems, self.probe)
-        ]  # fmt: skip
+        contexts, words = [feedback.Context(**row["context"]) for row in self.probe], cfg.templates()
+        prompts = [feedback.teacher_prompt(self.policy.tokenizer, problem.messages, C, words, cfg.max_teacher_tokens)[0]
+                   for problem, C in zip(problems, contexts)]  # fmt: skip
         with weights_of(self.teacher, self.sampler, self.policy) as reader:
             return self.measure(reader, problems, "probe", prompts)["avg"]

@@ -14,10 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
-from harness.command import fail
+from harness.command import Parser
 
 # Settings of a command rather than of the run that it starts or resumes.
-NOT_OF_THE_RUN = ("out", "resume", "overwrite", "plan", "gpus", "gpu_memory")
+NOT_OF_THE_RUN = ("out", "resume", "overwrite", "track", "plan", "gpus", "gpu_memory")
 
 
 class Group:
@@ -48,11 +48,6 @@ def read_by(objective: Callable, name: str) -> bool:
 # ---- Flags -----------------------------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        fail(f"{message} ({self.prog} --help lists the settings)")
-
-
 def _boolean(text: str) -> bool:
     if text.lower() not in ("true", "false", "1", "0"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
@@ -62,8 +57,7 @@ def _boolean(text: str) -> bool:
 def flags(config: type, prog: str, description: str, values: dict) -> Parser:
     """A parser that returns only what was given. values: shown by --help as what holds without the flag."""
     formatter = lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=120)  # noqa: E731
-    parser = Parser(prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                    formatter_class=formatter, usage=f"{prog} [flags]")  # fmt: skip
+    parser = Parser(prog, description, argument_default=argparse.SUPPRESS, formatter_class=formatter, usage=f"{prog} [flags]")
     groups: dict[str, argparse._ArgumentGroup] = {}
     for field in dataclasses.fields(config):
         title, kind = field.metadata["group"], field.type

@@ -20,6 +20,7 @@ import torch
 import losses
 
 BUFFER_BYTES = 80 << 20  # of the buffers of logits together on a CPU; on CUDA ten times as much
+PLACES = 16  # the overlap of the two top k is taken at every 16th place: the teacher's own top k is one more pass over V
 COLUMNS = 4096  # of the vocabulary, taken at a time on a CPU, where they fit its caches; on CUDA ten times as many
 
 
@@ -27,12 +28,13 @@ COLUMNS = 4096  # of the vocabulary, taken at a time on a CPU, where they fit it
 class Scores:
     """What a pass says of each response token, (B, T) each, detached, 0 on padding. logp: log p(y_t) of the student; entropy:
     of the distribution y_t comes from, or None where nobody asked; D: D(student, teacher); teacher_logp: log p(y_t) of the
-    teacher; 0 without a teacher."""
+    teacher; 0 without a teacher; overlap: the share of the student's top k that is in the teacher's, nan where nobody looked."""
 
     logp: torch.Tensor
     entropy: torch.Tensor | None = None
     D: torch.Tensor | None = None
     teacher_logp: torch.Tensor | None = None
+    overlap: torch.Tensor | None = None
 
 
 @dataclass
@@ -228,7 +230,8 @@ def loss(
         buffer, *other = _buffers(hidden, head, 2 if teacher else 1)
         d_hidden, d_head = (torch.zeros_like(hidden), torch.zeros_like(head)) if need else (None, None)
         total = buffer.new_zeros(())
-        scores = Scores(*(buffer.new_zeros(n) if wanted else None for wanted in (True, entropy, True, True)))
+        wanted = (True, entropy, True, True, teacher is not None and divergence is not None and top_k is not None)
+        scores = Scores(*(buffer.new_zeros(n) if each else None for each in wanted))
         for at in _slices(n, buffer):
             taught = _project(teacher[0][at], teacher[1], other[0]) if teacher else None
             logits = _project(hidden[at], head, buffer)
@@ -253,9 +256,12 @@ def _chunk(objective, weights, logits, tokens, known, taught, divergence, top_k,
     chosen = logits.gather(-1, tokens)  # (c, 1)
     chosen_t = torch.zeros_like(chosen) if taught is None else taught.gather(-1, tokens)
     compares = taught is not None and divergence is not None
-    H = top = log_s = log_t = D = None
+    H = top = log_s = log_t = D = overlap = None
     if compares and top_k is not None:
         top = logits.topk(top_k, dim=-1).indices  # (c, k), the largest first
+        overlap = logits.new_full((len(logits),), torch.nan)
+        here = slice(None, None, PLACES)
+        overlap[here] = (top[here, :, None] == taught[here].topk(top_k, dim=-1).indices[:, None]).any(-1).float().mean(-1)
         total_t, _, log_t, _ = _split(taught, top, taught.amax(-1, keepdim=True))
         total, others, log_s, at_top = _split(logits, top, logits.gather(-1, top[:, :1]))
         H = _entropy_of_parts(others + at_top.sum(-1, keepdim=True), logits, at_top) if entropy else None
@@ -283,7 +289,7 @@ def _chunk(objective, weights, logits, tokens, known, taught, divergence, top_k,
             leaf = D = (torch.zeros_like(logp.detach()) if D is None else D.unsqueeze(0)).requires_grad_()
         t = SimpleNamespace(**{"teacher_logp": row(teacher_logp)} | known, logp=logp, D=D)
         value = (weights * objective(t).squeeze(0)).sum()
-        scores = Scores(logp.detach().squeeze(0), H, D.detach().squeeze(0), teacher_logp.squeeze(-1))
+        scores = Scores(logp.detach().squeeze(0), H, D.detach().squeeze(0), teacher_logp.squeeze(-1), overlap)
         if not need:
             return value.detach().to(logits.dtype), scores
         by_logp, by_leaf = torch.autograd.grad(value, [logp, leaf], allow_unused=True, materialize_grads=True)

@@ -21,7 +21,7 @@ import torch
 import feedback
 import losses
 import vpd
-from harness import presets, session
+from harness import command, presets, session
 from harness.settings import Group, parse
 from model.policy import Policy, ema_update
 from neighbours.served import Asked
@@ -193,4 +193,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    session.program(main)
+    command.run(main)

@@ -1,7 +1,7 @@
 """Curves of runs, and the paper's figures on the toy tasks.
 
     python -m study.figures runs/toy-vpd-seed1 runs/toy-vpd-seed2 runs/toy-grpo-seed1 --out curves.png
-    python -m study.figures      study/results/study.json -> study/results/margin.png, progress.png, cold.png, ...
+    python -m study.figures      study/results/study.json -> study/results/margin.png, progress.png, dialect.png
 
 Runs that differ only in their seed share a colour: the line is the mean over seeds, the band goes from the lowest
 to the highest seed. The grey line is the pass rate of the base model. Steps count the rollout batches before a measurement.
@@ -26,7 +26,7 @@ from harness.command import CannotWrite, Parser, check_out, run, write
 STYLES = {
     "vpd": ("#0072B2", "-"), "sdpo": ("#D55E00", "--"), "grpo": ("#009E73", "-."), "joint": ("#CC79A7", ":"),
     "reshape": ("#E69F00", "-"), "reweight": ("#56B4E9", "--"), "distil": ("#000000", "-."), "ovd": ("#999999", ":"),
-    "vpd fixed prior": ("#882255", "--"),
+    "sdpo live": ("#882255", "--"),
 }  # fmt: skip
 SPARE = [(colour, dash) for dash in ((0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
          for colour in ("#000000", "#882255", "#E69F00", "#56B4E9", "#CC79A7")]  # fmt: skip
@@ -38,15 +38,12 @@ MEASURES = {  # key of a log row: title, kind of row, whether to smooth over nei
     "entropy": ("student's entropy, nats per token", "train", True),
     "divergence": ("each method's D(student, teacher)", "train", True),  # KL of one, JS of another
 }
-EVERY = ("vpd", "sdpo", "grpo", "joint", "reshape", "reweight", "distil", "ovd")
-LATER = ("distil", "ovd")  # drawn where there are runs of them, and not missed elsewhere
-FIGURES = {  # file: panels of (subset, measure, variants); "*" is every further row of the subset
-    "margin": [("trace", "margin", ("vpd", "sdpo"))],  # Fig. 1
-    "progress": [("code", "avg", EVERY), ("trace", "avg", ("vpd", "sdpo", "grpo", *LATER))],  # Fig. 2
-    "cold": [("trace-cold", "avg", ("vpd", "sdpo", "grpo"))],  # Fig. 3
-    "prior": [("trace", key, ("vpd", "vpd fixed prior")) for key in ("avg", "margin")],  # Fig. 5
-    "long": [("trace-long", key, ("vpd", "sdpo", "grpo", "*"))
-             for key in ("avg", "teacher_avg", "entropy", "divergence")],
+FIGURES = {  # file: panels of (subset, measure, variants)
+    "margin": [("trace", "margin", ("vpd", "sdpo", "sdpo live"))],  # Fig. 1
+    "progress": [(subset, "avg", ("vpd", "sdpo", "sdpo live", "grpo", "joint", "reshape", "reweight"))
+                 for subset in ("trace", "code")],  # Fig. 2
+    "dialect": [("trace-dialect", key, ("vpd F=1", "vpd F=2", "vpd F=5", "sdpo no E-step"))
+                for key in ("avg", "teacher_avg", "margin")],
 }  # fmt: skip
 
 
@@ -217,12 +214,12 @@ def draw_study(study: Path, out: Path) -> tuple[list[str], list[str]]:
     for path, panels in ((out / f"{file}.png", panels) for file, panels in FIGURES.items()):
         wanted, missing = [], []
         for subset, measure, variants in panels:
-            names = [f"{subset}/{variant}" for variant in variants if variant != "*"]
-            if "*" in variants:
-                names += [name for name in curves if name.startswith(f"{subset}/") and name not in names]
-            wanted.append((f"{subset}: ", measure, [name for name in names if name in curves]))
-            missing += [f"no row {n}" for n in names if n not in curves and not n.endswith(LATER)]
-        picture, legend, empty = plot(wanted, curves, (9, 6.8 if len(panels) > 2 else 4.2), 200)
+            names = [f"{subset}/{variant}" for variant in variants]
+            if any(name in curves for name in names):
+                wanted.append((f"{subset}: ", measure, [name for name in names if name in curves]))
+            missing += [f"no row {name}" for name in names if name not in curves]
+        size = (13 if len(panels) > 2 else 9, 4.2)
+        picture, legend, empty = plot(wanted, curves, size, 200) if wanted else (b"", [], [])
         if legend:
             pictures[path] = picture
             lines.append(f"{path}: {', '.join(legend)}")

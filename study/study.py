@@ -1,12 +1,13 @@
-"""The evidence on the toy tasks: every run behind study/results/README.md, over several seeds, on a CPU.
+"""The evidence on the toy tasks: every run behind study/results/README.md, on a CPU.
 
-    bash run.sh study                    makes the runs that are not in runs/study yet, two at a time, then the tables
-    bash run.sh study --only trace-cold  only rows whose name starts like this
-    bash run.sh study --tune             every setting in study/results/tuning.json (validation problems, seed 0)
-    bash run.sh study --tables           only the tables, from study/results/study.json
+    bash run.sh study --tune             the settings that each row tried, two seeds each, by validation problems
+    bash run.sh study                    the reported runs that are not in runs/study yet, two at a time, then the tables
+    bash run.sh study --only trace/vpd   only rows whose name starts like this
+    bash run.sh study --tables           only the tables, from study/results/
 
-A run is the training command that the tables print, then `python evaluate.py --run DIR`. A finished run is kept, one
-that was stopped starts again.
+study/rows.txt lists the settings that were tried and the rows that are reported, study/claims.txt what is claimed of them. A run
+is the training command that the tables print, then `python evaluate.py --run DIR`. A finished run is kept, one that was stopped
+starts again.
 """
 
 import json
@@ -20,7 +21,6 @@ import sys
 import time
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
@@ -32,124 +32,93 @@ from study.figures import load, read
 
 HERE = Path(__file__).parents[1]
 README = HERE / "README.md"
-MARKS = ("<!-- written by study.py: begin -->", "<!-- written by study.py: end -->")
 SUMMARY = ("<!-- written by study.py: summary -->", "<!-- written by study.py: end of summary -->")
+MARKS = ("<!-- written by study.py: begin -->", "<!-- written by study.py: end -->")
 VERDICTS = ("yes", "no, the opposite", "undecided")
-LIMITS = """A verdict is Welch's 95% interval over seeds. There are dozens, without correction, so about one in twenty
-is chance. The interval says little where some runs collapse and others do not: there, look at the exact rank test and
-at each seed. Not tested here: real models (Tables 1 to 3), mathematics (Fig. 4), memory, and the time of an E-step on
-a GPU. A verdict covers these tasks at these settings."""
+TUNING_SEEDS = (101, 102)  # never reported
 
-# ---- Rows and claims -----------------------------------------------------------------------------------------
+# ---- Rows and claims, from the text files beside this one --------------------------------------------------------
 
-LABELS = {"vpd": "VPD", "sdpo": "SDPO", "grpo": "GRPO", "joint": "SDPO+RL joint", "reshape": "SDPO+RL reshape",
-          "reweight": "SDPO+RL reweight", "distil": "DistIL", "ovd": "OVD"}  # fmt: skip
-NEIGHBOURS = ("distil", "ovd")  # a loop of their own: `python -m neighbours.NAME`, the same flags without --method
-# With one update per batch SDPO's token weights are 1, so SDPO's loop is VPD's without the E-step.
-NO_E_STEP = "vpd no E-step --teacher live --divergence js --lr"
-ROWS = {}  # SUBSET/METHOD CHANGE: the flags that differ from the preset. trace-long is trace for twice as many batches.
-for subset, rows in {
-    "code": f"vpd; sdpo; grpo; joint; reshape; reweight; distil; {NO_E_STEP} 6e-4; "
-            "distil local term alone --no_future; distil constant norm --distil_norm constant",
-    "trace": "vpd; sdpo; grpo; distil; vpd F=1 --e_step_every 1; vpd F=10 --e_step_every 10; vpd fixed prior --prior fixed; "
-             "vpd EMA teacher --teacher ema; vpd all passed --passed_text passed; vpd e_groups all --e_groups all; "
-             "vpd KL(student‖teacher) --divergence kl_student_teacher; "
-             f"vpd KL(teacher‖student) --divergence kl_teacher_student; vpd sibling --feedback sibling; {NO_E_STEP} 1e-3; "
-             "sdpo live teacher --teacher live; sdpo sibling --feedback sibling; distil local term alone --no_future --lr 4e-3; "
-             "distil constant norm --distil_norm constant; distil black box --expert samples",
-    "trace-cold": "vpd; sdpo; grpo",
-    "trace-rare": f"vpd; sdpo; grpo; {NO_E_STEP} 1e-3",
-    "trace-often": f"vpd; sdpo; grpo; {NO_E_STEP} 1e-3",
-    "choice": "vpd; sdpo; grpo; vpd critique --feedback critique --lr 3e-4 --e_lr 2.5e-4 --e_step_every 1; "
-              "sdpo critique --feedback critique --lr 1e-3 --divergence kl_student_teacher",
-    "trace-long": "vpd --steps 60; sdpo --steps 60; grpo --steps 60",
-    "code-judge": "vpd; sdpo; grpo; ovd; ovd sg pi --ovd_ratio one; ovd failures left out --no_ovd_failed; "
-                  "ovd sg pi, failures left out --ovd_ratio one --no_ovd_failed; "
-                  "ovd sg pi, all rejected --ovd_ratio one --ovd_threshold 10",
-}.items():  # fmt: skip
-    for name, dashes, flags in (row.partition(" --") for row in rows.split("; ")):
-        ROWS[f"{subset}/{name}"] = f"{dashes}{flags}".split()
-
-Claim = namedtuple("Claim", "says quantity subset above below")  # a line of claims.txt on one subset with one quantity
-CLAIMS: dict[str, list[Claim]] = {}  # by heading; those of papers are in README.md as well
-for line in (Path(__file__).parent / "claims.txt").read_text().splitlines():
-    if line.startswith("## "):
-        claims = CLAIMS.setdefault(line[3:], [])
-    elif line and not line.startswith("# "):
-        says, quantities, subsets, rows = line.split(" | ")
-        claims += [Claim(says, q, s, *rows.split(" > ")) for q in quantities.split(", ") for s in subsets.split()]
-WHAT = {"avg": "", "pass@4": "pass@4: ", "teacher change": "teacher on base failures, gain: ",
-        "margin change": "margin, last five batches minus first five: ",
-        "margin fall": "margin, first five batches minus last five: ",
-        "late gain": "validation, gain in the second half: ", "late loss": "validation, loss in the second half: "}  # fmt: skip
+LABELS = {"vpd": "VPD", "sdpo": "SDPO", "sdpo live": "SDPO, live teacher", "grpo": "GRPO", "joint": "SDPO+RL joint",
+          "reshape": "SDPO+RL reshape", "reweight": "SDPO+RL reweight"}  # fmt: skip
+Claim = namedtuple("Claim", "says quantity above below")  # above and below: rows; below may be 0, or base
+QUANTITIES = {"avg": "", "teacher change": "teacher on base failures, gain: ", "margin change": "margin, last five less first five: "}
 
 
-def label_of(name: str) -> str:
-    method, _, change = name.split("/")[1].partition(" ")
-    return LABELS[method] + (f", {change}" if change else "")
+def lines_of(name: str) -> dict[str, list[list[str]]]:
+    """{heading: lines} of a text file beside this one, a line split at its bars."""
+    found: dict[str, list[list[str]]] = {}
+    for line in (Path(__file__).parent / name).read_text().splitlines():
+        if line.startswith("## "):
+            part = found.setdefault(line[3:], [])
+        elif line and not line.startswith("# "):
+            part.append(line.split(" | "))
+    return found
 
 
-def flags_of(name: str) -> list[str]:
-    """Of a row's runs, seed and folder aside."""
-    subset, variant = name.split("/")
-    method, _, change = variant.partition(" ")
-    method = "sdpo" if change == "no E-step" else method
-    return ["--task", "toy", "--subset", subset.replace("-long", ""), "--method", method, *ROWS[name]]
+TRIED: dict[str, list[str]] = {}  # row: the flags of each setting that was tried for it
+for row, flags in lines_of("rows.txt")["tried"]:
+    TRIED.setdefault(row, []).append(flags)
+REPORTED = {row: (flags, int(seeds)) for row, flags, seeds in lines_of("rows.txt")["reported"]}
+CLAIMS = {heading: [Claim(says, quantity, *rows.split(" > ")) for says, quantity, rows in lines]
+          for heading, lines in lines_of("claims.txt").items()}  # fmt: skip
 
 
-def program(flags: list[str]) -> list[str]:
-    """The training command of these flags, without `python`."""
-    at = flags.index("--method")
-    if flags[at + 1] in NEIGHBOURS:
-        return ["-m", f"neighbours.{flags[at + 1]}", *flags[:at], *flags[at + 2 :]]
-    return ["vpd.py", *flags]
+def task_of(row: str) -> list[str]:
+    subset, variant = row.split("/")
+    return ["--task", "toy", "--subset", subset, "--method", variant.split()[0]]
 
 
-def training(name: str) -> str:
-    return f"python {' '.join(program(flags_of(name)))} --seed N --out DIR"
+def best(row: str, known: dict) -> str | None:
+    """Of the settings that were tried for a row, the flags of the best by the mean of its tuning seeds."""
+    means = {flags: np.mean([run["avg"] for run in runs.values()]) for flags, runs in known.get(row, {}).items()}
+    return max(means, key=means.get) if len(means) == len(TRIED[row]) else None
 
 
-def configured(flags: list[str]):
-    """The loop's module that these flags are for, and its Config."""
-    first, *rest = program(flags)
-    module = import_module(rest.pop(0) if first == "-m" else "vpd")  # and with it torch, which the tables do without
-    return module, module.settings(rest)
+def reported(known: dict) -> dict[str, list[str]]:
+    """The flags of each row that is reported, seed and folder aside, of which the settings are known by now. The flags in
+    rows.txt: those of the row's best setting, or of the row named first and then what differs from it."""
+    found: dict[str, list[str]] = {}
+    for row, (flags, _) in REPORTED.items():
+        of, *more = flags.split(" --")
+        settings = best(of, known) if of in TRIED else None
+        if settings is not None:
+            if not row.split("/")[1].startswith("vpd"):  # the loop without its E-step
+                settings = re.sub(r"--e_\S+ \S+ ?", "", settings)
+            found[row] = task_of(row) + settings.split() + "".join(f" --{flag}" for flag in more).split()
+    return found
 
 
-def settings_of(flags: list[str]) -> dict:
-    """What these flags mean now, as a run directory records it, but for where the model is."""
-    from harness.settings import NOT_OF_THE_RUN
-
-    cfg, aside = configured(flags)[1], (*NOT_OF_THE_RUN, "model", "given", "preset")
-    return {name: value for name, value in vars(cfg).items() if name not in aside} | {"teacher": cfg.reader()}
-
-
-# ---- Runs ----------------------------------------------------------------------------------------------------
+# ---- Runs --------------------------------------------------------------------------------------------------------
 
 STARTED: list[subprocess.Popen] = []  # to be killed when the study is stopped
 SERIES = ("reward", "margin", "entropy", "divergence", "with_context", "response_length", "shift")  # that are kept of a run
 
 
-def folder_of(name: str) -> str:
-    return re.sub("[/ ‖]", "-", name)
+def settings_of(flags: list[str]) -> dict:
+    """What these flags mean now, as a run directory records it, but for where the model is."""
+    import vpd  # and with it torch, which the tables do without
+    from harness.settings import NOT_OF_THE_RUN
+
+    cfg, aside = vpd.settings(flags), (*NOT_OF_THE_RUN, "model", "given", "preset")
+    return {name: value for name, value in vars(cfg).items() if name not in aside} | {"teacher": cfg.reader()}
 
 
 def perform(flags: list[str], out: Path, test: bool) -> str:
-    """Trains, and with `test` evaluates the first and the last weights; the output goes to a text file. Returns the
-    error, or ""."""
+    """Trains, and with `test` evaluates the first and the last weights; the output goes to a text file. Returns the error, or
+    "". A run that ends because no rollout succeeds any more has status 1, and its weights."""
     start, text = time.perf_counter(), out.with_name(f"{out.name}.txt")
-    commands = [[*program(flags), "--out", str(out), "--overwrite"], ["evaluate.py", "--run", str(out)]]
+    commands = [["vpd.py", *flags, "--out", str(out), "--overwrite"], ["evaluate.py", "--run", str(out)]]
     with text.open("w") as printed:
         for line in commands[: 1 + test]:
             child = subprocess.Popen([sys.executable, *line], cwd=HERE, stdout=printed, stderr=subprocess.STDOUT,
                                      env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
             STARTED.append(child)
-            if status := child.wait():
-                last = ["", *text.read_text().splitlines()][-1]
+            status, last = child.wait(), ["", *text.read_text().splitlines()][-1]
+            if status and "made no update" not in last:
                 return f"exit status {status}: {last} (see {text})"
     (out / "done.json").write_text(json.dumps({"seconds": round(time.perf_counter() - start, 1)}) + "\n")
-    # The weights are not needed again, and a study has hundreds of them.
-    for part in ("model", "best", "checkpoints"):
+    for part in ("model", "best", "checkpoints"):  # not needed again, and a study has hundreds of them
         shutil.rmtree(out / part, ignore_errors=True)
     return ""
 
@@ -193,7 +162,7 @@ def record(out: Path) -> dict:
     train, evals = ([row for row in rows if row["kind"] == kind] for kind in ("train", "eval"))
     commit, changed, _ = config["commit"].partition("+")
     seconds = float(np.median([sum(row["seconds"].values()) for row in train]))
-    result = {"commit": commit[:7] + changed, **done, "seconds_per_batch": round(seconds, 3)}
+    result = {"commit": commit[:7] + changed, "hardware": hardware(), **done, "seconds_per_batch": round(seconds, 3)}
     for name, found in load(out / "evaluation.json", {}).items():
         kept = {key: rounded(found[key]) for key in ("avg", "low", "high")}
         result[name] = kept | {key: rounded(v["value"]) for key, v in found.items() if key.startswith("pass@")}
@@ -206,24 +175,7 @@ def record(out: Path) -> dict:
 def hardware() -> str:
     cpu = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", cpu.read_text()) if cpu.exists() else []
-    return f"{(names or [platform.machine()])[0]}, one thread per run, torch {version('torch')}"
-
-
-def collect(folder: Path, results: Path, seeds: range) -> dict:
-    """study.json with the runs in `folder` in the place of older ones of the same name and seed."""
-    known = load(results / "study.json", {"rows": {}})
-    for name in ROWS:
-        runs = known["rows"].get(name, {}).get("runs", {})
-        for seed in seeds:
-            out = folder / f"{folder_of(name)}-seed{seed}"
-            if (out / "done.json").exists():
-                runs[str(seed)] = record(out)
-                known["hardware"] = hardware()
-        if runs:
-            known["rows"][name] = {"label": label_of(name), "command": training(name), "runs": runs}
-    known["rows"] = {name: known["rows"][name] for name in ROWS if name in known["rows"]}  # in the order above
-    write(results / "study.json", known)
-    return known
+    return f"{(names or [platform.machine()])[0]}, torch {version('torch')}"
 
 
 def write(path: Path, content: dict) -> None:
@@ -233,7 +185,7 @@ def write(path: Path, content: dict) -> None:
     command.write(path, text + "\n")
 
 
-# ---- Numbers -------------------------------------------------------------------------------------------------
+# ---- Numbers -----------------------------------------------------------------------------------------------------
 
 
 def ends(values: list, width: int = 5) -> tuple[float, float]:
@@ -244,31 +196,23 @@ def ends(values: list, width: int = 5) -> tuple[float, float]:
 
 
 def quantity(name: str, run: dict) -> float:
-    """A number of one run, nan where it has none. Late means the second half of the batches."""
-    if name in ("avg", "pass@4"):
-        return run["after"][name]
-    steps, avg = run["eval"]["step"], run["eval"]["avg"]
-    if name.startswith("late"):
-        first, last = avg[steps.index(steps[-1] // 2)], avg[-1]
-    else:
-        first, last = ends(run["train"]["margin"]) if name.startswith("margin") else ends(run["eval"]["teacher"], 1)
-    return first - last if name in ("margin fall", "late loss") else last - first
+    """A number of one run, nan where it has none."""
+    if name == "avg":
+        return run["after"]["avg"]
+    first, last = ends(run["train"]["margin"]) if name == "margin change" else ends(run["eval"]["teacher"], 1)
+    return last - first
 
 
-def interval(values: list[float], less: list[float] = ()) -> tuple[float, float, float]:
-    """Mean and its 95% t interval over seeds, nan for fewer than two; with `less`, the difference of means and Welch's
-    interval, for unequal spread. Rows share the order of problems and the first rollouts of a seed; that is not used,
-    since runs go apart after a few batches."""
-    samples = [of for of in (values, less) if of]
-    if not samples or min(map(len, samples)) < 2:
-        return values[0] if values else np.nan, np.nan, np.nan
-    mean = float(np.mean(values) - (np.mean(less) if less else 0))
-    squares = [np.var(of, ddof=1) / len(of) for of in samples]  # of the means' standard errors
-    if not any(squares):
-        return mean, mean, mean
-    freedom = sum(squares) ** 2 / sum(square**2 / (len(of) - 1) for square, of in zip(squares, samples))
-    half = float(stats.t.ppf(0.975, freedom) * np.sqrt(sum(squares)))
-    return mean, mean - half, mean + half
+def of_seeds(rows: dict, row: str, name: str) -> dict[str, float]:
+    runs = rows.get(row, {}).get("runs", {})
+    return {seed: v for seed, run in runs.items() if not np.isnan(v := quantity(name, run))}
+
+
+def interval(values: list[float]) -> tuple[float, float, float]:
+    """Mean and its 95% t interval over seeds, nan for fewer than two."""
+    if len(values) < 2 or np.ptp(values) == 0:
+        return values[0] if values else np.nan, *[np.nan if len(values) < 2 else values[0]] * 2
+    return float(np.mean(values)), *map(float, stats.ttest_1samp(values, 0).confidence_interval())
 
 
 def with_interval(values: list[float]) -> str:
@@ -276,49 +220,43 @@ def with_interval(values: list[float]) -> str:
     return f"{mean:.3f} [{low:.3f}, {high:.3f}]" if len(values) > 1 else "".join(f"{value:.3f}" for value in values)
 
 
-def runs_of(rows: dict, name: str) -> list[dict]:
-    """The runs of a row, one for each seed; none of a row that is not there."""
-    return list(rows.get(name, {}).get("runs", {}).values())
+def collapsed(run: dict) -> bool:
+    """Whether the last validation pass rate is 0.2 or more below the run's best, or 0 though it was not at first."""
+    avg = run["eval"]["avg"]
+    return avg[-1] <= max(avg) - 0.2 or avg[-1] == 0 < avg[0]
 
 
-def verdict(claim: Claim, rows: dict) -> tuple[str, str] | None:
-    """The numbers and the verdict, or None while a row has fewer than two seeds."""
-    runs = [runs_of(rows, f"{claim.subset}/{name}") for name in claim[3:] if name not in ("base", "0")]
-    values = [[v for run in of if not np.isnan(v := quantity(claim.quantity, run))] for of in runs]
-    if min(map(len, values)) < 2:
-        return None
-    (mean, low, high), text = interval(*values), with_interval(values[0])
-    if len(values) == 2:
-        rank = stats.mannwhitneyu(*values, method="exact").pvalue
-        text = " against ".join(f"{np.mean(of):.3f}" for of in values)
-        text = f"{text}: {mean:+.3f} [{low:+.3f}, {high:+.3f}], rank test p {rank:.3f}"
-    elif claim.above == "base":
-        base = runs[0][0]["before"]["avg"]
-        text, low, high = f"{text}, base {base:.3f}", base - high, base - low
-    return text, VERDICTS[0 if low > 0 else 1 if high < 0 else 2]
+def judge(claims: list[Claim], rows: dict) -> list[tuple[Claim, str, str]]:
+    """(claim, its numbers, its verdict) for the claims of one family whose rows have two seeds or more. The rows are paired:
+    the same seeds, the same problems. A verdict is the paired t test's at 5% after Holm's correction over the family."""
+    found = []
+    for claim in claims:
+        above, below = (of_seeds(rows, row, claim.quantity) for row in (claim.above, claim.below))
+        if claim.below in ("0", "base"):
+            below = {seed: 0.0 if claim.below == "0" else rows[claim.above]["runs"][seed]["before"]["avg"] for seed in above}
+        pairs = np.array([(above[seed], below[seed]) for seed in above if seed in below]).reshape(-1, 2)
+        differences = pairs[:, 0] - pairs[:, 1]
+        if len(differences) < 2 or np.ptp(differences) == 0:
+            continue
+        test = stats.ttest_1samp(differences, 0)
+        low, high = test.confidence_interval()
+        means = " against ".join(f"{mean:.3f}" for mean in pairs.mean(0))
+        text = f"{means}: {np.mean(differences):+.3f} [{low:+.3f}, {high:+.3f}], {len(differences)} pairs"
+        found.append((claim, f"{QUANTITIES[claim.quantity]}{text}", test.pvalue, np.mean(differences)))
+    order, worst, corrected = np.argsort([p for *_, p, _ in found]), 0.0, {}
+    for rank, i in enumerate(order):  # Holm: the smallest p times their number, the next times one less, ...
+        worst = corrected[i] = max(worst, min(1.0, found[i][2] * (len(found) - rank)))
+    return [(claim, f"{text}, p {corrected[i]:.3g}", VERDICTS[2 if corrected[i] >= 0.05 else 0 if mean > 0 else 1])
+            for i, (claim, text, _, mean) in enumerate(found)]  # fmt: skip
 
 
-# ---- Tables --------------------------------------------------------------------------------------------------
+# ---- Tables ------------------------------------------------------------------------------------------------------
 
 
-def table(subset: str, rows: dict) -> list[str]:
-    """The text table of a subset's rows, and under it the command of each."""
-    rows = {name: row for name, row in rows.items() if name.split("/")[0] == subset}
-    base = runs_of(rows, next(iter(rows)))[0]["before"]
-    cells = [("", "seeds", "avg@4 [95% over seeds]", "each seed", "pass@4 ", "margin", "teacher", "s/batch"),
-             ("base model", "", f"{base['avg']:.3f}", "", f"{base['pass@4']:.3f}", "", "", "")]  # fmt: skip
-    for name, row in rows.items():
-        runs = runs_of(rows, name)
-        avg = [run["after"]["avg"] for run in runs]
-        pass_4 = np.mean([run["after"]["pass@4"] for run in runs])
-        pairs = [[ends(run["train"]["margin"]), ends(run["eval"]["teacher"], 1)] for run in runs]
-        spans = ["" if np.isnan(a) else f"{a:.2f} to {b:.2f}" for a, b in np.mean(pairs, 0)]
-        seconds = np.median([run["seconds_per_batch"] for run in runs])
-        each = " ".join(f"{value:.3f}" for value in avg)
-        cells.append((row["label"], len(runs), with_interval(avg), each, f"{pass_4:.3f}", *spans, f"{seconds:.2f}"))
-    lines = ["{:34s} {:>5} {:24s} {:31s} {:6s} {:12s}  {:12s} {}".format(*line).rstrip() for line in cells]
-    commands = [f"{row['label']}: {training(name)}" for name, row in rows.items()]
-    return ["```", *lines, "```", "", "```", *commands, "```", ""]
+def label_of(row: str) -> str:
+    variant = row.split("/")[1]
+    name = max((name for name in LABELS if f"{variant} ".startswith(f"{name} ")), key=len)
+    return ", ".join(filter(None, (LABELS[name], variant[len(name) :].strip())))
 
 
 def markdown(*rows) -> list[str]:
@@ -327,50 +265,40 @@ def markdown(*rows) -> list[str]:
     return [head, "|---" * len(rows[0]) + "|", *lines, ""]
 
 
-def collapses(rows: dict) -> list[str]:
-    """Runs whose last validation pass rate is 0.2 or more below the run's best one, or 0."""
-    found, numbers = [], lambda values: " ".join("" if v is None else f"{v:.2f}" for v in values)
-    for name, seed, run in ((name, seed, run) for name, row in rows.items() for seed, run in row["runs"].items()):
-        avg, train = run["eval"]["avg"], run["train"]
-        if avg[-1] <= max(avg) - 0.2 or avg[-1] == 0 < avg[0]:
-            margins = [v for v in train["margin"] if v is not None]
-            margin = f"{margins[-1]:.2f}, at most {max(margins):.2f}" if margins else ""
-            spans = [f"{train[key][0]:.2f} to {train[key][-1]:.2f}" for key in ("response_length", "with_context")]
-            found.append((name, seed, numbers(avg), numbers(run["eval"]["teacher"]), margin, *spans))
-    return markdown(("row", "seed", "validation", "teacher", "last margin", "response length", "with context"), *found)
+def table(subset: str, rows: dict) -> list[str]:
+    """The rows of a subset, and under them the command of each."""
+    rows = {name: row for name, row in rows.items() if name.split("/")[0] == subset}
+    cells = [("", "seeds", "avg@4 [95% over seeds]", "each seed", "margin", "teacher", "collapsed", "s/batch")]
+    base = next(iter(next(iter(rows.values()))["runs"].values()))["before"]["avg"]
+    cells.append(("base model", "", f"{base:.3f}", *[""] * 5))
+    for name, row in rows.items():
+        runs = list(row["runs"].values())
+        avg = [run["after"]["avg"] for run in runs]
+        pairs = [[ends(run["train"]["margin"]), ends(run["eval"]["teacher"], 1)] for run in runs]
+        spans = ["" if np.isnan(pair).any() else "{:.2f} to {:.2f}".format(*pair) for pair in np.mean(pairs, 0)]
+        seconds = np.median([run["seconds_per_batch"] for run in runs])
+        each = " ".join(f"{value:.2f}" for value in avg)
+        cells.append((row["label"], len(runs), with_interval(avg), each, *spans, sum(map(collapsed, runs)), f"{seconds:.1f}"))
+    return [*markdown(*cells), "```", *(row["command"] for row in rows.values()), "```", ""]
 
 
-def by_verdict(judged: list, heading: str) -> list[str]:
-    """judged: (claim, numbers, verdict). A line for each claim: the subsets on which it holds, its opposite does, and
-    neither is clear."""
-    places: dict[str, dict[str, list[str]]] = {}
-    for claim, _, so in judged:
-        of_claim = places.setdefault(claim.says, {so: [] for so in VERDICTS})
-        of_claim[so].append(claim.subset + " (pass@4)" * (claim.quantity == "pass@4"))
-    return markdown((heading, *VERDICTS), *((says, *map(", ".join, of.values())) for says, of in places.items()))
-
-
-def tuning_list(known: dict) -> list[str]:
-    """What was tried for each row: its flags and avg@4 after 10, 20, ... batches, the best in bold."""
-    tried: dict[str, list[tuple[float, str]]] = {}
-    for flags, entry in known.items():
-        if avg := entry.get("avg"):  # else it is still to be run
-            kept = re.sub(r"--(task|subset|method|seed|steps) \S+", "", flags).replace("--", "").split()
-            curve = " / ".join(f"{value:.2f}" for step, value in avg.items() if step != "0")
-            tried.setdefault(entry["name"], []).append((avg[max(avg, key=int)], f"{' '.join(kept)}: {curve}"))
-    head = "avg@4 on validation problems, seed 0, after 10 / 20 / 30 batches (trace: 20 / 40), the best in bold"
-    bold = {name: [f"**{text}**" if last == max(of)[0] else text for last, text in of] for name, of in tried.items()}
-    return markdown(("row", head), *((name, "; ".join(of)) for name, of in bold.items()))
+def tried_list(known: dict) -> list[str]:
+    """Every setting that was tried, with avg@4 on validation problems of both tuning seeds, the best first."""
+    mean = lambda runs: np.mean([run["avg"] for run in runs.values()])  # noqa: E731
+    cells = [("row", "settings: pass rates")]
+    for row, settings in known.items():
+        ranked = sorted(settings.items(), key=lambda item: -mean(item[1]))
+        pair = lambda runs: " ".join(f"{run['avg']:.2f}" for run in runs.values())  # noqa: E731
+        each = [f"{flags.replace('--', '')}: {pair(runs)}" for flags, runs in ranked]
+        cells.append((row, f"**{each[0]}**; {'; '.join(each[1:])}"))
+    return markdown(*cells)
 
 
 def summary(rows: dict) -> list[str]:
-    """A small table of all methods on the two main tasks, and on OVD's. What is not measured is empty."""
-    subsets = ("trace", "code", "code-judge")
-    avg = lambda when, name: [run[when]["avg"] for run in runs_of(rows, name)]  # noqa: E731
-    base = [with_interval(avg("before", f"{subset}/grpo")[:1]) for subset in subsets]
-    lines = [(label, f"`{method}`", *(with_interval(avg("after", f"{subset}/{method}")) for subset in subsets))
-             for method, label in LABELS.items()]  # fmt: skip
-    return markdown(("", "METHOD", *(f"`{s}`" for s in subsets)), ("base model", "", *base), *lines)[:-1]
+    """A small table of the tuned rows on both tasks. What is not measured is empty."""
+    avg = lambda subset, method: [run["after"]["avg"] for run in rows.get(f"{subset}/{method}", {}).get("runs", {}).values()]  # noqa: E731
+    lines = [(label, *(with_interval(avg(subset, method)) for subset in ("trace", "code"))) for method, label in LABELS.items()]
+    return markdown(("", "`trace`", "`code`"), *lines)[:-1]
 
 
 def replaced(text: str, marks: tuple[str, str], lines: list[str]) -> str:
@@ -384,73 +312,79 @@ def texts(results: Path, readme: Path) -> dict[Path, str]:
     there are no runs. Raises ValueError with one line for a study.json or tuning.json that is none."""
     known, tuned = load(results / "study.json", {"rows": {}}), load(results / "tuning.json", {})
     try:
-        rows = known["rows"]
-        if not (runs := [run for name in rows for run in runs_of(rows, name)]):
+        rows = {name: row for name, row in known["rows"].items() if row["runs"]}
+        if not rows:
             return {}
-        commits = ", ".join(sorted({run["commit"] for run in runs}))
+        runs = [run for row in rows.values() for run in row["runs"].values()]
+        runs += [run for settings in tuned.values() for of in settings.values() for run in of.values()]
+        listed = lambda key: "; ".join(sorted({run[key] for run in runs}))  # noqa: E731
         hours = sum(run["seconds"] for run in runs) / 3600
-        origin = f"{len(runs)} runs, {hours:.1f} CPU hours; {known['hardware']}; commit {commits}."
-        page, short = [origin, ""], []
+        page = [f"{len(runs)} runs, tuning included, {hours:.1f} CPU hours; {listed('hardware')}; commits {listed('commit')}.", ""]
         for subset in dict.fromkeys(name.split("/")[0] for name in rows):
             page += [f"## {subset}", "", *table(subset, rows)]
-        page += ["## Claims", "", LIMITS, ""]
         for heading, claims in CLAIMS.items():
-            judged = [(claim, *found) for claim in claims if (found := verdict(claim, rows))]
-            lines = [(claim.says, claim.subset, WHAT[claim.quantity] + text, so) for claim, text, so in judged]
-            page += markdown((heading, "where", "measured", "verdict"), *lines)
-            short += by_verdict(judged, heading) if heading.endswith("claim") else []
-        page += ["## Runs that collapsed: 0.2 or more below their own best validation pass rate, or at 0", ""]
-        page += [*collapses(rows), "## What was tried before", "", *tuning_list(tuned)[:-1]]
-        text, own = readme.read_text(), results / "README.md"
-        text = replaced(replaced(text, MARKS, [origin, "", *short, LIMITS]), SUMMARY, summary(rows))
-        return {readme: text, own: replaced(own.read_text() if own.exists() else "\n".join(MARKS), MARKS, page)}
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+            judged = judge(claims, rows)
+            page += [f"## {heading}", "", *markdown(("", "where", "measured", "verdict"), *(
+                (claim.says, claim.above.split("/")[0], text, so) for claim, text, so in judged))]  # fmt: skip
+        page += ["## What was tried", "", *tried_list(tuned)[:-1]]
+        own = results / "README.md"
+        page = replaced(own.read_text() if own.exists() else "\n".join(MARKS), MARKS, page)
+        return {readme: replaced(readme.read_text(), SUMMARY, summary(rows)), own: page}
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, StopIteration) as error:
         raise ValueError(f"{results}/study.json or tuning.json is not that of a study: {error!r}") from None
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = command.Parser("study.py", "The study on the toy tasks.")
     parser.add_argument("--only", nargs="*", default=[""], help="rows whose name starts with one of these")
-    parser.add_argument("--seeds", type=int, default=5, help="seeds 1 to this")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--folder", type=Path, default=Path("runs/study"), help="of the run directories")
     parser.add_argument("--results", type=Path, default=Path("study/results"), help="of the tables and their numbers")
-    parser.add_argument("--tune", action="store_true", help="runs the settings in RESULTS/tuning.json")
-    parser.add_argument("--tables", action="store_true", help="no runs, only the tables from RESULTS/study.json")
+    parser.add_argument("--tune", action="store_true", help="runs the settings that rows.txt lists as tried")
+    parser.add_argument("--tables", action="store_true", help="no runs, only the tables")
     args = parser.parse_args(argv)
-    results, folder, seeds, failed = args.results, args.folder.resolve(), range(1, args.seeds + 1), []
+    results, folder, failed = args.results, args.folder.resolve(), []
     if args.tune and args.tables:
         parser.error("--tune makes runs and --tables none: give one of them")
-    if args.seeds < 1 or args.jobs < 1 or not results.is_dir():
-        parser.error("--seeds and --jobs must be at least 1, and --results a folder that is there")
-    try:
-        # What is there already has to be readable before hours are spent on more.
+    if args.jobs < 1 or not results.is_dir():
+        parser.error("--jobs must be at least 1, and --results a folder that is there")
+    try:  # what is there already has to be readable before hours are spent on more
         if not texts(results, README) and args.tables:
             parser.error(f"--tables: {results}/study.json has no runs to make tables of")
-        tuned = load(results / "tuning.json", {})
-        all_names = list(dict.fromkeys(entry["name"] for entry in tuned.values()) if args.tune else ROWS)
-        names = [name for name in all_names if name.startswith(tuple(args.only))]
-        if not names:
-            parser.error(f"--only {' '.join(args.only)}: no row starts like this; there are {', '.join(all_names)}")
+        tuned, known = load(results / "tuning.json", {}), load(results / "study.json", {"rows": {}})
+        rows = TRIED if args.tune else reported(tuned)
+        names = [name for name in rows if name.startswith(tuple(args.only))]
+        if not names and not args.tables:
+            parser.error(f"--only {' '.join(args.only)}: no row starts like this; there are {', '.join(rows) or 'none tuned yet'}")
         if not args.tables:
             folder.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         parser.error(error)
+    path_of = lambda *parts: folder / re.sub(r"[^\w.=-]+", "-", " ".join(map(str, parts)))  # noqa: E731
     if args.tune:
-        folders = {flags: folder / folder_of("tune " + re.sub("--(task|subset|method)? ?", "", flags))
-                   for flags, entry in tuned.items() if entry["name"] in names}  # fmt: skip
-        failed = perform_all({out: flags.split() for flags, out in folders.items()}, args.jobs, test=False)
-        for flags, out in folders.items():
+        jobs = {path_of("tune", name, flags, seed): (name, flags, seed)
+                for seed in TUNING_SEEDS for name in names for flags in TRIED[name]
+                if str(seed) not in tuned.get(name, {}).get(flags, {})}  # fmt: skip
+        failed = perform_all({out: [*task_of(name), *flags.split(), "--seed", str(seed)]
+                              for out, (name, flags, seed) in jobs.items()}, args.jobs, test=False)  # fmt: skip
+        for out, (name, flags, seed) in jobs.items():
             if (out / "done.json").exists():
                 found = record(out)
-                avg = dict(zip(map(str, found["eval"]["step"]), found["eval"]["avg"]))
-                tuned[flags] |= {"commit": found["commit"], "avg": avg}
-        write(results / "tuning.json", tuned)
+                kept = {key: found[key] for key in ("commit", "hardware", "seconds")} | {"avg": found["eval"]["avg"][-1]}
+                tuned.setdefault(name, {}).setdefault(flags, {})[str(seed)] = kept
+        write(results / "tuning.json", {name: tuned[name] for name in TRIED if name in tuned})
     elif not args.tables:  # seed by seed, so that a study that is stopped has all rows with fewer seeds
-        jobs = {folder / f"{folder_of(name)}-seed{seed}": [*flags_of(name), "--seed", str(seed)]
-                for seed in seeds for name in names}  # fmt: skip
-        failed = perform_all(jobs, args.jobs, test=True)
-        collect(folder, results, seeds)
+        jobs = {path_of(name, f"seed{seed}"): (name, seed)
+                for seed in range(1, 11) for name in names if seed <= REPORTED[name][1]}  # fmt: skip
+        failed = perform_all({out: [*rows[name], "--seed", str(seed)] for out, (name, seed) in jobs.items()}, args.jobs, test=True)
+        for out, (name, seed) in jobs.items():
+            if (out / "done.json").exists():
+                line = f"python vpd.py {' '.join(rows[name])} --seed N --out DIR"
+                row = known["rows"].setdefault(name, {"label": label_of(name), "command": line, "runs": {}})
+                if row["command"] != line:  # its settings have changed since
+                    row.update(command=line, runs={})
+                row["runs"][str(seed)] = record(out)
+        write(results / "study.json", {"rows": {name: known["rows"][name] for name in REPORTED if name in known["rows"]}})
     for path, text in texts(results, README).items():
         command.write(path, text)
     for line in failed:

@@ -4,9 +4,11 @@ needs no more, so bringing your own task means writing a file whose `load()` ret
     lcb           LiveCodeBench v6: programs run against tests; feedback is what went wrong
     sciknoweval   SciKnowEval L3, four domains: multiple choice, right or wrong and no text
     math          DAPO-Math-17k for training; MATH-500, AIME24, AIME25, AMC23 for evaluation
+    reasoning_gym any generator of the library of that name, which makes the problems and scores answers
     toy           three tasks that a CPU can learn in minutes
 """
 
+from importlib import import_module
 from pathlib import Path
 
 from tasks.base import BadTask, Outcome, Problem, Task, rows
@@ -14,45 +16,32 @@ from tasks.base import BadTask, Outcome, Problem, Task, rows
 __all__ = ["BadTask", "Outcome", "Problem", "Task", "TASKS", "load", "read", "rows"]
 
 TASKS = {  # task -> its subsets, the first one being the default
-    "toy": ("trace", "code", "choice", "trace-rare", "trace-often", "trace-cold", "code-judge"),
+    "toy": ("trace", "code", "choice", "trace-rare", "trace-often", "trace-cold", "trace-dialect", "code-judge"),
     "lcb": ("v6",),
     "sciknoweval": ("biology", "chemistry", "material", "physics", "all"),
     "math": ("dapo",),
     "own": ("",),
+    "reasoning_gym": ("spell_backward",),  # or another of the library's generators
 }
+MODULES = {"lcb": "livecodebench", "math": "mathematics"}  # of the others by the task's name
 
 
-def load(
-    task: str,
-    subset: str = "",
-    data: str = "",
-    train_tests: str = "private",
-    since: str = "2025-02-01",
-    until: str = "2025-05-01",
-) -> Task:
+def load(task: str, subset: str = "", data: str = "", train_tests: str = "private", since: str = "2025-02-01",
+         until: str = "2025-05-01") -> Task:  # fmt: skip
     """The task by name. data: where its source lies, the hub if empty; each loader below says what it takes. train_tests,
     since and until are lcb's: which tests give reward and feedback in training, and the window since <= contest_date <
     until. Raises ValueError with one line for an unknown name or subset, and for data that cannot be read."""
     if task not in TASKS:
         raise ValueError(f"task {task!r} has no loader: choose one of {', '.join(TASKS)}")
     subset = subset or TASKS[task][0]
-    if subset not in TASKS[task]:
+    if subset not in TASKS[task] and task != "reasoning_gym":
         raise ValueError(f"task {task} has no subset {subset!r}: choose one of {', '.join(TASKS[task])}")
     if data and not Path(data).exists():
         raise ValueError(f"--data {data} does not exist")
-    if task == "toy":
-        if data:
-            raise ValueError("--data means nothing to the toy tasks, which make their problems")
-        from tasks import toy
-
-        return toy.load(subset)
-    from tasks import livecodebench, mathematics, own, sciknoweval
-
-    if task == "own":
-        return own.load(data)
-    if task == "lcb":
-        return livecodebench.load(data, train_tests, since, until)
-    return sciknoweval.load(subset, data) if task == "sciknoweval" else mathematics.load(data)
+    if data and task == "toy":
+        raise ValueError("--data means nothing to the toy tasks, which make their problems")
+    of = {"toy": (subset,), "lcb": (data, train_tests, since, until), "math": (data,), "own": (data,)}.get(task, (subset, data))
+    return import_module(f"tasks.{MODULES.get(task, task)}").load(*of)
 
 
 def read(task: str, path: str, official: bool = False) -> Task:
@@ -61,12 +50,8 @@ def read(task: str, path: str, official: bool = False) -> Task:
     Raises ValueError with one line for a file that cannot be read and for tasks without files."""
     if task not in ("lcb", "sciknoweval", "math"):
         raise ValueError(f"task {task} has no files: choose lcb, sciknoweval or math")
-    from tasks import livecodebench, mathematics, sciknoweval
-
     source = list(rows(path))
     if not source:  # a saved data set can be empty, a file cannot
         raise ValueError(f"{path} holds no row")
     note = f"all {len(source)} rows of {path}"
-    if task == "lcb":
-        return livecodebench.read(source, path, note, official)
-    return (sciknoweval if task == "sciknoweval" else mathematics).read(source, path, note)
+    return import_module(f"tasks.{MODULES.get(task, task)}").read(source, path, note, *[official] * (task == "lcb"))

@@ -3,7 +3,6 @@ of a data source are read."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -143,10 +142,9 @@ def hub_rows(repo: str, split: str) -> Iterable[dict]:
     import huggingface_hub
 
     reason = hub.unreachable(repo, "README.md", "dataset")
-    with ExitStack() as offline:
-        # A library that knows that it is offline reads what is in its cache, or says at once that it is not there.
-        for place in (huggingface_hub.constants, datasets.config) if reason else ():
-            offline.enter_context(mock.patch.object(place, "HF_HUB_OFFLINE", True))
+    # A library that knows that it is offline reads what is in its cache, or says at once that it is not there.
+    offline = lambda place: mock.patch.object(place, "HF_HUB_OFFLINE", bool(reason))  # noqa: E731
+    with offline(huggingface_hub.constants), offline(datasets.config):
         return fetch(repo, lambda: datasets.load_dataset(repo, split=split), reason)
 
 

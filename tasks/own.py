@@ -45,10 +45,10 @@ def load(path: str) -> Task:
         raise ValueError(f"{path}: load() must return a tasks.Task with training problems, and returned {task!r:.80}")
     for split, problems in splits.items():
         setattr(task, split, [problem_of(problem, path) for problem in problems])
-        id, count = Counter(str(problem.id) for problem in problems or task.train[:1]).most_common(1)[0]
-        if count > 1:
-            raise ValueError(f"{path}: problem {id!r} is there twice: a problem's id is its own within its split")
-    task.name, task.verify = f"own/{name}", checked(task.verify, path, spec.origin)
+        if twice := [id for id, count in Counter(str(problem.id) for problem in problems).items() if count > 1]:
+            raise ValueError(f"{path}: problem {twice[0]!r} is there twice: a problem's id is its own within its split")
+    task.name = text_of(task.name) if isinstance(task.name, str) and task.name.strip() else name
+    task.verify = checked(task.verify, path, spec.origin)
     task.verify(task.train[:2], ["", ""][: len(task.train)])  # what is wrong with it is best said before the run
     return task
 
@@ -67,19 +67,16 @@ def problem_of(problem: Problem, path: str) -> Problem:
     return replace(problem, messages=messages, reference=text_of(problem.reference))
 
 
-def where(path: str, origin: str, error: BaseException, start: int = 0) -> str:
-    """FILE.py, line 7: the last of the file's own lines on the way to the error, or else the line `start`. origin: the
-    file's name in tracebacks."""
+def where(path: str, origin: str, error: BaseException) -> str:
+    """FILE.py, line 7: the last of the file's own lines on the way to the error, if there is one. origin: the file's name in
+    tracebacks."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == origin]
-    line = [start, *lines][-1]
-    return f"{path}, line {line}" if line else path
+    return f"{path}, line {lines[-1]}" if lines else path
 
 
 def checked(verify: Callable, path: str, origin: str) -> Callable:
     """A task file's verifier that gives plain outcomes, or raises BadTask with one line where it fails, hangs or gives
     none."""
-    codes = [getattr(f, "__code__", None) for f in (verify, getattr(verify, "func", None), type(verify).__call__)]
-    start = next((code.co_firstlineno for code in codes if code and code.co_filename == origin), 0)
 
     def checked(problems: list[Problem], responses: list[str]) -> list[Outcome]:
         try:
@@ -94,7 +91,7 @@ def checked(verify: Callable, path: str, origin: str) -> Callable:
             raise
         except BaseException as error:  # sys.exit as well
             did = error if isinstance(error, Fault) else f"raised {one_line(error)}"
-            raise BadTask(f"{where(path, origin, error, start)}: verify() {did}") from error
+            raise BadTask(f"{where(path, origin, error)}: verify() {did}") from error
 
     return checked
 
@@ -127,21 +124,14 @@ def time_limit(seconds: float) -> Iterator[None]:
 def plain(outcome: Outcome) -> Outcome:
     """The outcome in Python's own numbers and in text that a tokenizer takes, where it is clear what is meant. Raises
     Fault where it is not."""
-
-    def need(met: bool, form: str = "") -> None:
-        if not met:
-            raise Fault(f"must return Outcomes{form}, not {outcome!r:.120}")
-
-    def bit(value: object, what: str) -> int:
-        try:
-            return [bool(value == number) for number in (0, 1)].index(True)
-        except Exception:  # whatever an array of several, or a missing value, makes of this
-            need(False, f" with {what} of 0 or 1")
-
-    need(isinstance(outcome, Outcome))
+    if not isinstance(outcome, Outcome):
+        raise Fault(f"must return Outcomes, not {outcome!r:.120}")
     feedback, columns = "" if outcome.feedback is None else outcome.feedback, outcome.columns
     texts = (outcome.verdict, feedback, *columns) if isinstance(columns, dict) else (None,)
-    text = all(isinstance(text, str) for text in texts)
-    need(text, " with a verdict and feedback that are text, and a dict of columns")
-    columns = {text_of(name): bit(value, f"a column {name!r}") for name, value in columns.items()}
-    return Outcome(bit(outcome.reward, "a reward"), text_of(outcome.verdict), text_of(feedback), columns)
+    if not all(isinstance(text, str) for text in texts):
+        raise Fault(f"must return Outcomes with a verdict and feedback that are text, a dict of columns, not {outcome!r:.120}")
+    try:  # whatever an array of several, or a missing value, makes of this
+        reward, *bits = [[bool(value == n) for n in (0, 1)].index(True) for value in (outcome.reward, *columns.values())]
+    except Exception:
+        raise Fault(f"must return Outcomes with a reward and columns of 0 or 1, not {outcome!r:.120}") from None
+    return Outcome(reward, text_of(outcome.verdict), text_of(feedback), dict(zip(map(text_of, columns), bits)))

@@ -95,13 +95,16 @@ class Graded:
 class Trace(Graded):
     """`start 4 / 1 add 3 / 2 zig ...` -> `1 add 3 : 7 / 2 zig : 2 ...`. 48 of the 60 table entries are known (0.97), 12
     are not (0.02), so near misses dominate. Feedback gives the first wrong line in the answer's own words: repeating
-    the line's prefix keeps the teacher from writing the expected value on other lines. unknown: how many entries that it
-    does not know a program meets at least; reads: whether the warm-up has contexts."""
+    the line's prefix keeps the teacher from writing the expected value on other lines. unknown, most: how many entries that
+    it does not know a program meets at least and at most; reads: whether the warm-up has contexts; dialect: feedback leaves
+    out the colon, which the warm-up never did, so that the teacher reads less than half of it."""
 
     heads, steps, batch, max_response = 4, 2000, 32, 100
 
-    def __init__(self, name: str = "trace", beliefs=(0.97,) * 8 + (0.02,) * 2, unknown: int = 0, reads: bool = True):
-        self.name, self.firmware, self.unknown, self.reads = name, Firmware(beliefs, seed=5), unknown, reads
+    def __init__(self, name: str = "trace", beliefs=(0.97,) * 8 + (0.02,) * 2, unknown: int = 0, most: int = LINES,
+                 reads: bool = True, dialect: bool = False):  # fmt: skip
+        self.name, self.firmware, self.reads, self.dialect = name, Firmware(beliefs, seed=5), reads, dialect
+        self.unknown = range(unknown, most + 1)
 
     def problems(self, rng: random.Random, count: int, name: str) -> list[Problem]:
         found, belief = [], self.firmware.belief
@@ -110,7 +113,7 @@ class Trace(Graded):
             start, program = problem.data
             before = [start, *self.firmware.run(start, program)]
             unknown = sum(arg is None and belief[op, x] < 0.5 for (op, arg), x in zip(program, before))
-            found += [problem] * (unknown >= self.unknown)
+            found += [problem] * (unknown in self.unknown)
         return found
 
     def problem(self, rng: random.Random, lines: int, id: str) -> Problem:
@@ -129,7 +132,8 @@ class Trace(Graded):
                 prefix, _, value = got.partition(" : ")
                 # A line whose value alone is wrong is quoted by its value; anything else is beyond repair by a digit.
                 same = prefix == expected.partition(" : ")[0] and value.isdigit()
-                return Outcome(0, "wrong line", f"expected\n{expected or 'end'}\ngot {value if same else 'other'}")
+                text = f"expected\n{expected or 'end'}\ngot {value if same else 'other'}"
+                return Outcome(0, "wrong line", text.replace(" :", "") if self.dialect else text)
         return Outcome(1, "passed")
 
     def example(self, rng: random.Random, progress: float = 1.0) -> dict:
@@ -420,6 +424,8 @@ EVERY = SUBSETS | {  # and regimes for the study
     "trace-often": functools.partial(Trace, "trace-often", (0.98,) * 5 + (0.9, 0.8, 0.7, 0.6, 0.55)),
     # A model that never saw a context in its warm-up: the paper's cold start.
     "trace-cold": functools.partial(Trace, "trace-cold", reads=False),
+    # The model of trace on programs of which one line at most is unknown to it, with feedback that it reads badly.
+    "trace-dialect": functools.partial(Trace, "trace-dialect", most=1, dialect=True),
     "code-judge": CodeJudge,
 }
 

@@ -192,10 +192,14 @@ def update(state, kind, loss, s, after_update):
 # ---- E-step: refine the teacher
 
 
-def bco(r_tilde, rewards, delta):
-    """Eq. 9: each class averaged on its own. r_tilde, rewards: (rows,)."""
-    log_sigmoid = torch.nn.functional.logsigmoid
-    return -log_sigmoid(r_tilde[rewards == 1] - delta).mean() - log_sigmoid(-(r_tilde[rewards == 0] - delta)).mean()
+def bco(r_tilde, rewards, delta, failures):
+    """Eq. 9: each class averaged on its own. r_tilde, rewards: (rows,). failures "likelier": those that the teacher does not
+    find likelier than the student did add nothing."""
+    log_sigmoid, failed = torch.nn.functional.logsigmoid, r_tilde[rewards == 0]
+    of_failures = -log_sigmoid(-(failed - delta))
+    if failures == "likelier":
+        of_failures = torch.stack([loss if r > 0 else 0 * loss for loss, r in zip(of_failures, failed)])
+    return -log_sigmoid(r_tilde[rewards == 1] - delta).mean() + of_failures.mean()
 
 
 def e_step(state, rows, old_logp, s, after_update):
@@ -223,7 +227,7 @@ def e_step(state, rows, old_logp, s, after_update):
         r_tilde = torch.stack(r_tilde)
         value = 0.5 * (r_tilde[rewards == 1].mean() + r_tilde[rewards == 0].mean()).item()
         state.delta = value if state.delta is None else (1 - s.shift_rate) * state.delta + s.shift_rate * value
-        loss = bco(r_tilde, rewards, state.delta)  # Eq. 9
+        loss = bco(r_tilde, rewards, state.delta, s.e_failures)  # Eq. 9
         update(state, "e", loss, s, after_update)
         losses.append(loss.item())
         u = r_tilde.detach() - state.delta

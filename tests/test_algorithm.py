@@ -193,6 +193,7 @@ CASES = {
     "vpd, EMA": SEVERAL | dict(teacher="ema", e_minibatch_prompts=1, divergence="js", feedback="solution_first"),
     "vpd, EMA, one update": dict(teacher="ema", beta=8.0, e_groups="all", feedback="solution_first", shift_rate=1.0),
     "vpd, fixed prior, own optimizer": dict(prior="fixed", e_optimizer="own", beta=0.6, e_lr=0.003, adam_beta1=0.7),
+    "vpd, failures spared": dict(e_failures="likelier", e_minibatch_prompts=2, shift_rate=0.5),
     "vpd, schedule": dict(e_step_every=2, schedule="linear", warmup_steps=2, divergence="kl_teacher_student", top_k=3),
     "vpd, recomputed": dict(e_groups="all", e_minibatch_prompts=1, feedback="sibling", mismatch_limit="none"),
     "sdpo": dict(divergence="js", top_k=5, weight_decay=0.5, temperature=1.5, top_p=0.9),

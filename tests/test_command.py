@@ -25,7 +25,7 @@ def test_every_command_refuses_an_unknown_flag_in_one_line_with_its_name(module,
         importlib.import_module(module).main(["--no_such_flag", "1"])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1
-    assert error.startswith(f"{COMMANDS.get(module, 'vpd.py')}: error: ")
+    assert error.startswith(f"{COMMANDS.get(module, module if '.' in module else 'vpd.py')}: error: ")
 
 
 def test_flags_are_not_abbreviated(capsys):

@@ -25,7 +25,7 @@ import rollout
 import tasks
 import vpd
 from conftest import FAMILIES
-from harness import plan, session
+from harness import command, plan
 from model.parallel import World
 from model.policy import Policy
 from neighbours import distil, ovd
@@ -330,7 +330,7 @@ def broken_run(phase: str, rank: int, out: str) -> None:
 
         setattr(where, name, broken)
     sys.argv = ["vpd.py", *SHORT, "--out", out]
-    session.program(vpd.main)
+    command.run(vpd.main)
 
 
 def break_all(folder: str) -> None:

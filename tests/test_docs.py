@@ -171,7 +171,8 @@ def test_the_worked_task_method_source_and_divergence_run_and_the_log_is_explain
     names = [*row, *re.findall(r" {2}([A-Za-z|][\w |-]*?) [-\d]", line)]
     assert len(names) > len(row) + 9 and {name for name in names if f"`{name}`".replace("|", r"\|") not in LOG} == set()
     evaluate.main(["--run", str(tmp_path / "run"), "--n", "1", "--max_tokens", "4"])
-    assert "own/sums" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "sums, 64 test problems" in told and f"{tmp_path}/run/evaluation.json: " in told
 
 
 @pytest.mark.parametrize("old, new, words", [

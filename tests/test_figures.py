@@ -167,19 +167,19 @@ def test_every_figure_is_drawn_where_all_rows_are_there(tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     results = tmp_path / "study" / "results"
     results.mkdir(parents=True)
-    study(results, dict.fromkeys(sorted(names - {"trace-long/*"}), runs))
+    study(results, dict.fromkeys(sorted(names), runs))
     figures.main([])  # no argument: study/results/study.json, into study/results
     out, error = capsys.readouterr()
     drawn = {path.stem: path.read_bytes() for path in results.glob("*.png")}
-    assert drawn.keys() == {"cold", "long", "margin", "prior", "progress"} and error == ""
+    assert drawn.keys() == {"dialect", "margin", "progress"} and error == ""
     assert all(picture.startswith(b"\x89PNG") for picture in drawn.values())
-    assert "study/results/margin.png: VPD (2 seeds), SDPO (2 seeds)\n" in out
+    assert "study/results/margin.png: VPD (2 seeds), SDPO (2 seeds), SDPO LIVE (2 seeds)\n" in out
 
 
 def test_study_curve_is_the_mean_over_seeds_and_its_band_their_extremes(tmp_path, drawn):
     runs = [made(evals=evals, teacher=None) for evals in ([0.1, 0.3], [0.1, 0.4], [0.4, 0.8])]
-    lines, _ = figures.draw_study(study(tmp_path, {"trace-cold/vpd": runs}), tmp_path)
-    assert lines == [f"{tmp_path}/cold.png: VPD (3 seeds)"]
+    lines, _ = figures.draw_study(study(tmp_path, {"code/vpd": runs}), tmp_path)
+    assert lines == [f"{tmp_path}/progress.png: VPD (3 seeds)"]
     assert first(drawn["axhline"]) == pytest.approx([(0.1 + 0.1 + 0.4) / 3])
     assert drawn["plot"][0][0] == ([0, 10], pytest.approx([(0.1 + 0.1 + 0.4) / 3, (0.3 + 0.4 + 0.8) / 3]))
     assert [[*low, *high] for (_, low, high), _ in drawn["fill_between"]] == [[0.1, 0.3, 0.4, 0.8]]
@@ -198,30 +198,27 @@ def test_margin_is_smoothed_for_each_seed_before_the_mean_and_says_so(tmp_path, 
 
 
 def test_rows_and_values_that_are_not_there_are_named_and_what_is_there_is_drawn(tmp_path, drawn, capsys):
-    run, out = made(margin=[0.1], entropy=[0.1]), tmp_path / "new" / "folder"
-    path = study(tmp_path, {"trace/vpd": [run], "trace-long/grpo": [run], "trace-long/vpd": [], "code/vpd": [run] * 3})
+    run, out, dialect = made(margin=[0.1], teacher=None), tmp_path / "new" / "folder", "trace-dialect/vpd F=1"
+    path = study(tmp_path, {"trace/vpd": [run], dialect: [run], "code/vpd": [run] * 3})
     figures.main(["--study", str(path), "--out", str(out)])
     printed, errors = capsys.readouterr()
-    assert f"{out}/progress.png: VPD (3 and 1 seeds)\n" in printed  # where panels differ
+    assert f"{out}/progress.png: VPD (1 and 3 seeds)\n" in printed  # where panels differ
     said = [line.removeprefix(f"figures.py: {out}/") for line in errors.splitlines()]
     assert said[:1] == ["margin.png: no row trace/sdpo"]
-    assert {"progress.png: no row code/sdpo", "progress.png: no row trace/grpo", "long.png: no row trace-long/sdpo",
-            "long.png: no avg of trace-long/vpd", "long.png: no divergence of trace-long/grpo",
-            f"cold.png: not drawn, {path} has none of its rows"} <= set(said)  # fmt: skip
-    assert "progress.png: no row trace/reweight" not in said  # the study has the hybrids only on code
-    assert not any("distil" in line or "ovd" in line for line in said)  # later methods are not missed
-    assert said.count("prior.png: no row trace/vpd fixed prior") == 1  # once, for two panels
-    assert sorted(path.name for path in out.iterdir()) == ["long.png", "margin.png", "prior.png", "progress.png"]
+    assert {"progress.png: no row code/sdpo", f"dialect.png: no teacher_avg of {dialect}"} <= set(said)
+    assert said.count("dialect.png: no row trace-dialect/vpd F=5") == 1  # once, for its panels
+    assert sorted(path.name for path in out.iterdir()) == ["dialect.png", "margin.png", "progress.png"]
+    lines, notes = figures.draw_study(study(tmp_path, {"code/vpd": [run]}), tmp_path)
+    assert len(lines) == 1 and f"{tmp_path}/dialect.png: not drawn, {path} has none of its rows" in notes
 
 
 def test_method_looks_the_same_in_every_figure_and_no_two_look_alike(tmp_path, drawn):
     looks = lambda: [(k["color"], k["linestyle"]) for _, k in drawn["plot"]]  # noqa: E731
     seed = made(margin=[0.5], teacher=None)
-    rows = "code/grpo trace/vpd trace/sdpo trace/grpo trace-cold/grpo trace-long/grpo trace-long/new".split()
+    rows = "code/grpo trace/vpd trace/sdpo trace/grpo trace/new".split()
     figures.draw_study(study(tmp_path, {name: [seed] for name in rows}), tmp_path)
     one, two, three = (figures.STYLES[method] for method in ("vpd", "sdpo", "grpo"))
-    margin, code, trace, cold, prior, long = [one, two], [three], [one, two, three], [three], [one] * 2, [three]
-    assert looks() == [*margin, *code, *trace, *cold, *prior, *long, figures.SPARE[0]]
+    assert looks() == [one, two, one, two, three, three]  # margin, progress on trace and on code
     every = [*figures.STYLES.values(), *figures.SPARE]
     assert len(set(every)) == len(every)
     drawn["plot"].clear()  # curves of runs as well

@@ -233,6 +233,19 @@ def test_a_pass_also_tells_the_teachers_log_p_and_the_entropy(small, kind, top_k
     close(total, (weights * scores.logp * scores.teacher_logp).sum())
 
 
+def test_the_overlap_is_the_share_of_the_students_top_k_in_the_teachers(monkeypatch):
+    monkeypatch.setattr(head, "PLACES", 3)
+    monkeypatch.setattr(head, "tokens_per_chunk", lambda *_: 5)  # of 11 tokens
+    hidden, weight, tokens, weights, A, teacher = inputs()
+    ranks = [(h @ w.T).argsort(-1, descending=True)[:, :4].tolist() for h, w in ((hidden, weight), teacher)]
+    _, scores = head.loss(lambda t: t.D, weights, hidden, weight, tokens, {}, teacher, DS["js"], 4)
+    looked = [0, 3, 5, 8, 10]  # every third place of each chunk
+    expected = [len({*ours} & {*theirs}) / 4 for ours, theirs in zip(*ranks)]
+    assert scores.overlap[looked].tolist() == [expected[i] for i in looked] and 0 < sum(expected) < 11
+    assert scores.overlap.isfinite().nonzero().flatten().tolist() == looked
+    assert head.loss(lambda t: t.D, weights, hidden, weight, tokens, {}, teacher, DS["js"])[1].overlap is None
+
+
 @pytest.mark.parametrize("kind", ["kl_teacher_student", "kl_student_teacher", "js", "cross_entropy"])
 def test_a_tail_that_holds_next_to_nothing_is_exact_in_float32(kind):
     """The student's top 2 hold all but 1e-9, of the teacher's mass 30 % is elsewhere: 1 - sum p is far off in float32."""

@@ -61,12 +61,15 @@ def test_figures_of_the_weights_that_sampled_are_over_the_tokens_of_the_rows():
     log = BatchLog(0, World(), beta=0.5, limit=None)
     for rows in ([2], [0]):
         view = SimpleNamespace(filled=3, padded=4, mask=MASK[rows])
-        scores = Scores(LOGP[rows], entropy[rows], T([[0.4, 0.8]]), batch().teacher_logp[rows])
+        overlap = T([[0.5, math.nan] if rows == [0] else [0.9, 0.9]])  # row 2 has no context
+        scores = Scores(LOGP[rows], entropy[rows], T([[0.4, 0.8]]), batch().teacher_logp[rows], overlap)
         log.m_pass(rows, view, T(0.25), scores, batch().has_C, measures=True)
     assert log.m_loss() == 0.5 and log.sums is None and log.m_losses == [0.5]
     assert log.D_sum == pytest.approx(0.6 / 2)  # row 2 has no context; the mean is over the two rows that have one
     log.from_passes(batch(), torch.tensor([True, False, True]), has_teacher=True)
     assert figures(log) == pytest.approx({"entropy": 1.2 / 4, "sampler_gap": 0.8 / 4})
+    log.seconds["rollout"] = 1.0
+    assert log.row(batch(), 0.0, True)["overlap"] == 0.5 and BatchLog(0, World(), 0.5, None).overlaps == []
 
 
 def test_a_row_of_the_log_by_hand():
@@ -95,4 +98,6 @@ def test_a_row_of_the_log_by_hand():
 def test_the_terminal_has_a_dozen_short_figures_and_leaves_out_what_is_not_there():
     row = {"step": 12, "reward": 0.5, "margin": None, "m_grad_norm": 1.2e-5, "response_length": 1234.5678, "entropy": 0.0,
            "lr": 1.0, "seconds": {"a": 1.25, "b": 2.0}}  # fmt: skip
-    assert terminal_line(row) == "  12  reward 0.500  |g| 1.2e-05  entropy 0.000  length 1234.568  3.2 s"
+    line = "  12  reward 0.500  |g| 1.2e-05  entropy 0.000  length 1234.568{}  3.2 s"
+    assert terminal_line(row | {"sampler_gap": 0.05}) == terminal_line(row) == line.format("")
+    assert terminal_line(row | {"sampler_gap": 0.06}) == line.format("  gap 0.060")  # larger than bfloat16 explains

@@ -455,6 +455,8 @@ def test_bco_loss_averages_each_class_on_its_own(shift, dtype):
     failure = -log(sigmoid(-(-0.7 - 0.2))) / 1
     close(L.bco_loss(tensor(0.3, -0.7, 1.2), rewards, shift), success + failure)
     close(L.bco_loss(tensor(0.3, -0.7, 1.2), rewards, shift, num_pos=8, num_neg=5), success * 2 / 8 + failure / 5)
+    close(L.bco_loss(tensor(0.3, -0.7, 1.2), rewards, shift, floor=-0.7), success)  # a failure at the floor counts and adds nothing
+    close(L.bco_loss(tensor(0.3, -0.7, 1.2), rewards, shift, floor=-0.8), success + failure)
 
 
 @pytest.mark.parametrize("r, x", [(1, 0.5), (0, -0.5)])

@@ -58,6 +58,7 @@ HIDDEN = {"CUDA_VISIBLE_DEVICES": ""}
      ("--steps 3", HIDDEN, ["vpd.py --task toy --steps 3", *AFTER]),
      ("math --data mine --out x", HIDDEN, ["vpd.py --task math --data mine --out x", *AFTER]),
      ("lcb --method distil", HIDDEN, ["-m neighbours.distil --task lcb --method distil", *AFTER]),
+     ("reasoning_gym --subset gcd", HIDDEN, ["vpd.py --task reasoning_gym --subset gcd", *AFTER]),
      ("toy --method=ovd", HIDDEN, ["-m neighbours.ovd --task toy --method=ovd", *AFTER]),
      ("lcb --help", HIDDEN, ["vpd.py --task lcb --help"]),
      ("check", HIDDEN, ["vpd.py --task lcb --plan"]),

@@ -1,12 +1,15 @@
 """What surrounds the loop: run directories, what a model or a task brings that cannot be trained, interruptions, updates that
 are not finite, the best weights, and the probe of the teacher."""
 
+import importlib.util
 import json
 import os
 import signal
+import sys
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -107,16 +110,13 @@ def test_a_run_that_goes_on_is_left_alone(tmp_path, capsys):
         session.open_directory(parsed(), tmp_path / "run", {})
 
 
-def test_a_model_is_saved_by_its_whole_path_and_the_run_goes_on_elsewhere(tmp_path, monkeypatch, capsys):
+def test_a_model_is_saved_by_its_whole_path_and_the_run_goes_on_elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(MODELS)
     run(tmp_path / "run", "--model", "choice", "--checkpoint_every", "1", steps=1)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["model"] == str(MODELS / "choice")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "choice").mkdir()
-    (tmp_path / "run" / "log.jsonl").write_text("")
-    capsys.readouterr()
     vpd.main(["--out", "run", "--resume"])
-    assert "log.jsonl has 0 of the 1 batches done" in capsys.readouterr().err
 
 
 # ---- What a task or a model brings -------------------------------------------------------------------------------
@@ -256,6 +256,31 @@ def test_a_sequence_that_is_too_long_is_refused_and_what_a_run_may_meet_is_noted
     assert "toy/choice has no test problems" in told
 
 
+def test_a_run_says_how_much_it_does_when_it_ends_and_what_its_task_is_called(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = [*own(tmp_path / "own.py", reward="len(texts[0]) % 2"), "--prompts_per_batch", "4", "--minibatch_prompts", "2"]
+    flags = [*flags, "--eval_every", "3", "--e_step_every", "2", "--feedback", "environment", "--steps", "5"]
+    vpd.main([*SMALL, *flags, "--e_minibatch_prompts", "4"])
+    told = capsys.readouterr().out
+    (out,) = (tmp_path / "runs").iterdir()
+    assert out.name.startswith("t-vpd-seed0-") and json.loads((out / "config.json").read_text())["task_name"] == "t"
+    assert f"{out.relative_to(tmp_path)}: vpd on t: 8 train" in told
+    # 5 batches of 2 updates; E-steps at batches 0, 2 and 4, of one update.
+    assert "5 batches make up to 10 updates of the student and 3 of the teacher; 2 test problems are watched every 3" in told
+    assert told.count("the run will end in about") == 1
+
+
+def test_the_end_of_a_run_is_what_is_left_of_batches_and_evaluations(monkeypatch):
+    cfg = parsed("--steps", "10", "--eval_every", "4")
+    task = tasks.Task("t", [], [], [], None)
+    here = session.Run(cfg, None, None, task, Path(), {}, None, None, None)
+    here.eval_seconds = 100.0
+    monkeypatch.setattr(session.time, "time", lambda: 0.0)
+    left = 9 * 20 + 3 * 100  # after batches 4, 8 and 10
+    at = session.time.strftime("%a %H:%M", session.time.localtime(left))
+    assert here.outlook(20.0, 1) == f"a batch takes 20.0 s, an evaluation 100.0 s: the run will end in about 0:08:00, {at}"
+
+
 # ---- How a run ends ----------------------------------------------------------------------------------------------
 
 
@@ -388,6 +413,46 @@ def test_a_disk_that_is_full_is_one_line_and_nothing_half_written(what, tmp_path
     assert not list((tmp_path / "run").rglob("part-*"))
 
 
+# ---- Trackers ----------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_holds_the_numbers_of_the_log_also_of_a_run_that_was_resumed(tmp_path):
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    flags = ["--track", "tensorboard", "--eval_every", "2", "--teacher_probe", "0", "--checkpoint_every", "1"]
+    run(tmp_path / "run", *flags, steps=2)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"steps": 3}))
+    vpd.main(["--resume", "--out", str(tmp_path / "run"), "--track", "tensorboard"])
+    board = reading.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    told = lambda name: [(e.step, pytest.approx(e.value)) for e in board.Scalars(name)]  # noqa: E731
+    assert told("train/reward") == [(row["step"] + 1, row["reward"]) for row in read_log(tmp_path / "run")]
+    watched = read_log(tmp_path / "run", "eval")
+    assert told("eval/avg") == [(row["step"], row["avg"]) for row in watched] and len(watched) == 3
+
+
+@pytest.mark.parametrize("fails", [0, 2])
+def test_a_tracker_that_fails_says_so_once_and_the_run_goes_on(fails, tmp_path, monkeypatch, capsys):
+    given, wandb = [], ModuleType("wandb")
+
+    def log(figures, step):
+        if len(given) == fails:
+            raise RuntimeError("the network\nis gone")
+        given.append((step, figures))
+
+    wandb.init = lambda **how: SimpleNamespace(log=log, finish=lambda: given.append("end")) if fails else log({}, 0)
+    wandb.__spec__ = ModuleSpec("wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    assert len(run(tmp_path / "run", "--track", "wandb", steps=4)) == 4
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "--track" in line]
+    assert "wandb failed (RuntimeError: the network is gone)" in line and [step for step, _ in given] == [1, 2][:fails]
+    assert all("train/seconds/rollout" in figures and "train/step" not in figures for _, figures in given)
+
+
+def test_a_tracker_that_is_not_installed_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install wandb" in refused(capsys, tmp_path / "run", "--track", "wandb")
+
+
 # ---- The probe of the teacher ------------------------------------------------------------------------------------
 
 
@@ -421,6 +486,31 @@ def test_the_teacher_is_tested_on_the_same_failures_at_every_evaluation(
     assert first != second != third  # the weights move between evaluations, the moving average's less
     after = load_file(tmp_path / "run" / "model" / "model.safetensors")["model.embed_tokens.weight"].double().sum().item()
     assert (third == pytest.approx(after, rel=1e-12)) == (teacher == "live")
+
+
+@pytest.mark.parametrize("teacher, warned", [(0.125, True), (0.25, False)])
+def test_a_teacher_that_reads_no_better_than_the_student_is_told_once(teacher, warned, tmp_path, monkeypatch, capsys):
+    measure = evaluate.measure
+
+    def measured(policy, sampler, verify, problems, **how):
+        found = measure(policy, sampler, verify, problems, **how)
+        if how["prompts"]:
+            return found | {"avg": teacher}
+        right = {row["id"] for row in json.loads((tmp_path / "run" / "base_failures.json").read_text())[:1]}
+        return found | {"rewards": {p.id: [int(p.id in right)] for p in problems}}  # 1 of the 8, 1 of 64 in all
+
+    monkeypatch.setattr(evaluate, "measure", measured)
+    run(tmp_path / "run", "--eval_every", "1", "--teacher_probe", "8", "--group_size", "8")
+    assert len(json.loads((tmp_path / "run" / "base_failures.json").read_text())) == 8
+    told = capsys.readouterr().out
+    assert ("no more of them than the student without it (0.125)" in told) == warned == told.count("see teacher_avg in")
+
+
+def test_rows_of_the_e_step_that_no_longer_pull_are_told_once(tmp_path, capsys):
+    rows = run(tmp_path / "run", "--beta", "1000", "--e_step_every", "1", "--lr", "0.01", "--seed", "1", steps=4)
+    late = [f"{row['e_died']:.2f}" for row in rows if (row["e_died"] or 0) > 0.3]
+    told = [line for line in capsys.readouterr().out.splitlines() if "no longer pull" in line]
+    assert len(late) > 1 and len(told) == 1 and told[0].startswith(f"{late[0]} of the E-step's rows no longer pull")
 
 
 def test_base_failures_are_the_first_failure_with_a_context_of_each_problem(monkeypatch):

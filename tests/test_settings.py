@@ -160,7 +160,7 @@ UNREAD = {  # flags by who reads them, typed out: a new field has to be thought 
     "teacher": "teacher_probe feedback borrow passed_text max_teacher_tokens beta teacher solution_template feedback_template "
                "closing_line",
     "solution": "solution_template", "ema": "ema_rate", "distils": "divergence top_k", "ratio": "ratio_limit",
-    "e_step": "e_step_every e_minibatch_prompts e_lr e_optimizer e_groups shift_rate prior",
+    "e_step": "e_step_every e_minibatch_prompts e_lr e_optimizer e_groups e_failures shift_rate prior",
     "gradient": "divide_by_std clip_low clip_high dual_clip", "hybrid": "w_opd w_rl",
     "reweight": "reweight_lam reweight_steps reweight_clip", "its own": "divergence divide_by_std",
     "served expert": "expert_url expert_model expert_places", "served judge": "judge_model max_judge_tokens",

@@ -207,9 +207,11 @@ def load_own(tmp_path, monkeypatch):
     return load
 
 
-def test_an_own_task_has_the_files_name_and_its_verifier(load_own):
-    task = load_own('return [Outcome(1, "passed", columns={"short": len(r) < 5}) for r in responses]')
-    assert task.name == "own/mine" and task.splits().endswith("3 train, 3 validation, 3 test problems")
+def test_an_own_task_has_its_own_name_or_the_files_and_its_verifier(load_own):
+    body = 'return [Outcome(1, "passed", columns={"short": len(r) < 5}) for r in responses]'
+    assert load_own(body, text=FILE.replace('Task("mine"', 'Task("any name"')).name == "any name"
+    task = load_own(body, text=FILE.replace('Task("mine"', 'Task(""'))
+    assert task.name == "mine" and task.splits().endswith("3 train, 3 validation, 3 test problems")
     assert task.verify(task.test[:1], ["yes"]) == [Outcome(1, "passed", columns={"short": 1})]
 
 
@@ -238,28 +240,28 @@ def test_text_of_other_kinds_becomes_plain_where_it_is_text(load_own, tokenizer)
 @pytest.mark.parametrize(
     "body, line, words",
     [
-        *((f'return [Outcome({value}, "v")]', 5, "a reward of 0 or 1") for value in (
+        *((f'return [Outcome({value}, "v")]', "", "a reward and columns of 0 or 1") for value in (
             "0.5", "2", "None", "'1'", "float('nan')", "numpy.array([0, 1])", "torch.tensor([])", "torch.tensor(0.3)", "[1]",
         )),
-        ('return [Outcome(1, "v", columns={"c": 0.5})]', 5, "a column 'c' of 0 or 1"),
-        ('return [Outcome(1, "v", columns=[1])]', 5, "dict of columns"),
-        ('return [Outcome(1, "v", columns={3: 1})]', 5, "dict of columns"),
-        ('return [Outcome(0, "v", b"text")]', 5, "feedback that are text"),
-        ('return [Outcome(0, "v", 0)]', 5, "feedback that are text"),
-        ('return [Outcome(0, None)]', 5, "a verdict and feedback that are text"),
-        ("return [1]", 5, "must return Outcomes, not 1"),
-        ("return None", 5, "a list with an Outcome for each of 1 responses, not None"),
-        ("return []", 5, "for each of 1 responses, not 0 outcomes"),
-        ("sys.exit(0)", 9, "verify() raised SystemExit: 0"),
-        ("sys.exit()", 9, "verify() raised SystemExit"),
-        ("raise type('Stop', (BaseException,), {})('two\\nlines')", 9, "verify() raised Stop: two lines"),
-        ("return [Outcome(1)]", 9, "verify() raised TypeError"),
-        ("return [problems[0].answer]", 9, "has no attribute 'answer'"),
+        ('return [Outcome(1, "v", columns={"c": 0.5})]', "", "a reward and columns of 0 or 1"),
+        ('return [Outcome(1, "v", columns=[1])]', "", "dict of columns"),
+        ('return [Outcome(1, "v", columns={3: 1})]', "", "dict of columns"),
+        ('return [Outcome(0, "v", b"text")]', "", "feedback that are text"),
+        ('return [Outcome(0, "v", 0)]', "", "feedback that are text"),
+        ('return [Outcome(0, None)]', "", "a verdict and feedback that are text"),
+        ("return [1]", "", "must return Outcomes, not 1"),
+        ("return None", "", "a list with an Outcome for each of 1 responses, not None"),
+        ("return []", "", "for each of 1 responses, not 0 outcomes"),
+        ("sys.exit(0)", ", line 9", "verify() raised SystemExit: 0"),
+        ("sys.exit()", ", line 9", "verify() raised SystemExit"),
+        ("raise type('Stop', (BaseException,), {})('two\\nlines')", ", line 9", "verify() raised Stop: two lines"),
+        ("return [Outcome(1)]", ", line 9", "verify() raised TypeError"),
+        ("return [problems[0].answer]", ", line 9", "has no attribute 'answer'"),
     ],
 )  # fmt: skip
 def test_a_verifier_that_fails_later_is_one_line_that_names_the_files_line(body, line, words, load_own):
     task = load_own(body)
-    with refused(f"mine.py, line {line}: verify() ", words), pytest.MonkeyPatch.context() as patch:
+    with refused(f"mine.py{line}: verify() ", words), pytest.MonkeyPatch.context() as patch:
         patch.chdir("/")  # the file is known by the path that it had
         task.verify(task.test[:1], [""])
 
