@@ -201,8 +201,8 @@ def test_code_tests_tell_the_true_meaning_from_readings_that_often_differ(loaded
 # ---- Warm-up examples ------------------------------------------------------------------------------------
 
 
-EXAMPLES = {"trace": 618806222, "code": 2889345326, "choice": 1704280561, "trace-rare": 618806222, "trace-often": 679575769,
-            "trace-cold": 1756003301, "code-judge": 1120310418, "lookups": 2423546717}  # fmt: skip
+EXAMPLES = {"trace": 618806222, "code": 2889345326, "choice": 1704280561, "trace-rare": 618806222, "trace-dialect": 618806222,
+            "trace-often": 679575769, "trace-cold": 1756003301, "code-judge": 1120310418, "lookups": 2423546717}  # fmt: skip
 
 
 def test_a_change_of_the_warm_up_examples_does_not_go_unnoticed(warm_up):
