@@ -231,8 +231,8 @@ def teacher_parts(messages: list[dict[str, str]], context: Context, templates: T
     return parts
 
 
-EMPTY = {  # the sections that a context of each source may have
-    "environment": [Context("", feedback="-")], "critique": [Context("", critique="-")], "sibling": [Context("", solution="-")],
+EMPTY = {  # the sections that a context of a source may have, if not the environment's
+    "critique": [Context("", critique="-")], "sibling": [Context("", solution="-")],
     "solution_first": [Context("", solution="-"), Context("", feedback="-")], "both": [Context("", solution="-", feedback="-")],
 }  # fmt: skip
 
@@ -251,7 +251,7 @@ def check_prompts(tokenizer, problems: list, cfg) -> list[int]:
             raise ValueError(f"the chat template of {cfg.model} cannot render problem {problem.id} ({why})") from None
         if teacher and lengths[-1] <= cfg.max_prompt_tokens and 2 * lengths[-1] + 1000 > cfg.max_teacher_tokens:
             try:
-                for empty in EMPTY[cfg.feedback]:
+                for empty in EMPTY.get(cfg.feedback, [Context("", feedback="-")]):
                     teacher_prompt(tokenizer, problem.messages, empty, cfg.templates(), cfg.max_teacher_tokens)
             except ValueError as error:
                 raise ValueError(f"problem {problem.id}: {error} (--max_teacher_tokens)") from None

@@ -90,11 +90,7 @@ class World:
 
     def most(self, n: float) -> float:
         """The largest of the processes' numbers."""
-        if self.size == 1:
-            return n
-        numbers = [None] * self.size
-        dist.all_gather_object(numbers, n)
-        return max(numbers)
+        return max(self.collect([n], self.size))
 
 
 class Shared:

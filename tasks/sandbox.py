@@ -707,20 +707,12 @@ def _seccomp_filter() -> bytes | None:
         tests = [(equal, len(values) - i, 0, value) for i, value in enumerate(values)]
         program += [(equal, 0, len(values) + 3, call[column]), (load, 0, 0, offset), *tests]
         program += [(ret, 0, 0, otherwise), (ret, 0, 0, verdict)]
-    table = {int(number): DENY for row in DENIED.split(",") if (number := row.split()[1 + column]) != "-"}
-    table |= {SETRLIMIT[column]: PRETEND, CLONE3[column]: UNKNOWN}  # clone3's flags lie in memory: clone instead
-    verdicts = [table.get(number, ALLOW) for number in range(FIRST_UNKNOWN)]
-    verdicts.append(UNKNOWN)  # also x86_64's second numbering, from 0x40000000
-    ranges = [(number, verdict) for number, verdict in enumerate(verdicts) if number == 0 or verdict != verdicts[number - 1]]
-
-    def search(ranges: list[tuple]) -> list[tuple]:  # by halves: the kernel tries each new filter on all calls
-        if len(ranges) == 1:
-            return [(ret, 0, 0, ranges[0][1])]
-        half = len(ranges) // 2
-        below = search(ranges[:half])
-        return [(at_least, len(below), 0, ranges[half][0]), *below, *search(ranges[half:])]
-
-    return b"".join(struct.pack("HBBI", *step) for step in program + search(ranges))
+    denied = [int(number) for row in DENIED.split(",") if (number := row.split()[1 + column]) != "-"]
+    program += [(equal, 0, 1, SETRLIMIT[column]), (ret, 0, 0, PRETEND)]
+    program += [(equal, 1, 0, CLONE3[column]), (at_least, 0, 1, FIRST_UNKNOWN), (ret, 0, 0, UNKNOWN)]
+    program += [(equal, len(denied) - i, 0, number) for i, number in enumerate(denied)]
+    program += [(ret, 0, 0, ALLOW), (ret, 0, 0, DENY)]
+    return b"".join(struct.pack("HBBI", *step) for step in program)
 
 
 def _landlock_ruleset(worker: SimpleNamespace) -> tuple[int, int]:

@@ -119,10 +119,11 @@ def complete_with(text, finish="length"):
 
 
 @pytest.fixture
-def server():
+def server(monkeypatch):
     """An OpenAI-compatible server. A test sets `answer(body, attempt)`, which gives (status, JSON or text); `seen` holds
     (path, authorization, body) of the requests; reply_with(text) and complete_with(text) are answers of the protocol."""
     seen, attempts = [], Counter()
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01, raising=False)  # half a second
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
@@ -147,14 +148,13 @@ def server():
         url=f"http://127.0.0.1:{listening.server_port}/v1", seen=seen, attempts=attempts, reply_with=reply_with,
         complete_with=complete_with,
     )  # fmt: skip
-    threading.Thread(target=listening.serve_forever, daemon=True).start()
+    threading.Thread(target=listening.serve_forever, args=(0.01,), daemon=True).start()  # shutdown waits so long
     yield handle
     listening.shutdown()
     listening.server_close()
 
 
-@pytest.fixture
-def small_validation(monkeypatch):
+def fewer_validation_problems(patch):
     load = tasks.load
 
     def fewer(*args):
@@ -162,4 +162,7 @@ def small_validation(monkeypatch):
         task.validation = task.validation[:4]
         return task
 
-    monkeypatch.setattr(tasks, "load", fewer)
+    patch.setattr(tasks, "load", fewer)
+
+
+small_validation = pytest.fixture(lambda monkeypatch: fewer_validation_problems(monkeypatch))

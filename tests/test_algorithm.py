@@ -1,5 +1,5 @@
-"""The loop of vpd.py, update by update, against a plain reference of Algorithm 1 (algorithm.py), and the reference
-itself against hand arithmetic, closed forms and torch's AdamW.
+"""The loop of vpd.py, update by update, against a plain reference of Algorithm 1 (algorithm.py); what the two share, the
+losses and their gradients, is in test_losses.py by hand.
 
 The task, its grader and the sampler are scripts: groups with both outcomes and with one, rows that the grader failed
 on, failures without a text, rows of one token, cut rows, and a sampler whose log-probs are not the trainer's.
@@ -260,70 +260,22 @@ def test_a_new_method_is_a_row_and_an_objective(tmp_path, monkeypatch):
     assert [row["divergence"] for *_, row in mine.batches] == [row["divergence"] for *_, row in same.batches]
 
 
-# ---- The reference by itself ---------------------------------------------------------------------------------
+# ---- The reference by hand -----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def settings(method="vpd", **changes):
-    """Of two groups and one update for each step."""
-    cfg = vpd.Config(method=method, group_size=G, minibatch_prompts=2, e_minibatch_prompts=2, e_step_every=1, lr=1e-3)
-    return SimpleNamespace(**(vars(cfg) | dict(teacher=cfg.reader(), mismatch_limit=2.0, top_k=0) | changes))
-
-
-def batch_of(rewards, contexts=None, ungraded=()):
-    """Rows with random tokens; contexts: which rows have one, default all."""
-    rng, rows = random.Random(1), []
-    for i, r in enumerate(rewards):
-        x, y, C = words(rng, 3, 6), words(rng, 2, 6), words(rng, 2, 5)
-        rows.append(algorithm.Row(x, x + C if contexts is None or contexts[i] else None, y, float(r),
-                                  [-rng.random() * 4 for _ in y], i not in ungraded))  # fmt: skip
-    return rows
-
-
-def taught(s, rows, batches=1):
-    """The state, the figures of the last batch, and (kind, weights) after each update."""
-    state, trace = algorithm.new_state(tiny(), s), []
-    for _ in range(batches):
-        figures = algorithm.one_batch(state, rows, s, lambda kind, model: trace.append((kind, weights(model))))
-    return state, figures, trace
-
-
-def at(vector):
-    model = tiny()
-    torch.nn.utils.vector_to_parameters(vector.clone(), model.parameters())
-    return model
-
-
-@pytest.mark.usefixtures("float64")
-def test_divergences_and_the_tail_by_hand():
-    s, t, mixed = (0.8, 0.2), (0.5, 0.5), (0.65, 0.35)
-    kl = lambda p, q: sum(a * math.log(a / b) for a, b in zip(p, q))  # noqa: E731
-    found = {kind: kl(*pair) for kind, pair in (("kl_student_teacher", (s, t)), ("kl_teacher_student", (t, s)))}
-    logits = lambda *p: torch.tensor([p]).log() + 3  # noqa: E731
-    for kind, value in (found | {"js": 0.5 * kl(s, mixed) + 0.5 * kl(t, mixed)}).items():
-        assert algorithm.divergence(logits(*s), logits(*t), kind).item() == pytest.approx(value, abs=1e-14)
-    # the student's top 2, tokens 1 and 3, and what is left
-    tailed = algorithm.divergence(logits(0.1, 0.6, 0.05, 0.25), logits(0.4, 0.1, 0.3, 0.2), "kl_student_teacher", 2)
-    assert tailed.item() == pytest.approx(kl((0.6, 0.25, 0.15), (0.1, 0.2, 0.7)), abs=1e-14)
-
-
-@pytest.mark.usefixtures("float64")
 def test_advantages_and_tokens_of_every_method_by_hand():
-    rows = batch_of([1, 0, 0, 0, 1, 1, 0, 0], ungraded=[3])
+    settings = lambda method="vpd", **changes: SimpleNamespace(**vars(vpd.Config(method=method, group_size=G)) | changes)  # noqa: E731
+    rewards = [1, 0, 0, 0, 1, 1, 0, 0]
+    rows = [algorithm.Row([], None, [], float(r), [], graded=i != 3) for i, r in enumerate(rewards)]
     expected = [2 / 3, -1 / 3, -1 / 3, 0, 0.5, 0.5, -0.5, -0.5]
     assert algorithm.advantages(rows, settings()) == pytest.approx(expected)
     std = math.sqrt(4 * 0.5**2 / 3) + 1e-6
     divided = algorithm.advantages(rows, settings(divide_by_std=True))
     assert divided[4:] == pytest.approx([a / std for a in expected[4:]])
 
-    old, D, A_sdpo = torch.tensor([-1.0, -2.0]), torch.tensor([0.3, 0.4]), torch.tensor([0.1, -0.5])
-    now = old + torch.tensor([1.1, 3.0]).log()  # the ratios
+    numbers = lambda *x: torch.tensor(x, dtype=torch.float64)  # noqa: E731
+    old, D, A_sdpo = numbers(-1.0, -2.0), numbers(0.3, 0.4), numbers(0.1, -0.5)
+    now = old + numbers(1.1, 3.0).log()  # the ratios
     token = lambda method, A, step=0: algorithm.m_step_tokens(  # noqa: E731
         now, D, old, A, A_sdpo, step, settings(method, w_rl=2.0, w_opd=0.5)
     ).tolist()
@@ -335,76 +287,3 @@ def test_advantages_and_tokens_of_every_method_by_hand():
     for step, lam in [(0, 0.5), (25, 0.25), (60, 0.0)]:
         A = [-0.5 * (1 - lam + lam * w) for w in (math.exp(-0.1), 1.2)]  # sign(A) = -1; exp(0.5) is over 1.2
         assert token("reweight", -0.5, step) == pytest.approx([-1.1 * A[0], -3 * A[1]])
-
-
-@pytest.mark.usefixtures("float64")
-def test_adamw_and_clipping_are_torchs_and_the_rate_warms_up_and_falls():
-    s = settings(weight_decay=0.1, adam_beta2=0.95)
-    mine = [torch.randn(3, 2), torch.randn(4)]
-    theirs = [torch.nn.Parameter(p.clone()) for p in mine]
-    optimizer, reference = algorithm.AdamW(), torch.optim.AdamW(theirs, betas=(0.9, 0.95), weight_decay=0.1)
-    for k in range(6):
-        grads = [torch.randn(3, 2) * 3, torch.randn(4) if k % 3 else None]
-        for p, g in zip(theirs, grads):
-            p.grad = None if g is None else g.clone()
-        torch.nn.utils.clip_grad_norm_(theirs, 1.0)
-        reference.param_groups[0]["lr"] = 0.01 * (k + 1)
-        reference.step()
-        optimizer.step(mine, algorithm.clip(grads, 1.0), 0.01 * (k + 1), s)
-        assert all(torch.allclose(a, b, atol=1e-13) for a, b in zip(mine, theirs))
-    rates = [algorithm.learning_rate(2.0, k, settings(warmup_steps=4, schedule="linear", steps=10)) for k in (0, 3, 9)]
-    assert rates == pytest.approx([2 * 0.25, 2 * 0.7, 2 * 0.1])
-
-
-@pytest.mark.usefixtures("float64")
-def test_the_e_step_has_eq_9s_closed_form_gradient_and_a_moving_shift():
-    s = settings(teacher="ema", e_minibatch_prompts=1, ema_rate=0.3)
-    rows = batch_of([1, 0, 0, 1, 0, 1, 1, 0])
-    state, figures, trace = taught(s, rows)
-    assert [kind for kind, _ in trace] == ["e", "e", "m"]
-    r, deltas, points = torch.tensor([row.reward for row in rows]), [], [weights(tiny()), trace[0][1]]
-    for part, vector in ((range(4), points[0]), (range(4, 8), points[1])):  # the second after the first update
-        model, good = at(vector), r[part] == 1
-        log_q = torch.stack([algorithm.logp(model, rows[i].teacher_prompt, rows[i].response).sum() for i in part])
-        log_pi = torch.stack([algorithm.logp(tiny(), rows[i].prompt, rows[i].response).sum() for i in part])
-        r_tilde = 0.1 * (log_q - log_pi).detach()
-        value = (r_tilde[good].mean() + r_tilde[~good].mean()) / 2
-        deltas.append(0.9 * deltas[-1] + 0.1 * value if deltas else value)
-        u = r_tilde - deltas[-1]
-        c = torch.where(good, -0.1 * torch.sigmoid(-u) / 2, 0.1 * torch.sigmoid(u) / 2)
-        gradients = torch.autograd.grad((c * log_q).sum(), list(model.parameters()))
-        points.append(torch.cat([g.flatten() for g in algorithm.clip(gradients, 1.0)]))
-    m = 0.9 * 0.1 * points[2] + 0.1 * points[3]  # AdamW's first moment after both
-    moved = (1 - s.lr * s.weight_decay) * trace[0][1] - trace[1][1]
-    v = 0.999 * 0.001 * points[2] ** 2 + 0.001 * points[3] ** 2
-    assert torch.allclose(moved, s.lr * (m / (1 - 0.9**2)) / ((v / (1 - 0.999**2)).sqrt() + 1e-8), atol=1e-12)
-    assert figures["shift"] == pytest.approx(deltas[1].item(), abs=1e-12)
-    assert torch.allclose(weights(state.teacher), 0.7 * weights(tiny()) + 0.3 * trace[-1][1], atol=1e-15)
-
-
-@pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("method", vpd.METHODS)
-def test_one_m_update_a_batch_has_the_gradient_of_its_row_losses_written_out(method):
-    """Of the second batch, where student and EMA teacher differ; at ratio 1 all losses are simple."""
-    s = settings(method, teacher="ema", e_step_every=2, divergence="js", top_k=5, w_opd=0.7, w_rl=1.3, ema_rate=0.05)
-    rows = batch_of([1, 0, 0, 1, 1, 1, 1, 1], contexts=[1, 0, 1, 1, 1, 1, 0, 1])
-    one, two = taught(s, rows, batches=1), taught(s, rows, batches=2)  # vpd: E and M, then M
-    student, teacher = at(one[2][-1][1]), at(0.95 * weights(tiny()) + 0.05 * one[2][-1][1])
-    loss, lam = 0, 0.5 * (1 - 1 / 50)
-    for row, A in zip(rows, [0.5, -0.5, -0.5, 0.5, 0, 0, 0, 0]):
-        z = algorithm.logits(student, row.prompt, row.response)
-        now = z.log_softmax(-1).gather(-1, torch.tensor(row.response)[:, None])[:, 0]
-        D = A_sdpo = torch.zeros(len(row.response))
-        if row.teacher_prompt:
-            D = algorithm.divergence(z, algorithm.logits(teacher, row.teacher_prompt, row.response), "js", 5)
-            A_sdpo = (algorithm.logp(teacher, row.teacher_prompt, row.response) - now).detach()
-        w = torch.exp((1 if A > 0 else -1) * A_sdpo).clamp(0.8, 1.2)
-        tokens = {"vpd": D, "sdpo": D, "grpo": -A * now, "joint": 0.7 * D - 1.3 * A * now,
-                  "reshape": -(1.3 * A + 0.7 * A_sdpo) * now,
-                  "reweight": -A * (1 - lam + lam * w) * now}[method]  # fmt: skip
-        mismatch = torch.exp(now.detach() - torch.tensor(row.sampler_logp)).clamp(max=2.0)
-        loss = loss + (mismatch * tokens).mean() / 8  # all 8 rows in the divisor
-    gradient = algorithm.clip(torch.autograd.grad(loss, list(student.parameters())), 1.0)
-    m = [torch.cat([x.flatten() for x in state.optimizers["m"].m.values()]) for state, _, _ in (one, two)]
-    gradient = torch.cat([g.flatten() for g in gradient])
-    assert torch.allclose((m[1] - 0.9 * m[0]) / 0.1, gradient, atol=1e-12)  # what the second batch added to AdamW's m

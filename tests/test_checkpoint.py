@@ -1,13 +1,12 @@
 """A run that is stopped, killed or damaged goes on as if nothing had been: checkpoints by themselves, then whole runs."""
 
 import json
-import math
 import os
 import random
 import shutil
 import signal
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +18,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import rollout
 import vpd
+from conftest import fewer_validation_problems
 from harness import session
+from harness.command import CannotWrite
 from model import checkpoint
 from model.parallel import World
 
-torch.set_num_threads(1)
-ROOT, ALONE = Path(__file__).parent.parent, World()
+ALONE = World()
 
 
 # ---- A checkpoint by itself --------------------------------------------------------------------------------
@@ -92,6 +92,12 @@ def test_the_last_two_are_kept_and_what_a_cut_save_left_is_cleared(make_model, t
     for step in (2, 4, 6, 10, 10):
         checkpoint.save(tmp_path, step, {"policy": model}, {}, {}, ALONE)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000006", "step-000010"]
+
+
+def test_a_place_where_no_checkpoint_can_be_made_is_named(make_model, tmp_path):
+    (tmp_path / "checkpoints").write_text("in the way")
+    with pytest.raises(CannotWrite, match=f"^{tmp_path}/checkpoints/step-000001: "):
+        checkpoint.save(tmp_path / "checkpoints", 1, {"policy": make_model()}, {}, {}, ALONE)
 
 
 @pytest.mark.parametrize("renames", [1, 2, 3])  # the library makes one of its own
@@ -196,6 +202,13 @@ def same_run(one, other):
     assert max((mine[k] - theirs[k]).abs().max().item() for k in theirs) < 1e-9
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_problems():
+    with pytest.MonkeyPatch.context() as patch:
+        fewer_validation_problems(patch)
+        yield
+
+
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     """unbroken(*flags): the directory of a run that nothing stopped, made once per flags."""
@@ -236,11 +249,6 @@ def end(child):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def running(child):
-    """Is it? An ended child is still there to be waited for."""
-    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-
-
 @pytest.mark.parametrize(
     "flags, when",
     [((), 1), ((), 2), (("--method", "sdpo"), 4), (("--prior", "fixed", "--e_optimizer", "shared"), 4)],
@@ -266,14 +274,9 @@ def test_a_resumed_run_is_the_unbroken_run(unbroken, tmp_path, flags, when):
     assert [note["step"] for note in notes] == ([] if when < 2 else [when - when % 2])
 
 
-def test_a_finished_run_is_resumed_by_its_own_settings_if_its_checkpoints_are_whole(unbroken, tmp_path, capsys):
+def test_a_finished_run_is_resumed_if_its_checkpoints_are_whole(unbroken, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(unbroken(), out)
-    for flags, named in (["--lr", "0.5"], "--lr 0.5 (was 0.001)"), (["--method", "sdpo"], "--method sdpo (was vpd)"):
-        with pytest.raises(SystemExit) as stop:
-            vpd.main(["--out", str(out), "--resume", *flags])
-        error = capsys.readouterr().err
-        assert stop.value.code == 2 and named in error and error.count("\n") == 1
     vpd.main(["--out", str(out), "--resume"])  # nothing is left to do
     same_run(out, unbroken())
     for folder in (out / "checkpoints").glob("step-*"):
@@ -316,34 +319,6 @@ def test_what_comes_between_a_save_is_one_line_and_leaves_no_part(error, tmp_pat
         assert stop.value.code == 1 and "checkpoints/step-000001" in told[0]
 
 
-def test_a_place_where_no_checkpoint_can_be_made_is_one_line(tmp_path, capsys):
-    out = tmp_path / "run"
-    vpd.main([*small(), "--steps", "1", "--checkpoint_every", "0", "--out", str(out)])
-    shutil.rmtree(out / "checkpoints")
-    (out / "checkpoints").write_text("in the way")
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        vpd.main(["--out", str(out), "--resume"])
-    said = capsys.readouterr().err
-    assert stop.value.code == 1 and f"cannot write {out}/checkpoints/step-000001: " in said and "Traceback" not in said
-
-
-def lines_in(path):
-    return path.read_text(errors="replace").count("\n") if path.exists() else 0
-
-
-def test_sigterm_saves_and_leaves(unbroken, tmp_path):
-    out = tmp_path / "run"
-    child = start(out)
-    while lines_in(out / "log.jsonl") < 2 and running(child):  # the evaluation of step 0 and the first batch
-        time.sleep(0.01)
-    os.kill(child, signal.SIGTERM)
-    assert end(child) == 143 and "resume with --resume" in out.with_suffix(".err").read_text()
-    assert list((out / "checkpoints").glob("step-*")) and (out / "model" / "config.json").exists()
-    vpd.main(["--out", str(out), "--resume"])
-    same_run(out, unbroken())
-
-
 def die_at(moment):
     """Kills this process at the n-th call of those that a save is made of."""
     places = (dcp, "save"), (checkpoint, "_sum"), (shutil, "rmtree"), (Path, "write_text"), (Path, "rename")
@@ -359,29 +334,12 @@ def die_at(moment):
         setattr(module, name, dying)
 
 
-def kill_and_resume(out, kills, rng):
-    """Starts the run again and again and kills it at random: some time after its first new row, or in the middle of a save."""
-    ends, flags = [], ("--checkpoint_every", "1", "--resume")
-    for kill in range(kills):
-        if kill % 2:
-            child = start(out, *flags, before=lambda: die_at(rng.randrange(1, 16)))
-        else:
-            before = lines_in(out / "log.jsonl")
-            child = start(out, *flags)
-            while lines_in(out / "log.jsonl") in (0, before) and running(child):
-                time.sleep(0.005)
-            time.sleep(rng.random() * 0.4)
-            os.kill(child, signal.SIGKILL)
-        rng.random()
-        ends.append(end(child))
-        assert ends[-1] in (-signal.SIGKILL, 0), out.with_suffix(".err").read_text()
-    vpd.main([*small(*flags), "--out", str(out)])
-    return ends
-
-
 @pytest.mark.parametrize("seeds", [1, pytest.param(4, marks=pytest.mark.slow)])  # a run of five batches has no more kills in it
-def test_five_kills_at_random_moments_change_nothing(unbroken, tmp_path, seeds):
+def test_kills_in_the_middle_of_saves_change_nothing(unbroken, tmp_path, seeds):
+    flags = ("--checkpoint_every", "1", "--resume")
     for seed in range(seeds):
-        ends = kill_and_resume(tmp_path / f"run{seed}", 5, random.Random(seed))
-        assert ends.count(-signal.SIGKILL) >= 3
-        same_run(tmp_path / f"run{seed}", unbroken("--checkpoint_every", "1"))
+        out, rng = tmp_path / f"run{seed}", random.Random(seed)
+        ends = [end(start(out, *flags, before=partial(die_at, rng.randrange(1, 16)))) for _ in range(4)]
+        assert ends.count(-signal.SIGKILL) >= 3 and {*ends} <= {-signal.SIGKILL, 0}, out.with_suffix(".err").read_text()
+        vpd.main([*small(*flags), "--out", str(out)])
+        same_run(out, unbroken("--checkpoint_every", "1"))

@@ -36,7 +36,7 @@ def test_flags_are_not_abbreviated(capsys):
     assert capsys.readouterr().err == "x.py: error: unrecognized arguments: --onl steps\n"
 
 
-def test_a_message_of_several_lines_is_told_in_one_and_a_further_process_says_which_it_is(monkeypatch, capsys):
+def test_a_message_is_told_in_one_line_and_a_further_process_says_which_it_is(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "3")
     with pytest.raises(SystemExit) as stop:
         command.fail(ValueError("a  b\nc"), "x.py")

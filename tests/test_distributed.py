@@ -32,12 +32,11 @@ from neighbours import distil, ovd
 from tasks import tiny
 from test_policy import DAMAGES, spoil
 
-torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--shutdown-timeout", "1800", "--nproc-per-node", "2"]
 
 SMALL = ["--subset", "choice", "--prompts_per_batch", "5", "--minibatch_prompts", "5", "--group_size", "3", "--max_response_tokens",
-         "20", "--steps", "5", "--eval_every", "0", "--micro_batch_tokens", "150", "--checkpoint_every", "0", "--log_samples",
+         "20", "--steps", "3", "--eval_every", "0", "--micro_batch_tokens", "150", "--checkpoint_every", "0", "--log_samples",
          "15", "--lr", "0.001"]  # fmt: skip
 E_STEP = ["--e_minibatch_prompts", "5", "--e_step_every", "1"]
 DOUBLE = ["--dtype", "float64"]
@@ -46,7 +45,6 @@ CRITIQUE = ["--feedback", "critique", "--max_critique_tokens", "6"]
 CASES = {  # name: (model, program, flags, are the rollouts those of one process?)
     "vpd tied float64": ("tied", vpd, [*E_STEP, *DOUBLE], True),
     "vpd untied float64": ("untied", vpd, [*E_STEP, *DOUBLE], True),
-    "sdpo tied float64": ("tied", vpd, [*SDPO, *DOUBLE], True),
     "sdpo top 5 float32": ("tied", vpd, [*SDPO, "--top_k", "5"], True),  # a tail near 1e-7 is no place for 1e-9
     "fixed prior float64": ("untied", vpd, [*E_STEP, *DOUBLE, "--prior", "fixed"], True),
     "joint untied float64": ("untied", vpd, ["--method", "joint", "--minibatch_prompts", "1", *DOUBLE], True),
@@ -54,7 +52,7 @@ CASES = {  # name: (model, program, flags, are the rollouts those of one process
     "distil samples float64": ("tied", distil, ["--expert", "samples", *DOUBLE], True),
     "ovd untied float64": ("untied", ovd, ["--teacher", "ema", *DOUBLE], False),
     "grpo tied float32": ("tied", vpd, GRPO, True),
-    "sampled float64": ("tied", vpd, [*E_STEP, *DOUBLE, "--eval_every", "5", "--eval_samples", "1"], False),
+    "sampled float64": ("tied", vpd, [*E_STEP, *DOUBLE, "--eval_every", "3", "--eval_samples", "1"], False),
     "critiques float64": ("untied", vpd, [*E_STEP, *DOUBLE, *CRITIQUE], False),
 }
 LOSSES = ("reward", "margin", "e_loss", "shift", "m_loss", "m_grad_norm", "divergence", "entropy", "demonstration_ratio")
@@ -113,7 +111,7 @@ def run_all(folder: str) -> None:
     Policy.micro_batches = counting
     for name in CASES:
         play(out, name, drawn[name], replay=True)
-    resumed = ["--out", str(out / "resumed"), "--checkpoint_every", "3"]
+    resumed = ["--out", str(out / "resumed"), "--checkpoint_every", "2"]
     vpd.main(["--model", str(out / "tied"), *SMALL, *E_STEP, *DOUBLE, *resumed])
     vpd.main(["--task", "sciknoweval", "--smoke", "olmo3", "--eval_every", "0", "--out", str(out / "smoke")])
     facts = {"empties": empties[0], **compute(out), **loaded(out)}
@@ -226,10 +224,10 @@ def furthest(one, two):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_weights_and_losses_of_five_steps_are_those_of_one_process(runs, name):
+def test_weights_and_losses_of_three_steps_are_those_of_one_process(runs, name):
     one, two = (out / name for out in runs)
     rows = train_rows(one)
-    assert len(rows) == 5 and sum(row["m_grad_norm"] is not None for row in rows) >= 4
+    assert len(rows) == 3 and sum(row["m_grad_norm"] is not None for row in rows) >= 2
     if name.startswith("ovd"):
         assert sum(row["demonstrations"] for row in rows) > 0
     if name.startswith(("vpd", "fixed", "critiques")):
@@ -245,7 +243,7 @@ def test_weights_and_losses_of_five_steps_are_those_of_one_process(runs, name):
         assert furthest(one, two) < 1e-9
     if not CASES[name][3]:  # sampled end to end: the same token ids
         one, two = ((out / name / "samples.jsonl").read_text().splitlines() for out in runs)
-        assert len(one) == 5 * 15 and one == two
+        assert len(one) == 3 * 15 and one == two
 
 
 def test_processes_had_unequal_shares_and_filled_up_with_empty_ones(facts):
@@ -253,14 +251,14 @@ def test_processes_had_unequal_shares_and_filled_up_with_empty_ones(facts):
 
 
 def test_a_run_of_two_processes_goes_on_in_one(runs, tmp_path):
-    """Saved by two at batch 3 and at the end; the last checkpoint is taken away, as if killed before it."""
+    """Saved by two at batch 2 and at the end; the last checkpoint is taken away, as if killed before it."""
     out = tmp_path / "resumed"
     shutil.copytree(runs[1] / "resumed", out)
-    shutil.rmtree(out / "checkpoints" / "step-000005")
+    shutil.rmtree(out / "checkpoints" / "step-000003")
     vpd.main(["--out", str(out), "--resume"])
     assert furthest(out, runs[0] / "sampled float64") < 1e-9
     notes = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines() if '"resume"' in line]
-    assert [(note["step"], note["processes"]) for note in notes] == [(3, 1)]
+    assert [(note["step"], note["processes"]) for note in notes] == [(2, 1)]
 
 
 def test_compute_is_bfloat16_and_weights_gradients_and_optimizer_float32(runs, facts):
@@ -317,9 +315,7 @@ def test_a_folder_whose_weights_are_not_its_configs_is_one_line_in_every_process
 PHASES = {  # what breaks in one of two processes, and how
     "rollout": (rollout.HFSampler, "sample", torch.OutOfMemoryError),
     "verify": (vpd, "grade", tasks.BadTask),
-    "freeze": (vpd, "freeze", RuntimeError),
     "e_step": (losses, "bco_loss", RuntimeError),
-    "m_step": (losses, "sequence_weights", RuntimeError),
     "sync": (rollout.HFSampler, "sync", KeyError),
 }
 SHORT = [*SMALL, *E_STEP, "--steps", "2"]
@@ -367,9 +363,9 @@ def test_a_process_that_fails_in_any_phase_ends_the_job_with_its_traceback(endin
     assert lines and ("error: " in lines[0] if phase == "verify" else PHASES[phase][2].__name__ in lines[0])
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.slow)])
-def test_a_run_that_ends_well_ends_with_status_0_so_that_evaluation_follows(tmp_path, times):
-    for i in range(times):
+@pytest.mark.slow  # `runs` has seen it once
+def test_a_run_that_ends_well_ends_with_status_0_so_that_evaluation_follows(tmp_path):
+    for i in range(10):
         run = [*TORCHRUN, "--", "vpd.py", *SHORT, "--out", str(tmp_path / str(i))]
         done = subprocess.run(run, capture_output=True, text=True, timeout=120, cwd=ROOT)
         assert done.returncode == 0 and (tmp_path / str(i) / "model" / "config.json").exists(), done.stderr[-4000:]

@@ -161,7 +161,8 @@ def test_the_worked_task_method_source_and_divergence_run_and_the_log_is_explain
         (tmp_path / name).write_text(code.replace(before, after))
     (tmp_path / "sums.py").write_text(SUMS)
     mine = "--task own --data sums.py --method surprise --feedback hint --divergence hellinger --out run"
-    small = "--prompts_per_batch 2 --minibatch_prompts 2 --steps 1 --max_response_tokens 8 --eval_every 0 --lr 1e-3"
+    small = "--prompts_per_batch 2 --minibatch_prompts 2 --steps 1 --max_response_tokens 8 --max_prompt_tokens 300"
+    small += " --max_teacher_tokens 400 --eval_every 0"  # little room, which is looked at before the run
     command = [sys.executable, "vpd.py", "--model", TRACE, *mine.split(), *small.split()]
     subprocess.run(command, cwd=tmp_path, check=True, timeout=300)
     (row,) = map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())

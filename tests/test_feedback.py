@@ -64,15 +64,6 @@ def test_over_many_seeds_a_row_sees_exactly_these_texts(source, rewards, row, ex
     assert seen == {None if text == "none" else text for text in expected.split(" | ")}
 
 
-@pytest.mark.parametrize("source", ["sibling", "solution_first", "both"])
-def test_a_solution_is_another_rows_success_and_joined_by_feedback_only_in_both(source):
-    for rewards, seed in itertools.product(GROUPS, range(40)):
-        for i, context in enumerate(draw(source, rewards, seed)):
-            others = {f"S{j}" for j in range(4) if rewards[j] == 1 and j != i}
-            assert context is None or context.solution in (others or {""})
-            assert source == "both" or context is None or not (context.solution and context.feedback)
-
-
 @pytest.mark.parametrize("source", SOURCES)
 def test_the_e_steps_groups_show_both_outcomes_the_same_kinds_of_context(source):
     mixed = 0
@@ -106,13 +97,16 @@ def test_a_failure_without_a_text_has_no_context_and_lends_none():
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_kind_and_rows_say_which_texts_are_shown_and_where_they_come_from(source):
-    for rewards in GROUPS:
-        for context in filter(None, draw(source, rewards)):
-            text = source if source in TEXTS else "environment"
-            parts = {"sibling": context.solution, text: context.feedback or context.critique}
-            assert context.kind == "+".join(name for name, text in parts.items() if text)
-            assert bool(context.critique) == (source == "critique")
-            assert shown(context) == " ".join(f"S{j}" if rewards[j] else f"F{j}" for j in context.rows)
+    """A solution is another row's success, and joined by feedback only in both."""
+    for rewards, seed in itertools.product(GROUPS, range(10)):
+        for i, context in enumerate(draw(source, rewards, seed)):
+            if context:
+                text = source if source in TEXTS else "environment"
+                parts = {"sibling": context.solution, text: context.feedback or context.critique}
+                assert context.kind == "+".join(name for name, text in parts.items() if text)
+                assert bool(context.critique) == (source == "critique")
+                assert shown(context) == " ".join(f"S{j}" if rewards[j] else f"F{j}" for j in context.rows)
+                assert not (rewards[i] and i in context.rows) and (source == "both" or len(context.rows) == 1)
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -182,17 +176,6 @@ def test_the_user_message_is_question_sections_and_closing_line(tokenizer, secti
     messages = [dict(SYSTEM), dict(QUESTION)]
     assert prompt(tokenizer, messages=messages, **texts) == (START + section + "|END" + HEADER, 0)
     assert messages == [SYSTEM, QUESTION]
-
-
-def test_a_critique_has_a_heading_of_its_own(tokenizer):
-    shipped = [prompt(tokenizer, templates=Templates(), **{field: "XYZ"})[0] for field in FIELDS]
-    assert len({text.partition("XYZ")[0] for text in shipped}) == 3
-
-
-def test_the_students_attempt_is_not_quoted(tokenizer):
-    for source, (i, attempt) in itertools.product(SOURCES, enumerate(["S0", "S1", "S2", "S3"])):
-        ids, _ = teacher_prompt(tokenizer, [QUESTION], draw(source, (0, 1, 0, 1))[i], T, 10_000)
-        assert attempt not in tokenizer.decode(ids)
 
 
 def test_student_prompt_is_the_tokenizers_own_template_with_thinking_off(tokenizer):

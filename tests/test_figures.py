@@ -139,7 +139,7 @@ def test_flags_that_cannot_be_are_one_line_exit_2_and_nothing_written(argv, reas
     assert not tmp_path.with_suffix(".png").exists()
 
 
-def test_curves_and_figures_stay_whole_on_a_full_disk(tmp_path, monkeypatch):
+def test_curves_and_figures_stay_whole_on_a_full_disk(tmp_path, monkeypatch, drawn):
     one = run(tmp_path / "a", "vpd", 1, [0.1])
     path = study(tmp_path, {"trace/vpd": [made()]})
     (tmp_path / "x.png").write_bytes(b"old"), (tmp_path / "progress.png").write_bytes(b"old")

@@ -14,10 +14,9 @@ import time
 import zlib
 from collections import OrderedDict
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from test_tasks import refused, write
+from test_tasks import one_sandbox, refused, write
 
 import tasks
 from tasks import Outcome, Problem, livecodebench, tiny
@@ -29,31 +28,10 @@ SAMPLES = Path(os.environ.get("VPD_SAMPLE_DATA") or "nowhere")
 
 @pytest.fixture(scope="module", autouse=True)
 def sandboxes():
-    """The tasks of this file share one sandbox, which notes what it runs and how much a program may print; a program may
-    take 2 s here. Closing a task closes nothing until the file is done."""
-    noted, built = SimpleNamespace(ran=[], most=[], closed=0), []
-
-    class Noted(Sandbox):
-        def run(self, *given, max_output):
-            noted.ran.append(given[-1]), noted.most.append(max_output)
-            return super().run(*given, max_output=max_output)
-
-        def call(self, *given, max_output):
-            noted.most.append(max_output)
-            return super().call(*given, max_output=max_output)
-
-        def close(self):
-            noted.closed += 1
-
-    def build(**settings):
-        built[:] = built or [Noted(**settings)]
-        return built[0]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(livecodebench, "Sandbox", build)
+    """A program may take 2 s here."""
+    with one_sandbox(livecodebench) as noted, pytest.MonkeyPatch.context() as patch:
         patch.setattr(livecodebench, "TIME_LIMIT", 2.0)
         yield noted
-    Sandbox.close(built[0])
 
 
 # ---- Loading -------------------------------------------------------------------------------------------------------
@@ -268,9 +246,9 @@ def test_training_feedback_never_shows_a_held_out_test(load_lcb, sandboxes):
     pairs = [(f"question{i}\n", f"answer{i}\n") for i in range(8)]
     task = load_lcb(*(lcb_row(f"p{i}", private=pairs) for i in range(4)))
     for problem in task.train:
-        sandboxes.ran.clear()
+        sandboxes.asked.clear()
         (outcome,) = task.verify([problem], [fence("print('nothing')")])
-        assert sandboxes.ran == [pairs[i][0] for i in half(problem)]
+        assert sandboxes.asked == [pairs[i][0] for i in half(problem)]
         shown = {int(i) for i in re.findall(r"(?:question|answer)(\d)", outcome.feedback)}
         assert len(shown) == 2 and shown < set(half(problem))
 
@@ -304,16 +282,14 @@ def test_verdicts_and_the_reward_that_only_all_tests_earn(load_lcb, sandboxes):
         assert outcome.verdict == verdict, code
         assert outcome.reward == (verdict == "passed") != bool(outcome.feedback), code
         assert len(outcome.feedback) <= 2000 and (outcome.columns["held_out"] == outcome.reward or "x == 5" in code)
-    sandboxes.ran.clear()
+    sandboxes.asked.clear()
     for outcome in task.verify(task.train * 3, ["print(1)", "```python\nprint(1)", "`" * 5000]):
         assert outcome == Outcome(0, "no code", "Your answer contains no complete ```python code block.")
-    assert sandboxes.ran == []  # nothing runs without a program
+    assert sandboxes.asked == []  # nothing runs without a program
 
 
 @pytest.mark.parametrize("code, train, test", [
-    ("while True: pass", 1, 2),  # a time-out ends its half
-    ("raise ValueError", 1, 2),  # and so does an error
-    ("print('x' * 100_000)", 1, 2),
+    ("raise ValueError", 1, 2),  # an error ends its half
     ("print('wrong')", 3, 7),  # wrong answers do not: the shortest two are shown
     ("import time; time.sleep(0.4); print('wrong')", 2, 3),  # but for slow ones: 2 x 0.4 > 2 limits of 0.25 s
     (f"import time; time.sleep(0.4); {RIGHT}", 3, 7),  # a right program may take its time
@@ -323,8 +299,8 @@ def test_the_half_that_ends_with_a_failure_and_what_it_costs(code, train, test, 
         monkeypatch.setattr(livecodebench, "TIME_LIMIT", 0.25)
     task = load_lcb(lcb_row(private=DIGITS[:7]))
     for problems, count in ((task.train, train), (task.test, test)):
-        sandboxes.ran.clear()
-        assert task.verify(problems, [fence(code)])[0].reward == (RIGHT in code) and len(sandboxes.ran) == count
+        sandboxes.asked.clear()
+        assert task.verify(problems, [fence(code)])[0].reward == (RIGHT in code) and len(sandboxes.asked) == count
 
 
 def test_limits_of_output_a_failed_grader_and_closing(load_lcb, sandboxes, monkeypatch):
@@ -345,18 +321,20 @@ def test_limits_of_output_a_failed_grader_and_closing(load_lcb, sandboxes, monke
 ])  # fmt: skip
 def test_of_several_failures_the_gravest_is_the_verdict_and_the_feedback(first, second, verdict, monkeypatch, load_lcb):
     """Of two halves, since all but a wrong answer end theirs; of one rank the first. Each half begins with a wrong answer."""
-    task = load_lcb(lcb_row(private=DIGITS))
+    task, ran = load_lcb(lcb_row(private=DIGITS)), []
     seen = [DIGITS[i][0] for i in half(task.test[0])]
     others = [given for given, _ in DIGITS if given not in seen]
 
     def run_test(*args):
         given = args[-1]["input"]
         kind = "wrong answer" if given in (seen[0], others[0]) else first if given in seen else second
+        ran.append(kind)
         return kind, Result("error", "said", f"no {given}")
 
     monkeypatch.setattr(livecodebench, "run_test", run_test)
     (outcome,) = task.verify(task.test, [fence("print(1)")])
     assert (outcome.reward, outcome.verdict, bool(outcome.feedback)) == (0, verdict, verdict != "internal")
+    assert len(ran) == sum(4 if kind in ("passed", "wrong answer") else 2 for kind in (first, second))
     if verdict not in ("internal", "wrong answer"):
         assert outcome.feedback.endswith(f"nput:\n{(seen if verdict == first else others)[1].strip()}")
 
@@ -446,14 +424,11 @@ RESULTS = {  # what a function returns, and what is expected, by verdict
     ],
     "wrong answer": [
         ("0.1 + 0.2", "0.3"), ("'1'", "1"), ("None", "0"), ("[]", "null"), ("print(1)", "1"), ("10 ** 5000 + 1", "1" + "0" * 5000),
-        ("type('Yes', (int,), {'__eq__': lambda *_: True})(3)", "1"), ("float('nan')", "NaN"),
-        ("type('Yes', (list,), {'__eq__': lambda *_: True})([3])", "[1]"),
+        ("float('nan')", "NaN"), ("type('Yes', (list,), {'__eq__': lambda *_: True})([3])", "[1]"),
         ("functools.reduce(lambda v, _: [v], range(399), [])", "[" * 401 + "]" * 401),
     ],
     "error": [
-        ("[(1, 2)]", "[[1, 2]]"), ("{1, 2}", "[1, 2]"), ("input()", "1"),
-        ("type('Yes', (), {'__eq__': lambda *_: True})()", "1"), ("functools.reduce(lambda v, _: [v], range(200_000), [])", "1"),
-        ("{1: 2}", '{"1": 2}'), ("[{None: {}}]", '[{"null": {}}]'), ("{'a': {True: 2}}", '{"a": {"true": 2}}'),  # keys
+        ("[(1, 2)]", "[[1, 2]]"), ("{1: 2}", '{"1": 2}'), ("input()", "1"),
     ],
 }  # fmt: skip
 

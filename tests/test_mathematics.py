@@ -2,17 +2,17 @@
 
 With VPD_SAMPLE_DATA naming a folder that holds math/ (the evaluation sets), their answers have to equal themselves."""
 
-import json
+import functools
 import os
 import random
 import re
 import signal
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import pytest
+from test_tasks import one_sandbox, write
 
 import tasks
 from tasks import Outcome, Problem, algebra, mathematics
@@ -26,25 +26,8 @@ needs_samples = pytest.mark.skipif(not SAMPLES.is_dir(), reason="VPD_SAMPLE_DATA
 
 @pytest.fixture(scope="module")
 def sandbox():
-    """The tasks of this file share one sandbox, which notes what it is asked; closing a task does not close it."""
-
-    class Noted(Sandbox):
-        def call(self, source, function, args):
-            asked.append(args)
-            return super().call(source, function, args)
-
-        def close(self):
-            closed.append(self)
-
-    def build(**settings):
-        built.append(built[0] if built else Noted(**settings))
-        return built[0]
-
-    asked, closed, built = [], [], []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mathematics, "Sandbox", build)
-        yield SimpleNamespace(asked=asked, closed=closed, kind=Noted)
-    Sandbox.close(built[0])
+    with one_sandbox(mathematics) as noted:
+        yield noted
 
 
 @pytest.fixture(scope="module")
@@ -61,28 +44,9 @@ def graded(task, *pairs: tuple[str, str]) -> list[str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def read_once():
-    """Reading takes most of a comparison's time: each text is read and evaluated once in this file, or fails once."""
-
-    def once(function):
-        known = {}
-
-        def call(value, *options):
-            key = (value if isinstance(value, str) else id(value), *options)
-            if key not in known:
-                try:
-                    known[key] = function(value, *options), value, None  # the value stays, and its id with it
-                except Exception as error:
-                    known[key] = None, value, error
-            result, _, error = known[key]
-            if error:
-                raise error
-            return result
-
-        return call
-
+    """Reading takes most of a comparison's time: each text is read once in this file."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(algebra, "read", once(algebra.read))
-        patch.setattr(algebra, "shaped", once(algebra.shaped))
+        patch.setattr(algebra, "read", functools.cache(algebra.read))
         yield
 
 
@@ -372,7 +336,7 @@ def test_a_time_out_is_remembered_when_it_has_come_three_times(task, sandbox):
     for times, asked in ((2, 2), (5, 3)):
         pair, calls = (f"{times}/7", rf"\frac{{{2 * times}}}{{14}}"), []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sandbox.kind, "call", lambda *question: calls.append(question) or Result("timeout"))
+            patch.setattr(Sandbox, "call", lambda *question: calls.append(question) or Result("timeout"))
             assert [graded(task, pair) for _ in range(times)] == [["time-out"]] * times
         assert len(calls) == asked
         assert graded(task, pair) == (["correct"] if times < 3 else ["time-out"])
@@ -392,7 +356,7 @@ def test_a_time_out_is_remembered_when_it_has_come_three_times(task, sandbox):
 def test_only_true_is_paid_and_a_failed_grader_is_not_remembered(result, verdict, task, sandbox):
     pair = ("z", f"z+{hash(result) % 997}-0")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sandbox.kind, "call", lambda *_: result)
+        patch.setattr(Sandbox, "call", lambda *_: result)
         assert graded(task, pair) == [verdict]
     count = len(sandbox.asked)
     graded(task, pair)
@@ -401,19 +365,14 @@ def test_only_true_is_paid_and_a_failed_grader_is_not_remembered(result, verdict
 
 def test_closing_the_task_closes_its_sandbox(task, sandbox):
     task.close()
-    assert len(sandbox.closed) == 1
+    assert sandbox.closed == 1
 
 
 # ---- The data sets ------------------------------------------------------------------------------------------------
 
 
 def fixture_rows(name: str) -> list[dict]:
-    return [json.loads(line) for line in (FIXTURES / f"{name}.jsonl").read_text().splitlines()]
-
-
-def write(path: Path, rows: list[dict]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+    return list(tasks.rows(FIXTURES / f"{name}.jsonl"))
 
 
 DAPO_TRAIN = [  # of the fixture: two rows are doubles, one problem has two answers, one stands in MATH-500
@@ -484,6 +443,7 @@ def test_the_problems_are_the_same_from_every_source(form, tmp_path, sandbox, mo
             (arrow,) = (tmp_path / "saved" / name).glob("*.arrow")
             arrow.rename(tmp_path / f"{name}.arrow")
     monkeypatch.setattr(datasets, "load_dataset", lambda repo, split: tables[names[repo, split]])
+    monkeypatch.setattr("harness.hub.unreachable", lambda *_: "")
     task = tasks.load("math", data="" if form == "hub" else str(tmp_path))
     assert (task.train, task.test, task.notes) == (expected.train, expected.test, expected.notes)
 

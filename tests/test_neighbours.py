@@ -10,14 +10,12 @@ import algorithm
 import pytest
 import torch
 from test_algorithm import SCRIPT, G, Sampler, config, reference, rows_of, trained
-from test_vpd import weights
 
-import feedback
 import vpd
 from model.parallel import World
 from model.policy import Policy
 from neighbours import distil, ovd
-from neighbours.served import FIRST, Asked, ServedModel, ServerSilent, expected_digit, find_digit, read_score
+from neighbours.served import Asked, ServedModel, ServerSilent, expected_digit, find_digit, read_score
 from tasks import Outcome, Problem
 
 # ---- A served model -----------------------------------------------------------------------------------------
@@ -257,8 +255,8 @@ ATTEMPTS = ["one", "<think>hm</think>two", "three", "four", "five"]
 REQUEST = "{question}|{attempt}|0 TO 9"
 
 
-def judge_of(byte_tokenizer, choose=None, **settings):
-    cfg = config("ovd", ovd, judge_request=REQUEST, **settings)
+def judge_of(byte_tokenizer, choose=None):
+    cfg = config("ovd", ovd, judge_request=REQUEST)
     policy = SimpleNamespace(tokenizer=byte_tokenizer, world=World(), choose=choose)
     return ovd.Judge(cfg, policy, SimpleNamespace(name="t", notes=[]))
 
@@ -281,26 +279,18 @@ def test_the_students_own_score_comes_from_its_digits_where_it_would_rather_say_
     assert "question 1|two|0 TO 9<" in decode(asked[0][1])  # without its thought
 
 
-def test_a_served_judge_that_failed_or_named_no_digit_gives_no_score(byte_tokenizer, server, capsys):
-    replies = {"one": (200, "8"), "two": (400, "no"), "three": (200, "good"), "four": (200, "0"), "five": (200, "7.5")}
-
-    def answer(body, _):
-        said = body["messages"][0]["content"]
-        status, text = next((v for k, v in replies.items() if f"|{k}|" in said), (200, "1"))
-        return server.reply_with(text) if status == 200 else (status, {"error": {"message": text}})
-
-    server.answer = answer
-    judge = judge_of(byte_tokenizer, judge_url=server.url, judge_model="m", max_judge_tokens=5)
-    server.seen.clear()
-    assert judge.scores(PROBLEMS, ATTEMPTS, step=5) == [8.0, None, None, 0.0, None]
-    bodies = {body["messages"][0]["content"]: body for _, _, body in server.seen}
-    assert set(bodies) == {f"question {i}|{text}|0 TO 9" for i, text in enumerate(replies)}
-    assert {(body["model"], body["max_tokens"]) for body in bodies.values()} == {("m", 5)}
-    assert judge.missing == {"judge: no digit, kept": 2, "judge: the server failed": 1}
-    seeds = {body["seed"] for body in bodies.values()}
-    server.seen.clear()
+def test_a_served_judge_that_failed_or_named_no_digit_gives_no_score(byte_tokenizer):
+    judge, calls = judge_of(byte_tokenizer), []
+    replies = [(8.0,), None, (None,), (0.0,), (7.5,)]
+    served = SimpleNamespace(score=lambda *how: calls.append(how) or replies)
+    judge.server = SimpleNamespace(ask=lambda question: question(served))
+    assert judge.scores(PROBLEMS, ATTEMPTS, step=5) == [8.0, None, None, 0.0, 7.5]
+    assert judge.missing == {"judge: no digit, kept": 1}
     judge.scores(PROBLEMS, ATTEMPTS, step=6)  # another step, other draws
-    assert len(seeds) == 5 and not seeds & {body["seed"] for _, _, body in server.seen}
+    (messages, seed, most), (_, other, _) = calls
+    texts = ["one", "two", *ATTEMPTS[2:]]  # without its thought
+    assert [one["content"] for (one,) in messages] == [f"question {i}|{text}|0 TO 9" for i, text in enumerate(texts)]
+    assert most == judge.cfg.max_judge_tokens and seed != other
 
 
 def test_digits_are_tokens_of_their_own_or_the_network_cannot_judge():
@@ -571,17 +561,6 @@ CHOICE = ["--subset", "choice", "--prompts_per_batch", "4", "--minibatch_prompts
 
 def log_of(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-def test_ovd_whose_judge_accepts_everything_is_grpo_bit_for_bit(tmp_path):
-    """choice's model, which has not learned to judge, names no digit."""
-    fixed = [*CHOICE, *"--steps 2 --lr 0.001 --divide_by_std False --minibatch_prompts 2".split()]
-    ovd.main([*fixed, "--ovd_threshold", "9", "--out", str(tmp_path / "ovd")])
-    vpd.main([*fixed, "--method", "grpo", "--out", str(tmp_path / "grpo")])
-    one, other = (weights(tmp_path / name / "model") for name in ("ovd", "grpo"))
-    assert all(torch.equal(one[k], other[k]) for k in one)
-    for row in log_of(tmp_path / "ovd"):
-        assert row["accepted"] == 1 and row["demonstrations"] == 0 and row["left_out"]["judge: no digit, kept"] == 16
 
 
 def test_ovd_on_a_model_that_judges(tmp_path):

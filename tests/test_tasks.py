@@ -1,7 +1,6 @@
 """The contract of tasks/: what a task, a problem and an outcome are, how a task is found by name, how files are read, and what
 a task file of one's own may do. The benchmarks have files of their own, and so has the toy."""
 
-import dataclasses
 import json
 import os
 import re
@@ -20,6 +19,7 @@ import pytest
 import tasks
 from harness import hub
 from tasks import Outcome, Problem, Task, livecodebench, own, tiny, toy
+from tasks.sandbox import Sandbox
 
 
 @contextmanager
@@ -31,23 +31,40 @@ def refused(*words):
     assert message and "\n" not in message and all(word in message for word in words), message
 
 
+@contextmanager
+def one_sandbox(module):
+    """The tasks of a module share one sandbox, which notes what it is asked and how much may come back; closing a task closes
+    nothing before the end."""
+    noted, built = SimpleNamespace(asked=[], most=[], closed=0), []
+
+    class Noted(Sandbox):
+        def call(self, source, function, args, max_output=None):
+            noted.asked.append(args), noted.most.append(max_output)
+            return super().call(source, function, args, max_output)
+
+        def run(self, source, stdin, max_output=None):
+            noted.asked.append(stdin), noted.most.append(max_output)
+            return super().run(source, stdin, max_output)
+
+        def close(self):
+            noted.closed += 1
+
+    def build(**settings):
+        built[:] = built or [Noted(**settings)]
+        return built[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "Sandbox", build)
+        yield noted
+    Sandbox.close(built[0])
+
+
 def write(path, rows) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 
-# ---- Types -----------------------------------------------------------------------------------------------
-
-
-def test_problems_and_outcomes_are_fixed_and_much_may_be_left_out():
-    problem, outcome = Problem("p", [{"role": "user", "content": "2+3?"}]), Outcome(1, "passed")
-    assert (problem.reference, problem.data, outcome.feedback, outcome.columns) == ("", None, "", {})
-    for value, field in ((problem, "reference"), (outcome, "reward")):
-        with pytest.raises(dataclasses.FrozenInstanceError):
-            setattr(value, field, 0)
-    task = Task("sums", [problem] * 3, [problem], [problem] * 2, lambda problems, responses: [])
-    assert task.splits() == "sums: 3 train, 1 validation, 2 test problems"
-    task.close()  # nothing to release, and still there to call
+# ---- Walls -----------------------------------------------------------------------------------------------
 
 
 def test_tasks_know_nothing_of_training():

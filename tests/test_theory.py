@@ -13,17 +13,9 @@ import torch
 from torch.nn.functional import logsigmoid, one_hot
 
 import losses as L
+from test_losses import f64, normal, tensor
 
-f64 = torch.float64
 BETAS = (0.1, 0.5, 1.0)
-
-
-def tensor(*values):
-    return torch.tensor(values, dtype=f64)
-
-
-def normal(*shape, seed):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=f64)
 
 
 def draws(*shape, seed):

@@ -1,11 +1,13 @@
 """The three toy tasks, their warm-up data, tokenizer and models. Graded answers and feedback texts are written out by hand;
-shares of random data are counted over 2000 seeded examples, so a run never differs from the last one."""
+random data are 2000 seeded examples, so a run never differs from the last one."""
 
 import ast
 import itertools
+import json
 import math
 import random
 import re
+import zlib
 from pathlib import Path
 
 import pytest
@@ -36,7 +38,7 @@ def loaded():
 @pytest.fixture(scope="module")
 def warm_up():
     """2000 warm-up examples of each subset."""
-    makers = {subset: (make(), random.Random(7)) for subset, make in toy.SUBSETS.items()}
+    makers = {subset: (make(), random.Random(7)) for subset, make in toy.EVERY.items()}
     return {subset: [maker.example(rng) for _ in range(2000)] for subset, (maker, rng) in makers.items()}
 
 
@@ -174,8 +176,8 @@ def test_code_feedback_is_the_first_failing_test_as_it_failed(grade_code):
 
 def test_code_ends_an_endless_program():
     code = toy.Code()
-    (outcome,) = code.verify([Problem("p", [], "", FLIP)], ["while True: pass"])
-    code.sandbox.close()
+    with Sandbox(time_limit=0.5) as code.sandbox:
+        (outcome,) = code.verify([Problem("p", [], "", FLIP)], ["while True: pass"])
     assert (outcome.reward, outcome.verdict) == (0, "timeout")
     assert re.fullmatch(r"f\(\[1,2,3\]\) raised no result within \S+ s, expected \[3,2,1\]", outcome.feedback)
 
@@ -199,27 +201,15 @@ def test_code_tests_tell_the_true_meaning_from_readings_that_often_differ(loaded
 # ---- Warm-up examples ------------------------------------------------------------------------------------
 
 
-def test_trace_feedback_is_mostly_honest_and_else_lines_to_look_up_which_come_first(warm_up):
-    trace, rng, told = toy.Trace(), random.Random(0), kinds(warm_up["trace"], "environment")
-    wrong_line = re.compile(r"expected\n(\d+ (?:zig|zap|hop|dip|mix|fog) : (\d))\ngot (\d)")
-    flagged = [(wrong_line.fullmatch(e["context"].feedback), e) for e in told if "got" in e["context"].feedback]
-    assert len(flagged) > 600 and all(match and match[2] != match[3] for match, _ in flagged)
-    honest = sum(match[1] in e["answer"].split("\n") for match, e in flagged) / len(flagged)
-    assert honest == pytest.approx(0.82, abs=0.04)  # 0.8, and one in ten of the other 0.2 by chance
-    lookups = [e for e in told if "got" not in e["context"].feedback]
-    assert 100 < len(lookups) < 400
-    lookups += [trace.example(rng, progress=0.05) for _ in range(200)]
-    for example in lookups:  # the answer is the shown lines in the program's order
-        lines = example["answer"].split("\n")
-        assert sorted(example["context"].feedback.split("\n")) == sorted(lines)
-        assert [line.split(" : ")[0] for line in lines] == example["messages"][0]["content"].split("\n")[1:]
+EXAMPLES = {"trace": 618806222, "code": 2889345326, "choice": 1704280561, "trace-rare": 618806222, "trace-dialect": 618806222,
+            "trace-often": 679575769, "trace-cold": 1756003301, "code-judge": 1120310418, "lookups": 2423546717}  # fmt: skip
 
 
-def test_solutions_in_the_prompt_are_followed_always_and_in_choice_nine_times_of_ten(warm_up):
-    for subset, low, high in (("trace", 1, 1), ("code", 1, 1), ("choice", 0.88, 0.97)):
-        shown = kinds(warm_up[subset], "sibling")
-        assert len(shown) > 150
-        assert low <= sum(e["context"].solution == e["answer"] for e in shown) / len(shown) <= high
+def test_a_change_of_the_warm_up_examples_does_not_go_unnoticed(warm_up):
+    """Shares of contexts, how honest feedback is, what the judge is blind to: with others the models are to be made again."""
+    trace, rng, texts = toy.Trace(), random.Random(7), lambda C: [C.solution, C.feedback, C.critique]
+    every = warm_up | {"lookups": [trace.example(rng, progress=0.05) for _ in range(200)]}
+    assert {name: zlib.crc32(json.dumps(told, default=texts).encode()) for name, told in every.items()} == EXAMPLES
 
 
 def test_code_feedback_is_a_true_failing_test_in_the_verifiers_own_words(warm_up, grade_code):
@@ -248,54 +238,6 @@ def test_choice_reviews_rule_out_the_attempts_table_line_and_are_heeded(warm_up)
 
 # ---- A judge -----------------------------------------------------------------------------------------------
 
-
-@pytest.fixture(scope="module")
-def judgements():
-    """6000 warm-up examples of code-judge: (phrases, what the attempt takes each for, score) of those that judge, and the
-    others."""
-    judge, rng = toy.CodeJudge(), random.Random(7)
-    examples, judged = [judge.example(rng) for _ in range(6000)], []
-    for example in (e for e in examples if "attempt" in e):
-        parts = parts_of(example["messages"])
-        meanings = itertools.product(range(3), repeat=len(parts))
-        (tried,) = (m for m in meanings if judge.body(parts, m) == example["attempt"])
-        judged.append(([name for name, _ in parts], tried, int(example["answer"])))
-    return judge, judged, [e for e in examples if "attempt" not in e]
-
-
-def test_the_judges_warm_up_is_a_fifth_scores_and_the_rest_is_codes(judgements, warm_up):
-    _, judged, others = judgements
-    assert len(judged) / 6000 == pytest.approx(0.2, abs=0.02)
-    share = lambda examples: sum(e["context"] is None for e in examples) / len(examples)  # noqa: E731
-    assert share(others) == pytest.approx(share(warm_up["code"]), abs=0.03)
-    assert {score for _, _, score in judged} == set(range(10))
-    middle = sum(3 <= score <= 6 for _, _, score in judged) / len(judged)
-    assert middle == pytest.approx(0.1 * 4 / 10, abs=0.02)  # one score in ten is any digit
-    assert sum(len(names) == 1 for names, _, _ in judged) / len(judged) == pytest.approx(0.6, abs=0.04)
-
-
-def test_the_judge_is_blind_to_one_phrase_of_each_kind_and_knows_the_other_nine(judgements):
-    """Where it knows every phrase of an attempt, it says 7 to 9 for a right one and 0 to 2 for a wrong one, but for the one
-    in ten of any digit. Of a blind phrase it holds what it writes by: the rarely known one's true reading is wrong to it."""
-    judge, judged, _ = judgements
-    truth = {name: judge.belief[name][judge.truth[name]] for name in judge.truth}
-    assert sorted(truth[name] for name in judge.blind) == pytest.approx([0.003, 0.3, 0.75]) and len(truth) == 12
-    right = lambda names, tried: tried == tuple(map(judge.truth.get, names))  # noqa: E731
-    for was, low, high in ((True, 7, 9), (False, 0, 2)):
-        scores = [s for names, tried, s in judged if not judge.blind & {*names} and right(names, tried) == was]
-        share = sum(low <= score <= high for score in scores) / len(scores)
-        assert len(scores) > 100 and share == pytest.approx(0.9 + 0.1 * 3 / 10, abs=0.04)
-    (dark,) = (name for name in judge.blind if truth[name] < 0.01)
-    scores = [score for names, tried, score in judged if names == [dark] and right(names, tried)]
-    assert len(scores) >= 5 and sum(score >= 7 for score in scores) <= 0.3 * len(scores)
-    # Attempts: 0.5 as it writes, 0.3 of random readings, 0.2 right to the judge. A single phrase that it knows and almost
-    # never writes right (0.003) is right in 0.3 / 3 + 0.2 of them.
-    never = {name for name in truth if truth[name] < 0.01} - judge.blind
-    seen = [right(names, tried) for names, tried, _ in judged if len(names) == 1 and never & {*names}]
-    assert len(never) == 3 and len(seen) > 100
-    assert sum(seen) / len(seen) == pytest.approx(0.5 * 0.003 + 0.3 / 3 + 0.2, abs=0.07)
-
-
 CONFIG = ovd.Config(task="toy", subset="code-judge", judge_request=toy.JUDGE_REQUEST, max_teacher_tokens=512)
 
 
@@ -315,7 +257,7 @@ def test_the_shipped_judge_tells_its_right_rollouts_from_its_wrong_ones(loaded):
 
 def test_text_survives_the_tokenizer_and_a_digit_or_an_operation_is_one_token(warm_up, tokenizer):
     texts = ["".join(map(chr, range(32, 127))) + "\n"]  # printable ASCII, and what the examples say
-    for example in itertools.chain(*warm_up.values()):
+    for example in itertools.chain(*(warm_up[subset][::4] for subset in toy.SUBSETS)):
         said = example.get("context") or feedback.Context("")
         texts += [example["messages"][0]["content"], said.solution, said.feedback, said.critique, example["answer"]]
     assert tokenizer.batch_decode(tokenizer(texts).input_ids) == texts
