@@ -1,4 +1,4 @@
-"""How fast, and in how much memory: the phases of a training step on the toy task, the loss head beside the matrix products
+"""How fast, and in how much memory: training steps on the toy task and the loss head, each beside the matrix products
 that it cannot do without, and the graders.
 
     python -m study.bench [--only steps head grader] [--out FILE]
@@ -18,7 +18,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import feedback
 import losses
 import tasks
 import vpd
@@ -44,12 +46,66 @@ def fresh(function: str, **settings):
 
 
 def steps(flags: list[str]) -> list[dict]:
-    """Median seconds of each phase of a step."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        vpd.main(["--task", "toy", "--eval_every", "0", *flags, "--out", f"{folder}/run"])
-        log = [json.loads(line)["seconds"] for line in Path(folder, "run", "log.jsonl").read_text().splitlines()]
-    rows = [{"case": phase, "seconds": statistics.median(row[phase] for row in log)} for phase in log[0]]
+    """Median seconds of each phase of a step, and of its floor: the matrix products that it cannot do without."""
+    flags = ["--task", "toy", "--model", str(HERE / "tasks" / "toy_models" / "trace"), "--eval_every", "0", *flags]
+    cfg = vpd.settings(flags)
+    with tempfile.TemporaryDirectory() as folder:
+        out, every = Path(folder) / "run", str(cfg.prompts_per_batch * cfg.group_size)
+        with contextlib.redirect_stdout(io.StringIO()):
+            vpd.main([*flags, "--log_samples", every, "--out", str(out)])  # each rollout goes to samples.jsonl
+        log, samples = ([json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
+                        for name in ("log", "samples"))  # fmt: skip
+        model, tokenizer = (auto.from_pretrained(out / "model") for auto in (AutoModelForCausalLM, AutoTokenizer))
+    products = [passes(row, [s for s in samples if s["step"] == row["step"]], cfg, tokenizer) for row in log]
+    rows = [{"case": phase, "seconds": statistics.median(row["seconds"][phase] for row in log)} for phase in log[0]["seconds"]]
+    for row in rows:
+        if row["case"] in products[0]:
+            row["floor"] = statistics.median(floor(model, of_step[row["case"]]) for of_step in products)
+            row["times_the_floor"] = row["seconds"] / row["floor"]
     return [*rows, {"case": "together", "seconds": sum(row["seconds"] for row in rows)}]
+
+
+def passes(row: dict, samples: list[dict], cfg, tokenizer) -> dict[str, list[tuple[int, int, bool]]]:
+    """The passes that each phase of VPD's step needs at least: tokens through the layers, tokens through the head, and
+    whether there is a backward pass. Padding is left out; a prompt that rows share is counted in each."""
+    task, x, y, with_context = tasks.load(cfg.task, cfg.subset), [], [], []
+    task.close()
+    messages = {problem.id: problem.messages for problem in task.train}
+    for sample in samples:
+        asked = messages[sample["id"]]
+        x.append(len(feedback.student_prompt(tokenizer, asked)))
+        y.append(len(tokenizer(sample["response"]).input_ids) + (sample["finish"] == "stop"))
+        if sample["context"]:
+            context = feedback.Context(**sample["context"])
+            xC, _ = feedback.teacher_prompt(tokenizer, asked, context, cfg.templates(), cfg.max_teacher_tokens)
+            with_context.append((x[-1] + y[-1], len(xC) + y[-1], y[-1]))
+    student, teacher, scored = map(sum, zip((0, 0, 0), *with_context))
+    alive = [sum(length > t for length in y) for t in range(max(y))]  # rows that draw a token t
+    share = (row["e_rows"] or 0) / max(1, len(with_context))
+    return {
+        "rollout": [(sum(x), alive[0], False), *((rows, rows, False) for rows in alive[1:])],
+        "freeze": [(sum(x) + sum(y), sum(y), False), (teacher, scored, False)],
+        "e_step": [(round(share * teacher), round(share * scored), True)],
+        "m_step": [(teacher, scored, False), (student, scored, True)],
+    }
+
+
+def floor(model, of_phase: list[tuple[int, int, bool]]) -> float:
+    """Seconds of these passes' products with the model's matrices and of nothing else; attention's own are left out."""
+    body = [p.detach() for p in model.base_model.layers.parameters() if p.ndim == 2]
+    output = [model.get_output_embeddings().weight.detach()]
+    todo = [(tokens, matrix, backward) for layers, heads, backward in of_phase
+            for tokens, matrices in ((layers, body), (heads, output)) for matrix in matrices]  # fmt: skip
+    buffer = lambda width: torch.randn(max(tokens for tokens, *_ in todo), width)  # noqa: E731
+    buffers = {m.shape: [*(buffer(m.shape[side]) for side in (1, 0, 1)), torch.empty_like(m)] for _, m, _ in todo}
+    start = time.perf_counter()
+    for tokens, matrix, backward in todo:
+        given, made, d_given, d_matrix = buffers[matrix.shape]
+        torch.mm(given[:tokens], matrix.T, out=made[:tokens])
+        if backward:
+            torch.mm(made[:tokens], matrix, out=d_given[:tokens])
+            torch.mm(made[:tokens].T, given[:tokens], out=d_matrix)
+    return time.perf_counter() - start
 
 
 # ---- The loss head -------------------------------------------------------------------------------------------
