@@ -315,7 +315,9 @@ def test_a_folder_whose_weights_are_not_its_configs_is_one_line_in_every_process
 PHASES = {  # what breaks in one of two processes, and how
     "rollout": (rollout.HFSampler, "sample", torch.OutOfMemoryError),
     "verify": (vpd, "grade", tasks.BadTask),
+    "freeze": (vpd, "freeze", RuntimeError),
     "e_step": (losses, "bco_loss", RuntimeError),
+    "m_step": (losses, "sequence_weights", RuntimeError),
     "sync": (rollout.HFSampler, "sync", KeyError),
 }
 SHORT = [*SMALL, *E_STEP, "--steps", "2"]
