@@ -26,7 +26,7 @@ from harness.command import CannotWrite, Parser, check_out, run, write
 STYLES = {
     "vpd": ("#0072B2", "-"), "sdpo": ("#D55E00", "--"), "grpo": ("#009E73", "-."), "joint": ("#CC79A7", ":"),
     "reshape": ("#E69F00", "-"), "reweight": ("#56B4E9", "--"), "distil": ("#000000", "-."), "ovd": ("#999999", ":"),
-    "sdpo live": ("#882255", "--"),
+    "sdpo live": ("#882255", "--"), "vpd likelier": ("#332288", "-."),
 }  # fmt: skip
 SPARE = [(colour, dash) for dash in ((0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
          for colour in ("#000000", "#882255", "#E69F00", "#56B4E9", "#CC79A7")]  # fmt: skip
@@ -40,9 +40,10 @@ MEASURES = {  # key of a log row: title, kind of row, whether to smooth over nei
 }
 FIGURES = {  # file: panels of (subset, measure, variants)
     "margin": [("trace", "margin", ("vpd", "sdpo", "sdpo live"))],  # Fig. 1
-    "progress": [(subset, "avg", ("vpd", "sdpo", "sdpo live", "grpo", "joint", "reshape", "reweight"))
+    "progress": [(subset, "avg", ("vpd", "vpd likelier", "sdpo", "sdpo live", "grpo", "joint", "reshape", "reweight"))
                  for subset in ("trace", "code")],  # Fig. 2
-    "dialect": [("trace-dialect", key, ("vpd F=1", "vpd F=2", "vpd F=5", "sdpo no E-step"))
+    "long": [("trace-120", key, ("vpd", "vpd likelier")) for key in ("avg", "teacher_avg", "entropy")],
+    "dialect": [("trace-dialect", key, ("vpd likelier", "vpd F=1", "vpd F=5", "sdpo no E-step"))
                 for key in ("avg", "teacher_avg", "margin")],
 }  # fmt: skip
 

@@ -39,7 +39,7 @@ TUNING_SEEDS = (101, 102)  # never reported
 
 # ---- Rows and claims, from the text files beside this one --------------------------------------------------------
 
-LABELS = {"vpd": "VPD", "sdpo": "SDPO", "sdpo live": "SDPO, live teacher", "grpo": "GRPO", "joint": "SDPO+RL joint",
+LABELS = {"vpd": "VPD", "vpd likelier": "VPD, failures spared", "sdpo": "SDPO", "sdpo live": "SDPO, live teacher", "grpo": "GRPO", "joint": "SDPO+RL joint",
           "reshape": "SDPO+RL reshape", "reweight": "SDPO+RL reweight"}  # fmt: skip
 Claim = namedtuple("Claim", "says quantity above below")  # above and below: rows; below may be 0, or base
 QUANTITIES = {"avg": "", "teacher change": "teacher on base failures, gain: ", "margin change": "margin, last five less first five: "}
@@ -66,7 +66,7 @@ CLAIMS = {heading: [Claim(says, quantity, *rows.split(" > ")) for says, quantity
 
 def task_of(row: str) -> list[str]:
     subset, variant = row.split("/")
-    return ["--task", "toy", "--subset", subset, "--method", variant.split()[0]]
+    return ["--task", "toy", "--subset", subset.removesuffix("-120"), "--method", variant.split()[0]]
 
 
 def best(row: str, known: dict) -> str | None:

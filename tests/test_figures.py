@@ -171,7 +171,7 @@ def test_every_figure_is_drawn_where_all_rows_are_there(tmp_path, monkeypatch, c
     figures.main([])  # no argument: study/results/study.json, into study/results
     out, error = capsys.readouterr()
     drawn = {path.stem: path.read_bytes() for path in results.glob("*.png")}
-    assert drawn.keys() == {"dialect", "margin", "progress"} and error == ""
+    assert drawn.keys() == {"dialect", "long", "margin", "progress"} and error == ""
     assert all(picture.startswith(b"\x89PNG") for picture in drawn.values())
     assert "study/results/margin.png: VPD (2 seeds), SDPO (2 seeds), SDPO LIVE (2 seeds)\n" in out
 
