@@ -28,6 +28,7 @@ Where we depart from the paper's text, or had to choose:
     8. An update in which no row takes part (no context, no advantage) is left out, momentum and weight decay included.
     9. Where vLLM samples, a token of the M-step weighs min(pi_old/pi_sampler, 2) for the gap between the two engines, as in
        SDPO's code; --mismatch_limit none turns it off.
+   10. Off by default: with --e_failures likelier a failure with r~ <= 0 adds nothing to Eq. 9. It counts in n- and delta.
 """
 
 import math
@@ -87,7 +88,8 @@ def reweight(t, cfg):  # B.26 to B.28; lambda falls linearly to 0
 class Method:
     """What a method is. objective: what the M-step minimises, one of the functions above; teacher: whose weights read the context
     by default ("": nobody's); rows: which rollouts take part, those with a context, with an advantage, or with either; e_step:
-    whether the teacher is trained. What the objective reads: distils, t.D; scores, t.teacher_logp; reinforces, t.A."""
+    whether the teacher is trained. What the objective reads: distils, t.D; scores, t.teacher_logp; reinforces, t.A: without the
+    flag t has 0 in its place."""
 
     objective: Callable
     teacher: Literal["", "live", "ema"]
@@ -197,7 +199,7 @@ class Config:
     solution_template: str = FEEDBACK(WORDS.solution, "section of the teacher's prompt, with {solution}",
                                   **SHOWN("sibling", "solution_first", "both"))  # fmt: skip
     feedback_template: str = FEEDBACK(WORDS.feedback, "section of the teacher's prompt, with {feedback}",
-                                  **SHOWN("environment", "solution_first", "both"))  # fmt: skip
+                                  **SHOWN(*(s for s in SOURCES if s not in ("sibling", "critique"))))  # fmt: skip
     critique_template: str = FEEDBACK(WORDS.critique, "section of the teacher's prompt, with {critique}", **CRITIQUE)
     closing_line: str = FEEDBACK(WORDS.closing, "end of the teacher's prompt")
     critique_request: str = FEEDBACK(WORDS.request, "what a critic is asked: {question}, {attempt}, {reference}", **CRITIQUE)

@@ -113,7 +113,7 @@ def tokens(cfg, method) -> tuple[int, int, int]:
 
 
 def memory(config, cfg, method, processes: int, gpu_bytes: float = 0) -> Plan:
-    """The plan of a run. config: of transformers; cfg, method: settings.Config and its row of settings.METHODS; processes: one a
+    """The plan of a run. config: of transformers; cfg, method: vpd.Config and its row of vpd.METHODS; processes: one a
     GPU; gpu_bytes: memory of each GPU, 0 for a CPU. Raises ValueError for a model that policy.py cannot train."""
     layers, root = shapes(config)
     count = lambda group: sum(shape.numel() for shape in group)  # noqa: E731

@@ -296,9 +296,12 @@ def tried_list(known: dict) -> list[str]:
 
 def summary(rows: dict) -> list[str]:
     """A small table of the tuned rows on both tasks. What is not measured is empty."""
-    avg = lambda subset, method: [run["after"]["avg"] for run in rows.get(f"{subset}/{method}", {}).get("runs", {}).values()]  # noqa: E731
-    lines = [(label, *(with_interval(avg(subset, method)) for subset in ("trace", "code"))) for method, label in LABELS.items()]
-    return markdown(("", "`trace`", "`code`"), *lines)[:-1]
+    subsets = ("trace", "code")
+    runs = lambda subset, method: list(rows.get(f"{subset}/{method}", {}).get("runs", {}).values())  # noqa: E731
+    base = [f"{of[0]['before']['avg']:.3f}" if (of := runs(subset, "vpd")) else "" for subset in subsets]
+    lines = [(label, *(with_interval([run["after"]["avg"] for run in runs(subset, method)]) for subset in subsets))
+             for method, label in LABELS.items()]  # fmt: skip
+    return markdown(("", *(f"`{subset}`" for subset in subsets)), ("base model", *base), *lines)[:-1]
 
 
 def replaced(text: str, marks: tuple[str, str], lines: list[str]) -> str:
