@@ -42,7 +42,7 @@ class Rollout:
 def grading(verify: Callable, problems: list, policy: Policy) -> Callable | None:
     """What `sample` may call with each row it has finished: its grading begins, where the task's grader takes rows one by one
     (`model.parallel.Shared`). problems: of each row."""
-    begin = getattr(verify, "begin", None)
+    begin = getattr(verify, "pool", None) and verify.begin
     return begin and (lambda row, rollout: begin(row, problems[row], policy.decode(rollout.tokens)))
 
 

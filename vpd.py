@@ -209,7 +209,7 @@ class Config:
     e_lr: float = E_STEP(0.0, "learning rate of the E-step; 0: --lr", least=0)
     e_optimizer: Literal["shared", "own"] = E_STEP("shared", "whose AdamW state; the paper has one network and one optimizer")
     e_groups: Literal["mixed", "all"] = E_STEP("mixed", "mixed: groups in which both outcomes have a context")
-    e_failures: Literal["all", "likelier"] = E_STEP("all", "likelier: only failures that the teacher finds likelier than the student did")
+    e_failures: Literal["all", "likelier"] = E_STEP("all", "likelier: only failures with r~ > 0, likelier to the teacher than to the prior")
     beta: float = FEEDBACK(0.1, "of the implicit reward, Eq. 7", above=0)
     shift_rate: float = E_STEP(0.1, "delta <- (1 - rate) delta + rate value; the paper gives none", above=0, most=1)
     prior: Literal["dynamic", "fixed"] = E_STEP("dynamic", "what r~ is measured from; fixed: the initial weights (ablation)")
@@ -464,7 +464,7 @@ def train(cfg: Config, run: session.Run) -> None:
                         log.passed(q)
                     run.shift = delta if math.isfinite(delta) else None
                     norm = run.update(e_optimizer, (cfg.e_lr or cfg.lr) * rate, e_loss.item())
-                    log.e_update(e_loss.item(), norm, r_tilde.detach() - delta, batch.r[rows])
+                    log.e_update(e_loss.item(), norm, r_tilde.detach() - delta, batch.r[rows], c[rows])
                 log.note(shift=run.shift)
                 log.lap("e_step")
 

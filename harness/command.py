@@ -70,7 +70,7 @@ def run(main: Callable[[], None], *refused: type[Exception]) -> None:
     finally:
         if at_once():
             for stream in (sys.stdout, sys.stderr):
-                with suppress(OSError):  # whoever read it may be gone
+                with suppress(OSError, ValueError):  # whoever read it may be gone, or it is closed
                     stream.flush()
             os._exit(status)
     if status:

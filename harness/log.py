@@ -82,11 +82,12 @@ class BatchLog:
     def frozen(self, batch, entropy: torch.Tensor) -> None:
         self.measured(batch, torch.ones_like(batch.graded), batch.old_logp, entropy, batch.teacher_logp)
 
-    def e_update(self, loss: float, norm: float, u: torch.Tensor, r: torch.Tensor) -> None:
-        """u: r~ - delta of the rows. A row has died when its pull, sigma(-u) on a success and sigma(u) on a failure, is below 0.01."""
+    def e_update(self, loss: float, norm: float, u: torch.Tensor, r: torch.Tensor, c: torch.Tensor) -> None:
+        """u: r~ - delta of the rows; c: the loss's slope in each token's log q. A row has died when its pull, sigma(-u) on a success
+        and sigma(u) on a failure, is below 0.01, or when it has none."""
         self.e_losses.append(loss)
         self.e_norms.append(norm)
-        self.died.append(torch.where(r == 1, torch.sigmoid(-u), torch.sigmoid(u)) < 0.01)
+        self.died.append((torch.where(r == 1, torch.sigmoid(-u), torch.sigmoid(u)) < 0.01) | (c == 0).all(1))
 
     def m_pass(self, rows: list[int], view, loss: torch.Tensor, scores, weight: torch.Tensor, measures: bool) -> None:
         """A pass over `rows`, a part of an update. weight: of D, (B,) or (B, T), 0 where there is none; measures: the pass is at
@@ -193,7 +194,7 @@ class Tracker:
         try:
             if self.kind:
                 act()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             print(f"--track {self.kind} failed ({one_line(error)}): the run goes on without it", file=sys.stderr)
             self.kind = ""
 

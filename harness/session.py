@@ -439,7 +439,7 @@ class Run:
         self.idle = 0 if log.e_norms or log.m_norms else self.idle + 1
         if log.step == self.first_step and done < self.steps:
             tqdm.write(self.outlook(sum(row["seconds"].values()), done))
-        if self.watches(done):
+        if self.watches(done) or self.idle == 3 and cfg.eval_every:
             self.validate(done)
         if done == self.steps or cfg.checkpoint_every and done % cfg.checkpoint_every == 0:
             self.save_state(done)

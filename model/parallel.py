@@ -113,7 +113,7 @@ class Shared:
             done = {row: result for part in self.world.collect([done], self.world.size) for row, result in part.items()}
         rest = [row for row in range(n) if row not in done]
         mine = [rest[i] for i in self.world.share(len(rest))]
-        found = self.function(*([column[row] for row in mine] for column in columns))
+        found = self.function(*([column[row] for row in mine] for column in columns)) if mine else []
         done |= zip(rest, self.world.collect(found, len(rest)))
         return [done[row] for row in range(n)]
 

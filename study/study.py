@@ -70,9 +70,12 @@ def task_of(row: str) -> list[str]:
 
 
 def best(row: str, known: dict) -> str | None:
-    """Of the settings that were tried for a row, the flags of the best by the mean of its tuning seeds."""
-    means = {flags: np.mean([run["avg"] for run in runs.values()]) for flags, runs in known.get(row, {}).items()}
-    return max(means, key=means.get) if len(means) == len(TRIED[row]) else None
+    """Of the settings that are listed for a row, the flags of the best by the mean of the tuning seeds; None before all of them
+    have been run."""
+    runs = {flags: known.get(row, {}).get(flags, {}) for flags in TRIED[row]}
+    if not all(of.keys() == {*map(str, TUNING_SEEDS)} for of in runs.values()):
+        return None
+    return max(runs, key=lambda flags: sum(run["avg"] for run in runs[flags].values()))
 
 
 def reported(known: dict) -> dict[str, list[str]]:
@@ -106,7 +109,7 @@ def settings_of(flags: list[str]) -> dict:
 
 def perform(flags: list[str], out: Path, test: bool) -> str:
     """Trains, and with `test` evaluates the first and the last weights; the output goes to a text file. Returns the error, or
-    "". A run that ends because no rollout succeeds any more has status 1, and its weights."""
+    "". A run that ends early, because it makes no update any more, has status 1 and its last weights: it is a result."""
     start, text = time.perf_counter(), out.with_name(f"{out.name}.txt")
     commands = [["vpd.py", *flags, "--out", str(out), "--overwrite"], ["evaluate.py", "--run", str(out)]]
     with text.open("w") as printed:
@@ -115,7 +118,7 @@ def perform(flags: list[str], out: Path, test: bool) -> str:
                                      env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
             STARTED.append(child)
             status, last = child.wait(), ["", *text.read_text().splitlines()][-1]
-            if status and "made no update" not in last:
+            if status and not (status == 1 and (out / "model").is_dir()):
                 return f"exit status {status}: {last} (see {text})"
     (out / "done.json").write_text(json.dumps({"seconds": round(time.perf_counter() - start, 1)}) + "\n")
     for part in ("model", "best", "checkpoints"):  # not needed again, and a study has hundreds of them
@@ -228,7 +231,8 @@ def collapsed(run: dict) -> bool:
 
 def judge(claims: list[Claim], rows: dict) -> list[tuple[Claim, str, str]]:
     """(claim, its numbers, its verdict) for the claims of one family whose rows have two seeds or more. The rows are paired:
-    the same seeds, the same problems. A verdict is the paired t test's at 5% after Holm's correction over the family."""
+    the same seeds, the same problems. A verdict is the paired t test's at 5% after Holm's correction over the family, the claims
+    that cannot be judged yet counted; the interval is of this claim alone."""
     found = []
     for claim in claims:
         above, below = (of_seeds(rows, row, claim.quantity) for row in (claim.above, claim.below))
@@ -244,8 +248,8 @@ def judge(claims: list[Claim], rows: dict) -> list[tuple[Claim, str, str]]:
         text = f"{means}: {np.mean(differences):+.3f} [{low:+.3f}, {high:+.3f}], {len(differences)} pairs"
         found.append((claim, f"{QUANTITIES[claim.quantity]}{text}", test.pvalue, np.mean(differences)))
     order, worst, corrected = np.argsort([p for *_, p, _ in found]), 0.0, {}
-    for rank, i in enumerate(order):  # Holm: the smallest p times their number, the next times one less, ...
-        worst = corrected[i] = max(worst, min(1.0, found[i][2] * (len(found) - rank)))
+    for rank, i in enumerate(order):  # Holm: the smallest p times the number of claims, the next times one less, ...
+        worst = corrected[i] = max(worst, min(1.0, found[i][2] * (len(claims) - rank)))
     return [(claim, f"{text}, p {corrected[i]:.3g}", VERDICTS[2 if corrected[i] >= 0.05 else 0 if mean > 0 else 1])
             for i, (claim, text, _, mean) in enumerate(found)]  # fmt: skip
 
@@ -274,8 +278,9 @@ def table(subset: str, rows: dict) -> list[str]:
     for name, row in rows.items():
         runs = list(row["runs"].values())
         avg = [run["after"]["avg"] for run in runs]
-        pairs = [[ends(run["train"]["margin"]), ends(run["eval"]["teacher"], 1)] for run in runs]
-        spans = ["" if np.isnan(pair).any() else "{:.2f} to {:.2f}".format(*pair) for pair in np.mean(pairs, 0)]
+        pairs = zip(*([ends(run["train"]["margin"]), ends(run["eval"]["teacher"], 1)] for run in runs))
+        there = [[pair for pair in of if not np.isnan(pair).any()] for of in pairs]
+        spans = ["{:.2f} to {:.2f}".format(*np.mean(of, 0)) if of else "" for of in there]
         seconds = np.median([run["seconds_per_batch"] for run in runs])
         each = " ".join(f"{value:.2f}" for value in avg)
         cells.append((row["label"], len(runs), with_interval(avg), each, *spans, sum(map(collapsed, runs)), f"{seconds:.1f}"))
@@ -364,6 +369,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         parser.error(error)
     path_of = lambda *parts: folder / re.sub(r"[^\w.=-]+", "-", " ".join(map(str, parts)))  # noqa: E731
+    done = lambda out: (out / "done.json").exists() and not any(line.startswith(f"{out.name}: ") for line in failed)  # noqa: E731
     if args.tune:
         jobs = {path_of("tune", name, flags, seed): (name, flags, seed)
                 for seed in TUNING_SEEDS for name in names for flags in TRIED[name]
@@ -371,7 +377,7 @@ def main(argv: list[str] | None = None) -> None:
         failed = perform_all({out: [*task_of(name), *flags.split(), "--seed", str(seed)]
                               for out, (name, flags, seed) in jobs.items()}, args.jobs, test=False)  # fmt: skip
         for out, (name, flags, seed) in jobs.items():
-            if (out / "done.json").exists():
+            if done(out):
                 found = record(out)
                 kept = {key: found[key] for key in ("commit", "hardware", "seconds")} | {"avg": found["eval"]["avg"][-1]}
                 tuned.setdefault(name, {}).setdefault(flags, {})[str(seed)] = kept
@@ -381,7 +387,7 @@ def main(argv: list[str] | None = None) -> None:
                 for seed in range(1, 11) for name in names if seed <= REPORTED[name][1]}  # fmt: skip
         failed = perform_all({out: [*rows[name], "--seed", str(seed)] for out, (name, seed) in jobs.items()}, args.jobs, test=True)
         for out, (name, seed) in jobs.items():
-            if (out / "done.json").exists():
+            if done(out):
                 line = f"python vpd.py {' '.join(rows[name])} --seed N --out DIR"
                 row = known["rows"].setdefault(name, {"label": label_of(name), "command": line, "runs": {}})
                 if row["command"] != line:  # its settings have changed since

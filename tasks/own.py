@@ -48,7 +48,7 @@ def load(path: str) -> Task:
         if twice := [id for id, count in Counter(str(problem.id) for problem in problems).items() if count > 1]:
             raise ValueError(f"{path}: problem {twice[0]!r} is there twice: a problem's id is its own within its split")
     task.name = text_of(task.name) if isinstance(task.name, str) and task.name.strip() else name
-    task.verify = checked(task.verify, path, spec.origin)
+    task.verify, task.threads = checked(task.verify, path, spec.origin), 0  # its limit of time needs the main thread
     task.verify(task.train[:2], ["", ""][: len(task.train)])  # what is wrong with it is best said before the run
     return task
 

@@ -32,7 +32,7 @@ sys.modules["gym"] = gym
 
 
 def load(subset: str, data: str) -> Task:
-    """Problems of the generator `subset`, no question twice. data: a JSON file of its own settings, of which size is of training."""
+    """Problems of the generator `subset`, no question twice. data: a JSON file of its own settings, whose size bounds each split."""
     try:
         from reasoning_gym.factory import DATASETS
         from reasoning_gym.utils import SYSTEM_PROMPTS
@@ -78,10 +78,12 @@ def grade(sandbox: Sandbox, problems: list[Problem], responses: list[str]) -> li
     from reasoning_gym.utils import extract_answer
 
     def score(pair: tuple[str, str]) -> Outcome:
+        if "__" in pair[1]:  # four scorers evaluate an answer beside what reports its score
+            return Outcome(0, "unreadable", "The checker could not read it.")
         said, result = f"Your answer was: {pair[1]}\n", sandbox.call("from gym import score", "score", list(pair))
         if result.status == "ok":
             right = result.value > 1 - 1e-6  # some scores are sums of shares
-            told = f"{said}Its score is {result.value:.2f}, where 1 is right."
+            told = f"{said}Its score is {min(result.value, 0.99):.2f}, where 1 is right."
             return Outcome(1, "correct") if right else Outcome(0, "wrong", told)
         verdict = {"internal": "internal", "timeout": "time-out"}.get(result.status, "unreadable")
         return Outcome(0, verdict, "" if verdict == "internal" else f"{said}The checker could not read it.")

@@ -79,7 +79,7 @@ def test_a_row_of_the_log_by_hand():
     log.skip("nothing", 0)
     log.passed(SimpleNamespace(filled=6, padded=8))
     for loss, norm in ((0.4, 1.0), (0.2, math.nan)):  # the second was left out
-        log.e_update(loss, norm, T([5.0, -5.0, -5.0, 0.0]), T([1, 0, 1, 1]))
+        log.e_update(loss, norm, T([5.0, -5.0, -5.0, 0.0]), T([1, 0, 1, 1]), T([[1.0], [1.0], [1.0], [0.5]]))
     log.m_losses, log.m_norms, log.D_sum, log.with_D = [0.5, math.nan], [2.0, math.nan], 0.25, True
     row = log.row(batch(), lr=0.01, distils=True)
     assert row["reward"] == 1 / 2 and row["verdicts"] == {"passed": 1, "wrong": 1, "internal": 1}  # the grader's fault is none

@@ -57,9 +57,10 @@ def test_an_answer_that_is_a_program_or_that_the_scorer_dies_of_is_a_failure(tmp
     monkeypatch.setattr(reasoning_gym, "SCORE_SECONDS", 1.0)
     task = load(tmp_path, "puzzle24", size=1)  # the library evaluates its answers as Python
     mark = tmp_path / "mark"
-    answers = ["(lambda: [1 for _ in iter(int, 1)])()", f"open({str(mark)!r}, 'w')", "1/0"]
-    outcomes = task.verify(task.train * 3, [f"<answer>{answer}</answer>" for answer in answers])
-    assert [o.reward for o in outcomes] == [0, 0, 0] and not mark.exists()
+    answers = ["(lambda: [1 for _ in iter(int, 1)])()", f"open({str(mark)!r}, 'w')", "1/0",
+               "setattr(__import__('__main__'), '_dumps', lambda value: '1.0')"]  # fmt: skip
+    outcomes = task.verify(task.train * 4, [f"<answer>{answer}</answer>" for answer in answers])
+    assert [o.reward for o in outcomes] == [0, 0, 0, 0] and not mark.exists()
     task.close()
     slow = "1" + "0" * 9 + "**" + "9" * 9
     task = load(tmp_path, "simple_integration", size=1)

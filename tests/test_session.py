@@ -286,9 +286,10 @@ def test_the_end_of_a_run_is_what_is_left_of_batches_and_evaluations(monkeypatch
 
 @pytest.mark.parametrize("steps, words", [(2, "no update was made"), (9, "three batches in a row made no update")])
 def test_a_run_without_a_signal_ends_with_a_line_and_status_1(steps, words, tmp_path, capsys):
-    flags = [*own(tmp_path / "own.py"), "--method", "grpo"]  # all wrong: no advantage
-    error = ended(1, capsys, tmp_path / "run", *flags, steps=steps)
-    assert words in error and len(read_log(tmp_path / "run")) == min(steps, 3)
+    flags = [*own(tmp_path / "own.py"), "--method", "grpo", "--eval_every", "50"]  # all wrong: no advantage
+    error, done = ended(1, capsys, tmp_path / "run", *flags, steps=steps), min(steps, 3)
+    steps_of = lambda kind: [row["step"] for row in read_log(tmp_path / "run", kind)]  # noqa: E731
+    assert words in error and steps_of("train") == [*range(done)] and steps_of("eval") == [0, done]  # as it ended
     assert (tmp_path / "run" / "model" / "config.json").exists()
 
 

@@ -48,7 +48,9 @@ def test_reported_rows_are_those_of_the_best_settings_and_work_together():
             assert flags == study.task_of(row) + study.TRIED[row][3].split()
     with_e, without = (vpd.settings(rows[f"trace-dialect/{name}"]) for name in ("vpd F=5", "sdpo no E-step"))
     assert (with_e.lr, with_e.divergence, with_e.reader()) == (without.lr, without.divergence, without.reader())
-    tuned["trace/vpd"].popitem()  # one is still to be run
+    tuned["trace/vpd"]["--lr 9"] = {"101": {"avg": 9.0}, "102": {"avg": 9.0}}  # listed no more
+    assert study.reported(tuned) == rows
+    del tuned["trace/vpd"][study.TRIED["trace/vpd"][5]]["102"]  # one is still to be run
     assert not any(name in study.reported(tuned) for name in ("trace/vpd", "trace-dialect/vpd F=5"))
 
 
@@ -88,7 +90,7 @@ def test_quantities_of_a_run():
 
 def test_pairs_are_of_the_same_seed_and_holm_corrects_over_the_family():
     one, two, three = [0.5, 0.7, 0.6, 0.9], [0.4, 0.5, 0.6, 0.7], [0.52, 0.7, 0.58, 0.95]
-    rows = rows_of(vpd=one, grpo=two, sdpo=three)
+    rows = rows_of(vpd=one, grpo=two, sdpo=three)  # of joint nobody has run anything
     del rows["trace/vpd"]["runs"]["4"], rows["trace/grpo"]["runs"]["1"]  # seeds 2 and 3 are left, 1 to 3 with sdpo
     claims = [Claim("a", "avg", "trace/vpd", f"trace/{name}") for name in ("grpo", "sdpo")]
     claims += [Claim("b", "avg", "trace/sdpo", "base"), Claim("c", "avg", "trace/grpo", "trace/joint")]
@@ -97,7 +99,7 @@ def test_pairs_are_of_the_same_seed_and_holm_corrects_over_the_family():
     p = [stats.ttest_rel(one[1:3], two[1:3]).pvalue, stats.ttest_rel(one[:3], three[:3]).pvalue,
          stats.ttest_1samp(three, 0.1).pvalue]  # fmt: skip
     low, middle, high = sorted(p)
-    holm = {low: 3 * low, middle: max(3 * low, 2 * middle), high: max(3 * low, 2 * middle, high)}
+    holm = {low: 4 * low, middle: max(4 * low, 3 * middle), high: max(4 * low, 3 * middle, 2 * high)}
     for (_, text, so), value in zip(found, p):
         assert text.endswith(f", p {min(1, holm[value]):.3g}")
         assert so == ("yes" if holm[value] < 0.05 else "undecided")
@@ -217,7 +219,7 @@ def test_tuning_and_reporting_fill_their_files_and_keep_what_is_there(quick, tmp
     tuned = json.loads((tmp_path / "tuning.json").read_text())
     assert tuned["trace/sdpo"] == old["trace/sdpo"] and list(tuned) == ["trace/vpd", "trace/sdpo"]
     assert {seed: run["avg"] for seed, run in tuned["trace/vpd"]["--lr 1"].items()} == {"101": 0.75, "102": 0.75}
-    assert study.best("trace/sdpo", tuned) == "--lr 1" and study.best("trace/vpd", tuned) is None
+    assert study.best("trace/sdpo", tuned) == "--lr 1" and study.best("trace/vpd", tuned) is None  # of --lr -1 nothing is known
     command = "python vpd.py --task toy --subset trace --method sdpo --lr 1 --seed N --out DIR"
     for before, kept in ((command, "old"), ("another command", None)):  # whose runs say nothing of these settings
         (tmp_path / "study.json").write_text(json.dumps({"rows": {"trace/sdpo": {"command": before, "runs": {"9": "old"}}}}))
