@@ -207,7 +207,7 @@ class Config:
     e_step_every: int = E_STEP(5, "F: an E-step on every F-th rollout batch", above=0)
     e_minibatch_prompts: int = E_STEP(32, "prompts per E-step update; the whole batch makes one update", above=0)
     e_lr: float = E_STEP(0.0, "learning rate of the E-step; 0: --lr", least=0)
-    e_optimizer: Literal["shared", "own"] = E_STEP("shared", "whose AdamW state; the paper has one network and one optimizer")
+    e_optimizer: Literal["shared", "own"] = E_STEP("own", "whose AdamW state; shared: one for both steps (docs/paper.md)")
     e_groups: Literal["mixed", "all"] = E_STEP("mixed", "mixed: groups in which both outcomes have a context")
     e_failures: Literal["all", "likelier"] = E_STEP("all", "likelier: only failures with r~ > 0, likelier to the teacher than to the prior")
     beta: float = FEEDBACK(0.1, "of the implicit reward, Eq. 7", above=0)

@@ -11,12 +11,12 @@ TOY = dict(
     model="tasks/toy_models/trace", epochs=0, steps=30, eval_every=10, teacher_probe=32, prompts_per_batch=12,
     max_prompt_tokens=256, max_response_tokens=100, max_teacher_tokens=512, max_critique_tokens=16, adam_beta2=0.95,
     weight_decay=0.0, minibatch_prompts=12, lr=1e-3, feedback="environment", e_minibatch_prompts=12, e_lr=5e-4,
-    e_optimizer="own", shift_rate=0.5, divergence="js", top_k=0,
+    shift_rate=0.5, divergence="js", top_k=0,
     ema_rate=0.05, eval_temperature=1.0, eval_top_p=1.0, solution_template=toy.TEMPLATES.solution,
     feedback_template=toy.TEMPLATES.feedback, critique_template=toy.TEMPLATES.critique, closing_line=toy.TEMPLATES.closing,
     critique_request=toy.TEMPLATES.request,
 )  # fmt: skip
-# Ours, by the memory plan: Qwen3-0.6B on a GPU of 24 GB, Qwen3-1.7B on one of 48 or 80 GB. One update follows a batch.
+# Ours, by the memory plan: Qwen3-0.6B on a GPU of 24 GB, Qwen3-1.7B on one of 80 GB. One update follows a batch.
 ONE_GPU = dict(
     model="Qwen/Qwen3-0.6B", lr=5e-6, epochs=0, steps=100, prompts_per_batch=16, minibatch_prompts=16, e_minibatch_prompts=16,
     max_prompt_tokens=1024, max_response_tokens=1024, max_teacher_tokens=3072, micro_batch_tokens=8192, teacher_probe=32,
