@@ -124,7 +124,7 @@ def test_sampling_keeps_weights_moments_and_copies_but_no_gradients():
     assert found.cache == pytest.approx(0.65 * 80e9 - 2 * whole - 3e9)  # less its weights and graphs
     assert found.sequences == pytest.approx((0.65 * 80e9 - 2 * whole - 3e9) / (32 * (10 + 20)))
     small, _ = planned(TINY, f"--task lcb {SIZES} --prior fixed", gpu=10e9)
-    assert small.share == pytest.approx(0.95 - (16 * whole + guard + 4e9) / 10e9)
+    assert small.share == pytest.approx(0.95 - (24 * whole + guard + 4e9) / 10e9)
     told, cfg = planned(TINY, f"--task lcb {SIZES} --engine_memory 0.9", gpu=10e9)
     assert told.share == 0.9
     with pytest.raises(ValueError, match="--engine_memory 0.9 is more .* at most 0.60"):
@@ -361,7 +361,7 @@ def test_plan_flag_needs_only_a_config_refuses_after_its_table_and_leaves_nothin
     assert out[1] == ("tokens at most: 10240 a student's row, 18432 a teacher's, 20480 a micro batch, "
                       f"{8 * 10240} an M-step update, {256 * 18432} an E-step update")  # fmt: skip
     assert out[2].split() == "8.19e+09 parameters; GB on each of 8 GPUs of 80.0 training sampling".split()
-    assert out[3].split() == ["weights", "4.10", "4.10"] and out[4].split() == ["AdamW's", "moments", "8.19", "8.19"]
+    assert out[3].split() == ["weights", "4.10", "4.10"] and out[4].split() == ["AdamW's", "moments", "16.38", "16.38"]
     cells = [line.split() for line in out if line.startswith("  ")]
     for column in (-2, -1):  # together is the sum of what stands above
         listed = [float(line[54:].ljust(20)[slice(0, 10) if column == -2 else slice(10, 20)].strip() or 0)
