@@ -111,7 +111,7 @@ def divergence(log_s: torch.Tensor, log_t: torch.Tensor, kind: str) -> torch.Ten
         u = log_t.clamp(min=-1e4) - log_s.clamp(min=-1e4)
         m_over_s = F.softplus(u, threshold=50) - math.log(2.0)
         return 0.5 * (log_t.exp() * (u - m_over_s) - log_s.exp() * m_over_s).sum(-1)
-    raise ValueError(f"unknown divergence {kind!r}: choose one of {', '.join(DIVERGENCES)}")
+    raise ValueError(f"unknown divergence {kind!r}: choose one of kl_student_teacher, kl_teacher_student, js")
 
 
 def distillation_loss(
