@@ -27,7 +27,8 @@ PRODUCT, MEMORY, REACHED = 792e12, 3.0e12, {True: 0.39, False: 0.44}
 # last rows are graded, where programs are run; parameters pushed a second; and of several GPUs the seconds that an update waits
 # for the network, and how much longer than the mean the slowest takes where an update has no more than two rows for each.
 FILLED, STEP, PROGRAMS, PUSHED, UPDATE, SLOWEST = 1 / 3, 1e-3, 10.0, 1.6e9, 0.15, 1.6
-PROBLEMS = {"lcb": (131, 131), "sciknoweval": (450, 50), "math": (17000, 600), "reasoning_gym": (2000, 100)}  # for training and to watch, of the default subset
+# Problems for training and to watch, of the default subset.
+PROBLEMS = {"lcb": (131, 131), "sciknoweval": (450, 50), "math": (17000, 600), "reasoning_gym": (2000, 100)}
 
 
 @dataclass(frozen=True)
@@ -261,7 +262,8 @@ def seconds(plan: Plan, config, cfg, method) -> dict[str, float]:
         return (steps * BF16 * plan.parameters + cached) / MEMORY + steps * STEP
 
     grading, due = PROGRAMS * (cfg.task == "lcb"), method.e_step / cfg.e_step_every
-    frozen, reads = 1.0 if updates > 1 else due, bool(tokens(cfg, method)[1]) and not writes and (method.distils or method.scores and updates == 1)
+    frozen = 1.0 if updates > 1 else due
+    reads = bool(cfg.reader()) and not writes and (method.distils or method.scores and updates == 1)
     watched = PROBLEMS.get(cfg.task, (0, 0))[1] * cfg.eval_samples
     return {
         "rollouts": sample(rows, x) + writes * sample(rows, xC),

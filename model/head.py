@@ -319,9 +319,11 @@ def _split(logits, top, largest, entropy=False) -> tuple[torch.Tensor, ...]:
     (c, k), entropy (c, 1) or None). largest: (c, 1). logits are left holding exp(logits - largest), 0 at the top k."""
     at_top = logits.gather(-1, top) - largest
     others, weighted = _exponentiate(logits.scatter_(-1, top, -torch.inf), largest, entropy)
-    z = others + at_top.exp().sum(-1, keepdim=True)
-    H = z.log() - (weighted + (at_top.clamp(min=-1e4) * at_top.exp()).sum(-1, keepdim=True)) / z if entropy else None
-    return largest + z.log(), others, torch.cat([at_top - z.log(), others.log() - z.log()], -1), at_top.exp(), H
+    exp_top = at_top.exp()
+    z = others + exp_top.sum(-1, keepdim=True)
+    log_z = z.log()
+    H = log_z - (weighted + (at_top.clamp(min=-1e4) * exp_top).sum(-1, keepdim=True)) / z if entropy else None
+    return largest + log_z, others, torch.cat([at_top - log_z, others.log() - log_z], -1), exp_top, H
 
 
 def _compare(logits, total, taught, total_t, divergence) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,7 +1,7 @@
 """Curves of runs, and the paper's figures on the toy tasks.
 
     python -m study.figures runs/toy-vpd-seed1 runs/toy-vpd-seed2 runs/toy-grpo-seed1 --out curves.png
-    python -m study.figures      study/results/study.json -> study/results/margin.png, progress.png, dialect.png
+    python -m study.figures      study/results/study.json -> study/results/margin.png, progress.png, ...
 
 Runs that differ only in their seed share a colour: the line is the mean over seeds, the band goes from the lowest
 to the highest seed. The grey line is the pass rate of the base model. Steps count the rollout batches before a measurement.

@@ -39,8 +39,8 @@ TUNING_SEEDS = (101, 102)  # never reported
 
 # ---- Rows and claims, from the text files beside this one --------------------------------------------------------
 
-LABELS = {"vpd": "VPD", "vpd likelier": "VPD, failures spared", "sdpo": "SDPO", "sdpo live": "SDPO, live teacher", "grpo": "GRPO", "joint": "SDPO+RL joint",
-          "reshape": "SDPO+RL reshape", "reweight": "SDPO+RL reweight"}  # fmt: skip
+LABELS = {"vpd": "VPD", "vpd likelier": "VPD, failures spared", "sdpo": "SDPO", "sdpo live": "SDPO, live teacher",
+          "grpo": "GRPO", "joint": "SDPO+RL joint", "reshape": "SDPO+RL reshape", "reweight": "SDPO+RL reweight"}  # fmt: skip
 Claim = namedtuple("Claim", "says quantity above below")  # above and below: rows; below may be 0, or base
 QUANTITIES = {"avg": "", "teacher change": "teacher on base failures, gain: ", "margin change": "margin, last five less first five: "}
 
@@ -69,13 +69,18 @@ def task_of(row: str) -> list[str]:
     return ["--task", "toy", "--subset", subset.removesuffix("-120"), "--method", variant.split()[0]]
 
 
+def mean_avg(runs: dict) -> float:
+    """By which settings are ranked: of a setting's tuning runs."""
+    return float(np.mean([run["avg"] for run in runs.values()]))
+
+
 def best(row: str, known: dict) -> str | None:
     """Of the settings that are listed for a row, the flags of the best by the mean of the tuning seeds; None before all of them
     have been run."""
     runs = {flags: known.get(row, {}).get(flags, {}) for flags in TRIED[row]}
     if not all(of.keys() == {*map(str, TUNING_SEEDS)} for of in runs.values()):
         return None
-    return max(runs, key=lambda flags: sum(run["avg"] for run in runs[flags].values()))
+    return max(runs, key=lambda flags: mean_avg(runs[flags]))
 
 
 def reported(known: dict) -> dict[str, list[str]]:
@@ -289,11 +294,10 @@ def table(subset: str, rows: dict) -> list[str]:
 
 def tried_list(known: dict) -> list[str]:
     """Every setting that was tried, with avg@4 on validation problems of both tuning seeds, the best first."""
-    mean = lambda runs: np.mean([run["avg"] for run in runs.values()])  # noqa: E731
+    pair = lambda runs: " ".join(f"{run['avg']:.2f}" for run in runs.values())  # noqa: E731
     cells = [("row", "settings: pass rates")]
     for row, settings in known.items():
-        ranked = sorted(settings.items(), key=lambda item: -mean(item[1]))
-        pair = lambda runs: " ".join(f"{run['avg']:.2f}" for run in runs.values())  # noqa: E731
+        ranked = sorted(settings.items(), key=lambda item: -mean_avg(item[1]))
         each = [f"{flags.replace('--', '')}: {pair(runs)}" for flags, runs in ranked]
         cells.append((row, f"**{each[0]}**; {'; '.join(each[1:])}"))
     return markdown(*cells)
