@@ -12,6 +12,7 @@ import shutil
 import sys
 import warnings
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -31,79 +32,66 @@ class Damaged(ValueError):
 Optimizers = dict[str, tuple[nn.Module, torch.optim.Optimizer]]
 
 
-def save(
-    folder: Path, step: int, models: dict[str, nn.Module], optimizers: Optimizers, state: dict, world: World
-) -> Path:
+def save(folder: Path, step: int, models: dict[str, nn.Module], optimizers: Optimizers, state: dict, world: World) -> Path:
     """Writes `folder/step-N` and removes all but the last two. models and optimizers by name; state: what JSON can hold.
     Collective. Returns the checkpoint's path. Raises CannotWrite."""
-    final, part = folder / f"step-{step:06d}", folder / f"part-{step:06d}"
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-    def clear() -> None:
+    final, part = folder / f"step-{step:06d}", folder / f"part-{step:06d}"
+    # An optimizer that has made no step yet has no state: asking for it would make one up, and change the run.
+    stepped = [name for name, (_, optimizer) in optimizers.items() if optimizer.state]
+    tensors = {f"model.{name}": model.state_dict() for name, model in models.items()}
+    tensors |= {f"optimizer.{name}": get_optimizer_state_dict(*optimizers[name]) for name in stepped}
+
+    def begin() -> None:
         for left in folder.glob("part-*"):  # of a save that was cut short
             shutil.rmtree(left)
         part.mkdir(parents=True)
 
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
-
-    try:
-        world.first(clear)
-    except OSError as error:
-        raise CannotWrite(f"{final}: {error.strerror}") from error
-    # An optimizer that has made no step yet has no state: asking for it would make one up, and change the run.
-    stepped = [name for name, (_, optimizer) in optimizers.items() if optimizer.state]
-    tensors = {f"model.{name}": get_model_state_dict(model) for name, model in models.items()}
-    tensors |= {f"optimizer.{name}": get_optimizer_state_dict(*optimizers[name]) for name in stepped}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that one process by itself has no group is no news
-        try:
-            dcp.save(tensors, checkpoint_id=part)
-        except BaseException as error:  # the library's own is no Exception
-            _give_up(error, part, final)
-    mine = {path.name: _sum(path) for path in part.glob(f"__{world.rank}_*")}
-    sums = world.collect([mine], world.size)
-    randoms = world.collect([_random_state()], world.size)
-
     def finish() -> None:
-        kept = {"step": step, "stepped": stepped, "random": randoms, **state}
-        (part / "state.json").write_text(json.dumps(kept))
+        numbers = {"step": step, "stepped": stepped, "random": [each for _, each in parts], **state}
+        (part / "state.json").write_text(json.dumps(numbers))
         files = {name: _sum(part / name) for name in (".metadata", "state.json")}
-        for found in sums:
-            files |= found
+        for sums, _ in parts:
+            files |= sums
         (part / "manifest.json").write_text(json.dumps(files))
-        away = lambda old: old.rename(old.with_name(f"part-gone-{old.name}"))  # noqa: E731
-        gone = [away(final)] if final.exists() else []  # `restore` finds it there if the next line is never reached
-        part.rename(final)
         # Renamed before they are removed: half of a checkpoint must not look like one.
-        gone += [away(old) for old in sorted(folder.glob("step-*"))[:-KEPT]]
-        for old in gone:
-            shutil.rmtree(old)
+        away = lambda old: old.rename(old.with_name(f"part-gone-{old.name}"))  # noqa: E731
+        if final.exists():
+            away(final)  # `restore` finds it there if the next line is never reached
+        part.rename(final)
+        for old in sorted(folder.glob("step-*"))[:-KEPT]:
+            away(old)
+        for gone in folder.glob("part-gone-*"):
+            shutil.rmtree(gone)
 
     try:
+        world.first(begin)
+        with warnings.catch_warnings(action="ignore"):  # that one process by itself has no group is no news
+            dcp.save(tensors, checkpoint_id=part)
+        mine = {path.name: _sum(path) for path in part.glob(f"__{world.rank}_*")}
+        parts = world.collect([(mine, _random_state())], world.size)
         world.first(finish)
-    except OSError as error:
-        _give_up(error, part, final)
+    except BaseException as error:  # the library's own is no Exception
+        first = causes(error)[0]
+        full = shutil.disk_usage(folder.parent).free < 1 << 20  # of which the library's errors say nothing
+        shutil.rmtree(part, ignore_errors=True)
+        if not isinstance(first, Exception):  # Ctrl-C
+            raise first from None
+        raise CannotWrite(f"{final}: {'no space left on the disk' if full else ' '.join(str(first).split())}") from error
     return final
 
 
-def _give_up(error: BaseException, part: Path, final: Path) -> None:
-    """Removes what was written of a checkpoint and raises CannotWrite, in one line, or KeyboardInterrupt where that is what came
-    between: the library has its own wrapping for both, which is no Exception."""
-    causes = [cause for cause, _ in error.failures.values()] if hasattr(error, "failures") else [error]
-    full = shutil.disk_usage(part.parent).free < 1 << 20  # of which the library's errors say nothing
-    shutil.rmtree(part, ignore_errors=True)
-    if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
-        raise KeyboardInterrupt from error
-    why = "no space left on the disk" if full else " ".join(str(causes[0]).split())
-    raise CannotWrite(f"{final}: {why}") from error
+def causes(error: BaseException) -> list[BaseException]:
+    """What torch.distributed.checkpoint has wrapped in an error of its own, which is no Exception; any other error itself."""
+    return [cause for cause, _ in error.failures.values()] if hasattr(error, "failures") else [error]
 
 
 def last(out: Path) -> str:
     """What `--resume` would do with the run directory `out`, in words."""
     steps = [int(path.name.removeprefix("step-")) for path in (out / "checkpoints").glob("step-*")]
-    return (
-        f"--resume goes on after {max(steps)} batches" if steps else "it has no checkpoint yet: --resume starts again"
-    )
+    return f"--resume goes on after {max(steps)} batches" if steps else "it has no checkpoint yet: --resume starts again"
 
 
 def restore(folder: Path, models: dict[str, nn.Module], optimizers: Optimizers, world: World) -> dict | None:
@@ -111,26 +99,20 @@ def restore(folder: Path, models: dict[str, nn.Module], optimizers: Optimizers, 
     "step"; None if there is no checkpoint. A damaged one is named on standard error and the one before it taken. Raises
     Damaged when every one is damaged. Collective."""
     import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import (
-        get_model_state_dict, get_optimizer_state_dict, set_model_state_dict, set_optimizer_state_dict,
-    )  # fmt: skip
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
     found = world.first(lambda: sorted(folder.glob("step-*"), reverse=True) or sorted(folder.glob("part-gone-*")))
     for checkpoint in found:
-        damage = world.first(lambda: _damage(checkpoint))
-        if damage:
+        if damage := world.first(lambda: _damage(checkpoint)):
             if world.rank == 0:
                 print(f"checkpoint {checkpoint} is damaged ({damage}): taking the one before it", file=sys.stderr)
             continue
         state = json.loads((checkpoint / "state.json").read_text())
-        tensors = {f"model.{name}": get_model_state_dict(model) for name, model in models.items()}
+        tensors = {f"model.{name}": model.state_dict() for name, model in models.items()}  # the weights themselves
         stepped = [name for name in optimizers if name in state["stepped"]]
         tensors |= {f"optimizer.{name}": get_optimizer_state_dict(*optimizers[name]) for name in stepped}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             dcp.load(tensors, checkpoint_id=checkpoint)
-        for name, model in models.items():
-            set_model_state_dict(model, tensors[f"model.{name}"])
         for name in stepped:
             set_optimizer_state_dict(*optimizers[name], tensors[f"optimizer.{name}"])
         if world.rank < len(state["random"]):
@@ -148,12 +130,10 @@ def cut_log(path: Path, step: int) -> int:
         return 0
     kept, lines = [], path.read_text(errors="replace").splitlines()
     for line in lines:
-        try:
+        with suppress(ValueError, KeyError, TypeError):
             row = json.loads(line)
             if row["step"] < step or row.get("kind") in ("eval", "resume") and row["step"] <= step:
                 kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue
     write(path, "".join(line + "\n" for line in kept))
     return len(lines) - len(kept)
 
@@ -171,21 +151,17 @@ def _damage(checkpoint: Path) -> str:
     """What is wrong with a checkpoint's files, "" if nothing."""
     try:
         files = json.loads((checkpoint / "manifest.json").read_text())
-        if missing := {".metadata", "state.json"} - files.keys():
-            return f"its manifest does not name {', '.join(sorted(missing))}"
-        wrong = [name for name, known in files.items() if _sum(checkpoint / name) != known]
+        wrong = [name for name in {".metadata", "state.json"} | files.keys() if _sum(checkpoint / name) != files.get(name)]
     except (OSError, ValueError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return f"{wrong[0]} is not what was written" if wrong else ""
 
 
 def _random_state() -> dict:
-    numpy = np.random.get_state()
-    state = {"python": random.getstate(), "numpy": [numpy[0], numpy[1].tolist(), *numpy[2:]],
-             "torch": torch.get_rng_state().tolist()}  # fmt: skip
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state().tolist()
-    return state
+    name, words, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None
+    numpy = [name, words.tolist(), *rest]
+    return {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state().tolist(), "cuda": cuda}
 
 
 def _set_random_state(state: dict) -> None:
@@ -193,5 +169,5 @@ def _set_random_state(state: dict) -> None:
     random.setstate((version, tuple(words), gauss))
     np.random.set_state(tuple(state["numpy"]))
     torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
-    if "cuda" in state and torch.cuda.is_available():
+    if state.get("cuda") and torch.cuda.is_available():
         torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))

@@ -1,8 +1,4 @@
-"""The processes of a run: what each does of a batch, and the network in shards (FSDP2).
-
-A run with one process and no group is the default. torchrun's environment makes several; on CUDA one process makes a group
-as well, so that one GPU and eight run the same code.
-"""
+"""The processes of a run: what each does of a batch, and the network in shards (FSDP2)."""
 
 import os
 import socket
@@ -31,9 +27,9 @@ class World:
 
     @classmethod
     def start(cls) -> "World":
-        """From the environment that torchrun sets. On CUDA even one process makes a group, so that one GPU and many run
-        the same code: sharded layers, float32 weights, bfloat16 compute. Only the first process's standard output is kept.
-        Raises ValueError for more processes than GPUs."""
+        """From the environment that torchrun sets. On CUDA one process makes a group as well, so that one GPU and many run the
+        same code: sharded layers, float32 weights, bfloat16 compute. Only the first process's standard output is kept. Raises
+        ValueError for more processes than GPUs."""
         cuda = torch.cuda.is_available()
         if os.environ.get("RANK", "0") != "0":
             sys.stdout = open(os.devnull, "w")
@@ -43,12 +39,12 @@ class World:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = str(free.getsockname()[1])
-            os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-                           "MASTER_PORT": port}  # fmt: skip
+            alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            os.environ |= alone
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-        if cuda and device.index >= torch.cuda.device_count():
-            raise ValueError(f"more processes on this machine than its {torch.cuda.device_count()} GPUs")
         if cuda:
+            if device.index >= torch.cuda.device_count():
+                raise ValueError(f"more processes on this machine than its {torch.cuda.device_count()} GPUs")
             torch.cuda.set_device(device)
         if not dist.is_initialized():
             # Processes wait for the slowest in sampling and grading, which may take longer than the library's ten minutes.
@@ -109,8 +105,7 @@ class Shared:
         n, begun, self.begun = len(columns[0]), self.begun, {}
         of = lambda row: tuple(column[row] for column in columns)  # noqa: E731
         done = {row: future.result()[0] for row, (entries, future) in begun.items() if row < n and entries == of(row)}
-        if self.pool and self.world.size > 1:
-            done = {row: result for part in self.world.collect([done], self.world.size) for row, result in part.items()}
+        done = {row: result for part in self.world.collect([done], self.world.size) for row, result in part.items()}
         rest = [row for row in range(n) if row not in done]
         mine = [rest[i] for i in self.world.share(len(rest))]
         found = self.function(*([column[row] for row in mine] for column in columns)) if mine else []
@@ -118,14 +113,16 @@ class Shared:
         return [done[row] for row in range(n)]
 
 
-def shard(model: nn.Module, compute: torch.dtype | None, compiled: bool = False) -> nn.Module:
-    """FSDP2: every decoder layer a unit, and the root with embedding, norm and head. The shards stay in the model's dtype,
-    gradients are averaged in it, and compute is in `compute` (None: the same). compiled: each layer by torch.compile."""
+def placed(model: nn.Module, world: World, compute: torch.dtype | None = None, compiled: bool = False) -> nn.Module:
+    """The network on this process's device, and where there is a group in shards (FSDP2): every decoder layer a unit, and the
+    root with embedding, norm and head. The shards stay in the model's dtype, gradients are averaged in it, and compute is in
+    `compute` (None: the same). compiled: each layer by torch.compile. Of a network on the meta device only the shards get
+    memory, and whoever asked fills them."""
+    if not world.sharded:
+        return model.to(world.device)
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-    precision = (
-        MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32) if compute else MixedPrecisionPolicy()
-    )
+    precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=compute and torch.float32)
     for layer in model.base_model.layers:
         if compiled:
             layer.compile()
@@ -135,12 +132,18 @@ def shard(model: nn.Module, compute: torch.dtype | None, compiled: bool = False)
     # root's weights, which stay gathered until the backward pass is over.
     model.states = MethodType(_states, model)
     register_fsdp_forward_method(model, "states")
+    if model.device.type == "meta":
+        model.to_empty(device=world.device)
+        model.tie_weights()
+        for module in model.modules():  # buffers that no file holds, the rotary embedding's frequencies
+            if module._non_persistent_buffers_set:
+                model._init_weights(module)
     return model
 
 
 def states(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """(B, width) ids to the last layer's states, (B, width, H)."""
-    return model.states(ids) if hasattr(model, "reshard") else _states(model, ids)
+    return model.states(ids) if hasattr(model, "states") else _states(model, ids)
 
 
 def _states(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -148,11 +151,19 @@ def _states(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return model.base_model.forward(input_ids=ids, use_cache=False).last_hidden_state
 
 
+def reshard(*models: nn.Module) -> None:
+    """After passes without gradients, which leave the root gathered: no backward pass follows that would free it."""
+    for model in models:
+        if hasattr(model, "reshard"):
+            model.reshard()
+
+
 def whole(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, whole tensor) of each parameter, layer by layer, in `dtype` (default: its own). Collective: every process
-    runs through it to the end, whatever it does with the tensors. One tensor at a time is whole."""
-    if hasattr(model, "reshard"):
-        model.reshard()  # a forward pass without gradients leaves the root gathered, in the compute dtype
-    for name, p in model.named_parameters():
-        p = p.detach().to(dtype or p.dtype)  # cast the shard first: half the traffic, the same bits
-        yield name, p.full_tensor() if hasattr(p, "full_tensor") else p
+    """(name, whole tensor) of all that a file of the model holds, layer by layer, in `dtype` (default: its own); a tied head
+    once, as the embedding. Collective: every process runs through it to the end, whatever it does with the tensors. One tensor
+    at a time is whole."""
+    once = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # the state dict has a tied head twice
+    for name, w in model.state_dict().items():
+        if name in once:
+            w = w.to(dtype or w.dtype)  # cast the shard first: half the traffic, the same bits
+            yield name, w.full_tensor() if hasattr(w, "full_tensor") else w

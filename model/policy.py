@@ -9,18 +9,22 @@ import copy
 import json
 import math
 import shutil
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 # transformers, FSDP2 and torch's checkpoints are imported where they are used: they take seconds, which --help can do without.
 from harness import hub
 from harness.command import CannotWrite
 from model import head
+from model.checkpoint import causes
 from model.head import View
-from model.parallel import World, shard, states
+from model.parallel import World, placed, reshard, states, whole
 
 Ids = list[int]
 
@@ -29,19 +33,21 @@ class Policy:
     """The network with its tokenizer. `micro_batch_tokens` bounds rows x longest row of one forward pass. compute: dtype
     of forward and backward passes over shards, bfloat16 on CUDA, else the weights' own. recompute: of a micro-batch with more
     tokens than this, only a layer's input is stored and the layer is run again in the backward pass (activation
-    checkpointing); default: never on a CPU, always on CUDA. temperature: that of the rollouts, at which tokens are scored. compiled: over
-    shards, each layer by torch.compile."""
+    checkpointing); default: never on a CPU, always on CUDA. temperature: that of the rollouts, at which tokens are scored.
+    compiled: over shards, each layer by torch.compile. A model on the meta device gets memory, and no weights yet."""
 
     def __init__(
-        self, model: nn.Module, tokenizer, micro_batch_tokens: int = 16384, world: World = World(), compute: torch.dtype | None = None,
-        recompute: float | None = None, temperature: float = 1.0, compiled: bool = False, placed: bool = False,
+        self, model: nn.Module, tokenizer, micro_batch_tokens: int = 16384, world: World = World(),
+        compute: torch.dtype | None = None, recompute: float | None = None, temperature: float = 1.0, compiled: bool = False,
     ):  # fmt: skip
         cuda = world.device.type == "cuda"
-        self.tokenizer, self.micro_batch_tokens, self.world = tokenizer, micro_batch_tokens, world
+        self.tokenizer, self.micro_batch_tokens, self.world, self.device = tokenizer, micro_batch_tokens, world, world.device
         self.temperature, self.compiled = temperature, compiled
         self.recompute = (0 if cuda else math.inf) if recompute is None else recompute
         self.dtype = model.dtype  # of weights, gradients and optimizer
         self.compute = torch.bfloat16 if compute is None and cuda else compute
+        self.score_dtype = torch.promote_types(self.dtype, torch.float32)  # of log-probs and everything formed from them
+        self.vocabulary = len(model.get_output_embeddings().weight)
         # No dropout anywhere: the student that is scored is the student that sampled.
         for module in model.modules():
             if isinstance(module, nn.Dropout):
@@ -50,12 +56,10 @@ class Policy:
                 module.attention_dropout = 0.0
         if self.recompute < math.inf:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.eval()
-        self.model = model if placed else self._placed(model)
+        self.model = placed(model.eval(), world, self.compute, compiled)
         eos = model.generation_config.eos_token_id
-        eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
-        own = [tokenizer.eos_token_id, _turn_end(tokenizer)]
-        self.eos_ids = sorted({*eos, *(token for token in own if token is not None)})
+        eos = eos if isinstance(eos, list) else [eos]
+        self.eos_ids = sorted({*eos, tokenizer.eos_token_id, _turn_end(tokenizer)} - {None})
         if not self.eos_ids:
             raise ValueError("neither the tokenizer nor the model's generation config names an end-of-sequence token")
 
@@ -71,10 +75,12 @@ class Policy:
             if not tokenizer("a").input_ids:  # what transformers makes of a folder without tokenizer files
                 raise ValueError("there is no tokenizer")
             folder = hub.folder(str(path)) if world.sharded else None
-            sliced = folder is not None and bool(_weight_files(folder))
-            model = _sliced(folder, dtype, world, kwargs.get("compute"), kwargs.get("compiled", False)) if sliced else _whole(path, dtype)
+            files = _weight_files(folder) if folder else []
+            model = _empty(folder, dtype) if files else _read(path, dtype)
             _mend_generation_config(model)
-            policy = cls(model, tokenizer, world=world, placed=sliced, **kwargs)
+            policy = cls(model, tokenizer, world=world, **kwargs)
+            if files:
+                _fill(policy.model, folder, files)
             policy._check_head()
         except Exception as error:  # whatever the libraries make of a damaged folder
             reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -91,49 +97,26 @@ class Policy:
         far.remove()
         hidden = states(self.model, ids)[0]
         plain = (hidden @ output.weight.T.to(hidden.dtype)).float()
-        self._reshard()
+        reshard(self.model)
         if getattr(output, "bias", None) is not None or not (logits - plain).norm() <= 0.02 * plain.norm():
             raise ValueError("its head is not a plain matrix on the last states (a bias, scale or cap on the logits)")
-
-    def _placed(self, model: nn.Module) -> nn.Module:
-        """On this process's device, in shards when there is a group."""
-        return shard(model, self.compute, self.compiled) if self.world.sharded else model.to(self.world.device)
-
-    @property
-    def device(self) -> torch.device:
-        return self.world.device
-
-    @property
-    def score_dtype(self) -> torch.dtype:
-        """Of log-probs and everything formed from them: at least float32."""
-        return torch.promote_types(self.dtype, torch.float32)
-
-    @property
-    def vocabulary(self) -> int:
-        return self.model.get_output_embeddings().weight.shape[0]
 
     def save(self, folder: str | Path) -> None:
         """Writes a folder that `load`, transformers and vLLM read, in the compute dtype; an older one of the name is replaced
         when the new one is whole. Collective."""
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+        folder, tensors = Path(folder), whole(self.model, self.compute)
+        weights = {name: w.cpu() for name, w in tensors if self.world.rank == 0}
+        part, old = folder.with_name(f"part-{folder.name}"), folder.with_name(f"part-old-{folder.name}")
 
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(self.model, options=options)  # in process 0; the others get none
-        if self.world.rank == 0:
-            # named_parameters counts a tied head once, as the embedding; the gathered dictionary holds it twice.
-            once = {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}
-            weights = {name: w.to(self.compute or w.dtype) for name, w in weights.items() if name in once}
-            folder = Path(folder)
+        def write() -> None:
             if folder.is_dir() and any(folder.iterdir()) and not hub.holds_model(folder):
                 raise CannotWrite(f"{folder}: it is a folder that holds other things than a model")
-            part, old = folder.with_name(f"part-{folder.name}"), folder.with_name(f"part-old-{folder.name}")
             for left in (part, old):
                 shutil.rmtree(left, ignore_errors=True)
             try:
                 self.model.save_pretrained(part, state_dict=weights)
-                config = copy.deepcopy(self.model.config)
-                config.dtype = self.compute or self.dtype  # the library writes that of the shards
-                config.save_pretrained(part)
+                self.model.config.dtype = self.compute or self.dtype  # the library writes that of the shards
+                self.model.config.save_pretrained(part)
                 self.tokenizer.save_pretrained(part)
             except Exception as error:  # each of the libraries has its own
                 shutil.rmtree(part, ignore_errors=True)
@@ -142,25 +125,19 @@ class Policy:
                 folder.rename(old)
             part.rename(folder)
             shutil.rmtree(old, ignore_errors=True)
-        self.world.wait()  # nobody reads it before it is there
+
+        self.world.first(write)  # nobody reads it before it is there
 
     def frozen_copy(self) -> nn.Module:
         """A copy of the network that never trains: the EMA teacher, or the fixed prior. Sharded like the network."""
         if not self.world.sharded:
             return copy.deepcopy(self.model).requires_grad_(False)
-        from transformers import AutoModelForCausalLM
-
         # A sharded model cannot be copied whole. An empty twin takes no memory before it is cut to shards, which are filled.
-        self.model.reshard()
-        with torch.device("meta"):
-            twin = AutoModelForCausalLM.from_config(self.model.config, dtype=self.dtype)
-        twin = shard(twin.eval(), self.compute, self.compiled).to_empty(device=self.device)
-        twin.tie_weights()
-        twin.requires_grad_(False)
-        with torch.no_grad():
-            for of in (nn.Module.parameters, nn.Module.buffers):
-                for copied, own in zip(of(twin), of(self.model), strict=True):
-                    copied.copy_(own)
+        twin = placed(_empty(self.model.config, self.dtype).eval(), self.world, self.compute, self.compiled).requires_grad_(False)
+        reshard(self.model)
+        for of in (nn.Module.parameters, nn.Module.buffers):
+            for copied, own in zip(of(twin), of(self.model), strict=True):
+                copied.copy_(own.detach())
         return twin
 
     def decode(self, response: Ids) -> str:
@@ -176,36 +153,29 @@ class Policy:
         the dealing: `losses.sequence_weights` divides by the step's own N. Every process gets as many, the last one empty
         where there are fewer, since a forward pass over shards needs everybody."""
         ordered, size = sorted(rows, key=lambda row: lengths[row]), self.world.size
-        rounds = -(-len(_packed(ordered, lengths, self.micro_batch_tokens)) // size)
+        batches = lambda limit: _packed(ordered, lengths, limit)  # noqa: E731
+        rounds = -(-len(batches(self.micro_batch_tokens)) // size)
         # The smallest micro-batches that need no further round: one process does not wait while another does two rows.
-        low, high = 1, self.micro_batch_tokens
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if len(_packed(ordered, lengths, middle)) <= rounds * size else (middle + 1, high)
-        mine = _packed(ordered, lengths, high)[self.world.rank :: size]
+        fits = lambda limit: len(batches(limit)) <= rounds * size  # noqa: E731
+        mine = batches(1 + bisect_left(range(1, self.micro_batch_tokens), True, key=fits))[self.world.rank :: size]
         return mine + [[]] * (rounds - len(mine))
 
     def view(self, prompts: Sequence[Ids], responses: Sequence[Ids], model: nn.Module | None = None) -> View:
         """Runs the network over prompt + response. Rows are padded on the right, where a causal model never looks, so
         no attention mask is needed. `model`: another set of weights (an EMA copy, a fixed prior). Without rows it is a view
         of none, by way of a pass over one token, which keeps the processes of a group in step."""
+        if not prompts:
+            one = self.view([[0]], [[0]], model)
+            return replace(one, hidden=one.hidden[:0], tokens=one.tokens[:0], mask=one.mask[:0], filled=0)
         model = self.model if model is None else model
-        empty = not prompts
-        if empty:
-            prompts, responses = [[0]], [[0]]
-        width = max(len(p) + len(r) for p, r in zip(prompts, responses))
-        T = max(map(len, responses))
-        ids = torch.zeros(len(prompts), width, dtype=torch.long)
-        tokens = torch.zeros(len(prompts), T, dtype=torch.long)
-        mask = torch.zeros(len(prompts), T, dtype=torch.long)
-        places = torch.zeros(len(prompts), T, dtype=torch.long)
-        for i, (p, r) in enumerate(zip(prompts, responses)):
-            ids[i, : len(p) + len(r)] = torch.tensor(p + r)
-            tokens[i, : len(r)] = torch.tensor(r)
-            mask[i, : len(r)] = 1
-            # The one shift of the code base: the state at place j predicts token j + 1.
-            places[i, : len(r)] = torch.arange(len(p) - 1, len(p) - 1 + len(r))
-        ids, tokens, mask, places = (x.to(self.device) for x in (ids, tokens, mask, places))
+        ids, tokens = (
+            pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True).to(self.device)
+            for rows in ([p + r for p, r in zip(prompts, responses)], responses)
+        )  # (B, width), (B, T)
+        mask = self.mask(responses)
+        # The one shift of the code base: the state at place j predicts token j + 1.
+        first = torch.tensor([len(p) - 1 for p in prompts], device=self.device)
+        places = (first[:, None] + torch.arange(mask.shape[1], device=self.device)) * mask  # (B, T)
         # The library recomputes in training mode only.
         model.train(torch.is_grad_enabled() and ids.numel() > self.recompute)
         hidden = states(model, ids)  # (B, width, H)
@@ -213,19 +183,20 @@ class Policy:
         hidden = hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))  # (B, T, H)
         if self.temperature != 1:  # the head is linear: its logits are divided
             hidden = hidden / self.temperature
-        if empty:
-            hidden, tokens, mask = hidden[:0], tokens[:0], mask[:0]
-        filled = 0 if empty else sum(map(len, prompts)) + sum(map(len, responses))
+        filled = sum(map(len, prompts)) + sum(map(len, responses))
         return View(hidden, tokens, mask, model.get_output_embeddings().weight, filled, ids.numel())
 
-    def _views(self, prompts: Sequence[Ids], responses: Sequence[Ids], rows: Iterable[int] | None = None, model=None):
-        """(rows, places, view) of each of this process's micro-batches, for passes without gradients over the rows asked for."""
-        lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
+    def _views(self, read: Sequence[tuple], responses: Sequence[Ids], rows: Iterable[int] | None = None):
+        """(rows, places, views) of each of this process's micro-batches, for passes without gradients over the rows asked for.
+        read: (prompts, whose weights read them, None for our own) of each view."""
+        longest = [max(map(len, row)) for row in zip(*(prompts for prompts, _ in read))]
+        lengths = [prompt + len(r) for prompt, r in zip(longest, responses)]
         for batch in self.micro_batches(range(len(responses)) if rows is None else rows, lengths):
-            view = self.view([prompts[i] for i in batch], [responses[i] for i in batch], model)
+            some = [responses[i] for i in batch]
+            views = [self.view([prompts[i] for i in batch], some, model) for prompts, model in read]
             if batch:
-                yield batch, slice(view.mask.shape[1]), view
-        self._reshard(model)
+                yield batch, slice(views[0].mask.shape[1]), views
+        reshard(self.model, *(model for _, model in read if model is not None))
 
     @torch.no_grad()
     def score(
@@ -233,10 +204,8 @@ class Policy:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Frozen log p(y_t | prompt, y_<t) and the entropy of the distribution it was drawn from, both (N, T) for all N
         responses, 0 on padding and on rows not asked for."""
-        N, T = len(responses), max(map(len, responses), default=0)
-        logp = torch.zeros(N, T, dtype=self.score_dtype, device=self.device)
-        entropy = torch.zeros_like(logp)
-        for batch, t, view in self._views(prompts, responses, rows, model):
+        logp, entropy = torch.zeros(2, *self.mask(responses).shape, dtype=self.score_dtype, device=self.device)
+        for batch, t, (view,) in self._views([(prompts, model)], responses, rows):
             scores = view.score()
             logp[batch, t], entropy[batch, t] = scores.logp.to(logp.dtype), scores.entropy.to(logp.dtype)
         return self.world.sum(logp), self.world.sum(entropy)
@@ -244,23 +213,16 @@ class Policy:
     @torch.no_grad()
     def compare(
         self, prompts: Sequence[Ids], with_C: Sequence[Ids], responses: Sequence[Ids], rows: Iterable[int], model=None,
-        **how,
+        expert: torch.Tensor | None = None, **how,
     ) -> torch.Tensor:  # fmt: skip
         """D of each token between student and teacher at these weights, (N, T), 0 on padding and on rows not asked for.
         prompts, with_C: the student's and the teacher's; model: the teacher's weights, None for our own; how: divergence and
         top_k as in `head.loss`, or expert: (N, T) ids in the teacher's place."""
-        N, T, expert = len(responses), max(map(len, responses), default=0), how.pop("expert", None)
-        D = torch.zeros(N, T, dtype=self.score_dtype, device=self.device)
-        longer = with_C if expert is None else prompts
-        for batch in self.micro_batches(rows, [len(p) + len(r) for p, r in zip(longer, responses)]):
-            here = [responses[i] for i in batch]
-            q = self.view([with_C[i] for i in batch], here, model) if expert is None else None
-            view = self.view([prompts[i] for i in batch], here)
-            t = view.mask.shape[1]
-            if batch:
-                taken = None if expert is None else expert[batch, :t]
-                D[batch, :t] = view.loss(lambda t: t.D, view.mask, teacher=q, expert=taken, **how)[1].D.to(D.dtype)
-        self._reshard(model)
+        D = torch.zeros_like(self.mask(responses), dtype=self.score_dtype)
+        read = [(prompts, None)] if expert is not None else [(with_C, model), (prompts, None)]
+        for batch, t, (*teacher, view) in self._views(read, responses, rows):
+            how |= {"teacher": teacher[0]} if teacher else {"expert": expert[batch, t]}
+            D[batch, t] = view.loss(lambda token: token.D, view.mask, **how)[1].D.to(D.dtype)
         return self.world.sum(D)
 
     @torch.no_grad()
@@ -269,8 +231,8 @@ class Policy:
     ) -> torch.Tensor:
         """A token that `model` takes after (prompt, y_<t) at each place, (N, T) ids, 0 on padding and on rows not asked for.
         seeds: one for each of the N rows."""
-        taken = torch.zeros(len(responses), max(map(len, responses), default=0), dtype=torch.long, device=self.device)
-        for batch, t, view in self._views(prompts, responses, rows, model):
+        taken = torch.zeros_like(self.mask(responses))
+        for batch, t, (view,) in self._views([(prompts, model)], responses, rows):
             draws = [torch.Generator().manual_seed(seeds[i]) for i in batch]
             uniform = torch.stack([torch.rand(t.stop, generator=g, dtype=torch.float64) for g in draws])
             taken[batch, t] = view.draw(uniform.to(self.device))
@@ -281,19 +243,14 @@ class Policy:
         """log p of each of `ids` as the token after each prompt, (N, len(ids)), at temperature 1."""
         logp = torch.zeros(len(prompts), len(ids), dtype=self.score_dtype, device=self.device)
         of = torch.tensor(ids, device=self.device)
-        for batch, _, view in self._views(prompts, [ids[:1]] * len(prompts)):
+        for batch, _, (view,) in self._views([(prompts, None)], [ids[:1]] * len(prompts)):
             logp[batch] = head.choices(view.hidden[:, 0] * self.temperature, view.head, of).to(logp.dtype)
         return self.world.sum(logp)
-
-    def _reshard(self, model: nn.Module | None = None) -> None:
-        """After passes without gradients, which no backward pass follows that would do it."""
-        for each in {self.model, self.model if model is None else model} if self.world.sharded else ():
-            each.reshard()
 
     def mask(self, responses: Sequence[Ids]) -> torch.Tensor:
         """(N, T): 1 on response tokens, as `score` returns them."""
         lengths = torch.tensor([len(r) for r in responses], device=self.device)
-        return (torch.arange(int(lengths.max()), device=self.device) < lengths[:, None]).long()
+        return (torch.arange(max(map(len, responses), default=0), device=self.device) < lengths[:, None]).long()
 
     # ---- Updating ----------------------------------------------------------------------------------------
 
@@ -302,9 +259,7 @@ class Policy:
         gradients sharding takes the mean."""
         (loss * self.world.size).backward()
 
-    def step(
-        self, optimizer: torch.optim.Optimizer, learning_rate: float, max_grad_norm: float, skip: bool = False
-    ) -> float:
+    def step(self, optimizer: torch.optim.Optimizer, learning_rate: float, max_grad_norm: float, skip: bool = False) -> float:
         """One optimizer update from the accumulated gradients, clipped to max_grad_norm. Returns the norm before
         clipping, or nan when the update was skipped: by request, or because the norm is not finite. The gradients are
         gone afterwards either way."""
@@ -341,9 +296,7 @@ def _packed(ordered: list[int], lengths: Sequence[int], limit: int) -> list[list
 @torch.no_grad()
 def ema_update(teacher: nn.Module, student: nn.Module, rate: float) -> None:
     """teacher ← (1 − rate) · teacher + rate · student, parameter by parameter, in the teacher's own precision."""
-    for model in (teacher, student):
-        if hasattr(model, "reshard"):
-            model.reshard()  # after a pass without gradients the root stands gathered
+    reshard(teacher, student)
     for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
         t.copy_((1 - rate) * t + rate * s.to(t.dtype))
 
@@ -351,7 +304,7 @@ def ema_update(teacher: nn.Module, student: nn.Module, rate: float) -> None:
 # ---- Loading ---------------------------------------------------------------------------------------------------
 
 
-def _whole(path: str, dtype: torch.dtype) -> nn.Module:
+def _read(path: str, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     model, found = AutoModelForCausalLM.from_pretrained(
@@ -359,39 +312,34 @@ def _whole(path: str, dtype: torch.dtype) -> nn.Module:
     )
     # What the file lacks, or has in another size, the library makes up at random.
     if wrong := [*sorted(found["mismatched_keys"]), *sorted(found["missing_keys"])]:
-        first = wrong[0] if isinstance(wrong[0], str) else " ".join(map(str, wrong[0]))
-        raise ValueError(f"its weights are not those of its config.json: {len(wrong)} tensors, {first} among them")
+        raise ValueError(f"its weights are not those of its config.json: {len(wrong)} tensors, {wrong[0]} among them")
     return model
 
 
-def _sliced(folder: Path, dtype: torch.dtype, world: World, compute: torch.dtype | None, compiled: bool) -> nn.Module:
-    """The network in shards, each filled from its slices of the files: nobody holds the whole of it."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+def _empty(of, dtype: torch.dtype) -> nn.Module:
+    """The network of a folder or a config, which takes no memory before it is cut to shards."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(of) if isinstance(of, Path) else of
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    compute = torch.bfloat16 if compute is None and world.device.type == "cuda" else compute
-    model = shard(model, compute, compiled).to_empty(device=world.device)
-    model.tie_weights()
+    if isinstance(of, Path) and (of / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(of)
+    return model
+
+
+def _fill(model: nn.Module, folder: Path, files: list[str]) -> None:
+    """Each process reads its own slices of the files into its shards: nobody holds the whole of the network."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    reader = HuggingFaceStorageReader(folder)
+    reader.fs.ls = lambda _: files  # it would take every file in the folder, a variant's too
     try:
-        reader = HuggingFaceStorageReader(folder)
-        reader.fs.ls = lambda _: _weight_files(folder)  # it would take every file in the folder, a variant's too
         reader.read_metadata()  # of a damaged file dcp.load would print a traceback
         dcp.load(dict(model.named_parameters()), storage_reader=reader)
-    except (Exception, CheckpointException) as error:  # the causes of all processes, wrapped in what is no Exception
-        why = " ".join(str(next(iter(getattr(error, "failures", {}).values()), [error])[0]).split())
-        raise ValueError(f"its weights are not those of its config.json: {why}") from None
-    for module in model.modules():  # buffers that no file holds, the rotary embedding's frequencies
-        if module._non_persistent_buffers_set:
-            model._init_weights(module)
-    with_generation = folder / "generation_config.json"
-    if with_generation.exists():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model
+    except BaseException as error:
+        raise causes(error)[0] from None
 
 
 def _weight_files(folder: Path) -> list[str]:
@@ -422,7 +370,5 @@ def _turn_end(tokenizer) -> int | None:
         return None
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "zqz"}]
     after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("zqz")[2].strip()
-    known = [token for token in tokenizer.all_special_tokens if after.startswith(token)]
-    added = tokenizer.added_tokens_decoder.values()
-    known += [str(token) for token in added if token.special and after.startswith(str(token))]
-    return tokenizer.convert_tokens_to_ids(known[0]) if known else None
+    special = (id for id, token in tokenizer.added_tokens_decoder.items() if token.special and after.startswith(str(token)))
+    return next(special, None)

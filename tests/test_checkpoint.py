@@ -1,12 +1,13 @@
 """A run that is stopped, killed or damaged goes on as if nothing had been: checkpoints by themselves, then whole runs."""
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 import rollout
 import vpd
 from conftest import fewer_validation_problems
-from harness import session
 from harness.command import CannotWrite
 from model import checkpoint
 from model.parallel import World
@@ -30,15 +30,8 @@ ALONE = World()
 # ---- A checkpoint by itself --------------------------------------------------------------------------------
 
 
-def trained(make_model, steps, seed=0):
-    """A model and its AdamW after some steps on gradients made up by the seed."""
-    model = make_model(dtype=torch.float32)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
-    train(model, optimizer, steps, seed)
-    return model, optimizer
-
-
 def train(model, optimizer, steps, seed=0):
+    """Steps on gradients made up by the seed."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         for p in model.parameters():
@@ -51,64 +44,61 @@ def flat(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
+@pytest.fixture
+def fresh(make_model):
+    """fresh(): (model, AdamW), the same at every call."""
+
+    def make():
+        model = make_model(dtype=torch.float32)
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+
+    return make
+
+
 @pytest.mark.parametrize("steps", [0, 3])
-def test_weights_moments_and_numbers_come_back_exactly(make_model, tmp_path, steps):
+def test_weights_moments_numbers_and_random_states_come_back_exactly(fresh, make_model, tmp_path, steps):
     """With no step made yet, an optimizer has no state, and neither saving nor loading may make one up: AdamW's bias
     correction would then start at its second step."""
-    model, optimizer = trained(make_model, steps)
-    teacher = make_model("qwen3-untied", dtype=torch.float32)
+    draw = lambda: (random.random(), np.random.rand(), torch.rand(1).item())  # noqa: E731
+    (model, optimizer), teacher = fresh(), make_model("qwen3-untied", dtype=torch.float32)
+    train(model, optimizer, steps)
     state = {"shift": -0.25, "best": 0.5, "bad_in_a_row": 2}
-    optimizers = {"shared": (model, optimizer)}
-    checkpoint.save(tmp_path, 7, {"policy": model, "teacher": teacher}, optimizers, state, ALONE)
-    assert bool(optimizer.state) == (steps > 0)
-    again, fresh = trained(make_model, 0)
-    other = make_model("qwen3-untied", dtype=torch.float32)
+    checkpoint.save(tmp_path, 7, {"policy": model, "teacher": teacher}, {"shared": (model, optimizer)}, state, ALONE)
+    drawn = draw()
+    (again, other_optimizer), other = fresh(), make_model("qwen3-untied", dtype=torch.float32)
     with torch.no_grad():
         for p in [*again.parameters(), *other.parameters()]:
             p.mul_(-2)
-    kept = checkpoint.restore(tmp_path, {"policy": again, "teacher": other}, {"shared": (again, fresh)}, ALONE)
-    assert kept == {"step": 7, **state}
+    kept = checkpoint.restore(tmp_path, {"policy": again, "teacher": other}, {"shared": (again, other_optimizer)}, ALONE)
+    assert kept == {"step": 7, **state} and draw() == drawn != draw()
     assert torch.equal(flat(again), flat(model)) and torch.equal(flat(other), flat(teacher))
-    assert bool(fresh.state) == (steps > 0)
-    train(model, optimizer, 3, seed=1)
-    train(again, fresh, 3, seed=1)
+    assert bool(optimizer.state) == bool(other_optimizer.state) == (steps > 0)
+    for each in ((model, optimizer), (again, other_optimizer)):
+        train(*each, 3, seed=1)
     assert torch.equal(flat(again), flat(model))
 
 
-def test_random_states_come_back(make_model, tmp_path):
-    model, _ = trained(make_model, 0)
-    draw = lambda: (random.random(), np.random.rand(), torch.rand(1).item())  # noqa: E731
-    checkpoint.save(tmp_path, 0, {"policy": model}, {}, {}, ALONE)
-    expected = draw()
-    assert draw() != expected
-    checkpoint.restore(tmp_path, {"policy": model}, {}, ALONE)
-    assert draw() == expected
-
-
-def test_the_last_two_are_kept_and_what_a_cut_save_left_is_cleared(make_model, tmp_path):
-    model, _ = trained(make_model, 0)
+def test_the_last_two_are_kept_and_what_a_cut_save_left_is_cleared(fresh, tmp_path):
     assert checkpoint.restore(tmp_path / "none", {}, {}, ALONE) is None
     (tmp_path / "part-000009").mkdir(parents=True)
     for step in (2, 4, 6, 10, 10):
-        checkpoint.save(tmp_path, step, {"policy": model}, {}, {}, ALONE)
+        checkpoint.save(tmp_path, step, {"policy": fresh()[0]}, {}, {}, ALONE)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000006", "step-000010"]
 
 
-def test_a_place_where_no_checkpoint_can_be_made_is_named(make_model, tmp_path):
+def test_a_place_where_no_checkpoint_can_be_made_is_named(fresh, tmp_path):
     (tmp_path / "checkpoints").write_text("in the way")
     with pytest.raises(CannotWrite, match=f"^{tmp_path}/checkpoints/step-000001: "):
-        checkpoint.save(tmp_path / "checkpoints", 1, {"policy": make_model()}, {}, {}, ALONE)
+        checkpoint.save(tmp_path / "checkpoints", 1, {"policy": fresh()[0]}, {}, {}, ALONE)
 
 
 @pytest.mark.parametrize("renames", [1, 2, 3])  # the library makes one of its own
-def test_the_only_checkpoint_outlives_its_replacement(make_model, tmp_path, monkeypatch, renames):
+def test_the_only_checkpoint_outlives_its_replacement(fresh, tmp_path, monkeypatch, renames):
     """The same step written again, as after a second SIGTERM, and stopped before, between or after the two renames."""
-    model, _ = trained(make_model, 0)
-    checkpoint.save(tmp_path, 3, {"policy": model}, {}, {}, ALONE)
+    models, rename, left = {"policy": fresh()[0]}, Path.rename, [renames]
+    checkpoint.save(tmp_path, 3, models, {}, {}, ALONE)
 
-    rename, left = Path.rename, [renames]
-
-    def killed(*args):
+    def killed(*args, **_):
         if not left[0]:
             raise KeyboardInterrupt
         left[0] -= 1
@@ -117,60 +107,54 @@ def test_the_only_checkpoint_outlives_its_replacement(make_model, tmp_path, monk
     monkeypatch.setattr(Path, "rename", killed)
     monkeypatch.setattr(shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.save(tmp_path, 3, {"policy": model}, {}, {}, ALONE)
-    assert checkpoint.restore(tmp_path, {"policy": model}, {}, ALONE) == {"step": 3}
+        checkpoint.save(tmp_path, 3, models, {}, {}, ALONE)
+    assert checkpoint.restore(tmp_path, models, {}, ALONE) == {"step": 3}
 
 
-def damage_bytes(folder):
-    with next(folder.glob("*.distcp")).open("r+b") as file:
-        file.seek(2000)
-        byte = file.read(1)
-        file.seek(2000)
-        file.write(bytes([byte[0] ^ 1]))
+def flip_a_bit(folder):
+    file = next(folder.glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[2000] ^= 1
+    file.write_bytes(content)
 
 
 DAMAGES = {
-    "one bit": damage_bytes,
-    "cut short": lambda folder: os.truncate(next(folder.glob("*.distcp")), 1000),
+    "one bit": flip_a_bit,
     "a file is missing": lambda folder: next(folder.glob("*.distcp")).unlink(),
-    "no metadata": lambda folder: (folder / ".metadata").unlink(),
-    "no manifest": lambda folder: (folder / "manifest.json").unlink(),
     "manifest is no JSON": lambda folder: (folder / "manifest.json").write_text("{"),
+    "manifest is a list": lambda folder: (folder / "manifest.json").write_text("[]"),
     "manifest is empty": lambda folder: (folder / "manifest.json").write_text("{}"),
     "state": lambda folder: (folder / "state.json").write_text("{}"),
-    "empty": lambda folder: [path.unlink() for path in folder.iterdir()],
+    "no file": lambda folder: [path.unlink() for path in folder.iterdir()],
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(make_model, tmp_path, capsys, damage):
-    model, optimizer = trained(make_model, 1)
-    checkpoint.save(tmp_path, 1, {"policy": model}, {"shared": (model, optimizer)}, {}, ALONE)
-    first = flat(model).clone()
-    train(model, optimizer, 1)
-    checkpoint.save(tmp_path, 2, {"policy": model}, {"shared": (model, optimizer)}, {}, ALONE)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(fresh, tmp_path, capsys, damage):
+    model, optimizer = fresh()
+    for step in (1, 2):
+        train(model, optimizer, 1)
+        checkpoint.save(tmp_path, step, {"policy": model}, {"shared": (model, optimizer)}, {}, ALONE)
+        first = flat(model) if step == 1 else first
     DAMAGES[damage](tmp_path / "step-000002")
-    again, fresh = trained(make_model, 0)
-    assert checkpoint.restore(tmp_path, {"policy": again}, {"shared": (again, fresh)}, ALONE)["step"] == 1
-    assert torch.equal(flat(again), first)
+    again, other = fresh()
+    restore = partial(checkpoint.restore, tmp_path, {"policy": again}, {"shared": (again, other)}, ALONE)
+    assert restore() == {"step": 1} and torch.equal(flat(again), first)
     error = capsys.readouterr().err
     assert "step-000002 is damaged" in error and error.count("\n") == 1
     DAMAGES[damage](tmp_path / "step-000001")
     with pytest.raises(checkpoint.Damaged, match="every checkpoint .* is damaged: --overwrite"):
-        checkpoint.restore(tmp_path, {"policy": again}, {"shared": (again, fresh)}, ALONE)
+        restore()
 
 
 def test_log_rows_after_the_checkpoint_and_a_torn_line_are_dropped(tmp_path):
-    rows = [
-        {"kind": "eval", "step": 0}, {"kind": "train", "step": 0}, {"kind": "train", "step": 1}, {"kind": "eval", "step": 2},
-        {"kind": "resume", "step": 2}, {"kind": "train", "step": 2}, {"kind": "eval", "step": 3}, {"kind": "train", "step": 3},
-    ]  # fmt: skip
+    rows = [{"kind": kind, "step": step} for kind, step in zip(
+        "eval train train eval resume train eval train".split(), (0, 0, 1, 2, 2, 2, 3, 3))]  # fmt: skip
     log = tmp_path / "log.jsonl"
     log.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "train", "st')
     assert checkpoint.cut_log(log, 2) == 4
-    assert [json.loads(line) for line in log.read_text().splitlines()] == rows[:5]
-    assert log.read_text().endswith("\n") and checkpoint.cut_log(log, 2) == 0
-    assert checkpoint.cut_log(tmp_path / "none.jsonl", 2) == 0
+    assert log.read_text() == "".join(json.dumps(row) + "\n" for row in rows[:5])
+    assert checkpoint.cut_log(log, 2) == checkpoint.cut_log(tmp_path / "none.jsonl", 2) == 0
 
 
 # ---- Whole runs --------------------------------------------------------------------------------------------
@@ -185,16 +169,16 @@ def small(*flags):
     return [*SMALL, *([] if "sdpo" in flags else ["--e_minibatch_prompts", "4", "--e_step_every", "2"]), *flags]
 
 
-def rows_of(out):
-    """The log without times and notes of resuming."""
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    timed = ("seconds", "tokens_per_second")
-    return [{k: v for k, v in row.items() if k not in timed} for row in rows if row["kind"] != "resume"]
+def log_of(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 def same_run(one, other):
-    for mine, theirs in zip(rows_of(one), rows_of(other), strict=True):
-        for key, value in theirs.items():
+    """Apart from times and notes of resuming."""
+    logs = ([row for row in log_of(out) if row["kind"] != "resume"] for out in (one, other))
+    for mine, theirs in zip(*logs, strict=True):
+        for key in theirs.keys() - {"seconds", "tokens_per_second"}:
+            value = theirs[key]
             near = pytest.approx(value, rel=1e-9, abs=1e-9) if isinstance(value, float) else value
             assert mine[key] == near, key
     assert (one / "samples.jsonl").read_text() == (other / "samples.jsonl").read_text()
@@ -212,41 +196,33 @@ def few_problems():
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     """unbroken(*flags): the directory of a run that nothing stopped, made once per flags."""
-    made = {}
 
+    @cache
     def run(*flags):
-        if flags not in made:
-            made[flags] = tmp_path_factory.mktemp("unbroken") / "run"
-            vpd.main([*small(*flags), "--out", str(made[flags])])
-        return made[flags]
+        out = tmp_path_factory.mktemp("unbroken") / "run"
+        vpd.main([*small(*flags), "--out", str(out)])
+        return out
 
     return run
 
 
-def start(out, *flags, before=lambda: None):
-    """The process id of a child that runs the settings SMALL, after `before()`; its messages go to a file beside `out`. A fork
+def status_of(out, *flags, before):
+    """The exit status of a child that runs the settings SMALL, after `before()`; its messages go to a file beside `out`. A fork
     has everything imported."""
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        messages = os.open(out.with_suffix(".err"), os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-        os.dup2(messages, 1)
-        os.dup2(messages, 2)
-        sys.stdout = sys.stderr = open(2, "w", closefd=False)
+
+    def run():
+        sys.stdout = sys.stderr = out.with_suffix(".err").open("w")
         before()
         vpd.main([*small(*flags), "--out", str(out)])
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
+
+    child = multiprocessing.get_context("fork").Process(target=run)
+    child.start()
+    child.join()
+    return child.exitcode
 
 
-def end(child):
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def kill(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
@@ -265,13 +241,12 @@ def test_a_resumed_run_is_the_unbroken_run(unbroken, tmp_path, flags, when):
         learns = next(policy.model.parameters()).requires_grad
         seen.append("batch" if learns and seen[-1:] != ["teacher"] else "back" if learns else "teacher")
         if seen.count("batch") == when + 2:  # the first one hands over the weights the run starts with
-            os.kill(os.getpid(), signal.SIGKILL)
+            kill()
 
-    assert end(start(out, *flags, before=lambda: setattr(rollout.HFSampler, "sync", dying))) == -signal.SIGKILL
+    assert status_of(out, *flags, before=lambda: setattr(rollout.HFSampler, "sync", dying)) == -signal.SIGKILL
     vpd.main([*small(*flags), "--out", str(out), "--resume"])
     same_run(out, unbroken(*flags))
-    notes = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines() if '"resume"' in line]
-    assert [note["step"] for note in notes] == ([] if when < 2 else [when - when % 2])
+    assert [row["step"] for row in log_of(out) if row["kind"] == "resume"] == ([] if when < 2 else [when - when % 2])
 
 
 def test_a_finished_run_is_resumed_if_its_checkpoints_are_whole(unbroken, tmp_path, capsys):
@@ -280,21 +255,12 @@ def test_a_finished_run_is_resumed_if_its_checkpoints_are_whole(unbroken, tmp_pa
     vpd.main(["--out", str(out), "--resume"])  # nothing is left to do
     same_run(out, unbroken())
     for folder in (out / "checkpoints").glob("step-*"):
-        damage_bytes(folder)
+        flip_a_bit(folder)
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         vpd.main(["--out", str(out), "--resume"])
     error = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and [("damaged" in line) for line in error] == [True] * 3 and "--overwrite" in error[-1]
-
-
-def test_a_run_killed_before_its_first_batch_can_be_started_over_or_resumed(tmp_path):
-    for flag in ("--resume", "--overwrite"):
-        out = tmp_path / flag
-        dying = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
-        assert end(start(out, before=lambda: setattr(session, "open_sampler", dying))) == -signal.SIGKILL
-        assert end(start(out, flag, "--steps", "1")) == (2 if flag == "--resume" else 0)  # 5 steps is what the run says
-        assert end(start(out, flag, *([] if flag == "--resume" else ["--steps", "1"]))) == 0
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device"), RuntimeError("a\nb")])
@@ -327,9 +293,7 @@ def die_at(moment):
 
         def dying(*args, plain=getattr(module, name), **kwargs):
             calls.append(1)
-            if len(calls) == moment:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return plain(*args, **kwargs)
+            return kill() if len(calls) == moment else plain(*args, **kwargs)
 
         setattr(module, name, dying)
 
@@ -339,7 +303,7 @@ def test_kills_in_the_middle_of_saves_change_nothing(unbroken, tmp_path, seeds):
     flags = ("--checkpoint_every", "1", "--resume")
     for seed in range(seeds):
         out, rng = tmp_path / f"run{seed}", random.Random(seed)
-        ends = [end(start(out, *flags, before=partial(die_at, rng.randrange(1, 16)))) for _ in range(4)]
+        ends = [status_of(out, *flags, before=partial(die_at, rng.randrange(1, 16))) for _ in range(4)]
         assert ends.count(-signal.SIGKILL) >= 3 and {*ends} <= {-signal.SIGKILL, 0}, out.with_suffix(".err").read_text()
         vpd.main([*small(*flags), "--out", str(out)])
         same_run(out, unbroken("--checkpoint_every", "1"))
