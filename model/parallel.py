@@ -122,6 +122,7 @@ def placed(model: nn.Module, world: World, compute: torch.dtype | None = None, c
         return model.to(world.device)
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+    empty = model.device.type == "meta"
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=compute and torch.float32)
     for layer in model.base_model.layers:
         if compiled:
@@ -132,7 +133,7 @@ def placed(model: nn.Module, world: World, compute: torch.dtype | None = None, c
     # root's weights, which stay gathered until the backward pass is over.
     model.states = MethodType(_states, model)
     register_fsdp_forward_method(model, "states")
-    if model.device.type == "meta":
+    if empty:
         model.to_empty(device=world.device)
         model.tie_weights()
         for module in model.modules():  # buffers that no file holds, the rotary embedding's frequencies

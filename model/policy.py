@@ -307,9 +307,8 @@ def ema_update(teacher: nn.Module, student: nn.Module, rate: float) -> None:
 def _read(path: str, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    model, found = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-    )
+    how = dict(output_loading_info=True, ignore_mismatched_sizes=True)
+    model, found = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **how)
     # What the file lacks, or has in another size, the library makes up at random.
     if wrong := [*sorted(found["mismatched_keys"]), *sorted(found["missing_keys"])]:
         raise ValueError(f"its weights are not those of its config.json: {len(wrong)} tensors, {wrong[0]} among them")

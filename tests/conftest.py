@@ -14,7 +14,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import Olmo3Config, Olmo3ForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Olmo3Config, Olmo3ForCausalLM, PreTrainedTokenizerFast
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the sources are one folder up; pytest may start anywhere
 import tasks  # noqa: E402
@@ -31,14 +32,13 @@ def pytest_configure(config):
 
 
 # OLMo3's sliding window is shorter than the test sequences, so that it matters.
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}  # fmt: skip
 FAMILIES = {
     "qwen3-tied": (Qwen3Config, Qwen3ForCausalLM, dict(tie_word_embeddings=True, head_dim=16)),
     "qwen3-untied": (Qwen3Config, Qwen3ForCausalLM, dict(tie_word_embeddings=False, head_dim=16)),
-    "olmo3": (
-        Olmo3Config,
-        Olmo3ForCausalLM,
-        dict(sliding_window=6, layer_types=["sliding_attention", "full_attention"]),
-    ),
+    "olmo3": (Olmo3Config, Olmo3ForCausalLM, dict(sliding_window=6, layer_types=["sliding_attention", "full_attention"])),
+    "llama": (LlamaConfig, LlamaForCausalLM, dict(rope_parameters=LLAMA3, tie_word_embeddings=False)),
 }
 
 
@@ -95,13 +95,8 @@ def plain_logits():
 
 
 def answer_with(**choice):
-    return 200, {
-        "id": "1",
-        "object": "",
-        "created": 0,
-        "model": "m",
-        "choices": [{"index": 0, "logprobs": None} | choice],
-    }
+    choices = [{"index": 0, "logprobs": None} | choice]
+    return 200, {"id": "1", "object": "", "created": 0, "model": "m", "choices": choices}
 
 
 def reply_with(text, told=()):

@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 import losses
 from harness import plan
 from model import checkpoint, head
-from model.parallel import World, shard, whole
-from model.policy import Policy, ema_update
+from model.parallel import World, whole
+from model.policy import Policy, _empty, ema_update
 
 pytestmark = pytest.mark.gpu
 GPU = os.environ.get("VPD_GPU_TEST_ON", "cuda") == "cuda"
@@ -143,17 +143,12 @@ def difference(x: torch.Tensor, wanted: torch.Tensor) -> float:
 @torch.no_grad()
 def random_policy(config, world: World, tokenizer=TOKENIZER, **kwargs) -> Policy:
     """Random weights made in the shards, where they stay: a large model on the CPU first takes minutes."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model = shard(model, BF16, compiled=GPU).to_empty(device=world.device)
-    model.tie_weights()
+    model = _empty(config, torch.float32)
+    policy = Policy(model, tokenizer, micro_batch_tokens=1 << 20, world=world, compute=BF16, compiled=GPU, **kwargs)
     torch.manual_seed(0)
-    for p in model.parameters():
+    for p in policy.model.parameters():
         p.to_local().normal_(0, config.initializer_range) if p.ndim > 1 else p.to_local().fill_(1)
-    for module in model.modules():
-        if module._non_persistent_buffers_set:  # the rotary embedding's frequencies
-            model._init_weights(module)
-    return Policy(model, tokenizer, micro_batch_tokens=1 << 20, world=world, compute=BF16, placed=True, **kwargs)
+    return policy
 
 
 def draw(rows: int, length: int, vocabulary: int, seed: int) -> list[list[int]]:
@@ -189,6 +184,10 @@ def sdpo(t):
 
 def grpo(t, A="A"):
     return losses.grpo_loss(t.logp, t.old_logp, vars(t)[A])
+
+
+def flat(tensors) -> torch.Tensor:
+    return torch.cat([t.flatten().cpu() for t in tensors])
 
 
 STEPS = {  # objective, the prompts it is differentiated under, and how student and teacher are compared
@@ -228,7 +227,6 @@ def step_of(method: str, model, known: dict, **placed) -> tuple[float, float, to
     policy = Policy(copy.deepcopy(model), TOKENIZER, micro_batch_tokens=90, **placed)
     objective, prompts, compared = STEPS[method]
     optimizer, total = torch.optim.AdamW(policy.model.parameters(), weight_decay=0.0), 0.0
-    flat = lambda tensors: torch.cat([t.flatten().cpu() for t in tensors])  # noqa: E731
     before = flat(w for _, w in whole(policy.model))
     batches = policy.micro_batches(range(len(y)), [len(p) + len(r) for p, r in zip(xC, y)])
     assert len(batches) > 1
@@ -358,7 +356,7 @@ def test_speed_and_memory_of_a_training_step(recompute, world, table):
     policy = random_policy(LARGE, world, recompute=recompute)
     optimizer = torch.optim.AdamW(policy.model.parameters(), fused=GPU)
     a, b, c = (draw(ROWS, n, LARGE.vocab_size, i) for i, n in enumerate((PROMPT, CONTEXT, RESPONSE)))
-    update = lambda: distil(policy, a, [p + q for p, q in zip(a, b)], c, optimizer)  # noqa: E731
+    update = partial(distil, policy, a, [p + q for p, q in zip(a, b)], c, optimizer)
     norms = [update()]  # the optimizer's moments come into being
     most = peak(lambda: norms.append(update()), base=0)
     took = statistics.median(seconds(update) for _ in range(5 if GPU else 2))
@@ -383,7 +381,7 @@ def test_a_moving_average_and_a_checkpoint_come_back_bit_by_bit(world, table, tm
     policy = random_policy(SMALL, world)
     optimizer = torch.optim.AdamW(policy.model.parameters(), fused=GPU)
     a, b, c = (draw(2, 64, SMALL.vocab_size, i) for i in range(3))
-    update = lambda: distil(policy, a, b, c, optimizer, learning_rate=1e-3)  # noqa: E731
+    update = partial(distil, policy, a, b, c, optimizer, learning_rate=1e-3)
     local = lambda tensors: [getattr(x, "_local_tensor", x).detach().clone() for x in tensors]  # noqa: E731
     update()
     average = policy.frozen_copy()

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import losses
-from model.parallel import World
+from model.parallel import World, whole
 from model.policy import Policy, ema_update
 
 EOS = 2
@@ -78,6 +78,8 @@ def test_compare_is_d_between_both_prompts_before_any_update(make_model, plain_l
     expert, other = (policy.draw(told, Y, rows, teacher, range(seed, seed + len(Y))) for seed in (10, 50))
     drawn, scored = policy.compare(X, told, Y, rows, teacher, expert=expert), policy.score(told, Y, rows, teacher)[0]
     assert not torch.equal(expert, other)
+    for batch, _, views in policy._views([(told, teacher), (X, None)], Y):  # the longer prompt counts
+        assert len(batch) == 1 or max(view.padded for view in views) <= budget
     assert all((x[others] == 0).all() for x in (cost, expert, drawn, scored))
     for i in rows:
         places = range(len(Y[i]))
@@ -100,9 +102,10 @@ def test_choose_is_log_p_of_each_token_after_each_prompt_at_temperature_1(make_m
     for row, x in zip(found, XC, strict=True):
         close(row, plain_logits(policy.model, x, [0])[0].log_softmax(-1)[few].detach())
     assert not found.requires_grad and policy.choose([], few).shape == (0, 4)
+    assert Policy(make_model(dtype=torch.bfloat16), NO_TEXT).score(X, Y)[0].dtype == torch.float32
 
 
-@pytest.mark.parametrize("budget, count", [(1, 9), (16, 7), (40, 5), (10**9, 1)])
+@pytest.mark.parametrize("budget, count", [(1, 9), (15, 7), (40, 5), (10**9, 1)])
 def test_micro_batches_cover_each_row_once_within_the_budget_by_length(policy, budget, count):
     lengths, rows = [50, 7, 30, 12, 12, 1, 29, 5, 16, 3], [9, 0, 1, 2, 4, 5, 6, 7, 8]  # row 3 is not asked for
     policy.micro_batch_tokens = budget
@@ -110,7 +113,7 @@ def test_micro_batches_cover_each_row_once_within_the_budget_by_length(policy, b
     flat = [i for part in parts for i in part]
     assert sorted(flat) == sorted(rows) and [lengths[i] for i in flat] == [1, 3, 5, 7, 12, 16, 29, 30, 50]
     assert all(len(part) == 1 or len(part) * lengths[part[-1]] <= budget for part in parts)
-    assert len(parts) == count  # 16: 1 3 5 | 7 | 12 | 16 | 29 | 30 | 50; 40: 1 3 5 7 | 12 16 | 29 | 30 | 50
+    assert len(parts) == count  # 15: 1 3 5 | 7 | 12 | 16 | 29 | 30 | 50; 40: 1 3 5 7 | 12 16 | 29 | 30 | 50
 
 
 def test_a_tenth_of_padding_is_the_most_that_a_large_micro_batch_has(policy):
@@ -183,6 +186,7 @@ def test_a_skipped_step_leaves_weights_and_moments_and_clears_the_gradients(poli
 def test_a_saved_folder_is_read_by_transformers_and_by_load(make_model, tokenizer, tmp_path):
     policy = Policy(make_model(vocabulary=len(tokenizer), dtype=torch.float32), tokenizer)
     policy.save(tmp_path)
+    assert [name for name, _ in whole(policy.model)] == [name for name, _ in policy.model.named_parameters()]  # a tied head once
     again, chat = Policy.load(str(tmp_path)), [{"role": "user", "content": "zig 3\nwas wrong"}]
     for model in (AutoModelForCausalLM.from_pretrained(tmp_path), again.model):
         assert torch.equal(model(torch.tensor([X[1]])).logits, policy.model(torch.tensor([X[1]])).logits)
