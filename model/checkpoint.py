@@ -45,7 +45,7 @@ def save(folder: Path, step: int, models: dict[str, nn.Module], optimizers: Opti
     tensors |= {f"optimizer.{name}": get_optimizer_state_dict(*optimizers[name]) for name in stepped}
 
     def begin() -> None:
-        for left in folder.glob("part-*"):  # of a save that was cut short
+        for left in folder.glob("part-[0-9]*"):  # of a save that was cut short
             shutil.rmtree(left)
         part.mkdir(parents=True)
 
