@@ -128,7 +128,7 @@ def memory(config, cfg, method, processes: int, gpu_bytes: float = 0) -> Plan:
     n = max(cfg.micro_batch_tokens, taught if e_step else student)
     activations = (  # of a layer and token
         2 * (F32 + 2 * BF16) * H  # two norms: input in float32, normalised, output
-        + (F32 + BF16) * (queries + keys)  # their norms
+        + (F32 + BF16) * (queries + keys)  # norms of queries and keys
         + BF16 * (queries + 2 * keys + queries)  # queries, keys and values as attention takes them, and its output
         + BF16 * 4 * inner  # MLP: gate, its activation, up, their product
     )
@@ -139,7 +139,7 @@ def memory(config, cfg, method, processes: int, gpu_bytes: float = 0) -> Plan:
         + (F32 + 2 * BF16) * queries  # attention's: of queries in float32, of keys and values for every head
     )
     compares = bool(teacher) and not writes_responses(method)  # the teacher's states meet the student's
-    full = method.distils and not cfg.top_k
+    full = method.distils and not cfg.top_k  # all of V is compared, in six blocks of columns
     chunk = min(n, head.tokens_per_chunk(V, compute, "cuda", 1 + compares))
     # Of the student: the last norm's input in float32 and normalised, the responses' states, those without padding, their
     # gradient; of the teacher, two of these.
@@ -151,9 +151,10 @@ def memory(config, cfg, method, processes: int, gpu_bytes: float = 0) -> Plan:
     }
     if teacher == "ema" and compares:
         standing["EMA teacher, root gathered"] = root_size * compute
+    # In float32, the teacher's beside, and a bfloat16 copy on the way in or out.
+    logits = chunk * ((F32 * (1 + compares) + BF16) * V + F32 * 6 * full * head.COLUMNS)
     moments = {
-        # In float32, the teacher's beside; a bfloat16 copy on the way in or out; six blocks of columns where all of V is compared.
-        "the loss head": standing | {"logits in chunks": chunk * ((F32 * (1 + compares) + BF16) * V + F32 * 6 * full * head.COLUMNS)},
+        "the loss head": standing | {"logits in chunks": logits},
         "a layer's backward pass": standing | {
             "layers gathered, three": 3 * layer_size * compute,  # this one, the next one, and the buffer between
             "a layer's gradient, to be reduced": layer_size * (compute + F32),

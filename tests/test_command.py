@@ -107,8 +107,11 @@ def test_what_ends_a_command_is_its_exit_status_and_at_most_a_line(error, refuse
             command.run(main)
 
 
-@pytest.mark.parametrize("ends, status, out, said", [("1 / 0", 1, "", "ZeroDivisionError: "), ("sys.exit(7)", 7, "", ""),
-                                                     ("sys.exit('why')", 1, "", "why\n"), ("print('lost')", 0, "lost\n", "")])  # fmt: skip
+@pytest.mark.parametrize(
+    "ends, status, out, said",
+    [("1 / 0", 1, "", "ZeroDivisionError: "), ("sys.exit(7)", 7, "", ""), ("sys.exit('why')", 1, "", "why\n"),
+     ("print('lost')", 0, "lost\n", "")],
+)  # fmt: skip
 def test_one_of_several_processes_leaves_at_once_with_its_status(ends, status, out, said):
     code = f"import atexit, sys; from harness import command; atexit.register(print, 'lingers'); command.run(lambda: {ends})"
     environment = os.environ | {"WORLD_SIZE": "2", "PYTHONUNBUFFERED": ""}

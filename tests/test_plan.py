@@ -104,6 +104,7 @@ def test_training_peaks_by_hand():
     }
     assert found.training == sum(found.state.values()) + max(sum(parts.values()) for parts in found.moments.values())
     assert found.peak == "the loss head"
+    assert found.stored == pytest.approx((0.9 * 80e9 - found.training) / (2 * (norms + attention + mlp)))
 
 
 def test_sampling_keeps_weights_moments_and_copies_but_no_gradients():
@@ -284,6 +285,10 @@ def test_the_estimate_of_hours_has_the_measured_step_adds_up_and_scales(monkeypa
     assert math["rollouts"] < half["rollouts"] < 2 * math["rollouts"]  # the longest row takes as long
     assert math["E-step"] == pytest.approx(2 * of(QWEN3_8B, "math --e_step_every 10")["E-step"])
     assert math["evaluation"] == pytest.approx(2 * of(QWEN3_8B, "math --eval_every 40")["evaluation"])
+    one_update = of(QWEN3_8B, "lcb --minibatch_prompts 32")  # the student is scored beforehand for the E-step only
+    assert 0 < one_update["freeze"] < 0.6 * lcb["freeze"]
+    # 32 updates with a row for each GPU wait for the slowest.
+    assert lcb["M-step"] - 32 * plan.UPDATE > 1.2 * (one_update["M-step"] - plan.UPDATE)
     assert of(QWEN3_8B, "math --method sdpo")["E-step"] == 0 < of(QWEN3_8B, "math --method grpo")["M-step"] < math["M-step"]
 
     monkeypatch.setattr(plan, "FILLED", 1)  # the step of docs/gpus.md, with layers run again and without
@@ -329,8 +334,7 @@ def test_plan_flag_needs_only_a_config_refuses_after_its_table_and_leaves_nothin
     assert out[3].split() == ["weights", "4.10", "4.10"] and out[4].split() == ["AdamW's", "moments", "16.38", "16.38"]
     *cells, together = [[float(line[at : at + 10].strip() or 0) for at in (54, 64)] for line in out if line.startswith("  ")]
     assert together == pytest.approx([sum(column) for column in zip(*cells)], abs=0.1) and together[0] > 50
-    assert out[-2].startswith("host memory 49.1 GB in the process that gathers the weights to save them (each loads only its shard); "
-                              "on disk: model 16.4 GB")  # fmt: skip
+    assert out[-2].startswith("host memory 49.1 GB in the process ") and "; on disk: model 16.4 GB, weights with" in out[-2]
     assert out[-1].startswith("estimate, not measured")
 
 

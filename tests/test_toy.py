@@ -250,8 +250,8 @@ def test_a_shipped_model_loads_and_is_small(tokenizer, subset):
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--out", __file__], "is a file"), (["--out", f"{__file__}/x/y"], "cannot be made"), (["--out", "x", "--steps", "-1"], "--steps"),
-    (["--out", "/proc/x"], "cannot be made"), (["--out", str(Path(__file__).parent)], "holds other things than a model"),
+    (["--out", __file__], "is a file"), (["--out", f"{__file__}/x/y"], "cannot be made"), (["--out", "/proc/x"], "cannot be made"),
+    (["--out", "x", "--steps", "-1"], "--steps"), (["--out", str(Path(__file__).parent)], "holds other things than a model"),
 ])  # fmt: skip
 def test_what_stands_in_the_way_of_a_model_is_said_before_it_is_trained(argv, words, capsys, monkeypatch):
     monkeypatch.setattr(warm_start, "warm_start", lambda *_: pytest.fail("training began"))
