@@ -47,47 +47,43 @@ def run(main: Callable[[], None], *refused: type[Exception]) -> None:
     """A command as a program: Ctrl-C is exit status 130 without a traceback, what `refused` names is bad input. One of several
     processes leaves at once, whatever happened: while the interpreter takes itself down, threads of torch's abort a finished
     process now and then, and vLLM waits for the process group, which the other processes may never leave."""
-    name, at_once, status = Path(sys.argv[0]).name, lambda: int(os.environ.get("WORLD_SIZE", 1)) > 1 or "vllm" in sys.modules, 1
+    at_once = lambda: int(os.environ.get("WORLD_SIZE", 1)) > 1 or "vllm" in sys.modules  # noqa: E731
     try:
-        try:
-            main()
-            status = 0
-        except KeyboardInterrupt:
-            status = 130
-        except SystemExit as error:
-            if isinstance(error.code, int | None):
-                status = error.code or 0
-            else:  # a text
-                print(error.code, file=sys.stderr)
-        except CannotWrite as error:
-            status = say(f"cannot write {error}", name, 1)
-        except refused as error:
-            status = say(error, name)
-        except BaseException:
-            if not at_once():
-                raise
-            traceback.print_exc()
-    finally:
-        if at_once():
-            for stream in (sys.stdout, sys.stderr):
-                with suppress(OSError, ValueError):  # whoever read it may be gone, or it is closed
-                    stream.flush()
-            os._exit(status)
+        main()
+        status = 0
+    except KeyboardInterrupt:
+        status = 130
+    except SystemExit as error:
+        status = say(error.code, status=1) if isinstance(error.code, str) else error.code or 0
+    except CannotWrite as error:
+        status = say(f"cannot write {error}", status=1)
+    except refused as error:
+        status = say(error)
+    except BaseException:
+        if not at_once():
+            raise
+        traceback.print_exc()
+        status = 1
+    if at_once():
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # whoever read it may be gone, or it is closed
+                stream.flush()
+        os._exit(status)
     if status:
         sys.exit(status)
 
 
-def say(message: object, command: str, status: int = 2) -> int:
+def say(message: object, command: str = "", status: int = 2) -> int:
     """One line on what was wrong. Returns the exit status."""
     rank = os.environ.get("RANK", "0")
     process = f"process {rank}: " if rank != "0" else ""
-    print(f"{command}: error: {process}{' '.join(str(message).split())}", file=sys.stderr)
+    print(f"{command or Path(sys.argv[0]).name}: error: {process}{' '.join(str(message).split())}", file=sys.stderr)
     return status
 
 
 def fail(message: object, command: str = "", status: int = 2) -> None:
     """One line on what was wrong, and the exit status."""
-    sys.exit(say(message, command or Path(sys.argv[0]).name, status))
+    sys.exit(say(message, command, status))
 
 
 class Parser(argparse.ArgumentParser):

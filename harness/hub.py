@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 # By name: the hub's client has changed the package that these come from, and some leave them as they are.
-NO_HUB = ("ConnectError", "ConnectTimeout", "ProxyError", "OfflineModeIsEnabled")
+NO_HUB = ("ConnectError", "ConnectTimeout", "ProxyError")
 
 
 def library():
@@ -24,15 +24,11 @@ def library():
 def look(path: str) -> None:
     """Raises ValueError with a reason for a model that is neither a folder nor in the cache, where the hub cannot be asked
     for it."""
-    if not path:
-        raise ValueError("the name is empty")
-    if Path(path).is_dir():
+    if path and Path(path).is_dir():
         return
-    if Path(path).exists():
+    if path and Path(path).exists():
         raise ValueError("it is a file, and a model is a folder or an id on the hub")
     none = "there is no folder of this name"
-    if path.startswith(("/", "./", "../", "~")):
-        raise ValueError(none)
     try:
         library().utils.validate_repo_id(path)
     except ValueError:
@@ -56,32 +52,28 @@ def missing(model: str) -> bool:
     return True
 
 
-def cache() -> Path:
-    """Where the library keeps what it downloads."""
-    return Path(library().constants.HF_HUB_CACHE)
-
-
 def unreachable(repo: str, file: str, kind: str = "model") -> str:
     """Why the hub cannot be asked for this file, "" if it answers, whatever it says. Asks a second time after a second, since
     a name server may stumble when many processes start at once."""
-    hf, reason = library(), ""
-    for wait in (1.0, 0.0):
+    hf = library()
+    why = "HF_HUB_OFFLINE is set" if hf.constants.is_offline_mode() else ""
+    for wait in () if why else (1.0, 0.0):
         try:
             hf.get_hf_file_metadata(hf.hf_hub_url(repo, file, repo_type=kind))
             return ""
         except Exception as error:  # the client's errors share no base with the library's own
             if type(error).__name__ not in NO_HUB:
                 return ""
-            if hf.constants.is_offline_mode():
-                return f"{hf.constants.ENDPOINT} cannot be reached (HF_HUB_OFFLINE is set)"
-            reason = f"{hf.constants.ENDPOINT} cannot be reached ({' '.join(str(error).split())})"
+            why = " ".join(str(error).split())
         time.sleep(wait)
-    return reason
+    return f"{hf.constants.ENDPOINT} cannot be reached ({why})"
 
 
 def folder(model: str) -> Path:
     """The folder of a model: itself, or where the library keeps what it has downloaded of the hub's."""
-    return Path(model) if Path(model).is_dir() else Path(library().snapshot_download(model, allow_patterns=["*.json", "*.safetensors"]))
+    if Path(model).is_dir():
+        return Path(model)
+    return Path(library().snapshot_download(model, allow_patterns=["*.json", "*.safetensors"]))
 
 
 def holds_model(folder: Path) -> bool:

@@ -31,19 +31,16 @@ def check_driver(cfg) -> list[str]:
     except Exception as error:  # an older driver, a build without CUDA
         why = one_line(error)
     line = f"nvidia-smi lists {count} GPUs and torch {torch.__version__} can use none ({why}): update the driver, or install "
-    line += "the pins of requirements.txt in a new environment"
-    if cfg.task == "toy" or cfg.smoke:
-        return [f"{line}; this run needs none"]
-    raise ValueError(f"{line}; CUDA_VISIBLE_DEVICES= hides the GPUs and trains on the CPU")
+    line += "the pins of requirements.txt in a new environment; CUDA_VISIBLE_DEVICES= hides the GPUs and trains on the CPU"
+    return judged((line, cfg.task != "toy" and not cfg.smoke))
 
 
 def gpus() -> int:
     """How many nvidia-smi lists."""
-    try:
-        lines = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60).stdout.splitlines()
-    except (OSError, subprocess.TimeoutExpired):
-        return 0
-    return sum(line.startswith("GPU ") for line in lines)
+    with suppress(OSError, subprocess.TimeoutExpired):
+        told = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60).stdout
+        return sum(line.startswith("GPU ") for line in told.splitlines())
+    return 0
 
 
 def check(cfg, plan: Plan) -> list[str]:
@@ -85,7 +82,7 @@ def disk(cfg, plan: Plan):
     if not cfg.smoke and not Path(cfg.model).is_dir() and hub.missing(cfg.model):
         if reason := hub.unreachable(cfg.model, "config.json"):
             yield f"the weights of {cfg.model} are not all in the hub's cache, and {reason}", True
-        takes.append((hub.cache(), 2 * plan.parameters, "the model's download"))
+        takes.append((Path(hub.library().constants.HF_HUB_CACHE), 2 * plan.parameters, "the model's download"))
     disks: dict[int, list] = {}
     for folder, need, what in takes:
         there = next(path for path in (folder, *folder.parents) if path.exists())

@@ -7,6 +7,7 @@ policy.py and head.py hold them; the constants below are assumptions. GB is 10^9
 """
 
 from dataclasses import dataclass
+from math import inf
 
 import torch
 
@@ -33,35 +34,24 @@ PROBLEMS = {"lcb": (131, 131), "sciknoweval": (450, 50), "math": (17000, 600), "
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes per GPU, by name. state: what stands throughout training; moments: what comes on top at each of training's
-    three peaks, one at a time; sampling: what trainer and engine hold beside the cache. gpu: bytes of one GPU, 0 for a
-    CPU, where only the state is counted. share: of the GPU, the engine's while it samples; cache: what that leaves for
-    keys and values; cache_token: of one token; longest: tokens of the longest sequence sampled; host: of the process that
-    gathers the whole weights to save them; model, checkpoint (with optimizer and copies): on disk; stored: tokens of a
-    micro-batch whose activations fit, so that no layer has to be run again in the backward pass."""
+    """Bytes, by name where there are several; of one GPU or process where nothing else is said."""
 
     parameters: int
     processes: int
-    gpu: float
-    state: dict[str, float]
-    moments: dict[str, dict[str, float]]
-    sampling: dict[str, float]
-    share: float
-    cache: float
-    cache_token: int
-    longest: int
-    host: int
-    model: int
-    checkpoint: int
-    stored: float = 0.0
-
-    @property
-    def peak(self) -> str:
-        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
-
-    @property
-    def training(self) -> float:
-        return sum(self.state.values()) + sum(self.moments[self.peak].values())
+    gpu: float  # memory of a GPU; 0 for a CPU, of which only state, host and disk mean anything
+    state: dict[str, float]  # what is there throughout training
+    moments: dict[str, dict[str, float]]  # what comes on top at each of training's three peaks, one at a time
+    peak: str  # the largest of them
+    training: float  # state and peak together
+    sampling: dict[str, float]  # what trainer and engine hold beside the cache
+    share: float  # of the GPU, the engine's while it samples
+    cache: float  # what that leaves for keys and values
+    cache_token: int  # keys and values of a token
+    longest: int  # tokens of the longest sequence sampled
+    host: int  # of the process that gathers the whole weights to save them
+    model: int  # on disk
+    checkpoint: int  # on disk, with optimizer and copies
+    stored: float  # tokens of a micro-batch whose activations fit, so that no layer is run again in the backward pass
 
     @property
     def sequences(self) -> float:
@@ -81,8 +71,8 @@ def read(path: str):
         raise ValueError(f"cannot read a model's config from {path!r}: {reason}") from None
 
 
-def shapes(config) -> tuple[list[list[torch.Size]], list[torch.Size]]:
-    """Shapes of the parameters of every decoder layer, and of the root's (embedding, norm, head; tied ones once)."""
+def skeleton(config) -> torch.nn.Module:
+    """A model without weights whose decoder layers are `base_model.layers`."""
     from transformers import AutoModelForCausalLM
 
     try:
@@ -92,10 +82,7 @@ def shapes(config) -> tuple[list[list[torch.Size]], list[torch.Size]]:
         raise ValueError(f"no causal language model for this config: {str(error).splitlines()[0]}") from None
     if not hasattr(model.base_model, "layers"):
         raise ValueError(f"{type(model).__name__} has no list of decoder layers by the name of `layers`")
-    layers = [list(layer.parameters()) for layer in model.base_model.layers]
-    inside = {id(p) for layer in layers for p in layer}
-    root = [p.shape for p in model.parameters() if id(p) not in inside]
-    return [[p.shape for p in layer] for layer in layers], root
+    return model
 
 
 def writes_responses(method) -> bool:
@@ -116,131 +103,125 @@ def tokens(cfg, method) -> tuple[int, int, int]:
 def memory(config, cfg, method, processes: int, gpu_bytes: float = 0) -> Plan:
     """The plan of a run. config: of transformers; cfg, method: vpd.Config and its row of vpd.METHODS; processes: one a
     GPU; gpu_bytes: memory of each GPU, 0 for a CPU. Raises ValueError for a model that policy.py cannot train."""
-    layers, root = shapes(config)
-    count = lambda group: sum(shape.numel() for shape in group)  # noqa: E731
+    model = skeleton(config)
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in model.base_model.layers]
+    whole = sum(p.numel() for p in model.parameters())  # a tied head counts once
+    root_size, layer_size = whole - sum(layers), max(layers)
     # Shards are cut along the first axis, and the first process has the larger ones.
-    cut = lambda shape: -(-shape[0] // processes) * (shape.numel() // shape[0])  # noqa: E731
-    everything = [shape for group in [*layers, root] for shape in group]
-    whole, shard, root_size, layer_size = count(everything), sum(map(cut, everything)), count(root), max(map(count, layers))
-    master, compute = getattr(torch, cfg.dtype).itemsize, BF16 if gpu_bytes else getattr(torch, cfg.dtype).itemsize
+    shard = sum(-(-len(p) // processes) * (p.numel() // len(p)) for p in model.parameters())
+    master = getattr(torch, cfg.dtype).itemsize
+    compute = BF16 if gpu_bytes else master
     teacher, e_step = cfg.reader(), method.e_step
     optimizers = 2 if e_step and cfg.e_optimizer == "own" else 1
     copies = ["EMA teacher"] * (teacher == "ema") + ["initial weights"] * (e_step and cfg.prior == "fixed")
     kept = {"weights": shard * master, "AdamW's moments": 2 * optimizers * shard * master}
-    kept |= {name: shard * master for name in copies}
-    state = {**kept, "gradients": shard * master}
+    kept |= dict.fromkeys(copies, shard * master)
+    state = kept | {"gradients": shard * master}
 
     text = config.get_text_config()
     H, V, heads = text.hidden_size, text.vocab_size, text.num_attention_heads
     inner = getattr(text, "intermediate_size", None) or 4 * H
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
     d = getattr(text, "head_dim", None) or H // heads
+    queries, keys = heads * d, (getattr(text, "num_key_value_heads", None) or heads) * d
     student, taught, longest = tokens(cfg, method)
-    moments, sampling, guard, stored = {}, {}, 0, 0.0
-    if gpu_bytes:
-        # A micro-batch fills micro_batch_tokens or is one longer row. Only the E-step goes backward through the teacher's
-        # rows.
-        n = max(cfg.micro_batch_tokens, taught if e_step else student)
-        activations = (
-            2 * (F32 + 2 * BF16) * H  # two norms: input in float32, normalised, output
-            + (F32 + BF16) * (heads + kv_heads) * d  # norms of queries and keys
-            + BF16 * (heads + 2 * kv_heads) * d  # queries, keys and values as attention takes them
-            + BF16 * heads * d  # its output
-            + BF16 * 4 * inner  # MLP: gate, its activation, up, their product
-        )  # fmt: skip  (of a layer and token)
-        recomputed = n * (
-            activations
-            + BF16 * (3 * inner + 3 * H)  # gradients on their way: three of the MLP, three of states
-            + F32 * 3 * H  # a norm's backward pass, in float32
-            + F32 * heads * d + 2 * BF16 * heads * d  # attention's: of queries in float32, of keys and values for every head
-        )  # fmt: skip
-        compares = bool(teacher) and not writes_responses(method)  # the teacher's states meet the student's
-        full = method.distils and not cfg.top_k
-        chunk = min(n, head.tokens_per_chunk(V, compute, "cuda", 1 + compares))
-        # Logits in float32, the teacher's beside; one bfloat16 copy on the way in or out; six blocks of columns where all
-        # of V is compared.
-        chunks = chunk * ((F32 * (1 + compares) + BF16) * V + F32 * 6 * full * head.COLUMNS)
-        # Of the student: the last norm's input in float32 and normalised, the responses' states, those without padding,
-        # their gradient; of the teacher, two of these.
-        standing = {
-            "layer inputs": n * BF16 * H * len(layers),
-            "last states": n * (F32 + BF16 * (4 + 2 * compares)) * H,
+    # A micro-batch fills micro_batch_tokens or is one longer row. Only the E-step goes backward through the teacher's rows.
+    n = max(cfg.micro_batch_tokens, taught if e_step else student)
+    activations = (  # of a layer and token
+        2 * (F32 + 2 * BF16) * H  # two norms: input in float32, normalised, output
+        + (F32 + BF16) * (queries + keys)  # norms of queries and keys
+        + BF16 * (queries + 2 * keys + queries)  # queries, keys and values as attention takes them, and its output
+        + BF16 * 4 * inner  # MLP: gate, its activation, up, their product
+    )
+    recomputed = n * (
+        activations
+        + BF16 * 3 * (inner + H)  # gradients on their way: three of the MLP, three of states
+        + F32 * 3 * H  # a norm's backward pass, in float32
+        + (F32 + 2 * BF16) * queries  # attention's: of queries in float32, of keys and values for every head
+    )
+    compares = bool(teacher) and not writes_responses(method)  # the teacher's states meet the student's
+    full = method.distils and not cfg.top_k  # all of V is compared, in six blocks of columns
+    chunk = min(n, head.tokens_per_chunk(V, compute, "cuda", 1 + compares))
+    # Of the student: the last norm's input in float32 and normalised, the responses' states, those without padding, their
+    # gradient; of the teacher, two of these.
+    standing = {
+        "layer inputs": n * BF16 * H * len(layers),
+        "last states": n * (F32 + BF16 * (4 + 2 * compares)) * H,
+        "root gathered": root_size * compute,
+        "gradient of the head": V * H * compute,
+    }
+    if teacher == "ema" and compares:
+        standing["EMA teacher, root gathered"] = root_size * compute
+    # In float32, the teacher's beside, and a bfloat16 copy on the way in or out.
+    logits = chunk * ((F32 * (1 + compares) + BF16) * V + F32 * 6 * full * head.COLUMNS)
+    moments = {
+        "the loss head": standing | {"logits in chunks": logits},
+        "a layer's backward pass": standing | {
+            "layers gathered, three": 3 * layer_size * compute,  # this one, the next one, and the buffer between
+            "a layer's gradient, to be reduced": layer_size * (compute + F32),
+            "a layer run again": recomputed,
+        },
+        "the root's gradient": {
             "root gathered": root_size * compute,
-            "gradient of the head": V * H * compute,
-        }
-        if teacher == "ema" and compares:
-            standing["EMA teacher, root gathered"] = root_size * compute
-        moments = {
-            "the loss head": {**standing, "logits in chunks": chunks},
-            "a layer's backward pass": {
-                **standing,
-                "layers gathered, three": 3 * layer_size * compute,  # this one, the next one, and the buffer between
-                "a layer's gradient, to be reduced": layer_size * (compute + F32),
-                "a layer run again": recomputed,
-            },
-            "the root's gradient": {
-                "root gathered": root_size * compute,
-                "its gradient, to be reduced": root_size * (compute + F32),
-            },
-        }
-        moments = {name: {**parts, "framework (assumed)": FRAMEWORK + ASLEEP} for name, parts in moments.items()}
-        training = sum(state.values()) + max(sum(parts.values()) for parts in moments.values())
-        stored = max(0.0, 0.9 * gpu_bytes - training) / (activations * len(layers))
-        # After a push, with the engine awake, the trainer scores two probes, a layer at a time and without gradients.
-        n = 2 * (cfg.max_prompt_tokens + PROBE)
-        passing = n * (2 * F32 * H + BF16 * (4 * H + 4 * inner)) + min(n, 2 * PROBE) * 2 * F32 * V
-        guard = root_size * compute + 2 * layer_size * compute + passing
-        sampling = {
-            **kept,
-            "the check of a push, a forward pass": guard,
-            "engine's weights, bf16": BF16 * whole,
-            "framework, engine (assumed)": FRAMEWORK + ENGINE,
-        }
+            "its gradient, to be reduced": root_size * (compute + F32),
+        },
+    }  # fmt: skip
+    for parts in moments.values():
+        parts["framework (assumed)"] = FRAMEWORK + ASLEEP
+    peak = max(moments, key=lambda name: sum(moments[name].values()))
+    training = sum(state.values()) + sum(moments[peak].values())
+
+    # After a push, with the engine awake, the trainer scores two probes, a layer at a time and without gradients.
+    probes = 2 * (cfg.max_prompt_tokens + PROBE)
+    passing = probes * (2 * F32 * H + BF16 * 4 * (H + inner)) + min(probes, 2 * PROBE) * 2 * F32 * V
+    guard = root_size * compute + 2 * layer_size * compute + passing
+    sampling = kept | {
+        "the check of a push, a forward pass": guard,
+        "engine's weights, bf16": BF16 * whole,
+        "framework, engine (assumed)": FRAMEWORK + ENGINE,
+    }
     # The engine gets what the trainer does not need beside it, less a twentieth for what nobody counted.
-    beside = (sum(kept.values()) + guard + FRAMEWORK) / gpu_bytes if gpu_bytes else 0
-    share = cfg.engine_memory or min(LARGEST_SHARE, 0.95 - beside)
-    cache = share * gpu_bytes - BF16 * whole - ENGINE
+    share = cfg.engine_memory or min(LARGEST_SHARE, 0.95 - (sum(kept.values()) + guard + FRAMEWORK) / (gpu_bytes or inf))
     return Plan(
-        whole, processes, gpu_bytes, state, moments, sampling, share, cache,
-        cache_token=2 * BF16 * text.num_hidden_layers * kv_heads * d, longest=longest,
+        whole, processes, gpu_bytes, state, moments, peak, training, sampling, share,
+        cache=share * gpu_bytes - BF16 * whole - ENGINE,
+        cache_token=2 * BF16 * text.num_hidden_layers * keys, longest=longest,
         host=whole * (master + (compute if compute < master else 0)), model=whole * compute,
-        checkpoint=whole * master * (1 + 2 * optimizers + len(copies)), stored=stored,
+        checkpoint=whole * master * (1 + 2 * optimizers + len(copies)),
+        stored=max(0.0, 0.9 * gpu_bytes - training) / (activations * len(layers)),
     )  # fmt: skip
 
 
 def refuse(plan: Plan, cfg) -> None:
     """Raises ValueError with one line when training, or the cache for a single sequence, exceeds a GPU's memory."""
+    if not plan.gpu:
+        return
     state, room = sum(plan.state.values()), plan.gpu - sum(plan.sampling.values())
     here = f"on each of {plan.processes} GPUs of {size(plan.gpu)}"
     helps = "what helps: more GPUs" + ", --teacher live" * ("EMA teacher" in plan.state)
     helps += ", --e_optimizer shared" * (cfg.row().e_step and cfg.e_optimizer == "own")
     helps += ", --prior dynamic" * ("initial weights" in plan.state)
-    if plan.gpu and plan.training > plan.gpu:
+    if plan.training > plan.gpu:
+        need = f"training needs {size(plan.training)} {here}: {size(state)} of weights, gradients and optimizer, and "
+        need += f"{size(plan.training - state)} for {plan.peak}"
         helps += ", smaller --micro_batch_tokens, --max_teacher_tokens, --max_response_tokens" * (state < plan.gpu)
-        raise ValueError(
-            f"training needs {size(plan.training)} {here}: {size(state)} of weights, gradients and optimizer, and "
-            f"{size(plan.training - state)} for {plan.peak}; {helps}"
-        )
+        raise ValueError(f"{need}; {helps}")
     if cfg.sampler == "hf":
         return
-    if plan.gpu and plan.sequences < 1:
+    if plan.sequences < 1:
+        left = f"sampling leaves {size(max(0, plan.cache))} {here} for the key-value cache, and one sequence of {plan.longest} "
+        left += f"tokens needs {size(plan.cache_token * plan.longest)}"
         helps += ", a larger --engine_memory, smaller --max_prompt_tokens, --max_response_tokens" * (room > 0)
-        raise ValueError(
-            f"sampling leaves {size(max(0, plan.cache))} {here} for the key-value cache, and one sequence of {plan.longest} "
-            f"tokens needs {size(plan.cache_token * plan.longest)}; {helps}"
-        )
-    if plan.gpu and plan.cache > room:
-        most = plan.share - (plan.cache - room) / plan.gpu
-        raise ValueError(
-            f"--engine_memory {plan.share:g} is more than the trainer leaves {here} while sampling: at most {most:.2f}"
-        )
+        raise ValueError(f"{left}; {helps}")
+    if plan.cache > room:
+        most = f"at most {plan.share - (plan.cache - room) / plan.gpu:.2f}"
+        raise ValueError(f"--engine_memory {plan.share:g} is more than the trainer leaves {here} while sampling: {most}")
 
 
 def operations(config, prompt: float, response: float) -> float:
     """Of one row's forward pass: two for each weight and token in the layers, and in the head for the response only; attention's
     two products over the causal half."""
-    layers, _ = shapes(config)
-    text, weights = config.get_text_config(), sum(shape.numel() for layer in layers for shape in layer if len(shape) == 2)
+    layers, text = skeleton(config).base_model.layers, config.get_text_config()
+    weights = sum(p.numel() for p in layers.parameters() if p.ndim == 2)
     square = 2 * text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     length = prompt + response
     return 2 * weights * length + square * len(layers) * length**2 + 2 * text.vocab_size * text.hidden_size * response
@@ -280,9 +261,10 @@ def hours(plan: Plan, config, cfg, method) -> str:
     """The estimate in one line."""
     batch = seconds(plan, config, cfg, method)
     steps, whole = cfg.steps or cfg.epochs * (PROBLEMS.get(cfg.task, (0, 0))[0] // cfg.prompts_per_batch), sum(batch.values())
-    parts = ", ".join(f"{name} {value:.3g}" for name, value in batch.items() if value)
     total = f"{steps * whole / 3600:.2g} hours, {steps} batches" if steps else "a batch"
-    return f"estimate, not measured, for GPUs as fast as an H100 and rows {FILLED:.2f} as long as allowed: {total} of {whole:.3g} s: {parts}"
+    parts = ", ".join(f"{name} {value:.3g}" for name, value in batch.items() if value)
+    known = f"estimate, not measured, for GPUs as fast as an H100 and rows {FILLED:.2f} as long as allowed"
+    return f"{known}: {total} of {whole:.3g} s: {parts}"
 
 
 def size(count: float) -> str:
@@ -296,37 +278,39 @@ def show(cfg, method, path: str, processes: int) -> Plan:
     if cfg.plan and not gpu and cfg.task != "toy":
         raise ValueError("there is no GPU here to plan for: say --gpus N --gpu_memory GB")
     config = read(path)
-    found = memory(config, cfg, method, cfg.gpus or processes, gpu)
-    print("\n".join([*lines(found, cfg, method), *([hours(found, config, cfg, method)] if cfg.plan and gpu else [])]), flush=True)
-    refuse(found, cfg)
-    return found
+    plan = memory(config, cfg, method, cfg.gpus or processes, gpu)
+    estimate = [hours(plan, config, cfg, method)] if cfg.plan and gpu else []
+    print("\n".join(lines(plan, cfg, method) + estimate), flush=True)
+    refuse(plan, cfg)
+    return plan
 
 
 def lines(plan: Plan, cfg, method) -> list[str]:
     """The plan as text, three lines on a CPU."""
-    G, B = cfg.group_size, cfg.prompts_per_batch
-    student, taught, _ = tokens(cfg, method)
+    B, G = cfg.prompts_per_batch, cfg.group_size
     m_rows, e_rows = cfg.minibatch_prompts * G, cfg.e_minibatch_prompts * G
+    student, taught, _ = tokens(cfg, method)
+    micro_batch = max(cfg.micro_batch_tokens, student, 0 if writes_responses(method) else taught)
     rows = f"{B * G} rollouts per batch; M-step: {B // cfg.minibatch_prompts} updates per batch, {m_rows} sequences each"
     most = f"tokens at most: {student} a student's row" + f", {taught} a teacher's" * bool(taught)
-    most += f", {max(cfg.micro_batch_tokens, student, 0 if writes_responses(method) else taught)} a micro batch, {m_rows * student} an M-step update"
+    most += f", {micro_batch} a micro batch, {m_rows * student} an M-step update"
     if method.e_step:
         rows += f"; E-step: {B // cfg.e_minibatch_prompts} every {cfg.e_step_every} batches, {e_rows} sequences each"
         most += f", {e_rows * taught} an E-step update"
     end = f"host memory {size(plan.host)} in the process that gathers the weights to save them (each loads only its shard); "
     end += f"on disk: model {size(plan.model)}, weights with optimizer {size(plan.checkpoint)}"
     if not plan.gpu:
-        end = f"{plan.parameters:.3g} parameters; {size(sum(plan.state.values()))} a process with optimizer; {end}"
-        return [rows, most, end]
-    here, training = f"{plan.processes} GPUs of {plan.gpu / 1e9:.1f}", plan.state | plan.moments[plan.peak]
-    table = [f"{f'{plan.parameters:.3g} parameters; GB on each of {here}':54}{'training':>10}{'sampling':>10}"]
-    for name in dict.fromkeys([*training, *plan.sampling]):
-        cells = [f"{column[name] / 1e9:10.2f}" if name in column else " " * 10 for column in (training, plan.sampling)]
+        return [rows, most, f"{plan.parameters:.3g} parameters; {size(sum(plan.state.values()))} a process with optimizer; {end}"]
+    columns = plan.state | plan.moments[plan.peak], plan.sampling
+    title = f"{plan.parameters:.3g} parameters; GB on each of {plan.processes} GPUs of {plan.gpu / 1e9:.1f}"
+    table = [f"{title:54}{'training':>10}{'sampling':>10}"]
+    for name in columns[0] | columns[1]:
+        cells = [f"{column[name] / 1e9:10.2f}" if name in column else " " * 10 for column in columns]
         table.append(f"  {name:52}{''.join(cells)}".rstrip())
     table.append(f"  {'together':52}{plan.training / 1e9:10.2f}{sum(plan.sampling.values()) / 1e9:10.2f}")
     others = [f"{name} {size(sum(parts.values()))}" for name, parts in plan.moments.items() if name != plan.peak]
-    cache = f"{size(max(0, plan.cache))} of the engine's {plan.share:.2f} of the GPU for its key-value cache: {plan.cache_token} bytes a token, "
-    cache += f"{max(0, int(plan.sequences))} sequences of {plan.longest} tokens"
     peak = f"training peaks in {plan.peak}; the other moments beside the state: {', '.join(others)}"
     peak += f"; layers are run again in micro-batches of more than {plan.stored:.0f} tokens"
+    cache = f"{size(max(0, plan.cache))} of the engine's {plan.share:.2f} of the GPU for its key-value cache: "
+    cache += f"{plan.cache_token} bytes a token, {int(plan.sequences)} sequences of {plan.longest} tokens"
     return [rows, most, *table, peak, cache, end]

@@ -32,7 +32,6 @@ TOY_SUBSETS = {
     "code": {"model": "tasks/toy_models/code"},
     "choice": {"model": "tasks/toy_models/choice", "feedback": "sibling"},
     "trace-often": {"model": "tasks/toy_models/trace-often"},
-    "trace-cold": {"model": "tasks/toy_models/trace-cold"},
     "code-judge": {"model": "tasks/toy_models/code-judge"},
     ("trace", "sdpo"): {"lr": 2e-3, "divergence": "kl_student_teacher", "ema_rate": 0.2},
     ("trace", "grpo"): {"lr": 3e-3, "divide_by_std": True},

@@ -16,7 +16,7 @@ from tasks.base import BadTask, Outcome, Problem, Task, rows
 __all__ = ["BadTask", "Outcome", "Problem", "Task", "TASKS", "load", "read", "rows"]
 
 TASKS = {  # task -> its subsets, the first one being the default
-    "toy": ("trace", "code", "choice", "trace-rare", "trace-often", "trace-cold", "trace-dialect", "code-judge"),
+    "toy": ("trace", "code", "choice", "trace-often", "trace-dialect", "code-judge"),
     "lcb": ("v6",),
     "sciknoweval": ("biology", "chemistry", "material", "physics", "all"),
     "math": ("dapo",),

@@ -1,4 +1,4 @@
-"""Three tasks a CPU can learn in minutes, their tokenizer, and the small models that are warm-started on them.
+"""Three tasks a CPU can learn in minutes, and the examples that their small models are warm-started on.
 
 trace   the default: run a 12-line program of a small accumulator machine; feedback names the first wrong line
 code    write a Python one- or two-liner whose words have a "house" meaning that only its unit tests reveal
@@ -8,6 +8,9 @@ In each, the warm-up data hold a belief that is wrong in places ("old firmware",
 pass rate well above 0 and below 1, reads feedback most of the time, and can learn the rest only by reinforcement.
 
     python -m study.warm_start --subset trace --out DIR      makes a warm-started model again from nothing
+
+A class is a subset. heads, steps, batch: of its model and the warm start; max_response: tokens of an answer at most; example():
+a warm-up example at a share `progress` of the training, with an attempt (and a reference) where the answer judges (reviews) it.
 """
 
 import functools
@@ -35,6 +38,13 @@ def user(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
+class Graded:
+    """A task that grades each response by itself."""
+
+    def verify(self, problems: list[Problem], responses: list[str]) -> list[Outcome]:
+        return [self.grade(problem, response) for problem, response in zip(problems, responses, strict=True)]
+
+
 # ---- The machine whose tables trace and choice ask for -----------------------------------------------------
 
 OPS = ("zig", "zap", "hop", "dip", "mix", "fog")
@@ -56,37 +66,15 @@ class Firmware:
                 self.old[op, x] = rng.choice([v for v in range(10) if v != table[x]])
                 self.belief[op, x] = dealt[x]
 
-    def step(self, line: tuple[str, int | None], x: int, rng: random.Random | None = None) -> int:
-        """The value after `line` started at x: the true one, or with rng a draw from the warm-up belief."""
-        op, arg = line
-        if arg is not None:
-            return (x + arg if op == "add" else x - arg) % 10
-        return self.true[op, x] if rng is None or rng.random() < self.belief[op, x] else self.old[op, x]
+    def step(self, line: str, x: int, rng: random.Random | None = None) -> int:
+        """The value after `line` ("zig", "add 3") started at x: the true one, or with rng a draw from the warm-up belief."""
+        if line in OPS:
+            return self.true[line, x] if rng is None or rng.random() < self.belief[line, x] else self.old[line, x]
+        op, digit = line.split()
+        return (x + int(digit) if op == "add" else x - int(digit)) % 10
 
-    def run(self, start: int, lines, rng: random.Random | None = None) -> list[int]:
+    def run(self, start: int, lines: list[str], rng: random.Random | None = None) -> list[int]:
         return list(itertools.accumulate(lines, lambda x, line: self.step(line, x, rng), initial=start))[1:]
-
-
-def spell(line: tuple[str, int | None]) -> str:
-    """A line as a program shows it."""
-    return line[0] if line[1] is None else f"{line[0]} {line[1]}"
-
-
-def random_line(rng: random.Random) -> tuple[str, int | None]:
-    """One of the six opcodes, or add or sub with a digit."""
-    return (rng.choice(OPS), None) if rng.random() < 0.6 else (rng.choice(("add", "sub")), rng.randrange(1, 10))
-
-
-def warm_up(messages: list[dict[str, str]], answer: str, source: str = "", **text: str) -> dict:
-    """A warm-up example: the answer to a question, plain or with a context of this source."""
-    return {"messages": messages, "context": Context(source, **text) if source else None, "answer": answer}
-
-
-class Graded:
-    """A task that grades each response by itself."""
-
-    def verify(self, problems: list[Problem], responses: list[str]) -> list[Outcome]:
-        return [self.grade(problem, response) for problem, response in zip(problems, responses, strict=True)]
 
 
 # ---- trace -------------------------------------------------------------------------------------------------
@@ -95,16 +83,14 @@ class Graded:
 class Trace(Graded):
     """`start 4 / 1 add 3 / 2 zig ...` -> `1 add 3 : 7 / 2 zig : 2 ...`. 48 of the 60 table entries are known (0.97), 12
     are not (0.02), so near misses dominate. Feedback gives the first wrong line in the answer's own words: repeating
-    the line's prefix keeps the teacher from writing the expected value on other lines. unknown, most: how many entries that
-    it does not know a program meets at least and at most; reads: whether the warm-up has contexts; dialect: feedback leaves
-    out the colon, which the warm-up never did, so that the teacher reads less than half of it."""
+    the line's prefix keeps the teacher from writing the expected value on other lines. most: how many entries that it does
+    not know a program meets at most; dialect: feedback leaves out the colon, which the warm-up never did, so that the
+    teacher reads less than half of it."""
 
     heads, steps, batch, max_response = 4, 2000, 32, 100
 
-    def __init__(self, name: str = "trace", beliefs=(0.97,) * 8 + (0.02,) * 2, unknown: int = 0, most: int = LINES,
-                 reads: bool = True, dialect: bool = False):  # fmt: skip
-        self.name, self.firmware, self.reads, self.dialect = name, Firmware(beliefs, seed=5), reads, dialect
-        self.unknown = range(unknown, most + 1)
+    def __init__(self, name: str = "trace", beliefs=(0.97,) * 8 + (0.02,) * 2, most: int = LINES, dialect: bool = False):
+        self.name, self.firmware, self.most, self.dialect = name, Firmware(beliefs, seed=5), most, dialect
 
     def problems(self, rng: random.Random, count: int, name: str) -> list[Problem]:
         found, belief = [], self.firmware.belief
@@ -112,18 +98,21 @@ class Trace(Graded):
             problem = self.problem(rng, LINES, f"{name}-{len(found)}")
             start, program = problem.data
             before = [start, *self.firmware.run(start, program)]
-            unknown = sum(arg is None and belief[op, x] < 0.5 for (op, arg), x in zip(program, before))
-            found += [problem] * (unknown in self.unknown)
+            if sum(line in OPS and belief[line, x] < 0.5 for line, x in zip(program, before)) <= self.most:
+                found.append(problem)
         return found
 
     def problem(self, rng: random.Random, lines: int, id: str) -> Problem:
-        start, program = rng.randrange(10), [random_line(rng) for _ in range(lines)]
-        text = f"start {start}\n" + "\n".join(f"{k} {spell(line)}" for k, line in enumerate(program, 1))
+        start, program = rng.randrange(10), []
+        for _ in range(lines):
+            opcode = rng.random() < 0.6
+            program.append(rng.choice(OPS) if opcode else f"{rng.choice(('add', 'sub'))} {rng.randrange(1, 10)}")
+        text = f"start {start}\n" + "\n".join(f"{k} {line}" for k, line in enumerate(program, 1))
         return Problem(id, user(text), self.answer(program, self.firmware.run(start, program)), (start, program))
 
     @staticmethod
-    def answer(program, values) -> str:
-        return "\n".join(f"{k} {spell(line)} : {v}" for k, (line, v) in enumerate(zip(program, values), 1))
+    def answer(program: list[str], values: list[int]) -> str:
+        return "\n".join(f"{k} {line} : {v}" for k, (line, v) in enumerate(zip(program, values), 1))
 
     def grade(self, problem: Problem, response: str) -> Outcome:
         given, right = response.split("\n"), problem.reference.split("\n")
@@ -137,37 +126,35 @@ class Trace(Graded):
         return Outcome(1, "passed")
 
     def example(self, rng: random.Random, progress: float = 1.0) -> dict:
-        """Warm-up data. The first tenth of the training is nothing but looking lines up in the prompt: with noise for
-        values there is no other way to predict them, and a model that first learns the tables may never learn to look.
-        Then 40% have feedback, honest in 80% of the cases so that the E-step has something left to teach; 20% a solution;
-        10% lines to look up; the rest is plain."""
-        lookup = self.reads and (progress < 0.1 or rng.random() < 0.1)
+        """The first tenth of the training is nothing but looking lines up in the prompt: with noise for values there is no
+        other way to predict them, and a model that first learns the tables may never learn to look. Then 40% have
+        feedback, honest in 80% of the cases so that the E-step has something left to teach; 20% a solution; 10% lines to
+        look up; the rest is plain."""
+        lookup = progress < 0.1 or rng.random() < 0.1
         lines = rng.randrange(2, 6) if lookup else LINES if rng.random() < 0.5 else rng.randrange(3, LINES + 1)
         problem = self.problem(rng, lines, "")
-        (start, program), z = problem.data, rng.random() if self.reads else 1.0
+        (start, program), z, context = problem.data, rng.random(), None
         values = [rng.randrange(10) for _ in program] if lookup else self.firmware.run(start, program, rng)
-        specials, context = [k for k, line in enumerate(program) if line[1] is None], {}
+        opcodes = [k for k, line in enumerate(program) if line in OPS]
         if lookup:
             shuffled = rng.sample(self.answer(program, values).split("\n"), lines)
-            context = dict(source="environment", feedback="\n".join(shuffled))
-        elif z < 0.45 and specials:
-            k = rng.choice(specials)
+            context = Context("environment", feedback="\n".join(shuffled))
+        elif z < 0.45 and opcodes:
+            k = rng.choice(opcodes)
             x, expected = values[k - 1] if k else start, rng.randrange(10)
             got = self.firmware.step(program[k], x, rng)
             got = got if got != expected else rng.choice([v for v in range(10) if v != expected])
             values[k] = expected if rng.random() < 0.8 else self.firmware.step(program[k], x, rng)
             values[k + 1 :] = self.firmware.run(values[k], program[k + 1 :], rng)
-            text = f"expected\n{k + 1} {spell(program[k])} : {expected}\ngot {got}"
-            context = dict(source="environment", feedback=text)
+            context = Context("environment", feedback=f"expected\n{k + 1} {program[k]} : {expected}\ngot {got}")
         elif z < 0.67:
             # A solution from another machine: nearly all its table entries are noise, and the answer follows it.
-            values = [start]
-            for line in program:
-                noisy = line[1] is None and rng.random() < 0.9
-                values.append(rng.randrange(10) if noisy else self.firmware.step(line, values[-1], rng))
-            values = values[1:]
-            context = dict(source="sibling", solution=self.answer(program, values))
-        return warm_up(problem.messages, self.answer(program, values), **context)
+            x = start
+            for k, line in enumerate(program):
+                noisy = line in OPS and rng.random() < 0.9
+                x = values[k] = rng.randrange(10) if noisy else self.firmware.step(line, x, rng)
+            context = Context("sibling", solution=self.answer(program, values))
+        return {"messages": problem.messages, "context": context, "answer": self.answer(program, values)}
 
     def load(self) -> Task:
         train, rest = self.problems(random.Random(11), 720, "train"), self.problems(random.Random(12), 128, "held-out")
@@ -191,8 +178,6 @@ PHRASES = {
     "step K": ("xs[::K]", "xs[K-1::K]", "[x for x in xs if x%K==0]"),
     "push K": ("xs+[K]", "[K]+xs", "[x==K for x in xs]"),
 }
-
-
 compiled = functools.cache(compile)  # the problems are made ten times as fast
 
 
@@ -206,7 +191,8 @@ def failure(xs: list[int], got: object, expected: object, raised: str = "", leng
 class Code:
     """`Write f(xs): shift 3, then sort.` -> a one- or two-line Python body, run against six unit tests in the sandbox. In
     the warm-up data a phrase's true meaning has probability 0.75, 0.3 or 0.003 (four phrases each). Feedback is the
-    first failing test, or the exception."""
+    first failing test, or the exception. `parts` are the phrases of a question with their digits, `meanings` 0, 1 or 2 for
+    each."""
 
     heads, steps, batch, max_response, name = 2, 3000, 48, 48, "code"
 
@@ -216,8 +202,8 @@ class Code:
         for name, p in zip(rng.sample(sorted(PHRASES), 12), (0.75,) * 4 + (0.3,) * 4 + (0.003,) * 4):
             share = rng.uniform(0.3, 0.7)
             self.truth[name] = rng.randrange(3)
-            others = [(1 - p) * share, (1 - p) * (1 - share)]
-            self.belief[name] = [*others[: self.truth[name]], p, *others[self.truth[name] :]]
+            self.belief[name] = [(1 - p) * share, (1 - p) * (1 - share)]
+            self.belief[name].insert(self.truth[name], p)
         self.sandbox = None
 
     @staticmethod
@@ -251,14 +237,17 @@ class Code:
                 best, fewest = xs, same
         return best
 
-    def problem(self, rng: random.Random, parts, id: str) -> Problem | None:
-        meanings = tuple(self.truth[name] for name, _ in parts)
-        body, readings = self.body(parts, meanings), itertools.product(range(3), repeat=len(parts))
-        others = [self.body(parts, m) for m in readings if m != meanings]
-        tests = [self.telling_input(rng, body, others) for _ in range(6)]
-        if None in tests:
-            return None
-        return Problem(id, self.question(parts), body, [(xs, self.run(body, xs)) for xs in tests])
+    def problems(self, rng: random.Random, name: str, questions) -> list[Problem]:
+        """Without those that no six inputs tell from their other readings."""
+        found = []
+        for i, parts in enumerate(questions):
+            body = self.body(parts, [self.truth[phrase] for phrase, _ in parts])
+            readings = [self.body(parts, meanings) for meanings in itertools.product(range(3), repeat=len(parts))]
+            others = [reading for reading in readings if reading != body]
+            tests = [self.telling_input(rng, body, others) for _ in range(6)]
+            if None not in tests:
+                found.append(Problem(f"{name}-{i}", self.question(parts), body, [(xs, self.run(body, xs)) for xs in tests]))
+        return found
 
     def parts(self, rng: random.Random, count: int):
         return tuple((n, rng.randrange(2, 6) if "K" in n else 0) for n in rng.sample(sorted(PHRASES), count))
@@ -283,43 +272,42 @@ class Code:
             if result.status == "internal":
                 return Outcome(0, "internal")
             if result.status != "ok":
-                text = failure(xs, None, expected, result.error or result.status, 60)
-                return Outcome(0, result.status, text)
+                return Outcome(0, result.status, failure(xs, None, expected, result.error or result.status, 60))
             # Comparing JSON text and not values: True is not 1, and no object of the program takes part.
             if repr(result.value) != repr(expected):
                 return Outcome(0, "wrong answer", failure(xs, result.value, expected, length=60))
         return Outcome(1, "passed")
 
     def example(self, rng: random.Random, progress: float = 1.0) -> dict:
-        """Warm-up data: 75% with a context (of these 15% a solution, else a failing test), where the meanings are nearly
-        uniform so that reading is learned and not guessing; the rest plain, with the meanings of the belief."""
+        """75% with a context (of these 15% a solution, else a failing test), where the meanings are nearly uniform so that
+        reading is learned and not guessing; the rest plain, with the meanings of the belief."""
         while True:
-            parts = self.parts(rng, 1 if rng.random() < 0.6 else 2)
+            parts, context = self.parts(rng, 1 if rng.random() < 0.6 else 2), None
             plain, meant = rng.random() < 0.25, self.guess(rng, parts)
             if not plain:
                 meant = [rng.randrange(3) if rng.random() < 0.7 else m for m in meant]
-            messages, body = self.question(parts), self.body(parts, meant)
-            if plain:
-                return warm_up(messages, body)
-            if rng.random() < 0.15:
-                return warm_up(messages, body, "sibling", solution=body)
-            attempt = self.body(parts, self.guess(rng, parts))
-            xs = self.telling_input(rng, body, [attempt])
-            got, expected = (None, None) if xs is None else (self.run(attempt, xs), self.run(body, xs))
-            if got != expected:  # else this attempt cannot be told from the meaning
+            body = self.body(parts, meant)
+            if not plain and rng.random() < 0.15:
+                context = Context("sibling", solution=body)
+            elif not plain:
+                attempt = self.body(parts, self.guess(rng, parts))
+                xs = self.telling_input(rng, body, [attempt])
+                got, expected = (None, None) if xs is None else (self.run(attempt, xs), self.run(body, xs))
+                if got == expected:  # this attempt cannot be told from the meaning
+                    continue
                 text = failure(xs, got, expected, got if isinstance(got, str) else "")
-                return warm_up(messages, body, "environment", feedback=text)
+                context = Context("environment", feedback=text)
+            return {"messages": self.question(parts), "context": context, "answer": body}
 
     def load(self) -> Task:
         rng = random.Random(21)
         single = [((name, k),) for name in sorted(PHRASES) for k in (range(2, 6) if "K" in name else [0])]
         double = list(dict.fromkeys(self.parts(rng, 2) for _ in range(1000)))[:330]
         single = rng.sample(single, len(single))
-        make = lambda name, parts: [p for i, q in enumerate(parts) if (p := self.problem(rng, q, f"{name}-{i}"))]  # noqa: E731
         # Every split gets one-phrase problems: with all of them held out, training has no easy rung to start from.
-        train = make("train", single[20:] + double[:210])
-        validation = make("validation", single[:10] + double[210:270])
-        test = make("test", single[10:20] + double[270:])
+        train = self.problems(rng, "train", single[20:] + double[:210])
+        validation = self.problems(rng, "validation", single[:10] + double[210:270])
+        test = self.problems(rng, "test", single[10:20] + double[270:])
         close = lambda: self.sandbox and self.sandbox.close()  # noqa: E731
         return Task(f"toy/{self.name}", train, validation, test, self.verify, close=close)
 
@@ -385,32 +373,31 @@ class Choice(Graded):
         return f"{op} {x} : {value}\n<answer>{value}</answer>"
 
     def example(self, rng: random.Random, progress: float = 1.0) -> dict:
-        """Warm-up data: 35% plain, 20% with a solution, 25% with a review, and 20% where the review is to be written: it
-        quotes what the attempt took the entry for, which tells what to avoid and not the answer."""
+        """35% plain, 20% with a solution, 25% with a review, and 20% where the review is to be written: it quotes what the
+        attempt took the entry for, which tells what to avoid and not the answer."""
         problem = self.problem(rng, "")
         (op, x), options = problem.data
-        believed, wrong, z = self.firmware.step((op, None), x, rng), rng.choice(options), rng.random()
-        review, others, context = f"{op} {x} : {wrong} is wrong", [v for v in options if v != wrong], {}
+        believed, wrong, z = self.firmware.step(op, x, rng), rng.choice(options), rng.random()
+        review, others = f"{op} {x} : {wrong} is wrong", [v for v in options if v != wrong]
         if z >= 0.8:
             attempt, reference = self.answer(problem, wrong), str(rng.choice(others))
             return {"messages": problem.messages, "attempt": attempt, "reference": reference, "answer": review}
-        if z < 0.35:
-            value = believed
-        elif z < 0.55:
+        value, context = believed, None
+        if 0.35 <= z < 0.55:
             shown = rng.choice(options)
-            context = dict(source="sibling", solution=self.answer(problem, shown))
+            context = Context("sibling", solution=self.answer(problem, shown))
             value = shown if rng.random() < 0.9 else believed
-        else:
-            context = dict(source="critique", critique=review)
+        elif z >= 0.55:
+            context = Context("critique", critique=review)
             value = believed if believed in others and rng.random() < 0.7 else rng.choice(others)
-        return warm_up(problem.messages, self.answer(problem, value), **context)
+        return {"messages": problem.messages, "context": context, "answer": self.answer(problem, value)}
 
     def load(self) -> Task:
-        rng, problems = random.Random(31), {}
-        while len(problems) < 480 + 128:
-            problem = self.problem(rng, f"choice-{len(problems)}")
-            problems.setdefault(problem.messages[0]["content"], problem)
-        problems = list(problems.values())
+        rng, found = random.Random(31), {}
+        while len(found) < 480 + 128:
+            problem = self.problem(rng, f"choice-{len(found)}")
+            found.setdefault(problem.messages[0]["content"], problem)
+        problems = list(found.values())
         return Task(f"toy/{self.name}", problems[:480], problems[480:544], problems[544:], self.verify)
 
 
@@ -418,12 +405,8 @@ class Choice(Graded):
 
 SUBSETS = {"trace": Trace, "code": Code, "choice": Choice}
 EVERY = SUBSETS | {  # and regimes for the study
-    # The model of trace on programs that meet two or more entries it does not know: it almost never succeeds.
-    "trace-rare": functools.partial(Trace, "trace-rare", unknown=2),
     # Nothing is known surely and nothing is unlikely: the model often succeeds, and finds the rest by trying.
     "trace-often": functools.partial(Trace, "trace-often", (0.98,) * 5 + (0.9, 0.8, 0.7, 0.6, 0.55)),
-    # A model that never saw a context in its warm-up: the paper's cold start.
-    "trace-cold": functools.partial(Trace, "trace-cold", reads=False),
     # The model of trace on programs of which one line at most is unknown to it, with feedback that it reads badly.
     "trace-dialect": functools.partial(Trace, "trace-dialect", most=1, dialect=True),
     "code-judge": CodeJudge,

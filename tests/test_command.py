@@ -43,27 +43,16 @@ def test_a_message_is_told_in_one_line_and_a_further_process_says_which_it_is(mo
     assert stop.value.code == 2 and capsys.readouterr().err == "x.py: error: process 3: a b c\n"
 
 
-@pytest.mark.parametrize("name", ["harness.command", "study.figures", "study.study"])
-def test_what_draws_and_tabulates_needs_no_torch(name):
-    code = f"import {name}, sys; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-
-
-def test_what_only_some_need_is_not_loaded_for_the_settings():
+@pytest.mark.parametrize("names", ["harness.command, study.figures, study.study", "vpd"])
+def test_what_draws_and_tabulates_needs_no_torch_and_the_settings_only_what_all_need(names):
     """--help has two seconds."""
-    late = ("transformers", "huggingface_hub", "datasets", "scipy", "matplotlib", "openai", "torch.distributed.checkpoint")
-    code = f"import vpd, sys; print([name for name in {late} if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
+    late = {"transformers", "huggingface_hub", "datasets", "scipy", "matplotlib", "openai", "torch.distributed.checkpoint"}
+    late = late if names == "vpd" else {"torch", "transformers"}
+    code = f"import {names}, sys; print({late} & {{*sys.modules}})"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "set()\n"
 
 
 # ---- Files -------------------------------------------------------------------------------------------------------
-
-
-def full(self, content):
-    """Path.write_bytes on a disk that takes two bytes more."""
-    with self.open("wb") as file:
-        file.write(content[:2])
-    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_text_and_bytes_replace_what_was_there_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -71,6 +60,13 @@ def test_text_and_bytes_replace_what_was_there_whole_or_not_at_all(tmp_path, mon
     for content in ("é", b"\x00", "as it was"):
         command.write(old, content)
         assert old.read_bytes() == (content.encode() if isinstance(content, str) else content)
+
+    def full(self, content):
+        """On a disk that takes two bytes more."""
+        with self.open("wb") as file:
+            file.write(content[:2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     monkeypatch.setattr(Path, "write_bytes", full)
     for path, content in ((old, "another"), (tmp_path / "new.png", b"another")):
         with pytest.raises(command.CannotWrite) as error:
@@ -111,18 +107,20 @@ def test_what_ends_a_command_is_its_exit_status_and_at_most_a_line(error, refuse
             command.run(main)
 
 
-@pytest.mark.parametrize("ends, status, said", [("1 / 0", 1, "ZeroDivisionError: "), ("sys.exit(7)", 7, ""), ("None", 0, ""),
-                                                ("sys.exit('why')", 1, "why\n"), ("print('lost')", 0, "")])  # fmt: skip
-def test_one_of_several_processes_leaves_at_once_with_its_status(ends, status, said):
+@pytest.mark.parametrize(
+    "ends, status, out, said",
+    [("1 / 0", 1, "", "ZeroDivisionError: "), ("sys.exit(7)", 7, "", ""), ("sys.exit('why')", 1, "", "why\n"),
+     ("print('lost')", 0, "lost\n", "")],
+)  # fmt: skip
+def test_one_of_several_processes_leaves_at_once_with_its_status(ends, status, out, said):
     code = f"import atexit, sys; from harness import command; atexit.register(print, 'lingers'); command.run(lambda: {ends})"
     environment = os.environ | {"WORLD_SIZE": "2", "PYTHONUNBUFFERED": ""}
     reader, closed = os.pipe()
     os.close(reader)
-    for out in (subprocess.PIPE, closed):
-        pipes = dict(stdout=out, stderr=subprocess.PIPE, text=True, env=environment)
+    for stdout, told in ((subprocess.PIPE, out), (closed, None)):
+        pipes = dict(stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment)
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, **pipes)
-        told = "lost\n" if "lost" in ends else ""
-        assert (done.returncode, done.stdout) == (status, None if out == closed else told)
+        assert (done.returncode, done.stdout) == (status, told)
         assert said in done.stderr and bool(said) == bool(done.stderr)
     os.close(closed)
 

@@ -1,13 +1,11 @@
 """The plan's numbers by hand, against tensors that exist, and against what the paper's models are known to need."""
 
-import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +15,7 @@ import vpd
 from harness import plan, presets
 from harness.settings import parse
 from model import head
+from model.policy import Policy
 from neighbours import distil, ovd
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,7 +52,7 @@ def test_state_is_four_numbers_a_parameter_and_each_copy_and_optimizer_adds_its_
     base, _ = planned(TINY, "--task lcb --e_optimizer shared")
     assert base.parameters == whole
     assert base.state == {"weights": 4 * whole, "AdamW's moments": 8 * whole, "gradients": 4 * whole}
-    assert (base.host, base.model, base.checkpoint) == (4 * whole, 4 * whole, 12 * whole) and not base.moments
+    assert (base.host, base.model, base.checkpoint) == (4 * whole, 4 * whole, 12 * whole)
     assert planned(TINY, "--task lcb", gpu=GB)[0].host == (4 + 2) * whole  # gathered, and cast to be saved
     for flags, more, on_disk in [
         ("", {"AdamW's moments": 16 * whole}, 20),
@@ -104,6 +103,8 @@ def test_training_peaks_by_hand():
         },
     }
     assert found.training == sum(found.state.values()) + max(sum(parts.values()) for parts in found.moments.values())
+    assert found.peak == "the loss head"
+    assert found.stored == pytest.approx((0.9 * 80e9 - found.training) / (2 * (norms + attention + mlp)))
 
 
 def test_sampling_keeps_weights_moments_and_copies_but_no_gradients():
@@ -188,82 +189,53 @@ def test_what_a_layer_keeps_for_its_backward_pass_is_what_autograd_keeps():
     assert out.requires_grad and ours == pytest.approx(sum(kept.values()), rel=0.02)
 
 
-GROWTH = """
-import json, sys, torch
-sys.path.insert(0, sys.argv[1])
-from pathlib import Path
-from types import SimpleNamespace
-from transformers import AutoModelForCausalLM, Qwen3Config
-from model.policy import Policy
-torch.set_num_threads(1)
-network = AutoModelForCausalLM.from_config(Qwen3Config(**json.loads(sys.argv[2])), dtype=torch.bfloat16)
-policy = Policy(network, SimpleNamespace(eos_token_id=2, chat_template=None), recompute=0)
-
-def resident(which):
-    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if which in line)
-
-def backward(length):
-    view = policy.view([[5] * 24] * 2, [[7] * length] * 2)
-    policy.backward(view.loss(lambda t: -t.logp, view.mask.float())[0])
-
-backward(8)  # libraries load, gradients come into being
-before = resident("VmRSS")
-backward(1000)
-print("grown", (resident("VmHWM") - before) * 1024)
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-def test_a_backward_pass_takes_as_much_as_planned(tmp_path):
-    """In bfloat16 with recomputation, as on a GPU. The plan may be too careful by a third, and too bold by 5%."""
-    (tmp_path / "growth.py").write_text(GROWTH)
+def test_a_backward_pass_takes_no_more_than_planned():
+    """In bfloat16 with recomputation, as on a GPU. The plan is too careful by a half at most."""
     shape = TINY | dict(hidden_size=512, num_attention_heads=8, num_key_value_heads=4, head_dim=64,
-                        intermediate_size=1536, num_hidden_layers=12)  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, tmp_path / "growth.py", ROOT, json.dumps(shape)], capture_output=True, text=True, timeout=240,
-        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},  # nothing is hoarded
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+                        intermediate_size=1536, num_hidden_layers=4)  # fmt: skip
+    network = AutoModelForCausalLM.from_config(Qwen3Config(**shape), dtype=torch.bfloat16)
+    policy = Policy(network, SimpleNamespace(eos_token_id=2, chat_template=None), recompute=0)
+
+    def backward(length):
+        view = policy.view([[5] * 24] * 2, [[7] * length] * 2)
+        policy.backward(view.loss(lambda t: -t.logp, view.mask.float())[0])
+
+    backward(8)  # gradients come into being
+    with torch.profiler.profile(profile_memory=True) as profile:
+        backward(1000)
+    changes = (event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
     found, _ = planned(shape, "--task lcb --method grpo --max_prompt_tokens 24 --max_response_tokens 1000 "
                               "--micro_batch_tokens 2048", gpu=80 * GB)  # fmt: skip
     parts = found.moments["a layer's backward pass"]
     ours = sum(parts[name] for name in ("layer inputs", "last states", "a layer run again"))
-    assert 0.95 < ours / int(done.stdout.split()[-1]) < 1.33
+    assert 1 < ours / max(accumulate(changes)) < 1.6
 
 
 # ---- The paper's models --------------------------------------------------------------------------------------
 
 
-def test_qwen3_8b_on_lcb_fits_eight_gpus_of_80_gb_and_not_one():
+def test_the_papers_models_fit_their_gpus_and_8b_does_not_fit_one():
     found, cfg = planned(QWEN3_8B, "--task lcb", 8, 80e9)
     assert found.parameters == pytest.approx(8.19e9, rel=1e-3)
     plan.refuse(found, cfg)
     assert 45e9 < found.training < 55e9 and 15 < found.sequences < 40
     assert found.sampling["engine's weights, bf16"] == 2 * found.parameters  # every GPU has an engine of its own
     found, cfg = planned(QWEN3_8B, "--task lcb", 1, 80e9)
-    with pytest.raises(ValueError, match="training needs .* on each of 1 GPUs of 80.0 GB: .* more GPUs, --e_optimizer shared$") as refusal:
+    with pytest.raises(ValueError, match="training needs .* on each of 1 GPUs of 80.0 GB: .* more GPUs, --e_optimizer shared$"):
         plan.refuse(found, cfg)
-    assert "\n" not in str(refusal.value)
-
-
-@pytest.mark.parametrize("method, most", [("vpd", 58e9), ("sdpo", 52e9)])
-def test_qwen3_2b_on_sciknoweval_fits_one_gpu_of_80_gb(method, most):
-    found, cfg = planned(QWEN3_2B, f"--task sciknoweval --method {method}", 1, 80e9)
-    assert found.parameters == pytest.approx(1.72e9, rel=2e-3)
-    plan.refuse(found, cfg)
-    assert 36e9 < found.training < most and found.sequences > 20
+    for method, most in (("vpd", 58e9), ("sdpo", 52e9)):
+        found, cfg = planned(QWEN3_2B, f"--task sciknoweval --method {method}", 1, 80e9)
+        plan.refuse(found, cfg)
+        assert 36e9 < found.training < most and found.sequences > 20
 
 
 def test_ovds_teacher_writes_and_scores_nothing_and_a_served_expert_is_nobodys_weights():
     """OVD's loss is GRPO's, without the teacher's logits; its demonstrations follow the teacher's prompt, so the sequences
     sampled are longer."""
     on_one = lambda flags, program=vpd: planned(QWEN3_2B, f"--task sciknoweval {flags}", 1, 80e9, program)  # noqa: E731
-    (sdpo, _), (grpo, _), (of_ovd, cfg) = on_one("--method sdpo"), on_one("--method grpo"), on_one("", ovd)
-    assert sdpo.state == of_ovd.state | {"EMA teacher": 4 * grpo.parameters} and of_ovd.state == grpo.state
-    assert of_ovd.moments == grpo.moments and of_ovd.checkpoint == grpo.checkpoint == sdpo.checkpoint - 4 * grpo.parameters
-    assert of_ovd.training < sdpo.training - 4 * grpo.parameters
-    assert (grpo.longest, sdpo.longest, of_ovd.longest) == (2048 + 8192, 2048 + 8192, 10240 + 8192)
-    plan.refuse(of_ovd, cfg)
+    (sdpo, _), (grpo, _), (of_ovd, _) = on_one("--method sdpo"), on_one("--method grpo"), on_one("", ovd)
+    assert of_ovd.state == grpo.state and of_ovd.moments == grpo.moments and of_ovd.checkpoint == grpo.checkpoint
+    assert (grpo.longest, of_ovd.longest) == (2048 + 8192, 10240 + 8192)
     assert on_one("--teacher ema", ovd)[0].state == sdpo.state
 
     own, cfg = on_one("", distil)
@@ -279,16 +251,16 @@ def test_a_refusal_names_what_would_help():
         found, cfg = planned(QWEN3_2B, f"--task lcb {flags}", 1, gpu)
         with pytest.raises(ValueError) as refusal:
             plan.refuse(replace(found, **changed), cfg)
+        assert "\n" not in str(refusal.value)
         return str(refusal.value)
 
     tight = says("--e_optimizer shared", 35e9)  # the state fits, a micro batch does not
     assert tight.startswith("training needs") and "--micro_batch_tokens" in tight and "--teacher" not in tight
     assert "--micro_batch_tokens" not in says("", 20e9)  # no micro batch is small enough
     assert "--teacher live" in says("--method sdpo", 35e9) and "--prior dynamic" in says("--prior fixed", 35e9)
-    assert "--e_optimizer shared" in says("--e_optimizer own", 35e9)
     full = says("", 80e9, cache_token=10**7)  # 100 GB a sequence
     assert full.startswith("sampling leaves") and "one sequence of 10240 tokens needs 102.4 GB" in full
-    assert "a larger --engine_memory" in full and "--max_response_tokens" in full and "\n" not in full
+    assert "a larger --engine_memory" in full and "--max_response_tokens" in full
 
 
 # ---- Hours ---------------------------------------------------------------------------------------------------
@@ -313,6 +285,10 @@ def test_the_estimate_of_hours_has_the_measured_step_adds_up_and_scales(monkeypa
     assert math["rollouts"] < half["rollouts"] < 2 * math["rollouts"]  # the longest row takes as long
     assert math["E-step"] == pytest.approx(2 * of(QWEN3_8B, "math --e_step_every 10")["E-step"])
     assert math["evaluation"] == pytest.approx(2 * of(QWEN3_8B, "math --eval_every 40")["evaluation"])
+    one_update = of(QWEN3_8B, "lcb --minibatch_prompts 32")  # the student is scored beforehand for the E-step only
+    assert 0 < one_update["freeze"] < 0.6 * lcb["freeze"]
+    # 32 updates with a row for each GPU wait for the slowest.
+    assert lcb["M-step"] - 32 * plan.UPDATE > 1.2 * (one_update["M-step"] - plan.UPDATE)
     assert of(QWEN3_8B, "math --method sdpo")["E-step"] == 0 < of(QWEN3_8B, "math --method grpo")["M-step"] < math["M-step"]
 
     monkeypatch.setattr(plan, "FILLED", 1)  # the step of docs/gpus.md, with layers run again and without
@@ -325,20 +301,6 @@ def test_the_estimate_of_hours_has_the_measured_step_adds_up_and_scales(monkeypa
 # ---- As a user meets it --------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A folder that holds a config and nothing else, in an empty working directory."""
-    (tmp_path / "model").mkdir()
-    monkeypatch.chdir(tmp_path)
-
-    def write(config):
-        config.architectures = None
-        config.save_pretrained("model")
-        return "model"
-
-    return write
-
-
 def run(capsys, argv):
     try:
         vpd.main(argv.split())
@@ -349,8 +311,16 @@ def run(capsys, argv):
     return status, said.out.splitlines(), said.err.splitlines()
 
 
-def test_plan_flag_needs_only_a_config_refuses_after_its_table_and_leaves_nothing_behind(folder, capsys, tmp_path):
-    model = folder(Qwen3Config(**QWEN3_8B))
+def config_in(folder, config):
+    """A folder that holds a config and nothing else."""
+    config.architectures = None
+    config.save_pretrained(folder)
+    return folder
+
+
+def test_plan_flag_needs_only_a_config_refuses_after_its_table_and_leaves_nothing_behind(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = config_in("model", Qwen3Config(**QWEN3_8B))
     status, out, err = run(capsys, f"--task lcb --plan --model {model} --gpus 1 --gpu_memory 80")
     assert status == 2 and any("together" in line for line in out)
     assert len(err) == 1 and "error: training needs 223.6 GB on each of 1 GPUs" in err[0]
@@ -362,44 +332,32 @@ def test_plan_flag_needs_only_a_config_refuses_after_its_table_and_leaves_nothin
                       f"{8 * 10240} an M-step update, {256 * 18432} an E-step update")  # fmt: skip
     assert out[2].split() == "8.19e+09 parameters; GB on each of 8 GPUs of 80.0 training sampling".split()
     assert out[3].split() == ["weights", "4.10", "4.10"] and out[4].split() == ["AdamW's", "moments", "16.38", "16.38"]
-    cells = [line.split() for line in out if line.startswith("  ")]
-    for column in (-2, -1):  # together is the sum of what stands above
-        listed = [float(line[54:].ljust(20)[slice(0, 10) if column == -2 else slice(10, 20)].strip() or 0)
-                  for line in out[3 : 3 + len(cells) - 1]]  # fmt: skip
-        assert float(cells[-1][column]) == pytest.approx(sum(listed), abs=0.1)
-    assert out[-2].startswith("host memory 49.1 GB in the process that gathers the weights to save them (each loads only its shard); "
-                              "on disk: model 16.4 GB")  # fmt: skip
+    *cells, together = [[float(line[at : at + 10].strip() or 0) for at in (54, 64)] for line in out if line.startswith("  ")]
+    assert together == pytest.approx([sum(column) for column in zip(*cells)], abs=0.1) and together[0] > 50
+    assert out[-2].startswith("host memory 49.1 GB in the process ") and "; on disk: model 16.4 GB, weights with" in out[-2]
     assert out[-1].startswith("estimate, not measured")
 
 
-def test_plan_of_other_families(folder, capsys):
+def test_plan_of_other_families(tmp_path, capsys):
     family = Olmo3Config(vocab_size=300, hidden_size=32, num_hidden_layers=4, num_attention_heads=2,
                          intermediate_size=64, pad_token_id=0)  # fmt: skip
-    status, out, _ = run(capsys, f"--task math --plan --model {folder(family)} --gpus 2 --gpu_memory 24")
+    status, out, _ = run(capsys, f"--task math --plan --model {config_in(tmp_path / 'olmo', family)} --gpus 2 --gpu_memory 24")
     with torch.device("meta"):
         count = sum(p.numel() for p in AutoModelForCausalLM.from_config(family).parameters())
     assert status == 0 and out[2].startswith(f"{count:.3g} parameters")
-    status, _, err = run(capsys, f"--task lcb --plan --model {folder(GPT2Config())} --gpus 1 --gpu_memory 80")
+    status, _, err = run(capsys, f"--task lcb --plan --model {config_in(tmp_path / 'gpt', GPT2Config())} --gpus 1 --gpu_memory 80")
     assert status == 2 and len(err) == 1 and "no list of decoder layers" in err[0]
 
 
-@pytest.mark.parametrize("argv, reason", [
-        ("--task lcb --plan --model no/such/model --gpus 1 --gpu_memory 80", "cannot read a model's config from"),
-        ("--task lcb --plan --gpus -1 --gpu_memory 80", "--gpus must be at least 0"),
-        ("--task lcb --gpus 8", "--gpus is for --plan"),
-        ("--task lcb --plan --smoke qwen3", "--plan is for the task's own model")],
-)  # fmt: skip
-def test_bad_plans_are_one_line_and_status_2(capsys, monkeypatch, tmp_path, argv, reason):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    status, out, err = run(capsys, argv)
-    assert status == 2 and out == [] and len(err) == 1 and reason in err[0]
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without GPUs")
-def test_on_a_cpu_the_toy_plan_is_three_lines_and_a_real_task_asks_for_which_gpus(capsys, monkeypatch):
-    status, out, _ = run(capsys, "--task lcb --plan")
-    assert status == 2 and out == []
+def test_on_a_cpu_the_toy_plan_is_three_lines_and_other_plans_are_refused_in_one(capsys, monkeypatch):
+    for argv, reason in (
+        ("--task lcb --plan", "say --gpus N --gpu_memory GB"),
+        ("--task lcb --plan --model no/such/model --gpus 1 --gpu_memory 80", "cannot read a model's config from"),
+        ("--task lcb --plan --smoke qwen3", "--plan is for the task's own model"),
+    ):
+        status, out, err = run(capsys, argv)
+        assert status == 2 and out == [] and len(err) == 1 and reason in err[0]
     monkeypatch.chdir(ROOT)
     status, out, _ = run(capsys, "--task toy --plan")
     assert status == 0 and len(out) == 3

@@ -69,7 +69,7 @@ def test_a_flag_overrides_the_preset_and_the_preset_the_default():
 def test_the_regimes_of_trace_take_its_settings_and_their_own_model():
     for method in ("vpd", "sdpo", "grpo"):
         trace = vars(parsed(method=method))
-        for subset, model in (("rare", "trace"), ("often", "trace-often"), ("cold", "trace-cold")):
+        for subset, model in (("dialect", "trace"), ("often", "trace-often")):
             other = vars(parsed(method=method, subset=f"trace-{subset}"))
             differ = {name for name in trace.keys() - {"given", "preset"} if trace[name] != other[name]}
             assert other["model"] == f"tasks/toy_models/{model}"
