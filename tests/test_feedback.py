@@ -115,11 +115,6 @@ def test_the_same_seed_gives_the_same_contexts_and_another_seed_others(source):
     assert first == again != other
 
 
-def test_an_unknown_source_is_refused_with_the_choices():
-    with pytest.raises(ValueError, match=f"'oracle'.*{', '.join(SOURCES)}"):
-        draw("oracle", (1, 0, 0, 0))
-
-
 THOUGHTS = {
     "no thought": "no thought",
     "<think>2+3\nis 5</think>\n\n5": "5",
