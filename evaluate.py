@@ -187,12 +187,11 @@ def arguments(argv: list[str] | None) -> Namespace:
     parser.add_argument("--unsafe_sandbox", action="store_true", help="run programs although a layer of the sandbox is missing")
     parser.add_argument("--out", type=Path, help="file for every problem's rewards, or every response's grade")
     args = parser.parse_args(argv)
-    ignored = {"run": ("task", "subset", "data"),
-               "responses": ("n", "greedy", "temperature", "top_p", "max_tokens", "split", "seed", "sampler")}  # fmt: skip
-    for source, why in ("run", "a run has its own"), ("responses", "they are graded as they are"):
-        given = [f"--{flag}" for flag in ignored[source] if getattr(args, flag) is not parser.get_default(flag)]
-        if given and getattr(args, source):
-            parser.error(f"--{source} goes without {' and '.join(given)}: {why}")
+    given = lambda *flags: [f"--{f}" for f in flags if getattr(args, f) is not parser.get_default(f)]  # noqa: E731
+    if args.run and (unused := given("task", "subset", "data")):
+        parser.error(f"--run goes without {' and '.join(unused)}: a run has its own")
+    if args.responses and (unused := given("n", "greedy", "temperature", "top_p", "max_tokens", "split", "seed", "sampler")):
+        parser.error(f"--responses goes without {' and '.join(unused)}: they are graded as they are")
     if args.responses and not args.data:
         parser.error("--responses needs --data, the problems they answer")
     if args.greedy and (args.n not in (None, 1) or args.temperature not in (None, 0)):
@@ -276,9 +275,8 @@ def main(argv: list[str] | None = None) -> None:
         except ValueError as error:
             fail(error, "evaluate.py")
         prompts = [student_prompt(policy.tokenizer, p.messages) for p in problems]
-        if sampler is None:
-            longest = max(map(len, prompts)) + args.max_tokens
-            sampler = open_sampler(args.sampler, policy, path, longest, args.engine_memory, prompts[: 2 * world.size])
+        longest = max(map(len, prompts)) + args.max_tokens
+        sampler = sampler or open_sampler(args.sampler, policy, path, longest, args.engine_memory, prompts[: 2 * world.size])
         try:
             sampler.sync(policy)
         except StaleEngine as error:

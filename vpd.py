@@ -27,7 +27,7 @@ Where we depart from the paper's text, or had to choose:
     7. VPD's M-step carries no importance weights (Sec. 3.4); SDPO's carries min(pi/pi_old, 2).
     8. An update in which no row takes part (no context, no advantage) is left out, momentum and weight decay included.
     9. Where vLLM samples, a token of the M-step also weighs min(pi_old/pi_sampler, 2), as in SDPO's code (--mismatch_limit).
-   10. Off by default: with --e_failures likelier a failure with r~ <= 0 adds nothing to Eq. 9. It counts in n- and delta.
+   10. --e_failures likelier, off by default: a failure with r~ <= 0 adds nothing to Eq. 9; it counts in n- and delta.
 """
 
 import math
@@ -295,8 +295,7 @@ class Batch:
 
     def known(self, A: torch.Tensor) -> dict[str, torch.Tensor]:
         """What is known of each token before an update, (B, T) each. A: (B,), the rows' advantages."""
-        known = {"sampler_logp": self.sampler_logp, "A": A, "has_C": self.has_C,
-                 "old_logp": self.old_logp, "teacher_logp": self.teacher_logp}  # fmt: skip
+        known = dict(sampler_logp=self.sampler_logp, A=A, has_C=self.has_C, old_logp=self.old_logp, teacher_logp=self.teacher_logp)
         wide = lambda x: x if x.ndim == 2 else x[:, None].expand_as(self.mask)  # noqa: E731
         return {name: wide(x) for name, x in known.items() if x is not None}
 

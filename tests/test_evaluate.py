@@ -191,6 +191,14 @@ def command(monkeypatch):
         name = f"{task}/{subset or tasks.TASKS[task][0]}"
         return Task(name, calls.train, [], [problem], None, close=lambda: calls.closed.append(name), notes=["a note"])
 
+    def load(task, subset="", **options):
+        calls.loaded.append((task, subset, options))
+        return make(task, subset)
+
+    def read(task, path, official):
+        calls.read.append((task, path, official))
+        return make(task)
+
     def measure(policy, sampler, verify, problems, n, seed, max_tokens, temperature, top_p, prompts):
         calls.measured.append((policy, n, temperature, top_p, max_tokens))
         return {k: v for k, v in results([[1] * n]).items() if k != "task"} | {"rewards": {}, "verdicts": {}}
@@ -199,8 +207,6 @@ def command(monkeypatch):
         tokenizer = None
 
     sampler = SimpleNamespace(sync=calls.synced.append, sleep=lambda: calls.synced.append("asleep"))
-    load = lambda task, subset="", **options: (calls.loaded.append((task, subset, options)), make(task, subset))[1]  # noqa: E731
-    read = lambda task, path, official: (calls.read.append((task, path, official)), make(task))[1]  # noqa: E731
     for owner, name, instead in (
         (tasks, "load", load), (tasks, "read", read), (evaluate, "measure", measure), (evaluate.plan, "read", lambda path: None),
         (evaluate, "student_prompt", lambda *_: []), (evaluate, "open_sampler", lambda *_: sampler),
