@@ -100,7 +100,8 @@ def contexts(
             return i if texts[i] else None
         return rng.choice(failure) if borrow and failure else None
 
-    kind, section = source if source in TEXTS else "environment", "critique" if source == "critique" else "feedback"
+    kind = source if source in TEXTS else "environment"  # of the texts
+    section = "critique" if source == "critique" else "feedback"
     found: list[Context | None] = []
     for i, r in enumerate(rewards):
         solution = None if source in TEXTS else sibling(i)

@@ -5,8 +5,10 @@ the templates are one letter long, so that an expected prompt can be read at a g
 """
 
 import copy
+import dataclasses
 import itertools
 import random
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +16,7 @@ import pytest
 import feedback
 from feedback import SOURCES, TEXTS, Context, Templates, contexts, critique_prompt, strip_thinking
 from feedback import student_prompt, teacher_prompt
-from tasks import Outcome
+from tasks import Outcome, Problem
 
 GROUPS = list(itertools.product((0, 1), repeat=4))  # every pattern of rewards in a group of four
 
@@ -179,6 +181,19 @@ def test_truncation_cuts_the_end_of_the_longest_text_and_nothing_else(tokenizer,
     if cut == 9:
         with pytest.raises(ValueError, match=f"1 tokens longer than the limit of {len(whole) - 10}"):
             prompt(tokenizer, len(whole) - 10, **texts)
+
+
+@pytest.mark.parametrize("source, sections", [
+    ("sibling", "|S  s"), ("solution_first", "|F a longer one  f"), ("both", "|S  s|F a longer one  f"), ("critique", "|C  c"),
+])  # fmt: skip
+def test_a_problem_has_room_for_the_longest_prompt_that_its_source_can_ask_for(tokenizer, source, sections):
+    words = dataclasses.replace(T, feedback="|F a longer one {feedback} f")
+    need = len(tokenizer(START + sections + "|END" + HEADER).input_ids)
+    cfg = SimpleNamespace(feedback=source, reader=lambda: "live", templates=lambda: words, max_prompt_tokens=999, model="m")
+    for cfg.max_teacher_tokens in (need, need - 1):
+        refused = pytest.raises(ValueError, match="problem p: a prompt is 1 tokens longer .*--max_teacher_tokens")
+        with nullcontext() if cfg.max_teacher_tokens == need else refused:
+            feedback.check_prompts(tokenizer, [Problem("p", [SYSTEM, QUESTION])], cfg)
 
 
 HOSTILE = {
