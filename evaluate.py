@@ -11,7 +11,6 @@ for new training runs, whose spread only seeds show.
 """
 
 import json
-import sys
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable
@@ -25,7 +24,7 @@ import torch
 import tasks
 from feedback import student_prompt
 from harness import machine, plan, runs
-from harness.command import CannotWrite, Parser, check_out, fail, run, write
+from harness.command import Parser, check_out, fail, run, write
 from model.parallel import Shared, World
 from model.policy import Policy
 from rollout import StaleEngine, check_sampler, grading, open_sampler, seed_for
@@ -91,23 +90,23 @@ def measure(policy: Policy, sampler, verify: Callable, problems: list[tasks.Prob
     rollouts = sampler.sample(prompts, n, seed, max_tokens, temperature, top_p, grading(verify, rows, policy))
     outcomes = verify(rows, [policy.decode(r.tokens) for r in rollouts])
     rewards = np.array([o.reward for o in outcomes]).reshape(len(problems), n)
-    parts = dict.fromkeys(p.part for p in problems)
-    several = len(parts) > 1
-    columns: dict[str, list] = {name: [] for o in outcomes for name in o.columns}
-    for name, rows in columns.items():
-        for i, problem in enumerate(problems):
-            has = [o.columns[name] for o in outcomes[i * n : (i + 1) * n] if name in o.columns]
-            if has and len(has) < n:
-                raise tasks.BadTask(f"problem {problem.id}: some of its outcomes have the column {name!r}, and some have not")
-            rows += [has] if has else []
+    columns: dict[str, list] = {}
+    for i, problem in enumerate(problems):
+        own = [o.columns for o in outcomes[i * n : (i + 1) * n]]
+        if any(row.keys() != own[0].keys() for row in own):
+            raise tasks.BadTask(f"problem {problem.id}: its outcomes differ in their columns")
+        for name in own[0]:
+            columns.setdefault(name, []).append([row[name] for row in own])
+    parts = list(dict.fromkeys(p.part for p in problems))
+    parts = parts if len(parts) > 1 else []
     return {
         **summarise(rewards),
         "truncated": float(np.mean([r.finish == "length" for r in rollouts])),
         "internal": sum(o.verdict == "internal" for o in outcomes),
         "verdicts": dict(Counter(o.verdict for o in outcomes).most_common()),
-        "parts": {part: summarise(rewards[[p.part == part for p in problems]]) for part in parts} if several else {},
+        "parts": {part: summarise(rewards[[p.part == part for p in problems]]) for part in parts},
         "columns": {name: summarise(np.array(rows)) for name, rows in columns.items()},
-        "rewards": {f"{p.part}/{p.id}" if several else p.id: row.tolist() for p, row in zip(problems, rewards)},
+        "rewards": {f"{p.part}/{p.id}" if parts else p.id: row.tolist() for p, row in zip(problems, rewards)},
     }
 
 
@@ -140,37 +139,34 @@ def grade(task: tasks.Task, path: Path) -> tuple[list[str], list[dict]]:
     """Grades the rows {"id", "response"} of a JSONL file. Returns the lines to print, and {"id", "reward", "verdict",
     "feedback"} for each row. Raises ValueError with one line for rows that cannot be graded."""
     problems = {p.id: p for p in task.test}
-    if len(problems) < len(task.test):
-        twice = next(name for name, count in Counter(p.id for p in task.test).items() if count > 1)
-        raise ValueError(f"two problems of --data share the id {twice!r}")
-    rows = list(tasks.rows(path))
-    if not rows or not problems:  # a saved data set can be empty, a file cannot
-        raise ValueError(f"{path} holds no response" if problems else "--data holds no problem")
+    for name, count in Counter(p.id for p in task.test).items():
+        if count > 1:
+            raise ValueError(f"two problems of --data share the id {name!r}")
+    rows, rewards = list(tasks.rows(path)), {}
     for number, row in enumerate(rows, 1):
         if not isinstance(row.get("response"), str) or "id" not in row:
             raise ValueError(f'{path}, row {number}: a response is {{"id": ..., "response": text}}')
         if str(row["id"]) not in problems:
             raise ValueError(f"{path}, row {number}: no problem of --data has the id {row['id']!r}")
+    if not rows:  # an arrow file can be empty, a JSONL file cannot
+        raise ValueError(f"{path} holds no response")
     outcomes = task.verify([problems[str(row["id"])] for row in rows], [row["response"] for row in rows])
-    keys = ("reward", "verdict", "feedback")
-    graded = [{"id": row["id"], **{key: getattr(o, key) for key in keys}} for row, o in zip(rows, outcomes)]
-    by_problem: dict[str, list[int]] = {}
-    for row in graded:
-        by_problem.setdefault(str(row["id"]), []).append(row["reward"])
-    means = np.array([np.mean(rewards) for rewards in by_problem.values()])
+    for row, o in zip(rows, outcomes):
+        rewards.setdefault(str(row["id"]), []).append(o.reward)
+    means = np.array([np.mean(of_problem) for of_problem in rewards.values()])
     low, high = interval(means)
     verdicts = ", ".join(f"{count} {verdict}" for verdict, count in Counter(o.verdict for o in outcomes).most_common())
-    without = len(problems) - len(by_problem)
     return [
-        f"{len(rows)} responses to {len(by_problem)} problems, {without} problems without one: {verdicts}",
+        f"{len(rows)} responses to {len(rewards)} problems, {len(problems) - len(rewards)} problems without one: {verdicts}",
         f"mean reward of the answered problems {means.mean():.4f} [{low:.4f}, {high:.4f}]",
-    ], graded
+    ], [{"id": row["id"], "reward": o.reward, "verdict": o.verdict, "feedback": o.feedback} for row, o in zip(rows, outcomes)]
 
 
 # ---- The command -------------------------------------------------------------------------------------------------
 
 
 def arguments(argv: list[str] | None) -> Namespace:
+    """What was given; n, temperature, top_p and max_tokens are None where they are left to the task or the run."""
     parser = Parser("evaluate.py", "avg@n and pass@k of a model on a task, or grades of responses.")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="folder or hub id")
@@ -192,56 +188,55 @@ def arguments(argv: list[str] | None) -> Namespace:
     parser.add_argument("--out", type=Path, help="file for every problem's rewards, or every response's grade")
     args = parser.parse_args(argv)
     given = lambda *flags: [f"--{f}" for f in flags if getattr(args, f) is not parser.get_default(f)]  # noqa: E731
-    if args.run and (unused := given("task", "subset")):
+    if args.run and (unused := given("task", "subset", "data")):
         parser.error(f"--run goes without {' and '.join(unused)}: a run has its own")
     if args.responses and (unused := given("n", "greedy", "temperature", "top_p", "max_tokens", "split", "seed", "sampler")):
         parser.error(f"--responses goes without {' and '.join(unused)}: they are graded as they are")
+    if args.responses and not args.data:
+        parser.error("--responses needs --data, the problems they answer")
     if args.greedy and (args.n not in (None, 1) or args.temperature not in (None, 0)):
         parser.error("--greedy is one sample at temperature 0: it goes without another --n or --temperature")
+    args.n, args.temperature = (1, 0.0) if args.greedy else (args.n, args.temperature)
     args.task, args.split = args.task or "toy", args.split or "test"
-    if args.greedy:
-        args.n, args.temperature = 1, 0.0
     return args
 
 
 def prepare(args: Namespace) -> tuple[tasks.Task, dict[str, str]]:
     """The task, and the models by name; what `args` leaves open is set. Raises ValueError with one line."""
-    config = runs.settings_of(args.run) if args.run else {}
-    protocol, models = PROTOCOLS[args.task], {"model": args.model}
+    config, protocol, models = {}, PROTOCOLS[args.task], {"model": args.model}
     if args.run:
+        config = runs.settings_of(args.run)
         models = {"before": runs.first_weights(args.run, config), "after": str(args.run / "model")}
         protocol = [config[name] for name in ("eval_samples", "eval_temperature", "eval_top_p", "max_response_tokens")]
         args.task, args.out = config["task"], args.out or args.run / "evaluation.json"
         args.subset, args.unsafe_sandbox = config.get("subset", ""), args.unsafe_sandbox or config.get("unsafe_sandbox", False)
     for name, value in zip(("n", "temperature", "top_p", "max_tokens"), protocol):
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
-    if args.n < 1 or args.max_tokens < 1 or not 0 <= args.temperature < inf or not 0 < args.top_p <= 1:
-        raise ValueError("--n and --max_tokens must be at least 1, --temperature at least 0, --top_p in (0, 1]")
-    if not 0 < args.engine_memory <= 1:
-        raise ValueError(f"--engine_memory must be in (0, 1], not {args.engine_memory}")
+    if args.n < 1 or args.max_tokens < 1 or not 0 <= args.temperature < inf:
+        raise ValueError("--n and --max_tokens must be at least 1, and --temperature at least 0")
+    if not 0 < args.top_p <= 1 or not 0 < args.engine_memory <= 1:
+        raise ValueError("--top_p and --engine_memory must be in (0, 1]")
     check_sampler(args.sampler)
     if args.out:
         check_out(args.out)
-    for what, path in (("the responses", args.responses), ("the problems", args.data)):
-        if args.out and path and args.out.resolve() == Path(path).resolve():
-            raise ValueError(f"--out {args.out} would replace {what}")
+        for what, path in (("the responses", args.responses), ("the problems", args.data)):
+            if path and args.out.resolve() == Path(path).resolve():
+                raise ValueError(f"--out {args.out} would replace {what}")
     whole = args.data and args.task not in ("own", "reasoning_gym")  # a file of problems; theirs are code, and settings
-    if args.data and args.run or whole and (args.subset or args.split != "test"):
-        raise ValueError("--data takes all rows of a file: it goes without --run, --subset and --split")
-    if args.responses and not args.data:
-        raise ValueError("--responses needs --data, the problems they answer")
+    if whole and (args.subset or args.split != "test"):
+        raise ValueError("--data takes all rows of a file: it goes without --subset and --split")
     unsafe = machine.judged(*machine.sandbox(args))
     if whole:
         task = tasks.read(args.task, args.data, official=args.responses is not None)
     else:
-        keys = ("data", "train_tests", "since", "until")
-        options = {key: config[key] for key in keys if key in config} | ({"data": args.data} if args.data else {})
-        task = tasks.load(args.task, args.subset, **options)
+        own = {key: config[key] for key in ("data", "train_tests", "since", "until") if key in config}
+        task = tasks.load(args.task, args.subset, **({"data": args.data} | own))
     task.notes += unsafe + (runs.stopped(args.run, config, len(task.train)) if args.run else [])
-    if not getattr(task, args.split) and not args.responses:
-        raise ValueError(f"{task.name} has no {args.split} problems")
-    for path in [] if args.responses else models.values():
-        plan.read(path)
+    if not args.responses:
+        if not getattr(task, args.split):
+            raise ValueError(f"{task.name} has no {args.split} problems")
+        for path in models.values():
+            plan.read(path)
     return task, models
 
 
@@ -249,19 +244,17 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     try:
         task, models = prepare(args)
-        if args.responses:
-            lines, graded = grade(task, args.responses)
-            task.close()
-            print("\n".join([*task.notes, *lines]))
-            if args.out:
-                write(args.out, "".join(json.dumps(row) + "\n" for row in graded))
-                print(f"{args.out}: every response's grade")
-            return
-        world = World.start()
-    except CannotWrite:
-        raise
+        lines, graded = grade(task, args.responses) if args.responses else ([], [])
+        world = World() if args.responses else World.start()
     except (ValueError, OSError) as error:
         fail(error, "evaluate.py")
+    if args.responses:
+        task.close()
+        print("\n".join([*task.notes, *lines]))
+        if args.out:
+            write(args.out, "".join(json.dumps(row) + "\n" for row in graded))
+            print(f"{args.out}: every response's grade")
+        return
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
     from transformers.utils import logging as hf_logging
@@ -269,8 +262,7 @@ def main(argv: list[str] | None = None) -> None:
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     problems, results, sampler, verify = getattr(task, args.split), {}, None, Shared(world, task.verify, task.threads)
-    keys = ("split", "seed", "temperature", "top_p", "max_tokens")
-    settings = {"task": task.name, **{key: getattr(args, key) for key in keys}}
+    settings = {"task": task.name, **{key: getattr(args, key) for key in ("split", "seed", "temperature", "top_p", "max_tokens")}}
     print("\n".join(task.notes + [f"{task.name}, {len(problems)} {args.split} problems, {args.n} samples each, temperature "
                                   f"{args.temperature}, top_p {args.top_p}"]))  # fmt: skip
     for name, path in models.items():
@@ -282,17 +274,15 @@ def main(argv: list[str] | None = None) -> None:
             policy = Policy.load(path, torch.bfloat16 if torch.cuda.is_available() else torch.float32, world=world)
         except ValueError as error:
             fail(error, "evaluate.py")
-        if sampler is None:
-            prompts = [student_prompt(policy.tokenizer, p.messages) for p in problems]
-            longest, probes = max(map(len, prompts)) + args.max_tokens, prompts[: 2 * world.size]
-            sampler = open_sampler(args.sampler, policy, path, longest, args.engine_memory, probes)
+        prompts = [student_prompt(policy.tokenizer, p.messages) for p in problems]
+        longest = max(map(len, prompts)) + args.max_tokens
+        sampler = sampler or open_sampler(args.sampler, policy, path, longest, args.engine_memory, prompts[: 2 * world.size])
         try:
             sampler.sync(policy)
         except StaleEngine as error:
-            print(f"evaluate.py: {error}", file=sys.stderr)
-            sys.exit(1)
+            fail(error, "evaluate.py", status=1)
         drawn = args.n, seed_for(args.seed, "evaluation"), args.max_tokens, args.temperature, args.top_p
-        results[name] = {"model": path, **settings, **measure(policy, sampler, verify, problems, *drawn)}
+        results[name] = {"model": path, **settings, **measure(policy, sampler, verify, problems, *drawn, prompts)}
         print("\n".join(table(name, path, results[name])))
     task.close()
     if args.out and world.rank == 0:

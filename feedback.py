@@ -13,10 +13,7 @@ A success needs a context as well, or the E-step has no positives. With sibling 
 With environment and critique the paper is silent; here a success borrows the text of a random failure of its own group,
 because any text that only successes see ("all tests passed") tells the teacher the label and nothing else.
 
-A new source, say "hint", that has a text of its own on each failure: its name in TEXTS, and a line in `batch_contexts` that
-makes the texts (it sees problems, responses and outcomes). The flag, borrowing, the kind in the log and what cannot go together
-follow; a task that cannot have it says so in its `lacks`. One that combines what is there: its name in SOURCES and a branch in
-`contexts`.
+docs/tasks.md says how to add a source; the flag, borrowing, the kind in the log and what cannot go together follow.
 """
 
 import random
@@ -30,32 +27,28 @@ from rollout import seed_for
 
 TEXTS = ("environment", "critique")  # a text on each failure, which a success borrows
 SOURCES = (*TEXTS, "sibling", "solution_first", "both")
-
-# The layout of the teacher's user message follows lasgroup/SDPO @0e6d510 (question, solution, feedback, closing line);
-# the words are ours. All of them can be replaced from the command line.
-SOLUTION_TEMPLATE = "\n\nHere is a correct solution from an earlier attempt:\n\n{solution}"
-FEEDBACK_TEMPLATE = "\n\nAn earlier attempt of yours failed. This is the feedback on it:\n\n{feedback}"
-CRITIQUE_TEMPLATE = "\n\nAn earlier attempt of yours failed. A reviewer wrote about it:\n\n{critique}"
-CLOSING = "\n\nNow answer the original question."
-CRITIQUE_REQUEST = (
-    "{question}\n\nA student's attempt, which is wrong:\n\n{attempt}\n\nThe reference answer, for your eyes only:\n\n"
-    "{reference}\n\nIn two or three sentences, say where the attempt went wrong and what to look at again. "
-    "Do not reveal the reference answer."
-)
+SECTIONS = ("solution", "feedback", "critique")  # of the teacher's message, in their order
 
 
 @dataclass(frozen=True)
 class Templates:
-    solution: str = SOLUTION_TEMPLATE
-    feedback: str = FEEDBACK_TEMPLATE
-    critique: str = CRITIQUE_TEMPLATE
-    closing: str = CLOSING
-    request: str = CRITIQUE_REQUEST
+    """The words of the prompts, which flags replace. The layout of the teacher's message follows lasgroup/SDPO @0e6d510 (question,
+    solution, feedback, closing line); the words are ours. Raises ValueError for a template without its hole."""
+
+    solution: str = "\n\nHere is a correct solution from an earlier attempt:\n\n{solution}"
+    feedback: str = "\n\nAn earlier attempt of yours failed. This is the feedback on it:\n\n{feedback}"
+    critique: str = "\n\nAn earlier attempt of yours failed. A reviewer wrote about it:\n\n{critique}"
+    closing: str = "\n\nNow answer the original question."
+    request: str = (
+        "{question}\n\nA student's attempt, which is wrong:\n\n{attempt}\n\nThe reference answer, for your eyes only:\n\n"
+        "{reference}\n\nIn two or three sentences, say where the attempt went wrong and what to look at again. "
+        "Do not reveal the reference answer."
+    )
 
     def __post_init__(self):
-        holes = {"solution": ("solution",), "feedback": ("feedback",), "critique": ("critique",)}
-        for name, wanted in (holes | {"request": ("question", "attempt", "reference")}).items():
-            check_template(name, getattr(self, name), wanted)
+        for section in SECTIONS:
+            check_template(section, getattr(self, section), (section,))
+        check_template("request", self.request, ("question", "attempt", "reference"))
 
 
 def check_template(name: str, text: str, holes: Sequence[str]) -> None:
@@ -67,8 +60,8 @@ def check_template(name: str, text: str, holes: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Context:
-    """What the teacher sees beside the prompt. `kind` names the sections present, so that the log can tell
-    P(success | kind); `rows` are the group's rows the texts came from (never the row itself for a solution)."""
+    """What the teacher sees beside the prompt. `kind` names the texts present, so that the log can tell P(success | kind);
+    `rows` are the group's rows the texts came from (never the row itself for a solution)."""
 
     kind: str
     solution: str = ""
@@ -81,23 +74,16 @@ class Context:
 
 
 def contexts(
-    source: str,
-    rewards: Sequence[int],
-    responses: Sequence[str],
-    texts: Sequence[str],
-    rng: random.Random,
-    borrow: bool = True,
+    source: str, rewards: Sequence[int], responses: Sequence[str], texts: Sequence[str], rng: random.Random, borrow: bool = True,
     passed: str = "",
-) -> list[Context | None]:
+) -> list[Context | None]:  # fmt: skip
     """One context, or None, for each rollout of one group.
 
     rewards: r of each row, 0 or 1; responses: decoded responses; texts: for a failed row the verifier's text, or its
     critique when source is "critique" ("" where there is none). rng decides between siblings and between failures to
     borrow from. passed: what a success sees instead of a borrowed text; it gives the label away, which is what an ablation
-    wants to show. Raises ValueError for an unknown source.
+    wants to show.
     """
-    if source not in SOURCES:
-        raise ValueError(f"unknown feedback source {source!r}: choose one of {', '.join(SOURCES)}")
     if passed:
         texts = [passed if r else text for r, text in zip(rewards, texts)]
     solutions = [strip_thinking(text) for text in responses]
@@ -114,35 +100,22 @@ def contexts(
             return i if texts[i] else None
         return rng.choice(failure) if borrow and failure else None
 
-    out: list[Context | None] = []
-    for i in range(len(rewards)):
-        failed, solution, row = rewards[i] == 0, None, None  # the rows that the context's solution and text are of
-        if source in TEXTS:
-            row = text(i)
-        elif source == "sibling":
-            solution = sibling(i)
-        elif source == "solution_first":
-            solution = sibling(i)
-            row = text(i) if solution is None and failed else None
-        elif source == "both":
-            # A success sees the same kind of context as its failing siblings, so a lone one sees nothing.
-            solution = sibling(i)
-            row = text(i) if solution is not None or failed else None
-        if solution is None and row is None:
-            out.append(None)
-            continue
-        shown = "" if row is None else texts[row]
-        kinds = ("sibling", solution), (source if source in TEXTS else "environment", row)
-        out.append(
-            Context(
-                kind="+".join(name for name, j in kinds if j is not None),
-                solution="" if solution is None else solutions[solution],
-                feedback="" if source == "critique" else shown,
-                critique=shown if source == "critique" else "",
-                rows=tuple(j for j in (solution, row) if j is not None),
-            )
-        )
-    return out
+    kind = source if source in TEXTS else "environment"  # of the texts
+    section = "critique" if source == "critique" else "feedback"
+    found: list[Context | None] = []
+    for i, r in enumerate(rewards):
+        solution = None if source in TEXTS else sibling(i)
+        with_text = source in TEXTS or {
+            "sibling": False,
+            "solution_first": r == 0 and solution is None,
+            "both": r == 0 or solution is not None,  # a success sees the kind that failures see, and a lone one nothing
+        }[source]
+        row = text(i) if with_text else None
+        rows = {name: j for name, j in (("sibling", solution), (kind, row)) if j is not None}
+        shown = {"solution": solutions[solution]} if solution is not None else {}
+        shown |= {section: texts[row]} if row is not None else {}
+        found.append(Context("+".join(rows), **shown, rows=tuple(rows.values())) if rows else None)
+    return found
 
 
 THOUGHT = r"\A(?:(?!<think>).)*?</think>|<think>.*?(?:</think>|\Z)"  # the first: opened by the prompt
@@ -165,17 +138,16 @@ def render(tokenizer, messages: list[dict[str, str]]) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
 
 
-def begins(tokenizer) -> list[int]:
-    """The BOS token that the tokenizer itself puts before a text, if it does (Llama; neither Qwen3 nor OLMo3)."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []
+def begun(tokenizer, ids: list[int]) -> list[int]:
+    """With the BOS token that the tokenizer itself puts before a text, if it does (Llama; neither Qwen3 nor OLMo3)."""
+    bos = [tokenizer.bos_token_id]
+    adds = bos != [None] and tokenizer("a").input_ids[:1] == bos
+    return bos + ids if adds and ids[:1] != bos else ids  # a template may have written it
 
 
 def student_prompt(tokenizer, messages: list[dict[str, str]]) -> list[int]:
     """Token ids of x: the task's messages and the generation header."""
-    ids = tokenizer(render(tokenizer, messages), add_special_tokens=False).input_ids
-    first = begins(tokenizer)
-    return ids if ids[: len(first)] == first else first + ids  # a template without BOS, or no template
+    return begun(tokenizer, tokenizer(render(tokenizer, messages), add_special_tokens=False).input_ids)
 
 
 def encode(tokenizer, messages: list[dict[str, str]], parts: list[str], max_tokens: int) -> tuple[list[int], int]:
@@ -191,14 +163,11 @@ def encode(tokenizer, messages: list[dict[str, str]], parts: list[str], max_toke
     mark = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in everything)
     marked = "".join(f"{mark}{i}{mark}" if i % 2 else part for i, part in enumerate(parts))
     rendered = render(tokenizer, [*messages[:-1], {**messages[-1], "content": marked}])
-    pieces = [
-        tokenizer(parts[int(piece)], add_special_tokens=False, split_special_tokens=True).input_ids
-        if i % 2
-        else tokenizer(piece, add_special_tokens=False).input_ids
-        for i, piece in enumerate(re.split(f"{mark}(\\d+){mark}", rendered))
-    ]
-    if pieces[0][: len(begins(tokenizer))] != begins(tokenizer):
-        pieces[0] = begins(tokenizer) + pieces[0]
+    pieces = []
+    for i, piece in enumerate(re.split(f"{mark}(\\d+){mark}", rendered)):
+        text, plain = (parts[int(piece)], {"split_special_tokens": True}) if i % 2 else (piece, {})
+        pieces.append(tokenizer(text, add_special_tokens=False, **plain).input_ids)
+    pieces[0] = begun(tokenizer, pieces[0])
     excess = over = max(0, sum(map(len, pieces)) - max_tokens)
     for i in sorted(range(1, len(pieces), 2), key=lambda i: -len(pieces[i])):
         cut = min(over, len(pieces[i]))
@@ -222,7 +191,7 @@ def teacher_prompt(
 def teacher_parts(messages: list[dict[str, str]], context: Context, templates: Templates) -> list[str]:
     """The teacher's message, the context's texts at the odd places."""
     parts = [messages[-1]["content"]]
-    for section in ("solution", "feedback", "critique"):
+    for section in SECTIONS:
         if text := getattr(context, section):
             before, after = getattr(templates, section).split("{" + section + "}")
             parts[-1] += before
@@ -231,16 +200,12 @@ def teacher_parts(messages: list[dict[str, str]], context: Context, templates: T
     return parts
 
 
-EMPTY = {  # the sections that a context of a source may have, if not the environment's
-    "critique": [Context("", critique="-")], "sibling": [Context("", solution="-")],
-    "solution_first": [Context("", solution="-"), Context("", feedback="-")], "both": [Context("", solution="-", feedback="-")],
-}  # fmt: skip
-
-
 def check_prompts(tokenizer, problems: list, cfg) -> list[int]:
     """Tokens of each problem's student prompt. Raises ValueError with one line for a chat template or a tokenizer with which
     prompts cannot be built, and for a problem whose teacher prompt is too long even without a context."""
-    lengths, teacher = [], bool(cfg.reader())
+    lengths, teacher, templates = [], bool(cfg.reader()), cfg.templates()
+    groups = ((1, 1, 0), (0,))  # of these every source gives each of its kinds of context, here with texts of one letter
+    shortest = [c for rewards in groups for c in contexts(cfg.feedback, rewards, "---", "---", random.Random(0)) if c]
     for problem in problems:
         if problem.messages[-1]["role"] != "user":
             raise ValueError(f"problem {problem.id}: its last message is not the user's")
@@ -251,16 +216,15 @@ def check_prompts(tokenizer, problems: list, cfg) -> list[int]:
             raise ValueError(f"the chat template of {cfg.model} cannot render problem {problem.id} ({why})") from None
         if teacher and lengths[-1] <= cfg.max_prompt_tokens and 2 * lengths[-1] + 1000 > cfg.max_teacher_tokens:
             try:
-                for empty in EMPTY.get(cfg.feedback, [Context("", feedback="-")]):
-                    teacher_prompt(tokenizer, problem.messages, empty, cfg.templates(), cfg.max_teacher_tokens)
+                for context in shortest:
+                    teacher_prompt(tokenizer, problem.messages, context, templates, cfg.max_teacher_tokens)
             except ValueError as error:
                 raise ValueError(f"problem {problem.id}: {error} (--max_teacher_tokens)") from None
     if teacher and problems:
-        context, messages = Context("", "1 + 1", "two", "2 is"), problems[0].messages
-        ids, _ = teacher_prompt(tokenizer, messages, context, cfg.templates(), 10**9)
-        text = "".join(teacher_parts(messages, context, cfg.templates()))
-        plain = student_prompt(tokenizer, [*messages[:-1], {**messages[-1], "content": text}])
-        if tokenizer.decode(ids) != tokenizer.decode(plain):
+        messages, context = problems[0].messages, Context("", "1 + 1", "two", "2 is")
+        ids, _ = teacher_prompt(tokenizer, messages, context, templates, 10**9)
+        joined = {**messages[-1], "content": "".join(teacher_parts(messages, context, templates))}
+        if tokenizer.decode(ids) != tokenizer.decode(student_prompt(tokenizer, [*messages[:-1], joined])):
             raise ValueError(f"the tokenizer of {cfg.model} adds blanks where the texts of a prompt are joined")
     return lengths
 
@@ -294,8 +258,7 @@ class Critic:
     What could not be had is counted in `missing`, never invented. Every process calls `write`; a server is asked by one."""
 
     def __init__(self, cfg, policy, sampler=None):
-        self.cfg, self.policy, self.sampler, self.missing = cfg, policy, sampler, Counter()
-        self.server = None
+        self.cfg, self.policy, self.sampler, self.server, self.missing = cfg, policy, sampler, None, Counter()
         if cfg.critic_url:
             from neighbours.served import Asked  # openai, which only its users need
 
@@ -303,24 +266,21 @@ class Critic:
 
     def write(self, problems: list, responses: list[str], outcomes: list, step: int) -> list[str]:
         """A review of each failure, with the reference answer in view; "" on successes and where none came."""
-        cfg, seed, templates = self.cfg, seed_for(self.cfg.seed, step, "critiques"), self.cfg.templates()
+        cfg, templates = self.cfg, self.cfg.templates()
         failed = [i for i, o in enumerate(outcomes) if o.reward == 0 and o.verdict != "internal"]
         attempts = [(problems[i].messages, responses[i], problems[i].reference, templates) for i in failed]
-        settings = seed, cfg.max_critique_tokens, cfg.temperature, cfg.top_p
+        settings = seed_for(cfg.seed, step, "critiques"), cfg.max_critique_tokens, cfg.temperature, cfg.top_p
         if self.server:
             asked = [[{"role": "user", "content": "".join(critique_parts(*attempt))}] for attempt in attempts]
             replies = self.server.ask(lambda server: server.reply(asked, *settings))
         else:
-            tokenizer, limit = self.policy.tokenizer, cfg.max_teacher_tokens
-            prompts = [critique_prompt(tokenizer, *attempt, limit)[0] for attempt in attempts]
+            prompts = [critique_prompt(self.policy.tokenizer, *attempt, cfg.max_teacher_tokens)[0] for attempt in attempts]
             replies = [self.policy.decode(rollout.tokens) for rollout in self.sampler.sample(prompts, 1, *settings)]
         texts = {i: strip_thinking(reply or "") for i, reply in zip(failed, replies)}
         return [texts.get(i, "") for i in range(len(outcomes))]
 
 
-def batch_contexts(
-    cfg, problems: list, responses: list[str], outcomes: list, step: int, critic: Critic
-) -> list[Context | None]:
+def batch_contexts(cfg, problems: list, responses: list[str], outcomes: list, step: int, critic: Critic) -> list[Context | None]:
     """The context of each rollout of a batch, None for those without one; a row that the grader failed on has none."""
     C, texts = [], [o.feedback for o in outcomes]  # a text on each failure, TEXTS
     if cfg.feedback == "critique":
@@ -343,6 +303,4 @@ def check_server(who: str, url: str, model: str) -> None:
     if url and parts.scheme not in ("http", "https"):
         raise ValueError(f"--{who}_url must begin with http:// or https://, not {url!r}")
     if parts.username or parts.password or parts.query or parts.fragment:
-        raise ValueError(
-            f"--{who}_url holds a secret, which would be saved with the run: put the key into OPENAI_API_KEY"
-        )
+        raise ValueError(f"--{who}_url holds a secret, which would be saved with the run: put the key into OPENAI_API_KEY")

@@ -26,9 +26,8 @@ Where we depart from the paper's text, or had to choose:
     6. The M-step's teacher is the network's live weights at each update; --teacher ema takes SDPO's moving average.
     7. VPD's M-step carries no importance weights (Sec. 3.4); SDPO's carries min(pi/pi_old, 2).
     8. An update in which no row takes part (no context, no advantage) is left out, momentum and weight decay included.
-    9. Where vLLM samples, a token of the M-step weighs min(pi_old/pi_sampler, 2) for the gap between the two engines, as in
-       SDPO's code; --mismatch_limit none turns it off.
-   10. Off by default: with --e_failures likelier a failure with r~ <= 0 adds nothing to Eq. 9. It counts in n- and delta.
+    9. Where vLLM samples, a token of the M-step also weighs min(pi_old/pi_sampler, 2), as in SDPO's code (--mismatch_limit).
+   10. --e_failures likelier, off by default: a failure with r~ <= 0 adds nothing to Eq. 9; it counts in n- and delta.
 """
 
 import math
@@ -39,6 +38,7 @@ from functools import partial
 from typing import Literal
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 import feedback
 import losses
@@ -111,24 +111,31 @@ METHODS = {
 
 # ---- Settings ----------------------------------------------------------------------------------------------------
 
-LCB, WORDS = PROTOCOLS["lcb"], Templates()
+LCB, WORDS, SERVED = PROTOCOLS["lcb"], Templates(), ("critic", "judge", "expert")
 RUN, PLAN, WATCH = Group("Run"), Group("Plan"), Group("Evaluation on validation problems")
+PROBE = Group(WATCH.title, "a method with a teacher, and --eval_every", lambda c: c.row().teacher and c.eval_every)
 MODEL, ROLLOUTS, ADAMW = Group("Model"), Group("Rollouts"), Group("Optimizer (AdamW)")
-LCB_ONLY = dict(need="--task lcb", reads=lambda c: c.task == "lcb")
+RUN_LCB = Group(RUN.title, "--task lcb", lambda c: c.task == "lcb")
+ROLLOUTS_VLLM = Group(ROLLOUTS.title, "--sampler vllm", lambda c: c.sampler != "hf")
 FEEDBACK = Group("Feedback", "a method with a teacher", lambda c: c.row().teacher)
-CRITIQUE = dict(need="--feedback critique and a teacher", reads=lambda c: c.row().teacher and c.feedback == "critique")
-SHOWN = lambda *sources: dict(  # noqa: E731
-    need=f"a teacher and --feedback {', '.join(sources)}", reads=lambda c: c.row().teacher and c.feedback in sources
-)
-SERVERS = dict(need="a model behind a server", reads=lambda c: any(getattr(c, f"{who}_url", "") for who in ("critic", "judge", "expert")))
-VLLM = dict(need="--sampler vllm", reads=lambda c: c.sampler != "hf")
+SERVERS = Group(FEEDBACK.title, "a model behind a server", lambda c: any(getattr(c, f"{who}_url", "") for who in SERVED))
 E_STEP = Group("E-step", "a method with an E-step", lambda c: c.row().e_step)
 DISTIL = Group("Distillation", "a method that distils (its loss reads D)", lambda c: c.row().distils)
 GRADIENT = Group("Policy gradient and hybrids", "a method with a policy gradient", lambda c: c.row().reinforces)
 
 
+def shown_by(*sources: str) -> Group:
+    """Of settings that only these sources of C read."""
+    need = f"a teacher and --feedback {', '.join(sources)}"
+    return Group(FEEDBACK.title, need, lambda c: c.row().teacher and c.feedback in sources)
+
+
 def objective_reads(name: str) -> dict:
     return dict(need="methods whose objective reads it", reads=lambda c: read_by(c.row().objective, name))
+
+
+SOLUTION, CRITIQUE = shown_by("sibling", "solution_first", "both"), shown_by("critique")
+TEXT, LENT = shown_by(*(s for s in SOURCES if s not in ("sibling", "critique"))), shown_by("both", *TEXTS)
 
 
 @dataclass
@@ -139,9 +146,9 @@ class Config:
     task: Literal[*TASKS] = RUN("toy", "picks a preset; own: --data FILE.py")
     subset: str = RUN("", "of toy, sciknoweval or reasoning_gym; the task's first by default")
     data: str = RUN("", "file or folder of the task's source; the hub by default")
-    train_tests: Literal["private", "public"] = RUN("private", "lcb: SDPO's seeded half, or the paper's words", **LCB_ONLY)
-    since: str = RUN("2025-02-01", "lcb: problems from this contest date on", **LCB_ONLY)
-    until: str = RUN("2025-05-01", "lcb: problems before this contest date", **LCB_ONLY)
+    train_tests: Literal["private", "public"] = RUN_LCB("private", "lcb: SDPO's seeded half, or the paper's words")
+    since: str = RUN_LCB("2025-02-01", "lcb: problems from this contest date on")
+    until: str = RUN_LCB("2025-05-01", "lcb: problems before this contest date")
     smoke: Literal["", "qwen3", "olmo3"] = RUN("", "[optional]2 batches of a tiny random model on the project's own records")
     method: Literal[*METHODS] = RUN("vpd", "a row of METHODS in vpd.py; DistIL and OVD are python -m neighbours.distil, .ovd")
     seed: int = RUN(0, "of the order of problems, rollouts, contexts and evaluation")
@@ -163,8 +170,7 @@ class Config:
     eval_samples: int = WATCH(LCB.samples, "n of avg@n: samples of each problem", above=0)
     eval_temperature: float = WATCH(LCB.temperature, "SDPO's 0.6 on the paper's tasks", least=0)
     eval_top_p: float = WATCH(LCB.top_p, "SDPO's 0.95 on the paper's tasks", above=0, most=1)
-    teacher_probe: int = WATCH(0, "base failures on which the teacher's pass rate is measured at every evaluation", least=0,
-                               need="a method with a teacher, and --eval_every", reads=lambda c: c.row().teacher and c.eval_every)  # fmt: skip
+    teacher_probe: int = PROBE(0, "base failures on which the teacher's pass rate is measured at every evaluation", least=0)
 
     model: str = MODEL("Qwen/Qwen3-8B", "folder or hub id")
     dtype: Literal["float32", "float64"] = MODEL("float32", "of the weights")
@@ -177,7 +183,7 @@ class Config:
     temperature: float = ROLLOUTS(1.0, "of rollouts, at which the trainer scores as well", above=0)
     top_p: float = ROLLOUTS(1.0, "of rollouts", above=0, most=1)
     sampler: Literal["", "vllm", "hf"] = ROLLOUTS("", "vLLM on a GPU and transformers' generate on a CPU by default")
-    engine_memory: float = ROLLOUTS(0.0, "vLLM's share of the GPU while it samples; 0: by the plan", least=0, most=1, **VLLM)
+    engine_memory: float = ROLLOUTS_VLLM(0.0, "vLLM's share of the GPU while it samples; 0: by the plan", least=0, most=1)
 
     lr: float = ADAMW(1e-6, "learning rate of the M-step", above=0)
     warmup_steps: int = ADAMW(0, "rollout batches over which the learning rate rises", least=0)
@@ -189,27 +195,25 @@ class Config:
     minibatch_prompts: int = ADAMW(1, "prompts per M-step update; at 1 a batch of 32 prompts makes 32 updates", above=0)
 
     feedback: Literal[*SOURCES] = FEEDBACK("solution_first", "where C comes from (feedback.py)")
-    borrow: bool = FEEDBACK(True, "a success borrows a failing sibling's text", **SHOWN("both", *TEXTS))
-    passed_text: str = FEEDBACK("", "a success sees this text instead, which gives its label away (ablation)")
+    borrow: bool = LENT(True, "a success borrows a failing sibling's text")
+    passed_text: str = shown_by(*TEXTS)("", "a success sees this text instead, which gives its label away (ablation)")
     max_teacher_tokens: int = FEEDBACK(10240, "of the teacher's prompt; beyond it the context is cut", above=0)
-    max_critique_tokens: int = FEEDBACK(512, "of a critique", above=0, **CRITIQUE)
-    critic_url: str = FEEDBACK("", "critiques from an OpenAI-compatible server (key: OPENAI_API_KEY), not the student", **CRITIQUE)
-    critic_model: str = FEEDBACK("", "the name it serves", **CRITIQUE)
-    server_timeout: float = FEEDBACK(60.0, "seconds to wait for a server, three times", above=0, **SERVERS)
-    solution_template: str = FEEDBACK(WORDS.solution, "section of the teacher's prompt, with {solution}",
-                                  **SHOWN("sibling", "solution_first", "both"))  # fmt: skip
-    feedback_template: str = FEEDBACK(WORDS.feedback, "section of the teacher's prompt, with {feedback}",
-                                  **SHOWN(*(s for s in SOURCES if s not in ("sibling", "critique"))))  # fmt: skip
-    critique_template: str = FEEDBACK(WORDS.critique, "section of the teacher's prompt, with {critique}", **CRITIQUE)
+    max_critique_tokens: int = CRITIQUE(512, "of a critique", above=0)
+    critic_url: str = CRITIQUE("", "critiques from an OpenAI-compatible server (key: OPENAI_API_KEY), not the student")
+    critic_model: str = CRITIQUE("", "the name it serves")
+    server_timeout: float = SERVERS(60.0, "seconds to wait for a server, three times", above=0)
+    solution_template: str = SOLUTION(WORDS.solution, "section of the teacher's prompt, with {solution}")
+    feedback_template: str = TEXT(WORDS.feedback, "section of the teacher's prompt, with {feedback}")
+    critique_template: str = CRITIQUE(WORDS.critique, "section of the teacher's prompt, with {critique}")
     closing_line: str = FEEDBACK(WORDS.closing, "end of the teacher's prompt")
-    critique_request: str = FEEDBACK(WORDS.request, "what a critic is asked: {question}, {attempt}, {reference}", **CRITIQUE)
+    critique_request: str = CRITIQUE(WORDS.request, "what a critic is asked: {question}, {attempt}, {reference}")
 
     e_step_every: int = E_STEP(5, "F: an E-step on every F-th rollout batch", above=0)
     e_minibatch_prompts: int = E_STEP(32, "prompts per E-step update; the whole batch makes one update", above=0)
     e_lr: float = E_STEP(0.0, "learning rate of the E-step; 0: --lr", least=0)
     e_optimizer: Literal["shared", "own"] = E_STEP("own", "whose AdamW state; shared: one for both steps (docs/paper.md)")
     e_groups: Literal["mixed", "all"] = E_STEP("mixed", "mixed: groups in which both outcomes have a context")
-    e_failures: Literal["all", "likelier"] = E_STEP("all", "likelier: only failures with r~ > 0, likelier to the teacher than to the prior")
+    e_failures: Literal["all", "likelier"] = E_STEP("all", "likelier: only failures with r~ > 0, likelier to teacher than prior")
     beta: float = FEEDBACK(0.1, "of the implicit reward, Eq. 7", above=0)
     shift_rate: float = E_STEP(0.1, "delta <- (1 - rate) delta + rate value; the paper gives none", above=0, most=1)
     prior: Literal["dynamic", "fixed"] = E_STEP("dynamic", "what r~ is measured from; fixed: the initial weights (ablation)")
@@ -220,7 +224,7 @@ class Config:
     ema_rate: float = FEEDBACK(0.01, "teacher <- (1 - rate) teacher + rate student, per rollout batch", least=0, most=1,
                                need="an EMA teacher", reads=lambda c: c.reader() == "ema")  # fmt: skip
     ratio_limit: float = DISTIL(2.0, "SDPO's token weight min(pi / pi_old, limit)", above=0, **objective_reads("ratio_limit"))
-    mismatch_limit: str = ROLLOUTS("2", "SDPO's token weight min(pi_old / pi_sampler, limit) when vLLM samples; none: off", **VLLM)
+    mismatch_limit: str = ROLLOUTS_VLLM("2", "SDPO's token weight min(pi_old / pi_sampler, limit) when vLLM samples; none: off")
 
     divide_by_std: bool = GRADIENT(False, "advantages over their group's standard deviation; SDPO's code does not")
     clip_low: float = GRADIENT(0.2, "the ratio pi / pi_old is clipped to 1 - clip_low", above=0)
@@ -291,8 +295,7 @@ class Batch:
 
     def known(self, A: torch.Tensor) -> dict[str, torch.Tensor]:
         """What is known of each token before an update, (B, T) each. A: (B,), the rows' advantages."""
-        known = {"sampler_logp": self.sampler_logp, "A": A, "has_C": self.has_C,
-                 "old_logp": self.old_logp, "teacher_logp": self.teacher_logp}  # fmt: skip
+        known = dict(sampler_logp=self.sampler_logp, A=A, has_C=self.has_C, old_logp=self.old_logp, teacher_logp=self.teacher_logp)
         wide = lambda x: x if x.ndim == 2 else x[:, None].expand_as(self.mask)  # noqa: E731
         return {name: wide(x) for name, x in known.items() if x is not None}
 
@@ -320,14 +323,12 @@ def roll_out(cfg: Config, policy: Policy, sampler, problems: list, step: int, ve
     G, x = cfg.group_size, [feedback.student_prompt(policy.tokenizer, p.messages) for p in problems]
     seed = seed_for(cfg.seed, step, "rollouts")
     problems = [p for p in problems for _ in range(G)]
-    begin = grading(verify, problems, policy)
-    rollouts = sampler.sample(x, G, seed, cfg.max_response_tokens, cfg.temperature, cfg.top_p, begin)
+    how = cfg.max_response_tokens, cfg.temperature, cfg.top_p
+    rollouts = sampler.sample(x, G, seed, *how, grading(verify, problems, policy))
     y, x = [rollout.tokens for rollout in rollouts], [prompt for prompt in x for _ in range(G)]
-    mask = policy.mask(y)  # (B, T)
-    sampler_logp = torch.zeros(mask.shape, dtype=policy.score_dtype, device=policy.device)
-    for i, rollout in enumerate(rollouts):
-        sampler_logp[i, : len(rollout.logp)] = torch.tensor(rollout.logp, dtype=sampler_logp.dtype)
-    return Batch(step, problems, x, rollouts, y, [policy.decode(tokens) for tokens in y], mask, sampler_logp, xC=x)
+    logp = [torch.tensor(rollout.logp, dtype=policy.score_dtype, device=policy.device) for rollout in rollouts]
+    texts = [policy.decode(tokens) for tokens in y]
+    return Batch(step, problems, x, rollouts, y, texts, policy.mask(y), pad_sequence(logp, batch_first=True), xC=x)
 
 
 def grade(batch: Batch, task, policy: Policy) -> None:
@@ -345,9 +346,8 @@ def give_contexts(cfg: Config, batch: Batch, policy: Policy, critic: feedback.Cr
     batch.xC = list(batch.x)
     for i, C in enumerate(batch.C):
         if C is not None:
-            batch.xC[i], cut = feedback.teacher_prompt(
-                policy.tokenizer, batch.problems[i].messages, C, cfg.templates(), cfg.max_teacher_tokens
-            )
+            messages = batch.problems[i].messages
+            batch.xC[i], cut = feedback.teacher_prompt(policy.tokenizer, messages, C, cfg.templates(), cfg.max_teacher_tokens)
             batch.contexts_cut += cut > 0
 
 
@@ -361,25 +361,18 @@ def freeze(batch: Batch, policy: Policy, teacher, with_teacher: bool) -> torch.T
     return entropy
 
 
-def e_step_groups(which: str, r: torch.Tensor, has_C: torch.Tensor, group_size: int) -> list[list[int]]:
-    """The rows of each group that take part in the E-step. Only rows with a context do. "mixed" further asks that both
-    outcomes have one: a kind of context that goes with one label gives it away."""
-    groups = []
-    for first in range(0, len(r), group_size):
-        rows = [i for i in range(first, first + group_size) if has_C[i]]
-        if rows and (which == "all" or 0 < sum(r[rows].tolist()) < len(rows)):
-            groups.append(rows)
-    return groups
-
-
 def e_step_minibatches(cfg: Config, batch: Batch, skip: Callable) -> list[list[int]]:
-    """The rows of each E-step update; skip(reason, rows) counts those left out."""
-    groups = e_step_groups(cfg.e_groups, batch.r, batch.has_C, cfg.group_size)
+    """The rows of each E-step update; skip(reason, rows) counts those left out. Only rows with a context take part. --e_groups
+    mixed further asks that both outcomes of a group have one: a kind of context that goes with one label gives it away."""
+    mixed = lambda rows: 0 < batch.r[rows].sum() < len(rows)  # noqa: E731
+    groups, minibatches = [], []
+    for first in range(0, len(batch.y), cfg.group_size):
+        rows = [i for i in range(first, first + cfg.group_size) if batch.has_C[i]]
+        groups += [rows] if rows and (cfg.e_groups == "all" or mixed(rows)) else []
     skip("e_step: no context, or one outcome only", len(batch.y) - sum(map(len, groups)))
-    size, minibatches = cfg.e_minibatch_prompts, []
-    for first in range(0, len(groups), size):
-        rows = [i for group in groups[first : first + size] for i in group]
-        if 0 < batch.r[rows].sum() < len(rows):
+    for first in range(0, len(groups), cfg.e_minibatch_prompts):
+        rows = sum(groups[first : first + cfg.e_minibatch_prompts], [])
+        if mixed(rows):
             minibatches.append(rows)
         else:  # only with --e_groups all
             skip("e_step: minibatch of one outcome", len(rows))
@@ -404,14 +397,13 @@ def adamw(cfg: Config, policy: Policy) -> torch.optim.AdamW:
 
 def train(cfg: Config, run: session.Run) -> None:
     """Algorithm 1, and the baselines' loops, which differ from it by a row of METHODS."""
-    method, policy, sampler, G = cfg.row(), run.policy, run.sampler, cfg.group_size
+    method, policy, sampler = cfg.row(), run.policy, run.sampler
     teacher = policy.frozen_copy() if cfg.reader() == "ema" else None  # None: the live weights
     initial = policy.frozen_copy() if method.e_step and cfg.prior == "fixed" else None
     optimizer = adamw(cfg, policy)
     e_optimizer = adamw(cfg, policy) if method.e_step and cfg.e_optimizer == "own" else optimizer
-    D = partial(losses.divergence, kind=cfg.divergence)
-    limit = run.mismatch_limit()
-    size = cfg.minibatch_prompts * G  # rows of an M-step update
+    D = partial(losses.divergence, kind=cfg.divergence) if method.distils else None
+    limit, size = run.mismatch_limit(), cfg.minibatch_prompts * cfg.group_size  # size: rows of an M-step update
     with run.started(teacher, {"shared": optimizer, "e_step": e_optimizer}):
         for step, problems in run.batches(batches):
             log, rate = run.batch(step), run.rate(step)
@@ -448,9 +440,7 @@ def train(cfg: Config, run: session.Run) -> None:
                     q_logp = batch.teacher_logp if serves else policy.score(batch.xC, batch.y, rows)[0]
                     q_logp = q_logp[rows].requires_grad_()  # (n, T)
                     r_tilde = losses.implicit_reward(q_logp, prior_logp[rows], batch.mask[rows], cfg.beta)  # Eq. 7
-                    delta = losses.moving_shift(
-                        run.shift, losses.reward_shift(r_tilde, batch.r[rows]).item(), cfg.shift_rate
-                    )
+                    delta = losses.moving_shift(run.shift, losses.reward_shift(r_tilde, batch.r[rows]).item(), cfg.shift_rate)
                     floor = 0.0 if cfg.e_failures == "likelier" else None
                     e_loss = losses.bco_loss(r_tilde, batch.r[rows], delta, floor=floor)  # Eq. 9
                     # dL_E / d log q(y_t|x,C,y_<t) = c, one number for all tokens of a row. With c fixed, the second pass sums
@@ -491,16 +481,12 @@ def train(cfg: Config, run: session.Run) -> None:
                     log.skip("m_step: whole update")
                     continue
                 for part in policy.micro_batches(rows, batch.lengths()):
-                    q = None
-                    if reads:
-                        with torch.no_grad():  # sg q_phi
-                            q = batch.reader(policy, part, teacher)
+                    with torch.no_grad():  # sg q_phi
+                        q = batch.reader(policy, part, teacher) if reads else None
                     view = batch.student(policy, part)
                     here = {name: v[part, : view.mask.shape[1]] for name, v in known.items()}
                     weights = losses.sequence_weights(view.mask, size)
-                    loss, scores = view.loss(
-                        per_token, weights, here, q, D if method.distils else None, cfg.top_k or None, entropy=not frozen
-                    )
+                    loss, scores = view.loss(per_token, weights, here, q, D, cfg.top_k or None, entropy=not frozen)
                     policy.backward(loss)
                     log.m_pass(part, view, loss, scores, batch.has_C, measures=not frozen)
                 log.m_norms.append(run.update(optimizer, cfg.lr * rate, log.m_loss()))
@@ -527,33 +513,23 @@ def check(cfg: Config) -> None:
         raise ValueError("--steps and --epochs are both 0: there is nothing to do")
     for name in ("minibatch_prompts", "e_minibatch_prompts") if method.e_step else ("minibatch_prompts",):
         if cfg.prompts_per_batch % getattr(cfg, name):
-            raise ValueError(
-                f"--{name} {getattr(cfg, name)} does not divide --prompts_per_batch {cfg.prompts_per_batch}"
-            )
-    if cfg.group_size < 2 and method.reinforces:
+            raise ValueError(f"--{name} {getattr(cfg, name)} does not divide --prompts_per_batch {cfg.prompts_per_batch}")
+    alone = cfg.group_size < 2
+    if alone and method.reinforces:
         raise ValueError(f"--method {cfg.method} compares rollouts of one prompt: --group_size 1 gives no advantage")
-    if cfg.group_size < 2 and method.teacher and cfg.feedback == "sibling":
+    if alone and method.teacher and cfg.feedback == "sibling":
         raise ValueError("--feedback sibling needs a second rollout of the prompt: --group_size must be at least 2")
-    never = cfg.group_size < 2 or (not cfg.borrow and not cfg.passed_text and cfg.feedback in TEXTS)
-    if method.e_step and cfg.e_groups == "mixed" and never:
-        raise ValueError(
-            "no success would ever have a context, so the E-step would never run: drop --no_borrow, raise --group_size, "
-            "or take --method sdpo --teacher live for the M-step only"
-        )
+    if method.e_step and cfg.e_groups == "mixed" and (alone or not cfg.borrow and not cfg.passed_text and cfg.feedback in TEXTS):
+        raise ValueError("no success would ever have a context, so the E-step would never run: drop --no_borrow, raise "
+                         "--group_size, or take --method sdpo --teacher live for the M-step only")  # fmt: skip
+    if method.e_step and cfg.feedback == "both" and not cfg.borrow:
+        raise ValueError("--feedback both with --no_borrow gives failures a text and successes none: the label is given away")
     if method.teacher and cfg.max_teacher_tokens <= cfg.max_prompt_tokens:
         raise ValueError("--max_teacher_tokens must exceed --max_prompt_tokens: the context needs room")
-    if method.e_step and cfg.feedback == "both" and not cfg.borrow:
-        raise ValueError(
-            "--feedback both with --no_borrow gives failures a text and successes none: the label is given away"
-        )
-    feedback.check_server("critic", cfg.critic_url, cfg.critic_model)
     number = cfg.mismatch_limit.replace(".", "", 1)
     if cfg.mismatch_limit != "none" and not (number.isdecimal() and float(cfg.mismatch_limit) > 0):
         raise ValueError(f"--mismatch_limit must be a number above 0, or none, not {cfg.mismatch_limit}")
-    if cfg.passed_text and cfg.feedback not in TEXTS:
-        raise ValueError(f"--passed_text takes the place of a borrowed text: it needs --feedback {' or '.join(TEXTS)}")
-    if cfg.teacher and not method.teacher:
-        raise ValueError(f"--teacher {cfg.teacher} means nothing to --method {cfg.method}, which has no teacher")
+    feedback.check_server("critic", cfg.critic_url, cfg.critic_model)
     cfg.templates()  # raises ValueError for a template without its hole
 
 

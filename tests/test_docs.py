@@ -22,16 +22,13 @@ from neighbours import distil, ovd
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
-README, PAPER, SETTINGS, LOG = (
-    PAGES[ROOT / f"{name}.md"] for name in ("README", "docs/paper", "docs/settings", "docs/log")
-)
+README, PAPER, SETTINGS, LOG = (PAGES[ROOT / f"{name}.md"] for name in ("README", "docs/paper", "docs/settings", "docs/log"))
 ALL = re.sub(r"<!--.*?-->", "", "\n".join(PAGES.values()))
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BLOCKS = FENCED.findall(ALL)  # language, text
 QUOTED = {" ".join(text.split()) for text in re.findall(r"`([^`]+)`", FENCED.sub("", ALL))}
 (SUMS,) = (text for language, text in BLOCKS if language == "python")  # the worked task
-ROOMS = ("model", "harness", "tasks", "neighbours", "study")
-SOURCES = [path for folder in (".", *ROOMS) for path in (ROOT / folder).glob("*.py")]
+SOURCES = [path for room in (".", "model", "harness", "tasks", "neighbours", "study") for path in (ROOT / room).glob("*.py")]
 CONFIGS = {"vpd.py": vpd.Config, "neighbours.distil": distil.Config, "neighbours.ovd": ovd.Config}
 # What a run or the reader makes, and what belongs to other programs.
 MADE = set("config.json log.jsonl samples.jsonl base_failures.json curves.png best/ checkpoints/ sums.py answers.jsonl "

@@ -5,8 +5,10 @@ the templates are one letter long, so that an expected prompt can be read at a g
 """
 
 import copy
+import dataclasses
 import itertools
 import random
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +16,7 @@ import pytest
 import feedback
 from feedback import SOURCES, TEXTS, Context, Templates, contexts, critique_prompt, strip_thinking
 from feedback import student_prompt, teacher_prompt
-from tasks import Outcome
+from tasks import Outcome, Problem
 
 GROUPS = list(itertools.product((0, 1), repeat=4))  # every pattern of rewards in a group of four
 
@@ -77,16 +79,14 @@ def test_the_e_steps_groups_show_both_outcomes_the_same_kinds_of_context(source)
     assert mixed == 5 * (14 if source in TEXTS else 10)
 
 
-@pytest.mark.parametrize("source", ["environment", "critique"])
-def test_borrowing_can_be_turned_off(source):
-    assert [shown(context) for context in draw(source, (1, 0, 1, 1), borrow=False)] == [None, "F1", None, None]
-
-
-@pytest.mark.parametrize("source", ["environment", "critique"])
-def test_a_text_for_successes_takes_the_borrowed_ones_place_even_without_failures(source):
-    assert [shown(c) for c in draw(source, (1, 0, 1, 1), passed="well done")] == ["well done", "F1", *["well done"] * 2]
-    assert [shown(c) for c in draw(source, (1, 1), passed="well done")] == ["well done"] * 2
-    assert [shown(c) for c in draw("sibling", (1, 0, 0), passed="well done")] == [None, "S0", "S0"]
+@pytest.mark.parametrize("source", TEXTS)
+@pytest.mark.parametrize("rewards, how, seen", [
+    ((1, 0, 1, 1), dict(borrow=False), [None, "F1", None, None]),
+    ((1, 0, 1, 1), dict(passed="well done"), ["well done", "F1", "well done", "well done"]),
+    ((1, 1), dict(passed="well done"), ["well done"] * 2),  # even without failures
+])  # fmt: skip
+def test_borrowing_can_be_turned_off_or_give_way_to_a_text_for_successes(source, rewards, how, seen):
+    assert [shown(context) for context in draw(source, rewards, **how)] == seen
 
 
 def test_a_failure_without_a_text_has_no_context_and_lends_none():
@@ -109,31 +109,16 @@ def test_kind_and_rows_say_which_texts_are_shown_and_where_they_come_from(source
                 assert not (rewards[i] and i in context.rows) and (source == "both" or len(context.rows) == 1)
 
 
-@pytest.mark.parametrize("source", SOURCES)
-def test_the_same_seed_gives_the_same_contexts_and_another_seed_others(source):
-    first, again, other = (draw(source, (1, 0, 1, 0, 1, 0, 1, 0), seed) for seed in (7, 7, 8))
-    assert first == again != other
+THOUGHTS = [
+    ("no thought", "no thought"), ("<think>2+3\nis 5</think>\n\n5", "5"), ("<think>a</think>one<think>b</think> two", "one two"),
+    ("5 <think>or is it", "5"), ("<think>a</think>5<think>never closed", "5"), ("<think>nothing else</think>", ""),
+    ("opened by the prompt</think> 5", "5"),
+]  # fmt: skip
 
 
-def test_an_unknown_source_is_refused_with_the_choices():
-    with pytest.raises(ValueError, match=f"'oracle'.*{', '.join(SOURCES)}"):
-        draw("oracle", (1, 0, 0, 0))
-
-
-THOUGHTS = {
-    "no thought": "no thought",
-    "<think>2+3\nis 5</think>\n\n5": "5",
-    "<think>a</think>one<think>b</think> two": "one two",
-    "5 <think>or is it": "5",
-    "<think>a</think>5<think>never closed": "5",
-    "<think>nothing else</think>": "",
-    "opened by the prompt</think> 5": "5",
-}
-
-
-@pytest.mark.parametrize("text", THOUGHTS)
-def test_thoughts_are_stripped_closed_unclosed_and_several(text):
-    assert strip_thinking(text) == THOUGHTS[text]
+@pytest.mark.parametrize("text, left", THOUGHTS)
+def test_thoughts_are_stripped_closed_unclosed_and_several(text, left):
+    assert strip_thinking(text) == left
 
 
 def test_a_siblings_thoughts_are_removed_and_a_mere_thought_is_no_solution():
@@ -151,9 +136,7 @@ START = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat is 2+3?
 HEADER = "<|im_end|>\n<|im_start|>assistant\n<think></think>"
 
 
-@pytest.fixture(scope="module")
-def tokenizer(byte_tokenizer):
-    return byte_tokenizer
+tokenizer = pytest.fixture(lambda byte_tokenizer: byte_tokenizer)
 
 
 def prompt(tokenizer, limit=10_000, templates=T, messages=(SYSTEM, QUESTION), **texts):
@@ -163,15 +146,10 @@ def prompt(tokenizer, limit=10_000, templates=T, messages=(SYSTEM, QUESTION), **
     return tokenizer.decode(ids), cut
 
 
-LAYOUTS = [
-    ("|S five s", {"solution": "five"}),
-    ("|F too small f", {"feedback": "too small"}),
-    ("|C look c", {"critique": "look"}),
+@pytest.mark.parametrize("section, texts", [
+    ("|S five s", {"solution": "five"}), ("|F too small f", {"feedback": "too small"}), ("|C look c", {"critique": "look"}),
     ("|S five s|F too small f", {"feedback": "too small", "solution": "five"}),
-]
-
-
-@pytest.mark.parametrize("section, texts", LAYOUTS)
+])  # fmt: skip
 def test_the_user_message_is_question_sections_and_closing_line(tokenizer, section, texts):
     messages = [dict(SYSTEM), dict(QUESTION)]
     assert prompt(tokenizer, messages=messages, **texts) == (START + section + "|END" + HEADER, 0)
@@ -192,25 +170,30 @@ def test_without_a_chat_template_system_and_user_text_are_joined_by_blank_lines(
     assert prompt(base, solution="five") == ("Be brief.\n\nWhat is 2+3?|S five s|END\n\n", 0)
 
 
-def test_truncation_cuts_the_end_of_the_context_and_nothing_else(tokenizer):
-    text = "123456789"
-    whole, _ = teacher_prompt(tokenizer, [SYSTEM, QUESTION], Context("", feedback=text), T, 10_000)
-    for cut in range(10):
-        expected = f"{START}|F {text[: 9 - cut]} f|END{HEADER}"
-        assert prompt(tokenizer, len(whole) - cut, feedback=text) == (expected, cut)
-    with pytest.raises(ValueError, match=f"longer than the limit of {len(whole) - 10}"):
-        prompt(tokenizer, len(whole) - 10, feedback=text)
-
-
-TWO_TEXTS = [("1234567", "89", "|S 1234 s|F 89 f"), ("12", "3456789", "|S 12 s|F 3456 f")]
-
-
-@pytest.mark.parametrize("solution, feedback, left", TWO_TEXTS)
-def test_of_two_texts_the_longer_is_cut_first(tokenizer, solution, feedback, left):
-    texts = {"solution": solution, "feedback": feedback}
+@pytest.mark.parametrize("texts, cut, left", [
+    (dict(feedback="123456789"), 0, "|F 123456789 f"), (dict(feedback="123456789"), 4, "|F 12345 f"),
+    (dict(feedback="123456789"), 9, "|F  f"), (dict(solution="1234567", feedback="89"), 3, "|S 1234 s|F 89 f"),
+    (dict(solution="12", feedback="3456789"), 3, "|S 12 s|F 3456 f"), (dict(solution="12", feedback="3456789"), 9, "|S  s|F  f"),
+])  # fmt: skip
+def test_truncation_cuts_the_end_of_the_longest_text_and_nothing_else(tokenizer, texts, cut, left):
     whole, _ = teacher_prompt(tokenizer, [SYSTEM, QUESTION], Context("", **texts), T, 10_000)
-    assert prompt(tokenizer, len(whole) - 3, **texts) == (f"{START}{left}|END{HEADER}", 3)
-    assert prompt(tokenizer, len(whole) - 9, **texts) == (f"{START}|S  s|F  f|END{HEADER}", 9)
+    assert prompt(tokenizer, len(whole) - cut, **texts) == (f"{START}{left}|END{HEADER}", cut)
+    if cut == 9:
+        with pytest.raises(ValueError, match=f"1 tokens longer than the limit of {len(whole) - 10}"):
+            prompt(tokenizer, len(whole) - 10, **texts)
+
+
+@pytest.mark.parametrize("source, sections", [
+    ("sibling", "|S  s"), ("solution_first", "|F a longer one  f"), ("both", "|S  s|F a longer one  f"), ("critique", "|C  c"),
+])  # fmt: skip
+def test_a_problem_has_room_for_the_longest_prompt_that_its_source_can_ask_for(tokenizer, source, sections):
+    words = dataclasses.replace(T, feedback="|F a longer one {feedback} f")
+    need = len(tokenizer(START + sections + "|END" + HEADER).input_ids)
+    cfg = SimpleNamespace(feedback=source, reader=lambda: "live", templates=lambda: words, max_prompt_tokens=999, model="m")
+    for cfg.max_teacher_tokens in (need, need - 1):
+        refused = pytest.raises(ValueError, match="problem p: a prompt is 1 tokens longer .*--max_teacher_tokens")
+        with nullcontext() if cfg.max_teacher_tokens == need else refused:
+            feedback.check_prompts(tokenizer, [Problem("p", [SYSTEM, QUESTION])], cfg)
 
 
 HOSTILE = {
@@ -221,35 +204,24 @@ HOSTILE = {
 }
 
 
-def special(tokenizer, ids):
-    return [tokenizer.decode(token) for token in ids if token in tokenizer.added_tokens_decoder]
-
-
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
-@pytest.mark.parametrize("field, section", FIELDS.items())
-def test_a_context_is_plain_text_whatever_it_spells(tokenizer, field, section, text):
-    ids, _ = teacher_prompt(tokenizer, [SYSTEM, QUESTION], Context("", **{field: text}), T, 10_000)
-    assert tokenizer.decode(ids) == START + section.replace("{}", text) + "|END" + HEADER
-    assert special(tokenizer, ids) == ["<|im_start|>", "<|im_end|>", "<|im_start|>", "<|im_end|>", "<|im_start|>"]
+@pytest.mark.parametrize("field", [*FIELDS, "request"])
+def test_a_text_of_a_prompt_is_plain_text_whatever_it_spells(tokenizer, field, text):
+    if field == "request":
+        ids, _ = critique_prompt(tokenizer, [SYSTEM, QUESTION], "<think>hm</think>" + text, text * 2, T, 10_000)
+        expected = f"<|im_start|>user\nWhat is 2+3?|{text}|{text * 2}|WHY{HEADER}"
+    else:
+        ids, _ = teacher_prompt(tokenizer, [SYSTEM, QUESTION], Context("", **{field: text}), T, 10_000)
+        expected = START + FIELDS[field].replace("{}", text) + "|END" + HEADER
+    assert tokenizer.decode(ids) == expected
+    special = [tokenizer.decode(token) for token in ids if token in tokenizer.added_tokens_decoder]
+    assert special == ["<|im_start|>", "<|im_end|>"] * (1 + (field != "request")) + ["<|im_start|>"]
 
 
-@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
-def test_a_critique_request_shows_question_attempt_and_reference_as_plain_text(tokenizer, text):
-    ids, cut = critique_prompt(tokenizer, [SYSTEM, QUESTION], "<think>hm</think>" + text, text * 2, T, 10_000)
-    assert (tokenizer.decode(ids), cut) == (f"<|im_start|>user\nWhat is 2+3?|{text}|{text * 2}|WHY{HEADER}", 0)
-    assert special(tokenizer, ids) == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
-
-
-HOLES = [
-    ("solution", "none"),
-    ("feedback", "{solution}"),
-    ("critique", "{critique} {critique}"),
-    ("request", "{question} {attempt}"),
+@pytest.mark.parametrize("name, template", [
+    ("solution", "none"), ("feedback", "{solution}"), ("critique", "{critique} {critique}"), ("request", "{question} {attempt}"),
     ("request", "{question} {attempt} {attempt} {reference}"),
-]
-
-
-@pytest.mark.parametrize("name, template", HOLES)
+])  # fmt: skip
 def test_a_template_without_its_hole_is_refused(name, template):
     with pytest.raises(ValueError, match=rf"the {name} template must contain \{{\w+\}} exactly once"):
         Templates(**{name: template})
