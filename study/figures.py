@@ -42,8 +42,8 @@ FIGURES = {  # file: panels of (subset, measure, variants)
     "margin": [("trace", "margin", ("vpd", "sdpo", "sdpo live"))],  # Fig. 1
     "progress": [(subset, "avg", ("vpd", "vpd likelier", "sdpo", "sdpo live", "grpo", "joint", "reshape", "reweight"))
                  for subset in ("trace", "code")],  # Fig. 2
-    "long": [("trace-120", key, ("vpd", "vpd likelier")) for key in ("avg", "teacher_avg", "entropy")],
-    "dialect": [("trace-dialect", key, ("vpd likelier", "vpd F=1", "vpd F=5", "sdpo no E-step"))
+    "long": [("trace-120", key, ("vpd likelier lr 1e-3", "vpd likelier", "vpd lr 1e-3", "vpd")) for key in ("avg", "teacher_avg", "entropy")],
+    "dialect": [("trace-dialect", key, ("vpd likelier", "vpd F=1", "vpd F=2", "vpd F=5", "sdpo no E-step"))
                 for key in ("avg", "teacher_avg", "margin")],
 }  # fmt: skip
 
@@ -186,31 +186,26 @@ def draw(folders: list[Path], out: Path) -> list[str]:
 
 
 def study_curves(study: Path) -> dict[str, Curve]:
-    """The rows of a study. Raises ValueError with one line for what is none."""
-    curves, rows = {}, load(study).get("rows")
-    if not isinstance(rows, dict):
-        raise ValueError(f'{study} has no "rows"')
+    """The rows of a study.json."""
+    curves, rows = {}, load(study)["rows"]
     others = sorted({name.partition("/")[2] for name in rows} - STYLES.keys())
     looks = STYLES | dict(zip(others, SPARE * len(others)))
     for name, row in rows.items():
         subset, _, variant = name.partition("/")
-        try:
-            curves[name] = Curve(str(row["label"]), looks[variant], subset, [])
-            for run in row["runs"].values():
-                curves[name].runs.append({})
-                for measure, (_, kind, _) in MEASURES.items():
-                    values = run[kind].get(measure.removesuffix("_avg")) or []  # null: the method has none
-                    steps = run[kind]["step"] if kind == "eval" and values else range(len(values))
-                    pairs = zip(steps, values, strict=True)
-                    curves[name].runs[-1][measure] = {step: float(v) for step, v in pairs if v is not None}
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{study}: row {name!r} is not that of a study: {error!r}") from None
+        curves[name] = Curve(row["label"], looks[variant], subset, [])
+        for run in row["runs"].values():
+            series = {}
+            for measure, (_, kind, _) in MEASURES.items():
+                values = run[kind].get(measure.removesuffix("_avg")) or []  # null: the method has none
+                steps = run[kind]["step"] if kind == "eval" else range(len(values))
+                series[measure] = {step: value for step, value in zip(steps, values) if value is not None}
+            curves[name].runs.append(series)
     return curves
 
 
 def draw_study(study: Path, out: Path) -> tuple[list[str], list[str]]:
-    """Draws FIGURES to PNGs in the folder `out`, nothing if the study is faulty. Returns a line for each file, and a
-    note for each row and figure that is left out."""
+    """Draws FIGURES to PNGs in the folder `out`. Returns a line for each file, and a note for each row and figure that is
+    left out."""
     curves, pictures, lines, notes = study_curves(study), {}, [], []
     for path, panels in ((out / f"{file}.png", panels) for file, panels in FIGURES.items()):
         wanted, missing = [], []

@@ -75,25 +75,24 @@ def mean_avg(runs: dict) -> float:
 
 
 def best(row: str, known: dict) -> str | None:
-    """Of the settings that are listed for a row, the flags of the best by the mean of the tuning seeds; None before all of them
-    have been run."""
-    runs = {flags: known.get(row, {}).get(flags, {}) for flags in TRIED[row]}
-    if not all(of.keys() == {*map(str, TUNING_SEEDS)} for of in runs.values()):
+    """The flags of a row's best setting by the mean of the tuning seeds; None before all that are listed have been run."""
+    runs = {flags: known.get(row, {}).get(flags, {}) for flags in TRIED.get(row, [])}
+    if not runs or any(of.keys() != {*map(str, TUNING_SEEDS)} for of in runs.values()):
         return None
     return max(runs, key=lambda flags: mean_avg(runs[flags]))
 
 
 def reported(known: dict) -> dict[str, list[str]]:
-    """The flags of each row that is reported, seed and folder aside, of which the settings are known by now. The flags in
-    rows.txt: those of the row's best setting, or of the row named first and then what differs from it."""
+    """The flags of each reported row whose setting is known by now, seed and folder aside: those of the best setting of the
+    row that rows.txt names, with what it changes; without an E-step those that are the E-step's go."""
     found: dict[str, list[str]] = {}
     for row, (flags, _) in REPORTED.items():
-        of, *more = flags.split(" --")
-        settings = best(of, known) if of in TRIED else None
-        if settings is not None:
-            if not row.split("/")[1].startswith("vpd"):  # the loop without its E-step
-                settings = re.sub(r"--e_\S+ \S+ ?", "", settings)
-            found[row] = task_of(row) + settings.split() + "".join(f" --{flag}" for flag in more).split()
+        of, *changes = flags.split(" --")
+        if setting := best(of, known):
+            values = dict(flag.split() for flag in [*f" {setting}".split(" --")[1:], *changes])
+            e_step = row.split("/")[1].startswith("vpd")
+            kept = [f"--{name} {value}" for name, value in values.items() if e_step or not name.startswith("e_")]
+            found[row] = task_of(row) + " ".join(kept).split()
     return found
 
 
@@ -131,21 +130,22 @@ def perform(flags: list[str], out: Path, test: bool) -> str:
     return ""
 
 
-def perform_all(jobs: dict[Path, list[str]], at_once: int, test: bool) -> list[str]:
+def perform_all(jobs: dict[Path, list[str]], at_once: int, test: bool) -> dict[Path, str]:
     """Makes the run of each folder's flags, unless it is finished with the settings that they mean now. Returns what went
-    wrong."""
+    wrong where."""
     todo = {out: flags for out, flags in jobs.items() if not (out / "done.json").exists()
             or not settings_of(flags).items() <= load(out / "config.json").items()}  # fmt: skip
     print(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them finished before", flush=True)
-    failed, start = [], time.time()
+    failed, start = {}, time.time()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a shell's background jobs ignore SIGINT
     with ThreadPoolExecutor(at_once) as pool:
-        pending = {pool.submit(perform, flags, out, test): out.name for out, flags in todo.items()}
+        pending = {pool.submit(perform, flags, out, test): out for out, flags in todo.items()}
         try:
             for count, future in enumerate(as_completed(pending), 1):
-                name, error = pending[future], str(future.exception() or future.result())
-                failed += [f"{name}: {error}"] if error else []
-                print(f"{count}/{len(todo)} after {(time.time() - start) / 60:.1f} min: {name} {error}", flush=True)
+                out = pending[future]
+                if error := str(future.exception() or future.result()):
+                    failed[out] = error
+                print(f"{count}/{len(todo)} after {(time.time() - start) / 60:.1f} min: {out.name} {error}", flush=True)
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             while any(future.running() for future in pending):
@@ -191,6 +191,42 @@ def write(path: Path, content: dict) -> None:
     text = json.dumps(content, indent=1, ensure_ascii=False)
     text = re.sub(r"\[\n[^\[\]{}\"]*\]", lambda found: "".join(found[0].split()), text)
     command.write(path, text + "\n")
+
+
+def path_of(folder: Path, *parts) -> Path:
+    return folder / re.sub(r"[^\w.=-]+", "-", " ".join(map(str, parts)))
+
+
+def tune(names: list[str], tuned: dict, folder: Path, at_once: int) -> dict[Path, str]:
+    """Runs what these rows have not tried yet; what came out goes to `tuned`. Returns what went wrong where."""
+    wanted = {path_of(folder, "tune", name, flags, seed): (name, flags, str(seed))
+              for seed in TUNING_SEEDS for name in names for flags in TRIED[name]
+              if str(seed) not in tuned.get(name, {}).get(flags, {})}  # fmt: skip
+    jobs = {out: [*task_of(name), *flags.split(), "--seed", seed] for out, (name, flags, seed) in wanted.items()}
+    failed = perform_all(jobs, at_once, test=False)
+    for out, (name, flags, seed) in wanted.items():
+        if out not in failed:
+            run = record(out)
+            kept = {key: run[key] for key in ("commit", "hardware", "seconds")} | {"avg": run["eval"]["avg"][-1]}
+            tuned.setdefault(name, {}).setdefault(flags, {})[seed] = kept
+    return failed
+
+
+def report(names: list[str], rows: dict[str, list[str]], known: dict, folder: Path, at_once: int) -> dict[Path, str]:
+    """Makes the reported runs of these rows, seed by seed, so that a study that is stopped has all rows with fewer seeds;
+    what came out goes to `known`, the rows of study.json. Returns what went wrong where."""
+    wanted = {path_of(folder, name, f"seed{seed}"): (name, str(seed))
+              for seed in range(1, 11) for name in names if seed <= REPORTED[name][1]}  # fmt: skip
+    jobs = {out: [*rows[name], "--seed", seed] for out, (name, seed) in wanted.items()}
+    failed = perform_all(jobs, at_once, test=True)
+    for out, (name, seed) in wanted.items():
+        if out not in failed:
+            line = f"python vpd.py {' '.join(rows[name])} --seed N --out DIR"
+            row = known.setdefault(name, {"label": label_of(name), "command": line, "runs": {}})
+            if row["command"] != line:  # its settings have changed since
+                row.update(command=line, runs={})
+            row["runs"][seed] = record(out)
+    return failed
 
 
 # ---- Numbers -----------------------------------------------------------------------------------------------------
@@ -321,29 +357,24 @@ def replaced(text: str, marks: tuple[str, str], lines: list[str]) -> str:
 
 def texts(results: Path, readme: Path) -> dict[Path, str]:
     """README.md and study/results/README.md with what study.json and tuning.json say between their marks; nothing where
-    there are no runs. Raises ValueError with one line for a study.json or tuning.json that is none."""
-    known, tuned = load(results / "study.json", {"rows": {}}), load(results / "tuning.json", {})
-    try:
-        rows = {name: row for name, row in known["rows"].items() if row["runs"]}
-        if not rows:
-            return {}
-        runs = [run for row in rows.values() for run in row["runs"].values()]
-        runs += [run for settings in tuned.values() for of in settings.values() for run in of.values()]
-        listed = lambda key: "; ".join(sorted({run[key] for run in runs}))  # noqa: E731
-        hours = sum(run["seconds"] for run in runs) / 3600
-        page = [f"{len(runs)} runs, tuning included, {hours:.1f} CPU hours; {listed('hardware')}; commits {listed('commit')}.", ""]
-        for subset in dict.fromkeys(name.split("/")[0] for name in rows):
-            page += [f"## {subset}", "", *table(subset, rows)]
-        for heading, claims in CLAIMS.items():
-            judged = judge(claims, rows)
-            page += [f"## {heading}", "", *markdown(("", "where", "measured", "verdict"), *(
-                (claim.says, claim.above.split("/")[0], text, so) for claim, text, so in judged))]  # fmt: skip
-        page += ["## What was tried", "", *tried_list(tuned)[:-1]]
-        own = results / "README.md"
-        page = replaced(own.read_text() if own.exists() else "\n".join(MARKS), MARKS, page)
-        return {readme: replaced(readme.read_text(), SUMMARY, summary(rows)), own: page}
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError, StopIteration) as error:
-        raise ValueError(f"{results}/study.json or tuning.json is not that of a study: {error!r}") from None
+    there are no runs."""
+    rows, tuned = load(results / "study.json", {"rows": {}})["rows"], load(results / "tuning.json", {})
+    if not rows:
+        return {}
+    runs = [run for row in rows.values() for run in row["runs"].values()]
+    runs += [run for settings in tuned.values() for of in settings.values() for run in of.values()]
+    listed = lambda key: "; ".join(sorted({run[key] for run in runs}))  # noqa: E731
+    hours = sum(run["seconds"] for run in runs) / 3600
+    page = [f"{len(runs)} runs, tuning included, {hours:.1f} CPU hours; {listed('hardware')}; commits {listed('commit')}.", ""]
+    for subset in dict.fromkeys(name.split("/")[0] for name in rows):
+        page += [f"## {subset}", "", *table(subset, rows)]
+    for heading, claims in CLAIMS.items():
+        judged = [(claim.says, claim.above.split("/")[0], text, so) for claim, text, so in judge(claims, rows)]
+        page += [f"## {heading}", "", *markdown(("", "where", "measured", "verdict"), *judged)]
+    page += ["## What was tried", "", *tried_list(tuned)[:-1]]
+    own = results / "README.md"
+    page = replaced(own.read_text() if own.exists() else "\n".join(MARKS), MARKS, page)
+    return {readme: replaced(readme.read_text(), SUMMARY, summary(rows)), own: page}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -355,7 +386,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tune", action="store_true", help="runs the settings that rows.txt lists as tried")
     parser.add_argument("--tables", action="store_true", help="no runs, only the tables")
     args = parser.parse_args(argv)
-    results, folder, failed = args.results, args.folder.resolve(), []
+    results, folder, failed = args.results, args.folder.resolve(), {}
     if args.tune and args.tables:
         parser.error("--tune makes runs and --tables none: give one of them")
     if args.jobs < 1 or not results.is_dir():
@@ -372,36 +403,16 @@ def main(argv: list[str] | None = None) -> None:
             folder.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         parser.error(error)
-    path_of = lambda *parts: folder / re.sub(r"[^\w.=-]+", "-", " ".join(map(str, parts)))  # noqa: E731
-    done = lambda out: (out / "done.json").exists() and not any(line.startswith(f"{out.name}: ") for line in failed)  # noqa: E731
     if args.tune:
-        jobs = {path_of("tune", name, flags, seed): (name, flags, seed)
-                for seed in TUNING_SEEDS for name in names for flags in TRIED[name]
-                if str(seed) not in tuned.get(name, {}).get(flags, {})}  # fmt: skip
-        failed = perform_all({out: [*task_of(name), *flags.split(), "--seed", str(seed)]
-                              for out, (name, flags, seed) in jobs.items()}, args.jobs, test=False)  # fmt: skip
-        for out, (name, flags, seed) in jobs.items():
-            if done(out):
-                found = record(out)
-                kept = {key: found[key] for key in ("commit", "hardware", "seconds")} | {"avg": found["eval"]["avg"][-1]}
-                tuned.setdefault(name, {}).setdefault(flags, {})[str(seed)] = kept
+        failed = tune(names, tuned, folder, args.jobs)
         write(results / "tuning.json", {name: tuned[name] for name in TRIED if name in tuned})
-    elif not args.tables:  # seed by seed, so that a study that is stopped has all rows with fewer seeds
-        jobs = {path_of(name, f"seed{seed}"): (name, seed)
-                for seed in range(1, 11) for name in names if seed <= REPORTED[name][1]}  # fmt: skip
-        failed = perform_all({out: [*rows[name], "--seed", str(seed)] for out, (name, seed) in jobs.items()}, args.jobs, test=True)
-        for out, (name, seed) in jobs.items():
-            if done(out):
-                line = f"python vpd.py {' '.join(rows[name])} --seed N --out DIR"
-                row = known["rows"].setdefault(name, {"label": label_of(name), "command": line, "runs": {}})
-                if row["command"] != line:  # its settings have changed since
-                    row.update(command=line, runs={})
-                row["runs"][str(seed)] = record(out)
+    elif not args.tables:
+        failed = report(names, rows, known["rows"], folder, args.jobs)
         write(results / "study.json", {"rows": {name: known["rows"][name] for name in REPORTED if name in known["rows"]}})
     for path, text in texts(results, README).items():
         command.write(path, text)
-    for line in failed:
-        print(f"study.py: {line}", file=sys.stderr)
+    for out, error in failed.items():
+        print(f"study.py: {out.name}: {error}", file=sys.stderr)
     if failed:
         sys.exit(1)
 
