@@ -36,6 +36,7 @@ Not covered:
 - what a worker once held and freed: a program that scans its own memory may find the input or output of an earlier call
 - threads and written bytes are checked every 10 ms, so a program can exceed its limit by that much; on a tmpfs, writes
   through shared mappings are not counted; side channels; faults of the kernel
+- a program that closes the pipe to its worker, as by closing every descriptor beyond 2, has ended there
 """
 
 import os
@@ -271,9 +272,10 @@ def _result(script: bool, bound: int, status: str, error: str, seconds: float, c
 
 def _remove(path: str) -> None:
     """Also locked directories and nesting beyond the recursion limit, where shutil.rmtree gives up. Follows no link."""
-    if os.path.isdir(path) and not os.path.islink(path):
-        os.waitpid(os.posix_spawnp("chmod", ["chmod", "-Rf", "u+rwX", path], {}), 0)
-    os.waitpid(os.posix_spawnp("rm", ["rm", "-rf", path], {}), 0)
+    with suppress(OSError):  # the process table is full
+        if os.path.isdir(path) and not os.path.islink(path):
+            os.waitpid(os.posix_spawnp("chmod", ["chmod", "-Rf", "u+rwX", path], {}), 0)
+        os.waitpid(os.posix_spawnp("rm", ["rm", "-rf", path], {}), 0)
 
 
 # ---- In the worker: `worker` is what it was told and what it holds -----------------------------------------

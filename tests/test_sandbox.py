@@ -142,7 +142,7 @@ ODD = "TypeError: a tuple inside the result, or a key that is no string in a dic
 
 @pytest.mark.parametrize("values, error", [
     (["[(1,)]", "(1, (2,))", "{'a': ()}", "[{'a': [(1,)]}]", "{1: 2}", "[{None: 1}]", "{'a': {True: 1}}", "({1.5: 1},)"], ODD),
-    *(([value], f"TypeError: Object of type {name} is not JSON serializable") for value, name in [("{1}", "set"), ("b''", "bytes")]),
+    (["{1}"], "TypeError: Object of type set is not JSON serializable"), (["b''"], "TypeError: Object of type bytes is not JSON"),
     (["(x := []) or x.append(x) or x"], "ValueError: Circular"), (["[{'a': 10**50_000}]"], "ValueError: Exceeds the limit (50000"),
     (["__import__('functools').reduce(lambda x, _: [x], range(10**5), [])"], "RecursionError"),
 ])  # fmt: skip
@@ -170,13 +170,14 @@ def test_integers_of_up_to_50000_digits_return(one):
 def test_numbers_of_numpy_count_as_pythons():
     pytest.importorskip("numpy")
     values = "[np.float32(1.5), np.int64(3), np.bool_(True), np.array(7)], {'a': np.float64(0.5)}"
-    with S.Sandbox(workers=1, memory_mb=2048, packages=True, warm="import numpy, sys\nsys.cache = [1]") as box:
+    warm = "import atexit, numpy, sys\nsys.cache = [1]\natexit.register(print, 'of the worker, not of a program')"
+    with S.Sandbox(workers=1, memory_mb=2048, packages=True, warm=warm) as box:
         result = box.call(f"import numpy as np\ndef f():\n    return {values}", "f", [])
         assert repr(result.value) == repr([[1.5, 3, True, 7], {"a": 0.5}])
         result = box.call("import numpy as np\ndef f():\n    return np.array([1, 2])", "f", [])
         assert result.error == "TypeError: Object of type ndarray is not JSON serializable"
         for _ in range(2):  # what a worker runs once is loaded in every call, and packages are there; never the caller's
-            source = "import sys, pytest\ndef f():\n    sys.cache.append(2)\n    return ['numpy' in sys.modules, 'torch' in sys.modules, sys.cache]"
+            source = body("import pytest\nsys.cache.append(2)\nreturn ['numpy' in sys.modules, 'torch' in sys.modules, sys.cache]")
             assert box.call(source, "f", []).value == [True, False, [1, 2]]
         assert box.run("print('sys' in globals())", "").value == "False\n"
         assert box.call("import losses", "f", []).error == "ModuleNotFoundError: No module named 'losses' (line 1)"
@@ -214,7 +215,8 @@ LONG = {None: f"more than {SMALL['output_bytes']} bytes of output", 10: "more th
 
 @pytest.mark.parametrize("source, error, bound", [
     *((source, error, 10) for source, error in [  # which bounds no error
-        ("def g():\n    raise KeyError('a')\ndef f():\n    g()", "KeyError: 'a' (line 2)"), ("def f():\n    assert False", "AssertionError (line 2)"),
+        ("def g():\n    raise KeyError('a')\ndef f():\n    g()", "KeyError: 'a' (line 2)"),
+        ("def f():\n    assert False", "AssertionError (line 2)"),
         ("1 / 0\ndef f(): pass", "ZeroDivisionError: division by zero (line 1)"),
         ("def f():\n    raise ValueError('a\\n  b\\tc')", "ValueError: a b c (line 2)"),
         ("def f(:\n    pass", "SyntaxError: invalid syntax (line 1)"), ("f = 3", "TypeError: 'int' object is not callable"),
@@ -224,17 +226,19 @@ LONG = {None: f"more than {SMALL['output_bytes']} bytes of output", 10: "more th
         ("def f():\n    raise ValueError('x' * 10**6)", f"ValueError: {'x' * S.ERROR_CHARS} (line 2)"),
         ("def f():\n    raise type('X' * 90_000, (Exception,), {})", f"{'X' * 100} (line 2)"),
         ("import os\ndef f(): os._exit(0)", "exited without a result (exit code 0)"),
-        ("import os\ndef f():\n    os.closerange(0, 99)\n    while True: pass", "exited without a result (signal 9)"),  # nobody hears it
-        ("def f():\n    x = []\n    while True: x.append(bytearray(10**6))", "MemoryError"), ("x = bytearray(300 << 20)", "MemoryError"),
+        ("import os\ndef f():\n    os.closerange(0, 99)\n    while True: pass", "exited without a result (signal 9)"),
+        ("def f():\n    x = []\n    while True: x.append(bytearray(10**6))", "MemoryError"),
+        ("x = bytearray(300 << 20)", "MemoryError"),
         ("print(1)\nx = 1 / 0", "ZeroDivisionError: division by zero (line 2)"),
-        ("print(1\n", "SyntaxError: '(' was never closed (line 1)"), ("print(1)\nraise KeyboardInterrupt", "KeyboardInterrupt (line 2)"),
+        ("print(1)\nraise KeyboardInterrupt", "KeyboardInterrupt (line 2)"),
         ("print('\\ud800')", "UnicodeEncodeError: 'utf-8' codec can't encode character '\\ud800' in position 0: surrogates not "
          "allowed (line 1)"),
         ("print(1)\nimport ctypes\nctypes.string_at(0)", "exited without a result (signal 11)"),
     ]),
     *((source, LONG[bound], bound) for source, bound in [
-        ("while True: print('x' * 10_000)", None), ("print('x' * 100_000)", None), ("print('é' * 5)", 10),  # one byte over, the line's end
-        ("print('x' * 10**6, flush=True)\nraise ValueError", None), ("import atexit\natexit.register(lambda: print('x' * 10**6))", None),
+        ("while True: print('x' * 10_000)", None), ("print('x' * 100_000)", None), ("print('é' * 5)", 10),  # the line's end
+        ("print('x' * 10**6, flush=True)\nraise ValueError", None),
+        ("import atexit\natexit.register(lambda: print('x' * 10**6))", None),
         ("import os\nprint('x' * 60_000, flush=True)\nprint('x' * 60_000, flush=True)\nos._exit(0)", None),
         ("def f():\n    return 'x' * 10**7", None), ("def f():\n    return 'x' * 9", 10),  # eleven with its quotes
     ]),
@@ -346,7 +350,10 @@ def test_limits_hold_and_raising_them_seems_to_work_and_changes_nothing(layered,
     assert works(box) and ("'a'" in lines or pids(box) == before)  # a worker whose directory was touched is replaced
 
 
-START = "import threading, time\nthreading.stack_size({})\nstart = lambda: threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
+START = """import threading, time
+threading.stack_size({})
+start = lambda: threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+"""
 
 
 def test_a_thread_bomb_is_stopped_and_200_threads_are_granted(short, judge):
@@ -354,7 +361,7 @@ def test_a_thread_bomb_is_stopped_and_200_threads_are_granted(short, judge):
     bombs = [START + "while True:\n    start()", START + "while True:\n    try: start()\n    except BaseException: pass"]
     assert short.run(bombs[0].format(0), "").status in ("timeout", "error", "memory")
     assert short.run(bombs[1].format(0), "").status == "timeout" and works(short)
-    for source in [bomb.format(1 << 15) for bomb in bombs]:
+    for source in (bombs[1].format(1 << 15), START.format(1 << 15) + "for _ in range(300): start()\ntime.sleep(9)"):
         for result in (judge.run(source, ""), judge.call(source, "f", [])):
             assert result[:3] == ("error", None, "more than 256 threads") and result.seconds < 5.0
     source = START.format(1 << 16) + "for _ in range(200): start()\ntime.sleep(0.05)\nprint(threading.active_count())"
@@ -419,6 +426,7 @@ SEEN = """
 
 @pytest.mark.parametrize("leave", [
     "pass", "open('a', 'w').write('x')", "open('a', 'w').close(); os.unlink('a')", "open('../beside', 'w').write('x')",
+    "open('../beside', 'w').close(); os.unlink('../beside')",
     "os.makedirs('a/b/c'); os.symlink('/', 'a/b/link')", "os.rmdir(os.getcwd())", "os.rename(os.getcwd(), '../moved')",
     "[(os.mkdir('d'), os.chdir('d')) for _ in range(1050)]",  # deeper than Python's recursion limit
     "[open(f'../{n:0200}', 'w').close() for n in range(300)]",  # the folder grows
@@ -446,6 +454,10 @@ def test_locked_directories_and_links_left_are_removed_and_links_not_followed(ba
         assert one.run(swap, str(tmp_path)).status == "ok" and works(one)
         assert tmp_path.stat().st_mode & 0o777 == 0o750 and os.listdir(tmp_path) == kept
         assert one.run("import os; print(os.getcwd())", "").value.startswith(one._workers[0].scratch)
+    (link := tmp_path.with_name("link")).symlink_to(tmp_path)
+    tmp_path.chmod(0o550)
+    S._remove(str(link))
+    assert not os.path.lexists(link) and tmp_path.stat().st_mode & 0o777 == 0o550 and os.listdir(tmp_path) == ["file"]
 
 
 def test_input_is_empty_and_output_goes_nowhere(box, capfd):
@@ -469,7 +481,7 @@ def test_what_is_importable(box, judge):
     assert loaded == [] and not any("site-packages" in p or Path(p) == ROOT for p in path)
     for name in ("pytest", "losses"):
         assert box.call(f"import {name}", "f", []).error == f"ModuleNotFoundError: No module named '{name}' (line 1)"
-    source = "def f(x: List[int]) -> Optional[int]:\n    heapify(x)\n    return [x[0], gcd(*x), Counter(x)[6], math.inf > pow(2, 3, 5)]"
+    source = "def f(x: List[int]):\n    heapify(x)\n    return [x[0], gcd(*x), Counter(x)[6], math.inf > pow(2, 3, 5)]"
     assert judge.call(source, "f", [[9, 6]]).value == [6, 3, 1, True]
     assert judge.run("print(max(accumulate(map(int, stdin.read().split()))))", "1 2 3").value == "6\n"
     assert box.call(source, "f", [[9, 6]]).error == "NameError: name 'List' is not defined (line 1)"
@@ -493,8 +505,8 @@ OK = 'ok\t["", []]\n'
 @pytest.mark.parametrize("line, text, value", [
     (OK, "99", 99), (OK, "9" * 9000, 10**9000 - 1), *((OK, text, None) for text in ("nonsense", "1 2", "[" * 50_000, "\xff")),
     *((f"ok\t{payload}\n", "1", None) for payload in ("1", '["", []]\t2', '["", 1]', "[" * 50_000, "\xff")),
-    *((f"error\t{payload}\n", "1", None) for payload in ("[1]", "[[], 1]", "[[], {}]", f'[{"[" * 970 + "]" * 970}, []]', "x" * 70_000)),
-    *((f'{status}\t["", []]\n', "1", None) for status in ("nonsense", "timeout", "output limit", "internal", "+ok", "")),
+    *((f"error\t{payload}\n", "1", None) for payload in ("[1]", "[[], 1]", "[[], {}]", f'[{"[" * 970 + "]" * 970}, []]')),
+    *((f'{status}\t["", []]\n', "1", None) for status in ("nonsense", "timeout", "internal", "+ok", "")), ("x" * 70_000, "1", None),
 ], ids=lambda part: repr(part)[:16] if isinstance(part, str) else "")  # fmt: skip
 def test_a_forged_answer_is_only_an_answer(box, line, text, value):
     result = box.call(body(FORGE, "line, text"), "f", [line, text])
@@ -505,7 +517,7 @@ def test_a_forged_answer_is_only_an_answer(box, line, text, value):
 
 
 @pytest.mark.parametrize("lines, printed", [
-    ("json.JSONEncoder.default = json.JSONEncoder.encode = lambda *a: '\"forged\"'\njson.dumps = json.JSONEncoder().encode", None),
+    ("json.JSONEncoder.encode = lambda *a: '\"forged\"'\njson.dumps = json.JSONEncoder().encode", None),
     ("sys.stdout = None", ""), ("sys.modules.clear()", None),
     ("builtins.len = builtins.memoryview = builtins.str = lambda *a: 'forged'", None),
     ("write = os.write\nos.write = lambda fd, data: write(fd, b'ok\\t\"forged\"\\n')", None),
@@ -702,9 +714,14 @@ def test_no_capability_is_left(layered, only_seccomp, no_seccomp):
 
 
 AS_A_USER = """
-import json, os, sys
+import json, os, sys, tempfile
 sys.path.insert(0, sys.argv[1])
 import sandbox
+locked = tempfile.mkdtemp()
+os.makedirs(locked + "/a/b/c")
+for path in ("/a/b", "/a", ""): os.chmod(locked + path, 0)
+sandbox._remove(locked)
+assert not os.path.exists(locked)
 memory, attacks = json.load(sys.stdin)
 for without in (), ("landlock 2",), ("landlock",):
     with sandbox.Sandbox(workers=1, without=without) as box:
@@ -848,25 +865,17 @@ def test_hashes_sets_and_random_numbers_are_the_same_in_every_call_and_worker(ju
 
 # ---- Workers that die, and what the machine lacks ----------------------------------------------------------
 
-def test_a_killed_worker_is_replaced_and_its_call_repeated(box):
-    before = pids(box)
-    os.kill(before[0], signal.SIGKILL)  # which is idle
-    assert ends(before[:1])
-    assert works(box) and works(box) and before[0] not in pids(box) and len(set(pids(box))) == 2
-    with S.Sandbox(workers=1, time_limit=10.0) as box:
-        results = in_thread(box.call, body(NOTE + "time.sleep(0.5)\nreturn os.getpid()"), "f", [])
-        first, worker = int(notes(box)[0].read_text()), pids(box)[0]
-        os.kill(worker, signal.SIGKILL)
-        assert results.result(timeout=10).value != first and pids(box) != [worker] and ends([first, worker])
-
 
 @pytest.mark.parametrize("disarm", ["pass", "import ctypes; ctypes.CDLL(None).prctl(1, 0)"])
-def test_the_child_of_a_killed_worker_ends(layered, disarm):
-    with S.Sandbox(workers=1, time_limit=10.0) as box:  # which ends it in any case, in the end
-        in_thread(box.call, body(f"{disarm}\n{NOTE}time.sleep(60)"), "f", [])
-        child = int(notes(box)[0].read_text())
-        os.kill(pids(box)[0], signal.SIGKILL)
-        assert ends([child], within=2.0)
+def test_a_killed_worker_is_replaced_its_child_ends_and_its_call_is_made_again(layered, disarm):
+    with S.Sandbox(workers=1, time_limit=10.0) as box:
+        idle = pids(box)
+        os.kill(idle[0], signal.SIGKILL)
+        assert ends(idle) and works(box) and works(box) and pids(box) != idle
+        result = in_thread(box.call, body(f"{disarm}\n{NOTE}time.sleep(3)\nreturn os.getpid()"), "f", [])
+        child, worker = int(notes(box)[0].read_text()), pids(box)[0]
+        os.kill(worker, signal.SIGKILL)
+        assert ends([child, worker], within=2.0) and result.result(timeout=20).value != child and pids(box) != [worker]
 
 
 def test_a_worker_that_dies_at_each_try_is_internal(bare, monkeypatch):
