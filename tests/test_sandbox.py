@@ -525,7 +525,8 @@ def test_a_forged_answer_is_only_an_answer(box, line, text, value):
     ("sys.stdout = type('W', (), {'write': lambda self, text: 0, 'flush': lambda self: 0})()", ""),
     ("builtins.print = lambda *a: os.write(1, b'forged')", "forged"), ("gc.collect = os.read = os._exit = None", "honest\n"),
     ("atexit._run_exitfuncs = lambda: os.write(1, b'forged')", "forgedhonest\n"),
-    ("class U(list):\n    def write(self, text, to=sys.stdout): to.write(text)\n    def flush(self): pass\nsys.stdout = U()", "honest\n"),
+    ("class U(list):\n    def write(self, text, to=sys.stdout): to.write(text)\n    def flush(self): pass\nsys.stdout = U()",
+     "honest\n"),
 ])  # fmt: skip
 def test_overwriting_what_the_sandbox_uses_forges_ones_own_answer_at_most(box, lines, printed):
     lines = f"import atexit, builtins, gc, json, os, sys\n{lines}\n"
@@ -542,7 +543,8 @@ NUMBERS = "3\n1 2\n3 4\n5 6\n"
 CYCLE = "class A:\n    def __init__(self): self.me = self\n    def __del__(self): print('b')\n"
 PYTHON = [  # source, standard input
     ("for _ in range(int(input())): print(sum(map(int, input().split())))", NUMBERS),
-    ("import sys\nprint(sys.stdin.buffer.readline(), sys.stdin.buffer.read())", NUMBERS), ("print(open('/dev/stdin').read())", NUMBERS),
+    ("import sys\nprint(sys.stdin.buffer.readline(), sys.stdin.buffer.read())", NUMBERS),
+    ("print(open('/dev/stdin').read())", NUMBERS),
     ("import mmap, os\nprint(mmap.mmap(0, 0, prot=mmap.PROT_READ)[:], os.read(0, os.fstat(0).st_size))", NUMBERS),
     ("import sys\nprint([input(), *sys.stdin])", "a\r\nb\rc\n\nd"),
     ("print(input()[::-1], '\\u2028', ascii(input()))", "héß\U0001f600\n\u2028x\n"),
@@ -656,7 +658,7 @@ CHANGES = [  # landlock's work; the last four are seccomp's
     "os.utime(f'{folder}/file', (0, 0))", "os.setxattr(f'{folder}/file', 'user.a', b'x')",
 ]  # fmt: skip
 MEMORY = [  # out of reach without landlock, too
-    *(f"open(f'/proc/{{{whose}}}/{file}', 'rb').read(0)" for file in ("mem", "maps", "environ", "auxv") for whose in ("pid", "caller")),
+    *(f"open(f'/proc/{{{who}}}/{file}', 'rb').read(0)" for file in ("mem", "maps", "environ", "auxv") for who in ("pid", "caller")),
     "open(f'/proc/{caller}/task/{caller}/mem', 'rb').read(0)", "[os.stat(f'/proc/{caller}/fd/{fd}') for fd in (0, 1, 2)]",
 ]  # fmt: skip
 READS = MEMORY + [
@@ -760,9 +762,9 @@ def test_the_working_directory_can_be_used(layered):
         os.rename("a/b/c", "a/d")
         with tempfile.TemporaryFile(dir=".") as file: file.write(b"x")
         sqlite3.connect("f").execute("create table t (x)")
-        return sorted(str(path) for path in pathlib.Path().rglob("*")) + [open("a/d").read()]
+        return sorted(str(path) for path in pathlib.Path().rglob("*")) + [open("a/d").read(), open("/dev/zero").read(1)]
     """
-    assert layered.call(body(lines), "f", []).value == ["a", "a/b", "a/d", "f", "text"]
+    assert layered.call(body(lines), "f", []).value == ["a", "a/b", "a/d", "f", "text", "\0"]
 
 
 LOOK = """import gc, os, re, sys
@@ -941,6 +943,7 @@ def test_an_interrupted_call_leaves_no_answer_for_the_next(box):
         signal.signal(signal.SIGALRM, previous)
     time.sleep(0.4)  # by now the answer would have come
     assert works(box) and works(box)
+    assert all(os.getsid(pid) == pid for pid in pids(box))  # a terminal's Ctrl-C does not reach a worker
 
 
 def test_close_ends_workers_and_calls_in_flight():
