@@ -242,7 +242,14 @@ class _Worker:
 
 def loads(text: str) -> object:
     """json.loads, with integers too long for int() as Decimals, which compare equal to integers all the same."""
-    return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 4000 else Decimal(digits))
+
+    def integer(digits: str) -> int | Decimal:
+        try:
+            return int(digits)
+        except ValueError:
+            return Decimal(digits)
+
+    return json.loads(text, parse_int=integer)
 
 
 def _result(script: bool, bound: int, status: str, error: str, seconds: float, code: int, said: bytes, printed: bytes) -> Result:
@@ -530,7 +537,8 @@ def _script(asked: dict, worker: SimpleNamespace) -> tuple[str, list[str]]:
     """Runs to the end that Python itself would make: threads joined, exit functions called, output flushed."""
     module = sys.modules["__main__"] = worker.module
     module.__name__, module.__file__ = "__main__", PROGRAM
-    died, collect = [], gc.collect
+    died, collect, get_stats = [], gc.collect, gc.get_stats
+    before = get_stats()[1:]
     if "threading" in asked["source"]:
         import threading
 
@@ -541,13 +549,16 @@ def _script(asked: dict, worker: SimpleNamespace) -> tuple[str, list[str]]:
         threading._shutdown()  # as Python does: tells executors to end, joins also what starts meanwhile
     atexit._run_exitfuncs()
     _flush()
-    collect()
+    # As Python does; else the next collection would close a stream's file before it flushes the stream. Collecting the
+    # oldest generation costs 0.14 ms, and few programs get anything there. (From Python 3.14 on 1 means something else.)
+    old = get_stats()[1:] != before or sys.version_info >= (3, 14)
+    collect(2 if old else 0)
     # What is alive is finalized: files are flushed, generators closed, cycles collected. Names from before the program
     # stay, for touching each would cost a page of memory.
     names = vars(module)
     for name in list(names)[worker.given :]:
         names[name] = None
-    collect()
+    collect(2 if old else 1)
     _flush()
     return _describe(died[0], asked["source"]) if died else ("", [])
 
