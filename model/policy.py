@@ -18,7 +18,6 @@ from torch import nn
 # transformers, FSDP2 and torch's checkpoints are imported where they are used: they take seconds, which --help can do without.
 from harness import hub
 from harness.command import CannotWrite
-from model import head
 from model.head import View
 from model.parallel import World, shard, states
 
@@ -282,7 +281,8 @@ class Policy:
         logp = torch.zeros(len(prompts), len(ids), dtype=self.score_dtype, device=self.device)
         of = torch.tensor(ids, device=self.device)
         for batch, _, view in self._views(prompts, [ids[:1]] * len(prompts)):
-            logp[batch] = head.choices(view.hidden[:, 0] * self.temperature, view.head, of).to(logp.dtype)
+            view.hidden = view.hidden * self.temperature
+            logp[batch] = view.choices(of)[:, 0].to(logp.dtype)
         return self.world.sum(logp)
 
     def _reshard(self, model: nn.Module | None = None) -> None:
