@@ -200,7 +200,7 @@ def _chunk(objective, weights, logits, tokens, known, taught, divergence, top_k,
     are lost. D is formed of a leaf: D itself over all of V, else log p of the top k and the tail, where k may be 0."""
     named = [x.unsqueeze(-1) for x in (expert, tokens) if x is not None]  # (c, 1) each
     at_named = torch.cat([logits.gather(-1, ids) for ids in named], -1)  # (c, 1 or 2)
-    teacher_logp = torch.zeros_like(at_named) if taught is None else taught.gather(-1, named[-1])
+    teacher_logp = torch.zeros_like(at_named[:, :1]) if taught is None else taught.gather(-1, named[-1])
     compares = taught is not None and divergence is not None
     overlap, dense = None, compares and top_k is None
     if dense:
