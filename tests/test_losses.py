@@ -10,7 +10,6 @@ import itertools
 import math
 import re
 from math import exp, log
-from pathlib import Path
 
 import pytest
 import torch
@@ -140,25 +139,11 @@ GRADIENT_BY_HAND = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_gradient_in_the_students_logits_is_the_closed_form(kind):
-    """∂D/∂z_j = s_j (∂D/∂s_j − Σ_i s_i ∂D/∂s_i), because softmax has ∂s_i/∂z_j = s_i ([i=j] − s_j).
-
-    The KLs follow at once. JS is D = ½ Σ s log(s/m) + ½ Σ t log(t/m) with m = (s+t)/2, so that ∂m/∂s = ½ and
-    ∂D/∂s_i = ½ (log(s_i/m_i) + 1) − ½ (s_i + t_i)/m_i · ½ = ½ log(s_i/m_i) + ½ − ½ = ½ log(s_i/m_i),
-    ∂D/∂z_j = ½ s_j (log(s_j/m_j) − KL(S‖M)).
-    """
+    """∂D/∂z_j = s_j (∂D/∂s_j − Σ_i s_i ∂D/∂s_i), because softmax has ∂s_i/∂z_j = s_i ([i=j] − s_j). For JS, in which m = (s+t)/2,
+    ∂D/∂s_i = ½ (log(s_i/m_i) + 1) − ½ (s_i + t_i)/m_i · ½ = ½ log(s_i/m_i)."""
     z = live(logits(*S))
     (d_z,) = gradients(L.distillation_loss(z, logits(*T), kind), z)
     close(d_z, [[GRADIENT_BY_HAND[kind]]])
-
-
-def test_the_gradient_of_bucketed_kl_reaches_the_tokens_in_the_tail():
-    """A tail token j shares its bucket's log-ratio: ∂/∂z_j = p_j (log(p_tail/q_tail) − KL of the buckets)."""
-    z = live(logits(*S4))
-    loss = L.distillation_loss(z, logits(*T4), "kl_student_teacher", top_k=2)
-    ratio = [log(0.2 / 0.75), log(0.5 / 0.1), log(0.2 / 0.75), log(0.3 / 0.15)]
-    value = sum(p * r for p, r in zip(S4, ratio))
-    close(loss, [[value]])
-    close(gradients(loss, z)[0], [[[p * (r - value) for p, r in zip(S4, ratio)]]])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -330,20 +315,13 @@ def test_reshaped_advantages_add_the_teachers_log_ratio_to_the_sequences_advanta
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("A", [2.0, -2.0])
-def test_reweighted_advantages_weigh_by_the_ratio_and_on_failures_its_inverse(A, lam):
-    ratio = tensor([1.1, 0.9, 3.0, 0.2, 1.0])  # q/π of five tokens; clip 0.2 keeps w in [0.8, 1.2]
-    student = tensor([0.2, 0.3, 0.1, 0.5, 0.4]).log()
-    w = [1.1, 0.9, 1.2, 0.8, 1.0] if A > 0 else [1 / 1.1, 1 / 0.9, 0.8, 1.2, 1.0]
-    out = L.reweighted_advantages(tensor(A), student + ratio.log(), student, lam=lam, clip=0.2)
-    close(out, [[A * ((1 - lam) + lam * weight) for weight in w]])
-
-
-def test_reweighted_advantages_treat_each_row_by_its_own_sign_and_clip_as_asked():
-    student, teacher = tensor([0.5, 0.5], [0.5, 0.5]).log(), tensor([0.55, 0.45], [0.55, 0.45]).log()
-    out = L.reweighted_advantages(tensor(1.0, -1.0), teacher, student, lam=1.0, clip=0.2)
-    close(out, [[1.1, 0.9], [-1 / 1.1, -1 / 0.9]])
-    close(L.reweighted_advantages(tensor(1.0), student[:1] + log(1.5), student[:1], lam=1.0, clip=0.6), [[1.5, 1.5]])
+def test_reweighted_advantages_weigh_by_the_ratio_and_on_failures_its_inverse(lam):
+    ratio = tensor([1.1, 0.9, 3.0, 0.2, 1.0]).expand(2, 5)  # q/π of five tokens; clip 0.2 keeps w in [0.8, 1.2]
+    student = tensor([0.2, 0.3, 0.1, 0.5, 0.4]).log().expand(2, 5)
+    w = tensor([1.1, 0.9, 1.2, 0.8, 1.0], [1 / 1.1, 1 / 0.9, 0.8, 1.2, 1.0])
+    A, teacher = tensor(2.0, -3.0), student + ratio.log()
+    close(L.reweighted_advantages(A, teacher, student, lam=lam, clip=0.2), A[:, None] * ((1 - lam) + lam * w))
+    close(L.reweighted_advantages(A, student + log(1.5), student, lam=1.0, clip=0.6)[0], [2 * 1.5] * 5)
 
 
 @pytest.mark.parametrize("function", [L.reshaped_advantages, L.reweighted_advantages])
@@ -594,16 +572,6 @@ def test_half_precision_logits_are_taken_in_float32(dtype):
         found = L.distillation_loss(student, teacher, kind, top_k)
         assert found.dtype == torch.float32 and (found > 0).all()
         assert torch.equal(found, L.distillation_loss(student.float(), teacher.float(), kind, top_k))
-
-
-def test_the_module_imports_only_math_and_torch():
-    imported = set()
-    for node in ast.walk(ast.parse(Path(L.__file__).read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            imported.add((node.module or ".").split(".")[0])
-    assert imported == {"math", "torch"}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -237,17 +237,6 @@ def test_grpo_follows_g_minus_1_over_g_of_the_policy_gradient_at_equal_lengths(g
             assert torch.cosine_similarity(followed.flatten(), -exact.flatten(), dim=0) < 0.97
 
 
-def test_reshape_and_joint_follow_one_gradient_at_equal_lengths_only():
-    """B.23 and B.24 at ratio 1 with KL(π‖q) over all tokens: E_a[(log q − log π) ∇log π] = −∇KL(π‖q) at each prefix."""
-    for x in (EQUAL, UNEQUAL):
-        A = x.reward - mean(x.pi, x.reward)
-        reshape = L.grpo_loss(x.logp, x.logp, L.reshaped_advantages(A, x.teacher_logp, x.logp, w_rl=0.7, w_opd=0.4))
-        distilled = L.distillation_loss(x.z[x.states], x.teacher[x.states], "kl_student_teacher")
-        joint = 0.7 * L.grpo_loss(x.logp, x.logp, A) + 0.4 * distilled
-        gap = gradient(average(reshape - joint, x.mask, x.pi), x.z).abs().max()
-        assert gap < 1e-12 if x is EQUAL else gap > 0.02
-
-
 # ---- DistIL (arXiv 2606.05152): a cross-entropy whose visits are not frozen ------------------------------
 #
 # L = E_{y~π} Σ_t CE_t,  CE_t = H(sg T(·|s_t, C), π(·|s_t)).  With advantages A_t = −(c_t − b_t), c_t = Σ_{i>t} CE_i,
