@@ -43,9 +43,9 @@ class State:
 
 def new_state(model, s):
     ema = s.teacher == "ema" and s.method != "grpo"
-    adamw = lambda: torch.optim.AdamW(model.parameters(), s.lr, (s.adam_beta1, s.adam_beta2), weight_decay=s.weight_decay)  # noqa: E731
-    m = adamw()
-    e = m if s.e_optimizer == "shared" else adamw()
+    how = dict(betas=(s.adam_beta1, s.adam_beta2), weight_decay=s.weight_decay)
+    m = torch.optim.AdamW(model.parameters(), **how)
+    e = m if s.e_optimizer == "shared" else torch.optim.AdamW(model.parameters(), **how)
     initial = copy.deepcopy(model) if s.prior == "fixed" else None
     return State(model, copy.deepcopy(model) if ema else None, initial, {"m": m, "e": e})
 

@@ -379,9 +379,7 @@ def test_a_siblings_response_as_context_is_exact_with_its_law_frozen(successes_a
     holds the cost of its reader, which depends on y' (2 percent; 15 for right siblings). Second, the whole gradient has
     besides E[∇log π(y') Σ_t CE_t(y, y')], y' as somebody's context (14 percent; 84)."""
     x, N = UNEQUAL, len(UNEQUAL.pi)
-    along = torch.stack(
-        [(one_hot(x.states[n], len(x.z)) * x.mask[n].unsqueeze(-1)).T @ one_hot(x.tokens[n], 3) for n in range(N)]
-    )
+    along = torch.stack([(one_hot(x.states[n], len(x.z)) * x.mask[n].unsqueeze(-1)).T @ one_hot(x.tokens[n], 3) for n in range(N)])
     cost = torch.stack([disagreement(x, (x.teacher + path)[x.states]) for path in along])  # (N of y', N of y, T)
     told = x.reward if successes_alone else torch.ones(N, dtype=f64)
     total, pi = (cost * x.mask).sum(2) * told.unsqueeze(1), x.log_pi.exp()
@@ -437,8 +435,8 @@ def test_a_natural_step_on_cross_entropy_never_lowers_the_reward():
     pi, teacher, reward = draws(20_000, 5, seed=40), draws(20_000, 5, seed=41), (normal(20_000, 5, seed=42) > 0).to(f64)
     better = mean(teacher, reward) >= mean(pi, reward)
     z, teacher, reward = pi[better].log().requires_grad_(), teacher[better], reward[better]
-    pi, change, log_pi = pi[better], {}, z.log_softmax(-1)
-    for name, loss in (("ce", L.cross_entropy(teacher.log(), log_pi)), ("kl", L.divergence(log_pi, teacher.log(), "kl_student_teacher"))):
+    pi, change, pair = pi[better], {}, (z.log_softmax(-1), teacher.log())
+    for name, loss in {"ce": L.cross_entropy(*pair[::-1]), "kl": L.divergence(*pair, "kl_student_teacher")}.items():
         g, d_reward = gradient(loss.sum(), z), gradient(mean(z.softmax(-1), reward).sum(), z)
         close(pi * (-g / pi) - pi * mean(pi, -g / pi).unsqueeze(-1), -g, tol=1e-10)  # F (−g/π)
         change[name, "natural"], change[name, "plain"] = ((d_reward * step).sum(-1) for step in (-g / pi, -g))
