@@ -172,12 +172,12 @@ def loss(
     The gradients of a chunk are taken while its logits are in the buffer, in the forward pass, so no product is done
     twice; backward only scales them. It can therefore run once.
     """
-    n, need = len(hidden), torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
+    need = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
     with torch.no_grad():
         buffer, *other = _buffers(hidden, head, 2 if teacher else 1)
         d_hidden, d_head = (torch.zeros_like(hidden), torch.zeros_like(head)) if need else (None, None)
         total, parts = buffer.new_zeros(()), []
-        for first in range(0, max(n, 1), len(buffer)):  # without tokens one chunk of none
+        for first in range(0, max(len(hidden), 1), len(buffer)):  # without tokens one chunk of none
             at = slice(first, first + len(buffer))
             taught = _project(teacher[0][at], teacher[1], other[0]) if teacher else None
             logits = _project(hidden[at], head, buffer)
@@ -185,7 +185,7 @@ def loss(
             here = {name: x[at].unsqueeze(0) for name, x in (known or {}).items()}
             part = weights[at], logits, tokens[at], here, taught, divergence, top_k, taken
             value, scores = _chunk(objective, *part, entropy, need)
-            total += value
+            total += value.detach().to(total.dtype)
             parts.append(vars(scores).values())
             if need:
                 d_logits = logits.to(head.dtype)
@@ -198,7 +198,7 @@ def loss(
 def _chunk(objective, weights, logits, tokens, known, taught, divergence, top_k, expert, entropy, need):
     """Loss () and scores (c,) of one chunk. logits: (c, V), left holding dL / d logits if `need`; taught: the teacher's, which
     are lost. D is formed of a leaf: D itself over all of V, else log p of the top k and the tail, where k may be 0."""
-    named = [x.unsqueeze(-1) for x in (expert, tokens) if x is not None]  # (c, 1) each
+    named = [ids.unsqueeze(-1) for ids in (expert, tokens) if ids is not None]  # (c, 1) each
     at_named = torch.cat([logits.gather(-1, ids) for ids in named], -1)  # (c, 1 or 2)
     teacher_logp = torch.zeros_like(at_named[:, :1]) if taught is None else taught.gather(-1, named[-1])
     compares = taught is not None and divergence is not None
@@ -230,7 +230,7 @@ def _chunk(objective, weights, logits, tokens, known, taught, divergence, top_k,
         value = (weights * objective(t).squeeze(0)).sum()
         scores = Scores(logp[-1].detach(), H, D[0].detach(), teacher_logp.squeeze(-1), overlap)
         if not need:
-            return value.detach().to(logits.dtype), scores
+            return value, scores
         by_logp, by_leaf = torch.autograd.grad(value, [logp, leaf], allow_unused=True, materialize_grads=True)
     by_logp, by_leaf = by_logp.to(logits.dtype).T, by_leaf.to(logits.dtype)  # (c, 1 or 2), and of the shape of leaf
     pull = by_logp.sum(-1, keepdim=True)
@@ -245,7 +245,7 @@ def _chunk(objective, weights, logits, tokens, known, taught, divergence, top_k,
         logits.scatter_(-1, top, by_leaf[:, :-1] - at_top / z * pull)
     for ids, by in zip(named, by_logp.split(1, -1)):
         logits.scatter_add_(-1, ids, by)
-    return value.detach().to(logits.dtype), scores
+    return value, scores
 
 
 def _split(logits, top, largest, entropy=False) -> tuple[Tensor, ...]:
