@@ -8,7 +8,7 @@ import losses
 from model import head
 
 N, V, H, WIDE = 11, 37, 6, 5  # tokens, vocabulary, hidden sizes of student and teacher
-KINDS = [(kind, top_k) for kind in (*losses.DIVERGENCES, "cross_entropy") for top_k in (1, 4, None)]
+KINDS = [(kind, top_k) for kind in (*losses.DIVERGENCES, "cross_entropy") for top_k in (1, 4, V, None)]
 DS = {kind: (lambda s, t, kind=kind: losses.divergence(s, t, kind)) for kind in losses.DIVERGENCES}
 DS |= {"cross_entropy": lambda s, t: losses.cross_entropy(t, s), "": None, "expert": None}
 EXPERT = torch.randint(V, (N,), generator=torch.Generator().manual_seed(3))  # what a black box took
@@ -48,8 +48,11 @@ def plain(hidden, weight, tokens, weights, A, teacher, kind, top_k):
 
 def chunked(hidden, weight, tokens, weights, A, teacher=None, kind="", top_k=None, objective=objective, entropy=False):
     """(loss, scores) of the head."""
-    per_token, expert = lambda t: objective(t.logp, t.D, t.A), EXPERT if kind == "expert" else None  # noqa: E731
-    return head.loss(per_token, weights, hidden, weight, tokens, {"A": A}, teacher, DS[kind], top_k, expert, entropy)
+    total, scores = view(hidden, weight, tokens).loss(
+        lambda t: objective(t.logp, t.D, t.A), weights[None], {"A": A[None]}, teacher and view(*teacher, tokens),
+        DS[kind], top_k, EXPERT[None] if kind == "expert" else None, entropy,
+    )  # fmt: skip
+    return total, head.Scores(*(None if x is None else x[0] for x in vars(scores).values()))
 
 
 @pytest.fixture(params=[1, 4, 1000], ids=lambda n: f"chunks of {n}")
@@ -110,6 +113,8 @@ def test_a_drawn_token_is_where_the_cumulative_distribution_passes_the_number(sm
     uniform = torch.tensor([[0.0, 0.199, 0.201, 0.699, 0.701, 1e-9, 0.999, 0.699, 0.701, 0.801]], dtype=torch.float64)
     drawn = view(hidden, weight, torch.zeros(10, dtype=torch.long)).draw(uniform)
     assert drawn.tolist() == [[0, 0, 1, 1, 2, 2, 2, 0, 1, 2]]
+    p = torch.tensor([[0.0, 1.0, 1.0]]).double()  # the first is never drawn, and the sum is not 1
+    assert [head.invert(p, torch.tensor([at]).double()).item() for at in (0.0, 0.25, 0.75)] == [1, 1, 2]
 
 
 def test_scores_and_choices_are_the_log_softmax_on_response_tokens_and_0_on_padding(small):
@@ -211,14 +216,17 @@ def test_the_overlap_is_the_share_of_the_students_top_k_in_the_teachers(monkeypa
     assert chunked(hidden, weight, tokens, weights, A, teacher, "js")[1].overlap is None
 
 
-@pytest.mark.parametrize("kind", ["kl_teacher_student", "kl_student_teacher", "js", "cross_entropy"])
-def test_a_tail_that_holds_next_to_nothing_is_exact_in_float32(kind):
-    """The student's top 2 hold all but 1e-9, of the teacher's mass 30 % is elsewhere: 1 - sum p is far off in float32."""
+@pytest.mark.parametrize("kind, depth", [
+    ("kl_teacher_student", 22), ("kl_student_teacher", 22), ("js", 22), ("cross_entropy", 22), ("kl_student_teacher", 200), ("js", 200),
+])  # fmt: skip
+def test_a_tail_that_holds_next_to_nothing_is_exact_in_float32(kind, depth):
+    """The student's top 2 hold all but 1e-9, of the teacher's mass 30 % is elsewhere: 1 - sum p is far off in float32. At a
+    depth of 200 nothing at all is in the tail."""
     torch.manual_seed(3)
     hidden, weight = torch.eye(2)[:1].repeat(3, 1).requires_grad_(), torch.randn(50, 2)
-    weight[:, 0] -= 22.0
+    weight[:, 0] -= depth
     weight[:2, 0] = torch.tensor([1.0, 0.5])
-    teacher, weights = (torch.eye(50)[:1].repeat(3, 1), torch.randn(50, 50)), torch.rand(3)
+    teacher, weights = (torch.eye(50)[:1].repeat(3, 1), torch.randn(50, 50) + 200), torch.rand(3)  # exp(200) overflows
     given = hidden, weight.requires_grad_(), torch.tensor([0, 1, 9]), weights, torch.zeros(3)
     chunked(*given, teacher, kind, 2, lambda logp, d, A: d)[0].backward()
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
