@@ -1,7 +1,7 @@
 """Mathematics: DAPO-Math-17k for training; MATH-500, AIME24, AIME25, AMC23 for evaluation."""
 
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -120,22 +120,19 @@ def _problems(found: Iterable[dict], where: str, part: str) -> list[Problem]:
 
 def _task(train: list[Problem], notes: list[str], test: list[Problem]) -> Task:
     sandbox = Sandbox(time_limit=MATH_SECONDS, memory_mb=4096, packages=True, warm=WARM)
-    known: dict[tuple[str, str], str] = {}
-    late: Counter[tuple[str, str]] = Counter()
+    given: dict[tuple[str, ...], list[str]] = defaultdict(list)  # the verdicts on a pair, the last of which holds
 
     def equal(*pair: str) -> str:
         """algebra.equal(gold, answer) as a verdict."""
-        if pair in known:
-            return known[pair]
+        verdicts = given[pair]
+        if verdicts and (verdicts[-1] != "time-out" or len(verdicts) > 2):  # a busy machine must not settle an answer for a run
+            return verdicts[-1]
         result = sandbox.call("from algebra import equal", "equal", list(pair))
         if result.status == "ok":
             verdict = "correct" if result.value is True else "wrong"
         else:
             verdict = {"internal": "internal", "timeout": "time-out"}.get(result.status, "unreadable")
-        late[pair] += verdict == "time-out"
-        # A failed grader is not to be remembered, nor must a busy machine settle an answer for a whole run.
-        if verdict != "internal" and (verdict != "time-out" or late[pair] > 2):
-            known[pair] = verdict
+        verdicts += [verdict] if verdict != "internal" else []  # nor is a failed grader to be remembered
         return verdict
 
     def grade(pair: tuple[Problem, str]) -> Outcome:

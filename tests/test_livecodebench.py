@@ -148,11 +148,12 @@ def test_damaged_private_tests_are_one_line_with_the_problem_and_nothing_runs(na
 
 
 def test_tests_that_unpack_to_more_than_the_limit_are_refused(monkeypatch, load_lcb):
-    bomb = lcb_row("bomb", private=[("1\n", "0" * 3_000_000)])
-    assert len(bomb["private_test_cases"]) < 10_000 and load_lcb(bomb).test  # under the limit
     monkeypatch.setattr(livecodebench, "MAX_TESTS_BYTES", 1_000_000)
-    with refused("lcb problem bomb: ", "too long"):
+    assert load_lcb(lcb_row(private=[("1\n", "0" * 990_000)])).test
+    bomb = lcb_row("bomb", private=[("1\n", "0" * 3_000_000)])
+    with refused("lcb problem bomb ", "too long"):
         load_lcb(bomb)
+    assert len(bomb["private_test_cases"]) < 10_000
 
 
 NO_JSON = [("[1, 2\n3", "1"), ("1", "one"), ("1", "[" * 20_000 + "]" * 20_000), ("9" * 60_000, "1")]
@@ -394,9 +395,9 @@ OTHER = [
 def test_outputs_are_equal_line_by_line_as_text_or_as_numbers_and_compared_fast():
     for pairs, same in ((SAME, True), (OTHER, False)):
         for printed, expected in pairs:
-            start = time.monotonic()
+            start = time.process_time()
             assert livecodebench.same_output(printed, expected) is same, (printed[:50], expected[:50])
-            assert time.monotonic() - start < 3
+            assert time.process_time() - start < 3
 
 
 LONG = "7" * 30_000  # an argument: beyond Python's own limit, within the official checker's
