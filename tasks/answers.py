@@ -116,12 +116,9 @@ def _plain(gold: str, answer: str) -> str | None:
 
 def _tidy(text: str) -> str:
     """An answer without what has no meaning, such as fonts, and with one spelling for what has several."""
-    text = text.translate(str.maketrans(LETTERS))
-    for pattern, new in TIDY[:4]:
-        text = pattern.sub(new, text)
-    text = _without_fonts(text)
+    text = _without_fonts(text.translate(str.maketrans(LETTERS)))
     for pattern, new in TIDY:
-        text = pattern.sub(new, text)
+        text = pattern.sub(new, text).strip()
     while text.startswith("{") and _closing(text, 1) == len(text) - 1:
         text = text[1:-1].strip()
     return text

@@ -300,29 +300,26 @@ def test_limits_of_output_a_failed_grader_and_closing(load_lcb, sandboxes, monke
     assert sandboxes.closed == before + 1
 
 
-@pytest.mark.parametrize("first, second, verdict", [
-    ("wrong answer", "internal", "internal"),  # what the grader failed on is no failure of the program
-    ("wrong answer", "time-out", "time-out"), ("time-out", "error", "error"), ("time-out", "memory", "memory"),
-    ("time-out", "output limit", "output limit"), ("error", "memory", "error"), ("passed", "wrong answer", "wrong answer"),
+KINDS = {"i": "internal", "e": "error", "m": "memory", "o": "output limit", "t": "time-out", "w": "wrong answer", "p": "passed"}
+
+
+@pytest.mark.parametrize("ran, verdict", [
+    ("wwww wi", "i"),  # what the grader failed on is no failure of the program
+    ("wwww wt", "t"), ("wt we", "e"), ("wt wm", "m"), ("wt wo", "o"), ("we wm", "e"), ("wm we", "m"), ("wppp wwww", "w"),
 ])  # fmt: skip
-def test_of_several_failures_the_gravest_is_the_verdict_and_the_feedback(first, second, verdict, monkeypatch, load_lcb):
-    """Of two halves, since all but a wrong answer end theirs; of one rank the first. Each half begins with a wrong answer."""
-    task, ran = load_lcb(lcb_row(private=DIGITS)), []
-    seen = [DIGITS[i][0] for i in half(task.test[0])]
-    others = [given for given, _ in DIGITS if given not in seen]
+def test_of_several_failures_the_gravest_is_the_verdict_and_the_feedback(ran, verdict, monkeypatch, load_lcb):
+    """Of two halves, since all but a wrong answer end theirs; of one rank the first."""
+    task, left, given = load_lcb(lcb_row(private=DIGITS)), list(ran.replace(" ", "")), []
 
     def run_test(*args):
-        given = args[-1]["input"]
-        kind = "wrong answer" if given in (seen[0], others[0]) else first if given in seen else second
-        ran.append(kind)
-        return kind, Result("error", "said", f"no {given}")
+        given.append(args[-1]["input"])
+        return KINDS[left.pop(0)], Result("error", "said", "")
 
     monkeypatch.setattr(livecodebench, "run_test", run_test)
     (outcome,) = task.verify(task.test, [fence("print(1)")])
-    assert (outcome.reward, outcome.verdict, bool(outcome.feedback)) == (0, verdict, verdict != "internal")
-    assert len(ran) == sum(4 if kind in ("passed", "wrong answer") else 2 for kind in (first, second))
-    if verdict not in ("internal", "wrong answer"):
-        assert outcome.feedback.endswith(f"nput:\n{(seen if verdict == first else others)[1].strip()}")
+    assert (outcome.reward, outcome.verdict, left) == (0, KINDS[verdict], []) and bool(outcome.feedback) == (verdict != "i")
+    if verdict not in "iw":
+        assert outcome.feedback.endswith(f"nput:\n{given[ran.replace(' ', '').index(verdict)].strip()}")
 
 
 # ---- Feedback --------------------------------------------------------------------------------------------------------

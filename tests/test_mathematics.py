@@ -131,9 +131,9 @@ def test_the_answer_is_in_the_last_box_that_closes(text, found):
     ],
 )
 def test_a_box_in_hostile_text_is_found_fast(text, found):
-    start = time.monotonic()
+    start = time.process_time()
     assert boxed(text) == found
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
 
 
 # ---- What is paid -------------------------------------------------------------------------------------------------
@@ -333,17 +333,16 @@ def test_a_time_out_is_remembered_when_it_has_come_three_times(task, sandbox):
         assert graded(task, pair) == (["correct"] if times < 3 else ["time-out"])
 
 
-@pytest.mark.parametrize("result, verdict", [
-    (Result("internal", error="the worker died twice"), "internal"), (Result("error", error="ValueError: x"), "unreadable"),
-    (Result("memory"), "unreadable"), (Result("timeout"), "time-out"), (Result("ok", value="yes"), "wrong"),
-    (Result("ok", value=1), "wrong"), (Result("ok", value=True), "correct"),
-])  # fmt: skip
-def test_only_true_is_paid_and_a_failed_grader_is_not_remembered(result, verdict, task):
-    pair, calls = ("z", f"z+{hash(result) % 997}-0"), []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Sandbox, "call", lambda *question: calls.append(question[-1]) or result)
-        assert [graded(task, pair) for _ in range(2)] == [[verdict]] * 2
-    assert calls == [[*pair]] * (2 if verdict in ("internal", "time-out") else 1)
+def test_only_true_is_paid_and_a_failed_grader_is_not_remembered(task, monkeypatch):
+    for i, (result, verdict, calls) in enumerate((
+        (Result("internal", error="the worker died twice"), "internal", 2), (Result("timeout"), "time-out", 2),
+        (Result("error", error="ValueError: x"), "unreadable", 1), (Result("memory"), "unreadable", 1),
+        (Result("ok", value="yes"), "wrong", 1), (Result("ok", value=1), "wrong", 1), (Result("ok", value=True), "correct", 1),
+    )):  # fmt: skip
+        asked = []
+        monkeypatch.setattr(Sandbox, "call", lambda *question: asked.append(question[3]) or result)  # noqa: B023
+        assert [graded(task, ("z", f"z+{i}-0")) for _ in range(2)] == [[verdict]] * 2
+        assert asked == [["z", f"z+{i}-0"]] * calls
 
 
 # ---- The data sets ------------------------------------------------------------------------------------------------
