@@ -132,7 +132,8 @@ def _task(train: list[Problem], notes: list[str], test: list[Problem]) -> Task:
             verdict = "correct" if result.value is True else "wrong"
         else:
             verdict = {"internal": "internal", "timeout": "time-out"}.get(result.status, "unreadable")
-        verdicts += [verdict] if verdict != "internal" else []  # nor is a failed grader to be remembered
+        if verdict != "internal":  # a failed grader is not remembered
+            verdicts.append(verdict)
         return verdict
 
     def grade(pair: tuple[Problem, str]) -> Outcome:

@@ -105,10 +105,11 @@ def test_the_problems_of_the_window_train_and_evaluate_and_are_counted():
 def test_prompts_for_a_program_and_for_a_function(load_lcb):
     odd = "\nPrint {question} and {starter} and {x}. "
     row = {**lcb_row(function="f"), "question_content": odd, "starter_code": "class Solution:\n    def f(self):\n\n"}
-    texts = [p.messages[0]["content"] for p in load_lcb({**lcb_row(), "question_content": odd}, row).train]
-    assert texts[0].startswith(f"{odd.strip()}\n\nWrite a Python 3 program that reads the input from standard input")
-    assert f"{odd.strip()}\n\nSolve it by completing" in texts[1] and "```python\nclass Solution:\n    def f(self):\n```" in texts[1]
-    assert all("in one ```python code block at the end" in text for text in texts)
+    program, function = [p.messages[0]["content"] for p in load_lcb({**lcb_row(), "question_content": odd}, row).train]
+    assert program.startswith(f"{odd.strip()}\n\nWrite a Python 3 program that reads the input from standard input")
+    assert function.startswith(f"{odd.strip()}\n\nSolve it by completing")
+    assert "```python\nclass Solution:\n    def f(self):\n```" in function
+    assert all("in one ```python code block at the end" in text for text in (program, function))
 
 
 def test_private_tests_may_be_plain_or_packed_and_public_ones_stand_in_for_them(load_lcb, tmp_path):

@@ -21,7 +21,6 @@ from tasks.sandbox import Result, Sandbox
 
 FIXTURES = Path(tasks.__file__).parent / "fixtures"
 SAMPLES = Path(os.environ.get("VPD_SAMPLE_DATA") or "nowhere") / "math"
-needs_samples = pytest.mark.skipif(not SAMPLES.is_dir(), reason="VPD_SAMPLE_DATA names no folder with math/")
 
 
 @pytest.fixture(scope="module")
@@ -80,57 +79,21 @@ def here(gold: str, answer: str, seconds: float = 3.0) -> str:
 # ---- The box ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "text, found",
-    [
-        (r"so $\boxed{ 5 }$.", "5"),
-        (r"\boxed {5}", "5"),
-        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
-        (r"\boxed{\boxed{5}}", "5"),
-        (r"\boxed{1} then \boxed{2}", "2"),
-        (r"\boxed{1} then \boxed{2", "1"),
-        (r"\boxed{1} then \boxed{\boxed{2", "1"),
-        (r"\boxed{1 then \boxed{2}", "2"),
-        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
-        (r"\boxed{\left\{1\right.}", r"\left\{1\right."),
-        (r"\boxed{a\\{b}}", r"a\\{b}"),  # an escaped backslash, then a brace that counts
-        (r"} \boxed{5} }", "5"),
-        (r"{\boxed{5}", "5"),
-        (r"\boxed{}", ""),
-        ("\\boxed{1\n2}", "1\n2"),
-        (r"\fbox{5}", "5"),
-        (r"\boxed{4}, so \fbox{5}", "5"),
-        (r"$\boxed 5$", "5"),
-        (r"$\boxed5$", "5"),
-        (r"$\boxed \frac{1}{2}$", r"\frac{1}{2}"),
-        (r"\boxed{5}, by \boxed as asked", "5"),  # one with braces is meant
-        (r"boxed{5}", None),
-        (r"\boxedmath{5}", None),
-        (r"\boxed{5", None),
-        (r"\boxed{5\}", None),
-        ("5", None),
-        ("", None),
-        ("\\", None),
-    ],
-)
-def test_the_answer_is_in_the_last_box_that_closes(text, found):
-    assert boxed(text) == found
-
-
-@pytest.mark.parametrize(
-    "text, found",
-    [
-        (r"\boxed{" * 20_000, None),
-        (r"\boxed{7}" + r"\boxed{" * 20_000, "7"),
-        (r"\boxed{" * 20_000 + "7" + "}" * 20_000, "7"),
-        (r"\boxed" + " " * 100_000, None),
-        (r"\boxed" * 20_000, None),
-        (r"\boxed " + "{" * 100_000, None),
-        ("\\" * 100_001, None),
-        ("{" * 100_000 + r"\boxed{7}" + "}" * 100_000, "7"),
-    ],
-)
-def test_a_box_in_hostile_text_is_found_fast(text, found):
+@pytest.mark.parametrize("text, found", [
+    (r"so $\boxed{ 5 }$.", "5"), (r"\boxed {5}", "5"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed{\boxed{5}}", "5"),
+    (r"\boxed{1} then \boxed{2}", "2"), (r"\boxed{1} then \boxed{2", "1"), (r"\boxed{1} then \boxed{\boxed{2", "1"),
+    (r"\boxed{1 then \boxed{2}", "2"), (r"\boxed{\{1, 2\}}", r"\{1, 2\}"), (r"\boxed{\left\{1\right.}", r"\left\{1\right."),
+    (r"\boxed{a\\{b}}", r"a\\{b}"),  # an escaped backslash, then a brace that counts
+    (r"} \boxed{5} }", "5"), (r"{\boxed{5}", "5"), (r"\boxed{}", ""), ("\\boxed{1\n2}", "1\n2"), (r"\fbox{5}", "5"),
+    (r"\boxed{4}, so \fbox{5}", "5"), (r"$\boxed 5$", "5"), (r"$\boxed5$", "5"), (r"$\boxed \frac{1}{2}$", r"\frac{1}{2}"),
+    (r"\boxed{5}, by \boxed as asked", "5"),  # one with braces is meant
+    (r"boxed{5}", None), (r"\boxedmath{5}", None), (r"\boxed{5", None), (r"\boxed{5\}", None), ("5", None), ("", None),
+    # Hostile text, which takes one pass as well.
+    (r"\boxed{" * 20_000, None), (r"\boxed{7}" + r"\boxed{" * 20_000, "7"), (r"\boxed{" * 20_000 + "7" + "}" * 20_000, "7"),
+    (r"\boxed" + " " * 100_000, None), (r"\boxed" * 20_000, None), (r"\boxed " + "{" * 100_000, None), ("\\" * 100_001, None),
+    ("{" * 100_000 + r"\boxed{7}" + "}" * 100_000, "7"),
+])  # fmt: skip
+def test_the_answer_is_in_the_last_box_that_closes_and_is_found_fast(text, found):
     start = time.process_time()
     assert boxed(text) == found
     assert time.process_time() - start < 2
@@ -176,6 +139,7 @@ PAID = {
     "x=5": r"5 | 5=x | 2x=10",
     "y=2x+3": r"2x+3 | y-2x=3 | y = 3+2x",
     "x^2+y^2=4": r"2x^2+2y^2=8 | x^2=4-y^2",
+    r"x+y\le4": r"2x+2y\le8 | 4\ge x+y | -x-y\ge-4",
     "(a+5)(b+2)": r"ab+2a+5b+10 | (b+2)(5+a)",
     r"\begin{pmatrix}-1/3\\2/3\end{pmatrix}": r"\begin{bmatrix}-\frac13\\\frac23\end{bmatrix} | "
     r"\frac13\begin{pmatrix}-1\\2\end{pmatrix}",
@@ -218,13 +182,14 @@ REFUSED = {
     r"\text{(C)}": r"D | (D) 27 | A, C | 27",
     r"(2,\infty)": r"(2,\infty] | 2\text{ or }\infty | [2,\infty) | x\ge2 | 2<x\le\infty",
     r"(-\infty,4]": r"[-\infty,4] | (-\infty,4) | x<4",
-    "(3,4]": r"(3,4) | 3<x<4 | [3,4] | 3,4",
+    "(3,4]": r"(3,4) | 3<x<4 | [3,4] | 3,4 | 3\le x\le4 | 3\le x<4",
     "1,-2": r"(1,-2) | 1 | 1,2 | 1,-2,-2 | 1,-2,3",
     "(1,-2)": r"(-2,1) | \{1,-2\} | -2,1",
     "x>2": r"y>2 | x\ge2 | x<2 | 2",
     "x=5": r"y=5 | x=6 | x=x",
     "y=2x+3": r"y=2x+4 | z=2x+3 | 0=0 | y=y",
     "x^2+y^2=4": r"x^2+y^2=5 | 4 | 0=0 | x^2+y^2\le4",
+    r"x+y\le4": r"x+y\ge4 | x+y<4 | x+2y\le4 | x+y=4",
     "x": r"|x| | x(1+10^{-200}) | x+10^{-20} | \sqrt{x^2} | y",
     r"\frac{n(n+1)}{2}": r"\sum_{k=1}^nk | \frac{n(n-1)}{2}",
     r"\begin{pmatrix}1\\2\end{pmatrix}": r"\begin{pmatrix}1&2\end{pmatrix} | \begin{pmatrix}2\\1\end{pmatrix} | (1,2)",
@@ -353,22 +318,14 @@ def fixture_rows(name: str) -> list[dict]:
 
 
 DAPO_TRAIN = [  # of the fixture: two rows are doubles, one problem has two answers, one stands in MATH-500
-    ("Solve $x + 3 = 10$ for $x$.", "7"),
-    ("What is $2^5$?", "32"),
-    (r"Remember: what is $6 \cdot 7$?", "42"),
-    ("What is $9 - 12$?", "-3"),
-    ("Compute $100 / 4$.", "25"),
-]
+    ("Solve $x + 3 = 10$ for $x$.", "7"), ("What is $2^5$?", "32"), (r"Remember: what is $6 \cdot 7$?", "42"),
+    ("What is $9 - 12$?", "-3"), ("Compute $100 / 4$.", "25"),
+]  # fmt: skip
 TESTS = [
-    ("math500", "test/algebra/fx1.json", "10"),
-    ("math500", "test/prealgebra/fx2.json", r"\frac{1}{6}"),
-    ("math500", "test/algebra/fx3.json", "(0,2]"),
-    ("aime24", "60", "4"),
-    ("aime24", "61", "125"),
-    ("aime25", "0", "50"),
-    ("amc23", "0", "27.0"),
-    ("amc23", "1", "36.0"),
-]
+    ("math500", "test/algebra/fx1.json", "10"), ("math500", "test/prealgebra/fx2.json", r"\frac{1}{6}"),
+    ("math500", "test/algebra/fx3.json", "(0,2]"), ("aime24", "60", "4"), ("aime24", "61", "125"), ("aime25", "0", "50"),
+    ("amc23", "0", "27.0"), ("amc23", "1", "36.0"),
+]  # fmt: skip
 
 
 def test_dapo_loses_doubles_conflicts_evaluation_problems_and_its_instruction(sandbox):
@@ -447,7 +404,7 @@ def test_a_row_that_is_no_problem_with_an_answer_is_refused(row, words, form, tm
             tasks.load("math", data=str(tmp_path))
 
 
-@needs_samples
+@pytest.mark.skipif(not SAMPLES.is_dir(), reason="VPD_SAMPLE_DATA names no folder with math/")
 @pytest.mark.parametrize("name, count", [("math500", 500), ("aime24", 30), ("aime25", 30), ("amc23", 40)])
 def test_published_answers_equal_themselves_as_text_and_by_algebra(name, count, sandbox):
     task = tasks.read("math", str(SAMPLES / f"{name}.jsonl"))

@@ -144,6 +144,7 @@ def test_half_of_a_surrogate_pair_in_a_file_becomes_text(tmp_path, tokenizer):
 def test_a_hub_out_of_reach_is_one_line_and_only_the_cache_is_asked(task, repo, what, reason, monkeypatch):
     """Without a reason the hub answers, and fails later. For its load, and only for it, the library is told that it is offline."""
     asked, flags = [], [(module, "HF_HUB_OFFLINE") for module in (huggingface_hub.constants, datasets.config)]
+    answers = {(repo, what[0] if task == "lcb" else "README.md", "dataset"): reason}
 
     def fail(*given, **settings):
         asked.append((*given, settings, *(getattr(*flag) for flag in flags)))
@@ -153,7 +154,7 @@ def test_a_hub_out_of_reach_is_one_line_and_only_the_cache_is_asked(task, repo, 
         monkeypatch.setattr(*flag, False)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    monkeypatch.setattr(hub, "unreachable", lambda *of: reason if of == (repo, what[0] if task == "lcb" else "README.md", "dataset") else "")
+    monkeypatch.setattr(hub, "unreachable", lambda *of: answers[of])
     with refused(f"{repo} cannot be fetched ({reason or 'ConnectionError: no route to host'}): give a local copy with --data"):
         tasks.load(task)
     assert asked == [(repo, *what, bool(reason), bool(reason))] and not any(getattr(*flag) for flag in flags)
@@ -253,7 +254,7 @@ def test_a_verifier_that_fails_later_is_one_line_that_names_the_files_line(body,
     ("raise GeneratorExit", "mine.py, line 2: GeneratorExit"),
     ("return 3", "must return a tasks.Task"),
     ("return Task('a', [Problem('p', [])], None, [], None)", "must return a tasks.Task"),
-    ("return Task('a', [Problem('p', [{'role': 'assistant', 'content': ''}])], [], [], None)", "the last a user's"),
+    ("return Task('a', [Problem('p', [{'role': x, 'content': ''} for x in ('user', '')])], [], [], None)", "the last a user's"),
     ("return Task('a', [Problem('p', [{'role': 'user', 'content': ''}], 3)], [], [], None)", "the reference text"),
     ("return Task('a', [Problem(i, [{'role': 'user', 'content': ''}]) for i in (1, '1')], [], [], None)", "twice"),
     ("return Task('a', [Problem('p', [{'role': 'user', 'content': ''}])], [], [], None)", "'NoneType' object is not callable"),
