@@ -134,6 +134,7 @@ def test_half_of_a_surrogate_pair_in_a_file_becomes_text(tmp_path, tokenizer):
     (tmp_path / "x.jsonl").write_text('{"a": "x\\ud800y"}\n{"a": "\\uDE00"}\n{"a": "\\ud83d\\ude00"}\n{"a": "\\\\ud800"}\n')
     texts = [row["a"] for row in tasks.rows(tmp_path / "x.jsonl")]
     assert texts == ["x?y", "?", "\U0001f600", "\\ud800"] and all(tokenizer(text).input_ids for text in texts[:2])
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|pad|>")
 
 
 @pytest.mark.parametrize("reason", ["", "no way to the hub"])
