@@ -297,9 +297,9 @@ class Critic:
         self.cfg, self.policy, self.sampler, self.missing = cfg, policy, sampler, Counter()
         self.server = None
         if cfg.critic_url:
-            from neighbours.served import Asked  # openai, which only its users need
+            from neighbours.served import Served  # openai, which only its users need
 
-            self.server = Asked("critic", cfg.critic_url, cfg.critic_model, cfg.server_timeout, policy.world, self.missing)
+            self.server = Served("critic", cfg.critic_url, cfg.critic_model, cfg.server_timeout, policy.world, self.missing)
 
     def write(self, problems: list, responses: list[str], outcomes: list, step: int) -> list[str]:
         """A review of each failure, with the reference answer in view; "" on successes and where none came."""
@@ -309,7 +309,7 @@ class Critic:
         settings = seed, cfg.max_critique_tokens, cfg.temperature, cfg.top_p
         if self.server:
             asked = [[{"role": "user", "content": "".join(critique_parts(*attempt))}] for attempt in attempts]
-            replies = self.server.ask(lambda server: server.reply(asked, *settings))
+            replies = self.server.reply(asked, *settings)
         else:
             tokenizer, limit = self.policy.tokenizer, cfg.max_teacher_tokens
             prompts = [critique_prompt(tokenizer, *attempt, limit)[0] for attempt in attempts]
