@@ -93,14 +93,14 @@ class Served:
         return choice
 
     def _insisting(self, create: Callable, wanted: list[str], **how):
-        """The first choice of an answer, asked for with all of `wanted`, or with as many as the server takes, which is told once."""
+        """An answer's first choice, asked for with all of `wanted`, or with as many as the server takes, which is told once."""
         wanted, refusal = [name for name in wanted if name not in self.without], None
         for left_out in itertools.chain(*(itertools.combinations(wanted, n) for n in range(len(wanted) + 1))):
             settings = ChainMap(*(WANTED[name] for name in wanted if name not in left_out))
             try:
                 answer = create(model=self.model, **how, **settings)
             except self.refusals as error:
-                refusal = refusal or error
+                refusal = error
                 continue
             with self.lock:
                 if new := set(left_out) - self.without:

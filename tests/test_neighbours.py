@@ -301,17 +301,16 @@ def test_the_expert_reads_up_to_a_place_and_ours_is_its_answers_first_token(expe
 
 def test_places_are_random_and_a_function_of_seed_step_and_row(expert, server):
     server.answer = lambda body, _: server.complete_with(chr(97 + body["seed"] % 26))
-    take = lambda **settings: expert(["p"] * 2, ["abcdefgh"] * 2, **dict(places=2) | settings)[1:]  # noqa: E731
-    both = take(rows=[0, 1])
-    assert all(map(torch.equal, take(rows=[0, 1]), both))
-    assert torch.equal(take(rows=[1])[1][1], both[1][1])  # the other rows have no say in a row's places
-    others = [take(rows=[0, 1], step=step)[1] for step in range(1, 9)]
-    assert len({tuple(weight[0].tolist()) for weight in others}) > 3
+    take = lambda **settings: expert(["p"] * 2, ["abcdefgh"] * 2, **dict(places=2, rows=[0, 1]) | settings)[1:]  # noqa: E731
+    tokens, places = take()
+    asked = {body["seed"] for _, _, body in server.seen}
+    assert all(map(torch.equal, take(), (tokens, places)))
+    assert torch.equal(take(rows=[1])[1][1], places[1])  # the other rows have no say in a row's places
+    others = [take(step=step)[1] for step in range(1, 9)]
+    assert len(asked | {body["seed"] for _, _, body in server.seen}) == 2 * 2 * 2  # draws of their own at another step
     assert sum(not torch.equal(weight[0], weight[1]) for weight in others) > 3
-    assert (sum(others).sum(0) > 0).all() and not torch.equal(take(rows=[0, 1], seed=1)[1], both[1])
+    assert (sum(others).sum(0) > 0).all() and not torch.equal(take(seed=1)[1], places)
     assert take(rows=[0], places=9)[1].tolist() == [[1.0] * 8, [0.0] * 8]  # all places of a shorter response
-    seeds = [(take(rows=[0, 1], step=step), {body["seed"] for _, _, body in server.seen})[1] for step in (0, 1)]
-    assert len(seeds[0] | seeds[1]) == 2 * 2 * 2  # draws of their own at another step
 
 
 def test_a_place_without_an_experts_token_has_no_loss_and_the_others_stand_for_it(expert, server, byte_tokenizer):
