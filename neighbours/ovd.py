@@ -1,5 +1,5 @@
-"""OVD (arXiv 2601.21968, first version): verbal distillation. A judge reads each rollout and gives it a digit; a rejected rollout gives
-way to a demonstration of the teacher, and GRPO trains on the mixed group. A loop of its own over the pieces of vpd.py.
+"""OVD (arXiv 2601.21968, first version): verbal distillation. A judge reads each rollout and gives it a digit; a rejected rollout
+gives way to a demonstration of the teacher, and GRPO trains on the mixed group. A loop of its own over the pieces of vpd.py.
 
     python -m neighbours.ovd --task toy --out DIR        the flags of vpd.py, without --method, and those of `Config` below
 
