@@ -157,7 +157,7 @@ def open_run(cfg, world: World, also: Callable = lambda *_: None) -> "Run":
         task.notes += notes + world.first(lambda: machine.check(cfg, found))
         policy = Policy.load(
             path, getattr(torch, cfg.dtype), world, micro_batch_tokens=cfg.micro_batch_tokens, temperature=cfg.temperature,
-            # transformers' generate would compile the layers anew for each length of its cache.
+            # transformers would compile the layers anew for each length of the cache.
             compiled=found.gpu > 0 and cfg.sampler != "hf", recompute=found.stored if found.gpu else None,
         )  # fmt: skip
         world.wait()  # everybody has read it
