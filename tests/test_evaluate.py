@@ -291,7 +291,7 @@ def test_run_is_evaluated_before_and_after_with_its_own_settings(command, run_fo
 
 @pytest.mark.parametrize(
     "wrong, words",
-    [({"text": "{"}, "config.json is no JSON"), ({"text": "[]"}, "is not the configuration of a run"),
+    [({"text": "{"}, "JSONDecodeError"), ({"text": "[]"}, "is not the configuration of a run"),
      ({"text": "{}"}, "it lacks task"), ({"text": '{"task": "toy", "model": "m"}'}, "it lacks method")],
 )  # fmt: skip
 def test_a_configuration_that_is_none_is_one_line_that_names_the_file(wrong, words, run_folder, capsys):

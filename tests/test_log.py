@@ -64,7 +64,7 @@ def test_figures_of_the_weights_that_sampled_are_over_the_tokens_of_the_rows():
         overlap = T([[0.5, math.nan] if rows == [0] else [0.9, 0.9]])  # row 2 has no context
         scores = Scores(LOGP[rows], entropy[rows], T([[0.4, 0.8]]), batch().teacher_logp[rows], overlap)
         log.m_pass(rows, view, T(0.25), scores, batch().has_C, measures=True)
-    assert log.m_loss() == 0.5 and log.sums is None and log.m_losses == [0.5]
+    assert log.m_loss() == 0.5 and log.sums == 0 and log.m_losses == [0.5]
     assert log.D_sum == pytest.approx(0.6 / 2)  # row 2 has no context; the mean is over the two rows that have one
     log.from_passes(batch(), torch.tensor([True, False, True]), has_teacher=True)
     assert figures(log) == pytest.approx({"entropy": 1.2 / 4, "sampler_gap": 0.8 / 4})
