@@ -63,8 +63,8 @@ class BatchLog:
         self.packing += torch.tensor([view.filled, view.padded])
 
     def measured(self, batch, rows: torch.Tensor, logp: torch.Tensor, entropy: torch.Tensor, teacher_logp) -> None:
-        """Figures of the weights that sampled the batch, over `rows` (B,), from (B, T): the entropy, how far the sampler's engine is
-        from the trainer, and where there is a teacher the margin over those of the rows that have a context."""
+        """Figures of the weights that sampled the batch, over `rows` (B,), from (B, T): the entropy, how far the sampler's engine
+        is from the trainer, and where there is a teacher the margin over those of the rows that have a context."""
         tokens = batch.mask.bool() & rows[:, None]
         gap = (logp - batch.sampler_logp)[tokens]
         truncated = None if self.limit is None else mean(gap.exp() >= self.limit)
@@ -78,8 +78,8 @@ class BatchLog:
         self.measured(batch, torch.ones_like(batch.graded), batch.old_logp, entropy, batch.teacher_logp)
 
     def e_update(self, loss: float, norm: float, u: torch.Tensor, r: torch.Tensor, c: torch.Tensor) -> None:
-        """u: r~ - delta of the rows; c: the loss's slope in each token's log q. A row has died when its pull, sigma(-u) on a success
-        and sigma(u) on a failure, is below 0.01, or when it has none."""
+        """u: r~ - delta of the rows; c: the loss's slope in each token's log q. A row has died when its pull, sigma(-u) on a
+        success and sigma(u) on a failure, is below 0.01, or when it has none."""
         self.e_losses.append(loss)
         self.e_norms.append(norm)
         self.died.append((torch.where(r == 1, torch.sigmoid(-u), torch.sigmoid(u)) < 0.01) | (c == 0).all(1))

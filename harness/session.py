@@ -420,7 +420,7 @@ class Run:
     def teacher_pass_rate(self) -> float:
         """Pass rate of the teacher, as it now is, with the contexts in `probe`."""
         problems = [p for p in self.watched[: self.cfg.teacher_probe] if p.id in self.probe]
-        words, limit = self.cfg.templates(), self.cfg.max_teacher_tokens
-        prompt = lambda p: feedback.teacher_prompt(self.policy.tokenizer, p.messages, self.probe[p.id], words, limit)[0]  # noqa: E731
+        words, limit, tokenizer = self.cfg.templates(), self.cfg.max_teacher_tokens, self.policy.tokenizer
+        prompt = lambda p: feedback.teacher_prompt(tokenizer, p.messages, self.probe[p.id], words, limit)[0]  # noqa: E731
         with weights_of(self.teacher, self.sampler, self.policy) as reader:
             return self.measure(reader, problems, "probe", [prompt(p) for p in problems])["avg"]

@@ -17,7 +17,7 @@ case "$*" in
   *evaluate.py*|*study*|*--plan*) ;;
   *vpd.py*|*neighbours*) [ -z "$VPD_OUT_FILE" ] || echo runs/here > "$VPD_OUT_FILE" ;;
 esac
-case "$*" in *slow*) trap 'echo "got $name" >> {told}; exit 143' TERM HUP; echo ready; for i in $(seq 50); do sleep 0.1; done ;; esac
+case "$*" in *slow*) trap 'echo "got" >> {told}; exit 143' TERM HUP; echo ready; for i in $(seq 50); do sleep 0.1; done ;; esac
 """
 
 
@@ -64,7 +64,7 @@ HIDDEN = {"CUDA_VISIBLE_DEVICES": ""}
      ("test -x", HIDDEN, ["-m pytest -q -m not slow and not vllm and not gpu and not real tests -x"]),
      # Several processes: one checks first.
      ("lcb", {}, ["vpd.py --task lcb --plan --gpus 2", f"{TORCHRUN}vpd.py --task lcb", f"{TORCHRUN}{AFTER[0]}", AFTER[1]]),
-     ("math --smoke", {"CUDA_VISIBLE_DEVICES": "0,3"}, [f"{TORCHRUN}vpd.py --task math --smoke", f"{TORCHRUN}{AFTER[0]}", AFTER[1]]),
+     ("toy --smoke", {"CUDA_VISIBLE_DEVICES": "0,3"}, [f"{TORCHRUN}vpd.py --task toy --smoke", f"{TORCHRUN}{AFTER[0]}", AFTER[1]]),
      ("eval --run x", {"NPROC": "2"}, [f"{TORCHRUN}evaluate.py --run x"])],
 )  # fmt: skip
 def test_a_word_starts_its_commands(words, environment, commands, sh):
@@ -89,4 +89,4 @@ def test_a_signal_reaches_the_run_whose_status_is_the_scripts(number, sh):
     time.sleep(0.1)
     process.send_signal(number)
     assert process.wait(timeout=30) == 143
-    assert told.read_text().splitlines() == ["vpd.py --task toy --slow", "got "]  # and nothing is evaluated
+    assert told.read_text().splitlines() == ["vpd.py --task toy --slow", "got"]  # and nothing is evaluated

@@ -113,10 +113,12 @@ def test_a_run_that_goes_on_is_left_alone(tmp_path, capsys):
 def test_a_model_is_saved_by_its_whole_path_and_the_run_goes_on_elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(CHOICE.parent)
     run(tmp_path / "run", "--model", "choice", steps=1)
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["model"] == str(CHOICE)
+    config = (tmp_path / "run" / "config.json").read_text()
+    assert json.loads(config)["model"] == str(CHOICE)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "choice").mkdir()
     vpd.main(["--out", "run", "--resume"])
+    assert (tmp_path / "run" / "config.json").read_text() == config  # as the run was started
 
 
 # ---- What a task or a model brings -------------------------------------------------------------------------------
@@ -134,7 +136,7 @@ def own(path, text="start {i}", reward=0):
     """The flags of a small run of a task of one's own, on the toy model of choice."""
     path.write_text(OWN.format(text=text, reward=reward))
     return ["--task", "own", "--subset", "", "--data", str(path), "--model", str(CHOICE),
-            "--max_prompt_tokens", "64", "--max_response_tokens", "8"]  # fmt: skip
+            "--max_prompt_tokens", "10", "--max_response_tokens", "8"]  # fmt: skip; prompts of 10 tokens are not dropped
 
 
 LOOP = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -151,12 +153,12 @@ NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system 
 def test_prompts_that_cannot_be_built_are_one_line(roles, template, blanks, words, byte_tokenizer):
     changed, messages = copy.deepcopy(byte_tokenizer), [{"role": role, "content": "a" * 40} for role in roles]
     changed.chat_template, changed._tokenizer.pre_tokenizer = template, pre_tokenizers.ByteLevel(add_prefix_space=blanks)
-    check = lambda: feedback.check_prompts(changed, [tasks.Problem("p", messages)], parsed("--max_teacher_tokens", "140"))  # noqa: E731
+    asked = changed, [tasks.Problem("p", messages)], parsed("--max_teacher_tokens", "140")
     if words is None:
-        assert check() == [len("<user\n" + "a" * 40 + ">\n")]
+        assert feedback.check_prompts(*asked) == [len("<user\n" + "a" * 40 + ">\n")]
     else:
         with pytest.raises(ValueError, match=words):
-            check()
+            feedback.check_prompts(*asked)
 
 
 @pytest.mark.parametrize("template", [None, LOOP, "<|pad|>" + LOOP])
@@ -210,9 +212,8 @@ def test_the_trainer_scores_at_the_temperature_of_the_rollouts(tmp_path, capsys)
 
 def test_a_sequence_that_is_too_long_is_refused_and_what_a_run_may_meet_is_noted(tmp_path, monkeypatch, capsys):
     """The longest sequence may be that of evaluation."""
-    load = tasks.load
 
-    def changed(*args):
+    def changed(*args, load=tasks.load):
         task = load(*args)
         long = replace(task.validation[-1], messages=[{"role": "user", "content": "start 1 " * 300}])
         return replace(task, validation=[*task.validation, long], test=[])
@@ -247,9 +248,9 @@ def test_the_end_of_a_run_is_what_is_left_of_batches_and_evaluations(monkeypatch
     here = session.Run(parsed("--steps", "10", "--eval_every", "4"), None, None, task, Path(), {}, None, None, None)
     here.eval_seconds = 100.0
     monkeypatch.setattr(session.time, "time", lambda: 0.0)
-    left = 9 * 20 + 3 * 100  # after batches 4, 8 and 10
+    left = 6 * 20 + 2 * 100  # after batches 8 and 10
     at = session.time.strftime("%a %H:%M", session.time.localtime(left))
-    assert here.outlook(20.0, 1) == f"a batch takes 20.0 s, an evaluation 100.0 s: the run will end in about 0:08:00, {at}"
+    assert here.outlook(20.0, 4) == f"a batch takes 20.0 s, an evaluation 100.0 s: the run will end in about 0:05:20, {at}"
 
 
 # ---- How a run ends ----------------------------------------------------------------------------------------------
@@ -352,8 +353,8 @@ def test_a_disk_that_is_full_is_one_line_and_nothing_half_written(what, goes_on,
     half = lambda path, text: (write(path, b""), full()) if path.name == "part-config.json" else write(path, text)  # noqa: E731
     link = lambda cfg, out, record: (make(cfg, out, record), (out / what).symlink_to("/dev/full"))[0]  # noqa: E731
     network = type(Policy.load(CHOICE).model)
-    patches = {"config.json": (Path, "write_bytes", half), "log.jsonl": (runs, "make", link), "model": (network, "save_pretrained", full)}
-    monkeypatch.setattr(*patches[what])
+    monkeypatch.setattr(*{"config.json": (Path, "write_bytes", half), "log.jsonl": (runs, "make", link),
+                          "model": (network, "save_pretrained", full)}[what])  # fmt: skip
     *_, last = ended(1, capsys, tmp_path / "run", steps=1).splitlines()
     assert f"run/{what}: " in last and "No space left" in last and goes_on in last
     assert not list((tmp_path / "run").rglob("part-*"))
@@ -455,10 +456,10 @@ def test_rows_of_the_e_step_that_no_longer_pull_are_told_once(tmp_path, capsys):
 
 
 def test_base_failures_are_the_first_failure_with_a_context_of_each_problem(monkeypatch):
-    cfg = parsed("--subset", "choice", "--group_size", "3", "--teacher_probe", "4", "--feedback", "environment")
+    cfg = parsed("--subset", "choice", "--group_size", "3", "--teacher_probe", "4", "--feedback", "solution_first")
     problems = [tasks.Problem(name, [{"role": "user", "content": name}], "") for name in "abcde"]
     right = {"a": (1, 1, 1), "b": (1, 0, 0), "c": (0, 0, 0), "d": (0, 1, 0)}
-    text = {("b", 1): "b1", ("b", 2): "b2", ("c", 0): "c0", ("d", 0): "", ("d", 2): "d2"}
+    text = {("c", 1): "c1", ("c", 2): "c2"}  # b and d have a success to show
 
     def sample(prompts, n, seed, max_tokens, temperature, top_p):
         assert (len(prompts), n, temperature, top_p) == (4, 3, cfg.temperature, cfg.top_p)  # e is the fifth problem
@@ -472,4 +473,5 @@ def test_base_failures_are_the_first_failure_with_a_context_of_each_problem(monk
     monkeypatch.setattr(feedback, "student_prompt", lambda tokenizer, messages: [0])
     task, critic = tasks.Task("toy/none", [], problems, [], verify), feedback.Critic(cfg, policy)
     found = session.Run(cfg, policy, SimpleNamespace(sample=sample), task, Path(), {}, None, critic, None)._base_failures()
-    assert [(id, context.feedback) for id, context in found.items()] == [("b", "b1"), ("c", "c0"), ("d", "d2")]
+    texts = [(id, context.solution, context.feedback) for id, context in found.items()]
+    assert texts == [("b", "y3", ""), ("c", "", "c1"), ("d", "y10", "")]
