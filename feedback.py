@@ -260,9 +260,9 @@ class Critic:
     def __init__(self, cfg, policy, sampler=None):
         self.cfg, self.policy, self.sampler, self.server, self.missing = cfg, policy, sampler, None, Counter()
         if cfg.critic_url:
-            from neighbours.served import Asked  # openai, which only its users need
+            from neighbours.served import Served  # openai, which only its users need
 
-            self.server = Asked("critic", cfg.critic_url, cfg.critic_model, cfg.server_timeout, policy.world, self.missing)
+            self.server = Served("critic", cfg.critic_url, cfg.critic_model, cfg.server_timeout, policy.world, self.missing)
 
     def write(self, problems: list, responses: list[str], outcomes: list, step: int) -> list[str]:
         """A review of each failure, with the reference answer in view; "" on successes and where none came."""
@@ -272,7 +272,7 @@ class Critic:
         settings = seed_for(cfg.seed, step, "critiques"), cfg.max_critique_tokens, cfg.temperature, cfg.top_p
         if self.server:
             asked = [[{"role": "user", "content": "".join(critique_parts(*attempt))}] for attempt in attempts]
-            replies = self.server.ask(lambda server: server.reply(asked, *settings))
+            replies = self.server.reply(asked, *settings)
         else:
             prompts = [critique_prompt(self.policy.tokenizer, *attempt, cfg.max_teacher_tokens)[0] for attempt in attempts]
             replies = [self.policy.decode(rollout.tokens) for rollout in self.sampler.sample(prompts, 1, *settings)]

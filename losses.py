@@ -1,7 +1,7 @@
 """Every objective of VPD (arXiv 2605.15113v1) and its baselines as a pure function of tensors.
 
 Nothing here knows a model, a setting or a file. To use a function in another project, copy it with the helpers that its
-docstring names; this file's three imports (math, torch, torch.nn.functional as F) are all that any of them needs.
+docstring names; this file's imports (math and torch) are all that any of them needs.
 
     B sequences, T response tokens, V vocabulary, K top-k
     log p, log q    log-probabilities, normalised over the last axis
@@ -16,6 +16,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 DIVERGENCES = ("kl_student_teacher", "kl_teacher_student", "js")
 
@@ -23,55 +24,50 @@ DIVERGENCES = ("kl_student_teacher", "kl_teacher_student", "js")
 # ---- Distributions ---------------------------------------------------------------------------------------
 
 
-def kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p‖q) = Σ p (log p − log q) over the last axis.
 
     log_p, log_q: (..., V) log-probabilities. Returns (...). Symbols with p = 0 contribute 0.
     """
-    assert log_p.shape == log_q.shape, f"log_p {tuple(log_p.shape)} and log_q {tuple(log_q.shape)} differ"
+    assert log_p.shape == log_q.shape, f"log_p {log_p.shape} and log_q {log_q.shape} differ"
     # 0 log 0 = 0: the difference is masked, not the product, so that the gradient stays finite as well.
     gap = torch.where(log_p == -math.inf, 0.0, log_p - log_q)
     return (log_p.exp() * gap).sum(-1)
 
 
-def cross_entropy(log_t: torch.Tensor, log_s: torch.Tensor) -> torch.Tensor:
+def cross_entropy(log_t: Tensor, log_s: Tensor) -> Tensor:
     """H(T, S) = −Σ T log S over the last axis; the teacher T is detached. DistIL's local cost CE_t (2606.05152).
 
     log_t, log_s: (..., V or K+1) log-probabilities. Returns (...). Symbols with T = 0 contribute 0.
     """
-    assert log_t.shape == log_s.shape, f"log_t {tuple(log_t.shape)} and log_s {tuple(log_s.shape)} differ"
+    assert log_t.shape == log_s.shape, f"log_t {log_t.shape} and log_s {log_s.shape} differ"
     log_t = log_t.detach()
     return -(log_t.exp() * torch.where(log_t == -math.inf, 0.0, log_s)).sum(-1)
 
 
-def token_logp(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def token_logp(logits: Tensor, tokens: Tensor) -> Tensor:
     """log p(y_t | ·) = logits[y_t] − logsumexp(logits).
 
     logits: (B, T, V); tokens: (B, T) integer ids. Returns (B, T), in float32 for logits in half precision.
     """
-    assert logits.shape[:-1] == tokens.shape, f"logits {tuple(logits.shape)} do not fit tokens {tuple(tokens.shape)}"
+    assert logits.shape[:-1] == tokens.shape, f"logits {logits.shape} do not fit tokens {tokens.shape}"
     dtype = torch.promote_types(logits.dtype, torch.float32)
     return torch.log_softmax(logits, dim=-1, dtype=dtype).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
-def top_k_with_tail(
-    student_logits: torch.Tensor, teacher_logits: torch.Tensor, k: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def top_k_with_tail(student_logits: Tensor, teacher_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Log-probabilities at the student's k likeliest tokens, and one bucket for all other tokens, for student and teacher.
 
     student_logits, teacher_logits: (B, T, V). Returns two (B, T, k+1), tail last; the teacher's is detached, and so is the
-    choice of tokens. Half precision is taken, and given back, in float32. The idea is SDPO's (lasgroup/SDPO @0e6d510); its
-    code forms the tail as 1 − Σ_k p_k (`clamped_tail`), here it is a logsumexp over the other tokens, exact however little
-    they hold.
+    choice of tokens. Half precision is taken, and given back, in float32. The idea is SDPO's (lasgroup/SDPO @0e6d510), whose
+    code forms the tail as 1 − Σ_k p_k; here it is a logsumexp over the other tokens, exact however little they hold.
     """
-    assert student_logits.shape == teacher_logits.shape, (
-        f"student_logits {tuple(student_logits.shape)} and teacher_logits {tuple(teacher_logits.shape)} differ"
-    )
+    assert student_logits.shape == teacher_logits.shape, f"student {student_logits.shape} and teacher {teacher_logits.shape} differ"
     assert 1 <= k <= student_logits.shape[-1], f"k = {k} is not in 1..{student_logits.shape[-1]}, the vocabulary"
     top = student_logits.detach().topk(k, dim=-1).indices  # (B, T, k)
     dtype = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
 
-    def buckets(logits: torch.Tensor) -> torch.Tensor:
+    def buckets(logits: Tensor) -> Tensor:
         log_p = torch.log_softmax(logits, dim=-1, dtype=dtype)  # over all of V: true probabilities
         tail = log_p.scatter(-1, top, -math.inf).logsumexp(-1, keepdim=True)
         return torch.cat([log_p.gather(-1, top), tail], dim=-1)  # (B, T, k+1)
@@ -79,16 +75,7 @@ def top_k_with_tail(
     return buckets(student_logits), buckets(teacher_logits.detach())
 
 
-def clamped_tail(log_head: torch.Tensor) -> torch.Tensor:
-    """SDPO's own tail bucket, for comparisons: log p_tail = log(−expm1(min(log Σ_k p_k, −1e-7))).
-
-    log_head: (..., k) true log-probabilities of k tokens. Returns (..., 1). Source: lasgroup/SDPO @0e6d510. Where the k tokens
-    hold all but 1e-7 the tail is pinned there and has no gradient; in float32 it is coarse long before.
-    """
-    return torch.log(-torch.expm1(torch.logsumexp(log_head, -1, keepdim=True).clamp(max=-1e-7)))
-
-
-def divergence(log_s: torch.Tensor, log_t: torch.Tensor, kind: str) -> torch.Tensor:
+def divergence(log_s: Tensor, log_t: Tensor, kind: str) -> Tensor:
     """D(S, T) between student S and teacher T, per token. Eq. 10 of the paper is kl_student_teacher. Needs `kl`.
 
     kl_student_teacher   KL(S‖T)                                (the paper's "reverse")
@@ -99,7 +86,7 @@ def divergence(log_s: torch.Tensor, log_t: torch.Tensor, kind: str) -> torch.Ten
     and a name in DIVERGENCES; it has to be a sum over the last axis, since head.py takes a block of columns at a time.
     Raises ValueError for an unknown kind.
     """
-    assert log_s.shape == log_t.shape, f"log_s {tuple(log_s.shape)} and log_t {tuple(log_t.shape)} differ"
+    assert log_s.shape == log_t.shape, f"log_s {log_s.shape} and log_t {log_t.shape} differ"
     log_t = log_t.detach()
     if kind == "kl_student_teacher":
         return kl(log_s, log_t)
@@ -114,9 +101,7 @@ def divergence(log_s: torch.Tensor, log_t: torch.Tensor, kind: str) -> torch.Ten
     raise ValueError(f"unknown divergence {kind!r}: choose one of kl_student_teacher, kl_teacher_student, js")
 
 
-def distillation_loss(
-    student_logits: torch.Tensor, teacher_logits: torch.Tensor, kind: str, top_k: int | None = None
-) -> torch.Tensor:
+def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, kind: str, top_k: int | None = None) -> Tensor:
     """The token-level loss of the M-step (Eq. 10) and of SDPO (Eq. 2): D(π(·|x,y_<t), sg q(·|x,C,y_<t)).
 
     student_logits, teacher_logits: (B, T, V); kind: see `divergence`; top_k: None compares whole vocabularies, else the
@@ -137,16 +122,16 @@ def distillation_loss(
 # ---- Weights and reductions ------------------------------------------------------------------------------
 
 
-def truncated_ratio(logp: torch.Tensor, old_logp: torch.Tensor, limit: float) -> torch.Tensor:
+def truncated_ratio(logp: Tensor, old_logp: Tensor, limit: float) -> Tensor:
     """Importance weight of a token, min(exp(log π − log π_old), limit), detached.
 
     logp, old_logp: (B, T). Returns (B, T). Source: lasgroup/SDPO @0e6d510 (limit 2).
     """
-    assert logp.shape == old_logp.shape, f"logp {tuple(logp.shape)} and old_logp {tuple(old_logp.shape)} differ"
+    assert logp.shape == old_logp.shape, f"logp {logp.shape} and old_logp {old_logp.shape} differ"
     return (logp.detach() - old_logp.detach()).exp().clamp(max=limit)
 
 
-def sequence_weights(mask: torch.Tensor, num_sequences: int) -> torch.Tensor:
+def sequence_weights(mask: Tensor, num_sequences: int) -> Tensor:
     """A token's share of `sequence_mean`: mask / (tokens of its row · N).
 
     mask: (B, T); num_sequences: N. Returns (B, T), float64 (float32 on devices without it).
@@ -155,15 +140,15 @@ def sequence_weights(mask: torch.Tensor, num_sequences: int) -> torch.Tensor:
     return mask / (mask.sum(-1, keepdim=True).clamp(min=1) * num_sequences)
 
 
-def sequence_mean(per_token: torch.Tensor, mask: torch.Tensor, num_sequences: int) -> torch.Tensor:
+def sequence_mean(per_token: Tensor, mask: Tensor, num_sequences: int) -> Tensor:
     """The one reduction: L = (1/N) Σᵢ meanₜ(lossᵢₜ) over the row's masked tokens; an empty row counts 0.
 
     per_token, mask: (B, T). num_sequences: N, all sequences of the optimizer step (masked ones included, all
     micro-batches, all ranks), so the sum of micro-batch results is the whole step's loss. Returns (). Needs
     `sequence_weights`. The row's mean weighs a response by 1/length, which for a policy gradient is a bias.
     """
-    assert per_token.ndim == 2, f"per_token must be (B, T), not {tuple(per_token.shape)}"
-    assert per_token.shape == mask.shape, f"per_token {tuple(per_token.shape)} and mask {tuple(mask.shape)} differ"
+    assert per_token.ndim == 2, f"per_token must be (B, T), not {per_token.shape}"
+    assert per_token.shape == mask.shape, f"per_token {per_token.shape} and mask {mask.shape} differ"
     kept = per_token.masked_fill(mask == 0, 0.0)  # whatever stands on padding, inf and nan included, stays out
     return (kept * sequence_weights(mask, num_sequences).to(kept.dtype)).sum()
 
@@ -171,14 +156,14 @@ def sequence_mean(per_token: torch.Tensor, mask: torch.Tensor, num_sequences: in
 # ---- Policy gradient -------------------------------------------------------------------------------------
 
 
-def group_advantages(rewards: torch.Tensor, group_size: int, divide_by_std: bool = False) -> torch.Tensor:
+def group_advantages(rewards: Tensor, group_size: int, divide_by_std: bool = False) -> Tensor:
     """Aᵢ = rᵢ − mean(r of its group); with divide_by_std also / (std + 1e-6), the (n−1) standard deviation.
 
     rewards: (B,), the rows of a group adjacent. Returns (B,). Source: lasgroup/SDPO @0e6d510 does not divide. A row's own
     reward is part of its baseline: the expected gradient is (1 − 1/G) of the policy gradient. Raises ValueError if B is
     no multiple of group_size, or for the std of a group of one.
     """
-    assert rewards.ndim == 1, f"rewards must be (B,), not {tuple(rewards.shape)}"
+    assert rewards.ndim == 1, f"rewards must be (B,), not {rewards.shape}"
     if len(rewards) % group_size:
         raise ValueError(f"{len(rewards)} rewards do not divide into groups of {group_size}")
     groups = rewards.to(torch.promote_types(rewards.dtype, torch.float32)).view(-1, group_size)  # (B/G, G)
@@ -191,13 +176,8 @@ def group_advantages(rewards: torch.Tensor, group_size: int, divide_by_std: bool
 
 
 def grpo_loss(
-    logp: torch.Tensor,
-    old_logp: torch.Tensor,
-    advantages: torch.Tensor,
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
-    dual_clip: float = 3.0,
-) -> torch.Tensor:
+    logp: Tensor, old_logp: Tensor, advantages: Tensor, clip_low: float = 0.2, clip_high: float = 0.28, dual_clip: float = 3.0
+) -> Tensor:
     """Clipped policy gradient: −min(ρ A, clip(ρ, 1−clip_low, 1+clip_high) A), ρ = exp(log π − log π_old).
 
     Where A < 0 the loss is at most dual_clip · |A| (dual clip). No KL term. At ρ = 1 the gradient in logp is −A.
@@ -205,11 +185,9 @@ def grpo_loss(
     logp, old_logp: (B, T); advantages: (B,) for a sequence or (B, T) for tokens (B.24, B.28), finite on padding too.
     Returns (B, T). Only logp carries a gradient. Source: lasgroup/SDPO @0e6d510 (0.2, 0.28, 3).
     """
-    assert logp.ndim == 2, f"logp must be (B, T), not {tuple(logp.shape)}"
-    assert logp.shape == old_logp.shape, f"logp {tuple(logp.shape)} and old_logp {tuple(old_logp.shape)} differ"
-    assert advantages.shape in (logp.shape, logp.shape[:1]), (
-        f"advantages {tuple(advantages.shape)} are neither (B,) nor (B, T) of logp {tuple(logp.shape)}"
-    )
+    assert logp.ndim == 2, f"logp must be (B, T), not {logp.shape}"
+    assert logp.shape == old_logp.shape, f"logp {logp.shape} and old_logp {old_logp.shape} differ"
+    assert advantages.shape in (logp.shape, logp.shape[:1]), f"advantages {advantages.shape} do not fit logp {logp.shape}"
     A = advantages.detach() if advantages.ndim == 2 else advantages.detach().unsqueeze(-1)  # (B, T) or (B, 1)
     # exp(±20) is far outside every clip range; without the bound a ratio that overflows gives 0 · inf = nan backward.
     rho = (logp - old_logp.detach()).clamp(-20.0, 20.0).exp()
@@ -217,57 +195,43 @@ def grpo_loss(
     return torch.where(A < 0, torch.minimum(loss, dual_clip * A.abs()), loss)
 
 
-def reshaped_advantages(
-    advantages: torch.Tensor, teacher_logp: torch.Tensor, student_logp: torch.Tensor, w_rl: float, w_opd: float
-) -> torch.Tensor:
+def reshaped_advantages(advantages: Tensor, teacher_logp: Tensor, student_logp: Tensor, w_rl: float, w_opd: float) -> Tensor:
     """Aₜ = w_rl A + w_opd A^SDPOₜ,  A^SDPOₜ = sg(log q(yₜ|x,C,y_<t) − log π(yₜ|x,y_<t)).  (B.24)
 
     advantages: (B,) or (B, T); teacher_logp, student_logp: (B, T), both at the weights that sampled the rollouts. Returns
     (B, T), detached. For a row without a context pass its student_logp twice: A^SDPO = 0, and the row keeps its GRPO part.
     """
     A = advantages if advantages.ndim == 2 else advantages.unsqueeze(-1)
-    assert A.shape in (teacher_logp.shape, (len(teacher_logp), 1)), (
-        f"advantages {tuple(advantages.shape)} are neither (B,) nor (B, T) of teacher_logp {tuple(teacher_logp.shape)}"
-    )
-    assert teacher_logp.shape == student_logp.shape, (
-        f"teacher_logp {tuple(teacher_logp.shape)} and student_logp {tuple(student_logp.shape)} differ"
-    )
+    assert teacher_logp.shape == student_logp.shape, f"teacher {teacher_logp.shape} and student {student_logp.shape} differ"
+    assert A.shape in (student_logp.shape, (len(student_logp), 1)), f"advantages {A.shape} do not fit logp {student_logp.shape}"
     return (w_rl * A + w_opd * (teacher_logp - student_logp)).detach()
 
 
-def reweighted_advantages(
-    advantages: torch.Tensor, teacher_logp: torch.Tensor, student_logp: torch.Tensor, lam: float, clip: float
-) -> torch.Tensor:
+def reweighted_advantages(advantages: Tensor, teacher_logp: Tensor, student_logp: Tensor, lam: float, clip: float) -> Tensor:
     """Aₜ = A · ((1−λ) + λ · clip(wₜ, 1−ε_w, 1+ε_w)),  wₜ = exp(sign(A) · A^SDPOₜ).  (B.26 to B.28)
 
     advantages: (B,) or (B, T); teacher_logp, student_logp: (B, T); lam: λ in [0, 1]; clip: ε_w. Returns (B, T), detached. For a
     row without a context pass its student_logp twice: wₜ = 1. Source of the values: RLSD (2604.03128), ε_w 0.2.
     """
     A = advantages if advantages.ndim == 2 else advantages.unsqueeze(-1)
-    assert A.shape in (teacher_logp.shape, (len(teacher_logp), 1)), (
-        f"advantages {tuple(advantages.shape)} are neither (B,) nor (B, T) of teacher_logp {tuple(teacher_logp.shape)}"
-    )
-    assert teacher_logp.shape == student_logp.shape, (
-        f"teacher_logp {tuple(teacher_logp.shape)} and student_logp {tuple(student_logp.shape)} differ"
-    )
+    assert teacher_logp.shape == student_logp.shape, f"teacher {teacher_logp.shape} and student {student_logp.shape} differ"
+    assert A.shape in (student_logp.shape, (len(student_logp), 1)), f"advantages {A.shape} do not fit logp {student_logp.shape}"
     w = (A.sign() * (teacher_logp - student_logp)).exp().clamp(1 - clip, 1 + clip)
     return (A * ((1 - lam) + lam * w)).detach()
 
 
-def cost_to_go(cost: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def cost_to_go(cost: Tensor, mask: Tensor) -> Tensor:
     """cₜ = Σ_{i>t} costᵢ over the row's masked tokens, strictly later ones only: a decision is charged with all that follows
     it, and what it costs itself has a gradient of its own. DistIL (2606.05152).
 
     cost, mask: (B, T). Returns (B, T), detached; 0 at a row's last token and on what follows it.
     """
-    assert cost.shape == mask.shape, f"cost {tuple(cost.shape)} and mask {tuple(mask.shape)} differ"
+    assert cost.shape == mask.shape, f"cost {cost.shape} and mask {mask.shape} differ"
     kept = cost.detach().masked_fill(mask == 0, 0.0)
     return F.pad(kept[:, 1:].flip(-1).cumsum(-1).flip(-1), (0, 1))
 
 
-def future_advantages(
-    cost: torch.Tensor, mask: torch.Tensor, group_size: int, counted: torch.Tensor | None = None
-) -> torch.Tensor:
+def future_advantages(cost: Tensor, mask: Tensor, group_size: int, counted: Tensor | None = None) -> Tensor:
     """Aₜ = −(cₜ − bₜ),  cₜ = Σ_{i>t} costᵢ,  bₜ = mean of cₜ over the other rows of the group; one that has ended counts 0.
 
     cost, mask: (B, T), the rows of a group adjacent; counted: (B,), rows that have a cost (a context), default all: the
@@ -278,7 +242,7 @@ def future_advantages(
     if len(cost) % group_size:
         raise ValueError(f"{len(cost)} rows do not divide into groups of {group_size}")
     counted = torch.ones_like(cost[:, 0]) if counted is None else counted.to(cost.dtype)
-    assert counted.shape == cost.shape[:1], f"counted {tuple(counted.shape)} must be (B,) of cost {tuple(cost.shape)}"
+    assert counted.shape == cost.shape[:1], f"counted {counted.shape} must be (B,) of cost {cost.shape}"
     kept = cost.masked_fill((counted == 0)[:, None], 0.0)  # a row without a context may hold anything, nan included
     c = cost_to_go(kept, mask).view(-1, group_size, cost.shape[1])  # (B/G, G, T)
     n = counted.view(-1, group_size, 1)
@@ -289,29 +253,23 @@ def future_advantages(
 # ---- E-step ----------------------------------------------------------------------------------------------
 
 
-def implicit_reward(
-    teacher_logp: torch.Tensor, student_logp: torch.Tensor, mask: torch.Tensor, beta: float
-) -> torch.Tensor:
+def implicit_reward(teacher_logp: Tensor, student_logp: Tensor, mask: Tensor, beta: float) -> Tensor:
     """r̃(x,y,C) = β (log q_φ(y|x,C) − log π_θ(y|x)), sequence log-probabilities: the SUM over tokens.  (Eq. 7)
 
     teacher_logp, student_logp, mask: (B, T). Returns (B,). The student is frozen: it is detached here.
     """
-    shapes = [tuple(x.shape) for x in (teacher_logp, student_logp, mask)]
-    assert teacher_logp.ndim == 2 and len(set(shapes)) == 1, (
-        f"teacher_logp, student_logp and mask must share one shape (B, T), not {shapes}"
-    )
+    shapes = [x.shape for x in (teacher_logp, student_logp, mask)]
+    assert mask.ndim == 2 and len(set(shapes)) == 1, f"teacher_logp, student_logp and mask must all be (B, T), not {shapes}"
     return beta * (teacher_logp - student_logp.detach()).masked_fill(mask == 0, 0.0).sum(-1)
 
 
-def reward_shift(implicit_rewards: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
+def reward_shift(implicit_rewards: Tensor, rewards: Tensor) -> Tensor:
     """One batch's value for the shift δ: ½ (mean_{r=1} r̃ + mean_{r=0} r̃), detached.  (below Eq. 9)
 
     implicit_rewards: (B,); rewards: (B,) of 0 and 1. Returns (). Raises ValueError when a class is empty. δ itself is a moving
     average of these values (`moving_shift`).
     """
-    assert implicit_rewards.shape == rewards.shape, (
-        f"implicit_rewards {tuple(implicit_rewards.shape)} and rewards {tuple(rewards.shape)} differ"
-    )
+    assert implicit_rewards.shape == rewards.shape, f"implicit_rewards {implicit_rewards.shape} and rewards {rewards.shape} differ"
     assert ((rewards == 0) | (rewards == 1)).all(), "rewards must be 0 or 1"
     success, failure = implicit_rewards.detach()[rewards == 1], implicit_rewards.detach()[rewards == 0]
     if len(success) == 0 or len(failure) == 0:
@@ -331,13 +289,9 @@ def moving_shift(last: float | None, value: float, rate: float) -> float:
 
 
 def bco_loss(
-    implicit_rewards: torch.Tensor,
-    rewards: torch.Tensor,
-    shift: torch.Tensor | float,
-    num_pos: int | None = None,
-    num_neg: int | None = None,
-    floor: float | None = None,
-) -> torch.Tensor:
+    implicit_rewards: Tensor, rewards: Tensor, shift: Tensor | float,
+    num_pos: int | None = None, num_neg: int | None = None, floor: float | None = None,
+) -> Tensor:  # fmt: skip
     """L_E = −(1/n₊) Σ_{r=1} log σ(r̃ − δ) − (1/n₋) Σ_{r=0} log σ(−(r̃ − δ)).  (Eq. 9)
 
     implicit_rewards: (B,), r̃ of `implicit_reward`; rewards: (B,) of 0 and 1; shift: δ of `moving_shift`, carries no gradient;
@@ -346,11 +300,9 @@ def bco_loss(
     nothing. Needs nothing else of this file. This is a classifier's loss, not Eq. 5: over unrestricted q its infimum lies at
     q(failure) = 0. The gradient in r̃ is −σ(−(r̃−δ))/n₊ on a success and +σ(r̃−δ)/n₋ on a failure.
     """
-    assert implicit_rewards.shape == rewards.shape, (
-        f"implicit_rewards {tuple(implicit_rewards.shape)} and rewards {tuple(rewards.shape)} differ"
-    )
+    assert implicit_rewards.shape == rewards.shape, f"implicit_rewards {implicit_rewards.shape} and rewards {rewards.shape} differ"
     assert ((rewards == 0) | (rewards == 1)).all(), "rewards must be 0 or 1"
-    shift = shift.detach() if isinstance(shift, torch.Tensor) else shift
+    shift = shift.detach() if isinstance(shift, Tensor) else shift
     success = (rewards == 1).to(implicit_rewards.dtype)
     num_pos = max(int(success.sum()) if num_pos is None else num_pos, 1)
     num_neg = max(int((1 - success).sum()) if num_neg is None else num_neg, 1)

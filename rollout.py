@@ -46,31 +46,10 @@ def grading(verify: Callable, problems: list, policy: Policy) -> Callable | None
     return begin and (lambda row, rollout: begin(row, problems[row], policy.decode(rollout.tokens)))
 
 
-class _Draw:
-    """Draws the next token by inverting the cumulative distribution at one uniform number per (seed, row, t), notes its
-    log-probability, and leaves it as the only choice, so that the library's greedy search follows."""
-
-    def __init__(self, seeds: list[int], max_tokens: int, greedy: bool):
-        generator = torch.Generator()
-        self.uniform = torch.stack(
-            [torch.rand(max_tokens, generator=generator.manual_seed(seed), dtype=torch.float64) for seed in seeds]
-        )  # (rows, max_tokens)
-        self.greedy, self.logp = greedy, []
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        log_p = torch.log_softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))  # (rows, V)
-        if self.greedy:
-            token = log_p.argmax(-1, keepdim=True)
-        else:
-            token = head.invert(log_p.double().exp(), self.uniform[:, len(self.logp)].to(scores.device))
-        self.logp.append(log_p.gather(-1, token).squeeze(-1).cpu())
-        return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
-
-
 class HFSampler:
-    """Samples with transformers' own generate loop (KV cache, left padding, position ids). It shares the policy's
-    weights, so there is nothing to push. max_batch_tokens bounds rows x (prompt + response) of one generate call. Each
-    process of a group draws its share of the rows; all of them get all rollouts."""
+    """Samples with the policy's own network, by transformers (KV cache, left padding, position ids), so there is nothing to
+    push. max_batch_tokens bounds rows x (prompt + response) of rows drawn together. Each process of a group draws its share of
+    the rows; all of them get all rollouts."""
 
     other_engine = False  # the log-probs are the trainer's own
 
@@ -97,65 +76,52 @@ class HFSampler:
             size = max(1, self.max_batch_tokens // (len(prompts[order[-1] // n]) + max_tokens))
             calls.append(order[-size:])
             order = order[:-size]
-        # Over shards every forward pass needs every process, so one with fewer rows generates some that nobody sees.
+        # Over shards every forward pass needs every process, so one with fewer rows draws some that nobody sees.
         calls += [[]] * (int(world.most(len(calls))) - len(calls))
         rollouts: dict[int, Rollout] = {}
         for rows in calls:
-            drawn = self._generate(
-                [prompts[row // n] for row in rows] or [[self.policy.eos_ids[0]]],
-                [seed_for(seed, row) for row in rows] or [0],
-                max_tokens,
-                temperature,
-                top_p,
-            )
-            rollouts.update(zip(rows, drawn))
+            x, seeds = [prompts[row // n] for row in rows] or [[0]], [seed_for(seed, row) for row in rows] or [0]
+            rollouts |= zip(rows, self._draw(x, seeds, max_tokens, temperature, top_p))
             for row in rows if finished else ():
                 finished(row, rollouts[row])
         return world.collect([rollouts[row] for row in world.share(count)], count)
 
-    def _generate(
-        self, prompts: list[Ids], seeds: list[int], max_tokens: int, temperature: float, top_p: float
-    ) -> list[Rollout]:
-        from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+    def _draw(self, prompts: list[Ids], seeds: list[int], max_tokens: int, temperature: float, top_p: float) -> list[Rollout]:
+        """A response to each prompt: a token is where the cumulative distribution passes one uniform number per (seed, t)."""
+        from transformers import DynamicCache, TopPLogitsWarper
 
-        policy, width = self.policy, max(2, *map(len, prompts))
-        pad, device = policy.eos_ids[0], policy.device
-        # A prompt is read once for all of its rows, up to its last token, with which generate begins.
+        policy, width, cache = self.policy, max(2, *map(len, prompts)), DynamicCache(config=self.policy.model.config)
+
+        def logits(ids: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+            """Of the token after the last of ids (rows, t), (rows, V). seen: (rows, width), 0 on padding, with what is cached."""
+            places = (seen.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            how = dict(attention_mask=seen, position_ids=places, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            return policy.model(input_ids=ids, **how).logits[:, -1].float()
+
+        # A prompt is read once for all of its rows, up to its last token, with which the first is drawn.
         place = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-        rows = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=device)
-        ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in place], device=device)
-        seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in place], device=device)
-        cache, positions = DynamicCache(config=policy.model.config), (seen.cumsum(-1) - 1).clamp(min=0)
-        policy.model(
-            input_ids=ids[:, :-1], attention_mask=seen[:, :-1], position_ids=positions[:, :-1], past_key_values=cache,
-            use_cache=True, logits_to_keep=1,
-        )  # fmt: skip
+        rows = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=policy.device)
+        ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in place], device=policy.device)
+        seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in place], device=policy.device)
+        logits(ids[:, :-1], seen[:, :-1])
         cache.batch_select_indices(rows)
-        ids, seen = ids[rows], seen[rows]
-        draw = _Draw(seeds, max_tokens, greedy=temperature == 0)
-        warpers = [] if temperature in (0, 1) else [TemperatureLogitsWarper(temperature)]
-        warpers += [] if top_p >= 1 else [TopPLogitsWarper(top_p)]
-        config = GenerationConfig(
-            max_new_tokens=max_tokens, do_sample=False, eos_token_id=policy.eos_ids, pad_token_id=pad, use_cache=True
-        )
-        # generate fills what a config leaves open from the model's own, which may carry settings that nobody asked for
-        # (repetition_penalty, suppress_tokens, ...), so the model's is set aside during the call.
-        processors = LogitsProcessorList([*warpers, draw])
-        own, policy.model.generation_config = policy.model.generation_config, config
-        try:
-            out = policy.model.generate(
-                ids, attention_mask=seen, past_key_values=cache, generation_config=config, logits_processor=processors,
-                synced_gpus=policy.world.size > 1,
-            )  # fmt: skip
-        finally:
-            policy.model.generation_config = own
-        out = out[:, width:].tolist()
-        logp = torch.stack(draw.logp, 1).tolist()  # (rows, steps)
+        token, seen = ids[rows, -1:], seen[rows]
+        numbers = [torch.rand(max_tokens, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
+        uniform, eos = torch.stack(numbers).to(policy.device), torch.tensor(policy.eos_ids, device=policy.device)
+        going, drawn, logp = torch.ones_like(rows), [], []
+        while len(drawn) < max_tokens and policy.world.sum(going.sum()):
+            scores = logits(token, seen) / (temperature or 1)
+            scores = TopPLogitsWarper(top_p)(token, scores) if top_p < 1 else scores
+            log_p = torch.log_softmax(scores, -1)  # (rows, V)
+            token = head.invert(log_p.double().exp(), uniform[:, len(drawn)]) if temperature else log_p.argmax(-1, keepdim=True)
+            drawn.append(token)
+            logp.append(log_p.gather(-1, token))
+            going = going * ~torch.isin(token[:, 0], eos)
+            seen = torch.cat([seen, torch.ones_like(token)], 1)
         rollouts = []
-        for tokens, token_logp in zip(out, logp):
-            ends = [t for t, token in enumerate(tokens) if token in policy.eos_ids]
-            length = ends[0] + 1 if ends else len(tokens)
-            rollouts.append(Rollout(tokens[:length], token_logp[:length], "stop" if ends else "length"))
+        for y, y_logp in zip(torch.cat(drawn, 1).tolist(), torch.cat(logp, 1).tolist()):
+            n = next((t for t, token in enumerate(y, 1) if token in policy.eos_ids), len(y))
+            rollouts.append(Rollout(y[:n], y_logp[:n], "stop" if y[n - 1] in policy.eos_ids else "length"))
         return rollouts
 
 
@@ -167,29 +133,26 @@ class VLLMSampler:
     """Samples with a vLLM engine in every process, beside the trainer on the same device. The engine holds the whole
     network in the dtype the trainer computes in (float32 where that is float64) and no weights before the first `sync`.
     Everything here but `sleep` is collective. `gap`: mean |log p of the engine - log p of the trainer| in nats a token,
-    after the last push.
+    after the last push, in the process where it is largest.
 
     path: a Hugging Face folder or hub id, of which the configuration alone is read. max_model_len: tokens of prompt and
     response; a response that reaches it is cut, as at max_tokens. memory_share: the engine's part of the device's whole
-    memory. gap_limit: `sync` raises above it; by default 1e-3 in float32, and in bfloat16 0.5: rounding alone reaches 0.06
-    nats on text of high entropy, and an engine with other weights, or with a cache that outlived them, is nats away. probes:
-    prompts that a push is checked on until `sample` has been given others."""
+    memory. probes: prompts that a push is checked on until `sample` has been given others. gap_limit: `sync` raises above it,
+    1e-3 in float32, and in bfloat16 0.5: rounding alone reaches 0.06 nats on text of high entropy, and an engine with other
+    weights, or with a cache that outlived them, is nats away."""
 
     # A run ends by returning from main with engine and process group alive. Destroying the group under a living engine
     # breaks the exit; llm.llm_engine.engine_core.shutdown() takes the group along, so nothing collective can follow it.
     other_engine = True
 
-    def __init__(
-        self, policy: Policy, path: str, max_model_len: int, memory_share: float = 0.55, gap_limit: float | None = None,
-        probes: list[Ids] = (),
-    ):  # fmt: skip
+    def __init__(self, policy: Policy, path: str, max_model_len: int, memory_share: float = 0.55, probes: list[Ids] = ()):
         # The engine must live in this process, where the weights are.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         from vllm import LLM, SamplingParams  # many seconds, and an import that not every machine has
 
         self.policy, self.max_model_len, self.params = policy, max_model_len, SamplingParams
         self.dtype = policy.compute or (torch.float32 if policy.dtype == torch.float64 else policy.dtype)
-        self.gap_limit = (1e-3 if self.dtype == torch.float32 else 0.5) if gap_limit is None else gap_limit
+        self.gap_limit = 1e-3 if self.dtype == torch.float32 else 0.5
         self.gap, self.probes = float("nan"), probes or [[policy.eos_ids[0]]]
         cuda = policy.device.type == "cuda"
         if not cuda:  # its CPU code packs a copy of each linear layer, and a push does not reach that of a tied head
@@ -223,8 +186,8 @@ class VLLMSampler:
         self.awake = False
 
     def sync(self, policy: Policy) -> None:
-        """Pushes the weights, and draws a few probes to see that they arrived. Raises StaleEngine in every process if
-        the engine of one computes something else than the trainer."""
+        """Pushes the weights, and draws probes of at most 32 tokens to see that they arrived. Raises StaleEngine in every process
+        if the engine of one computes something else than the trainer."""
         self.policy = policy
         torch.cuda.empty_cache()
         self.llm.wake_up(tags=["weights"])
@@ -233,23 +196,19 @@ class VLLMSampler:
         self.llm.wake_up(tags=["kv_cache"])
         self.llm.reset_prefix_cache()  # keys and values of the old weights
         self.awake = True
-        self.gap = self._gap()
+        # Two probes for each process are drawn as rollouts are, from prompts of the last call, so that a cache that outlived its
+        # weights shows as well. Everybody has all the numbers, so everybody comes to the same conclusion.
+        size = policy.world.size
+        prompts = [self.probes[i % len(self.probes)] for i in range(2 * size)]
+        drawn = self.sample(prompts, n=1, seed=0, max_tokens=32, temperature=policy.temperature)
+        scored = policy.score(prompts, [r.tokens for r in drawn])[0].cpu()
+        gaps = [(scored[i, : len(r.logp)] - torch.tensor(r.logp)).abs() for i, r in enumerate(drawn)]
+        self.gap = torch.stack([torch.cat(gaps[rank::size]).mean() for rank in range(size)]).max().item()
         if not self.gap <= self.gap_limit:  # nan too
             raise StaleEngine(
                 f"after the push vLLM's log-probs lie {self.gap:.3g} nats a token from the trainer's on average, and "
                 f"{self.gap_limit:g} is the limit: the engine's weights are stale, or those of another model"
             )
-
-    def _gap(self) -> float:
-        """In the process where it is largest. Two probes for each, of at most 32 tokens, are drawn as rollouts are from
-        prompts of the last call, so that a cache that outlived its weights shows as well."""
-        world = self.policy.world
-        prompts = [self.probes[i % len(self.probes)] for i in range(2 * world.size)]
-        drawn = self.sample(prompts, n=1, seed=0, max_tokens=32, temperature=self.policy.temperature)
-        scored = self.policy.score(prompts, [r.tokens for r in drawn])[0].cpu()
-        gaps = [(scored[i, : len(r.logp)] - torch.tensor(r.logp)).abs() for i, r in enumerate(drawn)]
-        # Everybody has all the numbers, so everybody comes to the same conclusion.
-        return torch.stack([torch.cat(gaps[rank :: world.size]).mean() for rank in range(world.size)]).max().item()
 
     def sample(
         self, prompts: list[Ids], n: int, seed: int, max_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
@@ -281,7 +240,7 @@ class VLLMSampler:
                 drawn[row] = Rollout(list(response.token_ids), logp, response.finish_reason)
                 if finished:
                     finished(row, drawn[row])
-        groups = world.collect([[drawn[row] for row in rows[k : k + n]] for k in range(0, len(rows), n)], len(prompts))
+        groups = world.collect([[drawn[i * n + j] for j in range(n)] for i in world.share(len(prompts))], len(prompts))
         return [rollout for group in groups for rollout in group]
 
 

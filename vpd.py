@@ -182,7 +182,7 @@ class Config:
     max_response_tokens: int = ROLLOUTS(LCB.max_tokens, "a longer response is cut, and graded as it is", above=0)
     temperature: float = ROLLOUTS(1.0, "of rollouts, at which the trainer scores as well", above=0)
     top_p: float = ROLLOUTS(1.0, "of rollouts", above=0, most=1)
-    sampler: Literal["", "vllm", "hf"] = ROLLOUTS("", "vLLM on a GPU and transformers' generate on a CPU by default")
+    sampler: Literal["", "vllm", "hf"] = ROLLOUTS("", "vLLM on a GPU and transformers on a CPU by default")
     engine_memory: float = ROLLOUTS_VLLM(0.0, "vLLM's share of the GPU while it samples; 0: by the plan", least=0, most=1)
 
     lr: float = ADAMW(1e-6, "learning rate of the M-step", above=0)

@@ -21,7 +21,7 @@ DIED = 0.3  # of an E-step's rows: a run says once that more than these no longe
 
 
 def mean(values) -> float | None:
-    """The mean of a tensor's or list's finite values, or None if there are none."""
+    """The mean of the finite values of a list, a tensor or a number, or None if there are none."""
     values = torch.as_tensor(values, dtype=torch.float64)
     values = values[values.isfinite()]
     return values.mean().item() if values.numel() else None
@@ -29,13 +29,9 @@ def mean(values) -> float | None:
 
 def margin(r_tilde: torch.Tensor, r: torch.Tensor, lengths: torch.Tensor) -> dict:
     """Fig. 1's reward margin, mean r~ on successes minus mean r~ on failures, and whether |r~| merely tracks length. All (n,)."""
-    both = 0 < r.sum() < len(r)
-    varied = len(r) > 2 and r_tilde.abs().std() > 0 and lengths.double().std() > 0
-    correlation = torch.corrcoef(torch.stack([r_tilde.abs().double(), lengths.double()]))[0, 1] if varied else None
-    return {
-        "margin": (r_tilde[r == 1].mean() - r_tilde[r == 0].mean()).item() if both else None,
-        "length_correlation": correlation.item() if varied else None,
-    }
+    gap = r_tilde[r == 1].mean() - r_tilde[r == 0].mean()  # nan where one outcome is missing
+    correlation = torch.corrcoef(torch.stack([r_tilde.abs(), lengths]).double())[0, 1] if len(r) > 2 else []
+    return {"margin": mean(gap), "length_correlation": mean(correlation)}
 
 
 class BatchLog:
@@ -44,11 +40,10 @@ class BatchLog:
     def __init__(self, step: int, world, beta: float, limit: float | None):
         self.step, self.world, self.beta, self.limit = step, world, beta, limit
         self.seconds, self.last, self.left_out = {}, time.perf_counter(), Counter()
-        names = ("margin", "length_correlation", "e_loss", "e_grad_norm", "shift", "e_rows", "e_died")
-        self.figures = dict.fromkeys(names)
+        self.figures = {"margin": None, "length_correlation": None, "shift": None}
         self.e_losses, self.e_norms, self.died, self.m_losses, self.m_norms = [], [], [], [], []
         self.samples: dict[int, dict] = {}  # what else samples.jsonl says of a row
-        self.packing, self.sums = torch.zeros(2, dtype=torch.long), None
+        self.packing, self.sums = torch.zeros(2, dtype=torch.long), 0
         self.D_sum, self.with_D, self.scores, self.overlaps = 0.0, False, [], []
 
     def lap(self, phase: str) -> None:
@@ -68,8 +63,8 @@ class BatchLog:
         self.packing += torch.tensor([view.filled, view.padded])
 
     def measured(self, batch, rows: torch.Tensor, logp: torch.Tensor, entropy: torch.Tensor, teacher_logp) -> None:
-        """Figures of the weights that sampled the batch, over `rows` (B,), from (B, T): the entropy, how far the sampler's engine is
-        from the trainer, and where there is a teacher the margin over those of the rows that have a context."""
+        """Figures of the weights that sampled the batch, over `rows` (B,), from (B, T): the entropy, how far the sampler's engine
+        is from the trainer, and where there is a teacher the margin over those of the rows that have a context."""
         tokens = batch.mask.bool() & rows[:, None]
         gap = (logp - batch.sampler_logp)[tokens]
         truncated = None if self.limit is None else mean(gap.exp() >= self.limit)
@@ -83,8 +78,8 @@ class BatchLog:
         self.measured(batch, torch.ones_like(batch.graded), batch.old_logp, entropy, batch.teacher_logp)
 
     def e_update(self, loss: float, norm: float, u: torch.Tensor, r: torch.Tensor, c: torch.Tensor) -> None:
-        """u: r~ - delta of the rows; c: the loss's slope in each token's log q. A row has died when its pull, sigma(-u) on a success
-        and sigma(u) on a failure, is below 0.01, or when it has none."""
+        """u: r~ - delta of the rows; c: the loss's slope in each token's log q. A row has died when its pull, sigma(-u) on a
+        success and sigma(u) on a failure, is below 0.01, or when it has none."""
         self.e_losses.append(loss)
         self.e_norms.append(norm)
         self.died.append((torch.where(r == 1, torch.sigmoid(-u), torch.sigmoid(u)) < 0.01) | (c == 0).all(1))
@@ -100,15 +95,14 @@ class BatchLog:
         if scores.overlap is not None:
             seen = scores.overlap[view.mask.bool() & (here > 0) & scores.overlap.isfinite()]
             self.overlaps.append(torch.stack([seen.sum(), seen.new_tensor(len(seen))]).double())
-        part = torch.stack([loss.detach(), D]).double()
-        self.sums = part if self.sums is None else self.sums + part
+        self.sums = self.sums + torch.stack([loss.detach(), D]).double()
         if measures:
             self.scores.append((rows, scores))
 
     def m_loss(self) -> float:
         """The loss of an update over all of its passes and processes."""
         loss, D = self.world.sum(self.sums).tolist()
-        self.sums = None
+        self.sums = 0
         self.m_losses.append(loss)
         self.D_sum += D
         return loss
@@ -137,8 +131,6 @@ class BatchLog:
         overlap, places = self.world.sum(sum((x.cpu() for x in self.overlaps), torch.zeros(2, dtype=torch.float64))).tolist()
         seconds = {phase: round(value, 4) for phase, value in self.seconds.items()}
         lengths = [len(rollout.tokens) for rollout in batch.rollouts]
-        if self.e_losses:
-            self.note(e_loss=mean(self.e_losses), e_grad_norm=mean(self.e_norms), e_rows=len(died), e_died=mean(died))
         return {
             "kind": "train", "step": self.step,
             "reward": mean([o.reward for o in batch.outcomes if o.verdict != "internal"]),
@@ -148,6 +140,7 @@ class BatchLog:
             "verdicts": dict(Counter(o.verdict for o in batch.outcomes).most_common()),
             "success_given_context": {kind: wins[kind] / count for kind, count in sorted(kinds.items())},
             **self.figures,
+            "e_loss": mean(self.e_losses), "e_grad_norm": mean(self.e_norms), "e_rows": len(died) or None, "e_died": mean(died),
             "m_loss": mean(self.m_losses), "m_grad_norm": mean(self.m_norms),
             "divergence": self.D_sum if distils and self.with_D else None, "overlap": overlap / places if places else None,
             "lr": lr, "contexts_cut": batch.contexts_cut,
@@ -169,26 +162,23 @@ def terminal_line(row: dict) -> str:
     return f"{row['step']:4d}  " + "  ".join(cells) + f"  {sum(row['seconds'].values()):.1f} s"
 
 
-# ---- Trackers ----------------------------------------------------------------------------------------------------
-
-
 class Tracker:
     """Hands rows of the log to a tracker's library, tensorboard or wandb (kind "": to nobody); the step is the number of batches
     done. What fails is told in one line, and nothing more is handed over: no tracker is worth a run."""
 
     def __init__(self, kind: str, out: Path, settings: dict, first_step: int):
-        self.kind, self.close = kind, lambda: None
+        self.kind = kind
         self._try(lambda: self._open(out, settings, first_step))
 
     def _open(self, out: Path, settings: dict, first_step: int) -> None:
         if self.kind == "wandb":
             run = import_module("wandb").init(project="vpd", name=out.name, dir=out, config=settings)
-            self.take, self.close = lambda figures, step: run.log(figures, step=step), lambda: self._try(run.finish)
+            self.take, self.end = run.log, run.finish
         else:
             writer = import_module("torch.utils.tensorboard").SummaryWriter
             board = writer(str(out / "tensorboard"), purge_step=first_step + 1 if first_step else None)
             self.take = lambda figures, step: [board.add_scalar(name, value, step) for name, value in figures.items()]
-            self.close = lambda: self._try(board.close)
+            self.end = board.close
 
     def _try(self, act: Callable[[], object]) -> None:
         try:
@@ -199,7 +189,10 @@ class Tracker:
             self.kind = ""
 
     def write(self, row: dict) -> None:
-        self._try(lambda: self.take(dict(numbers(row, row["kind"])), row["step"] + (row["kind"] == "train")))
+        self._try(lambda: self.take(dict(numbers(row, row["kind"])), step=row["step"] + (row["kind"] == "train")))
+
+    def close(self) -> None:
+        self._try(lambda: self.end())
 
 
 def numbers(row: dict, under: str) -> Iterator[tuple[str, float]]:

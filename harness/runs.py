@@ -1,8 +1,70 @@
-"""What a run directory tells afterwards: its settings, the weights that it started from, and how far it came."""
+"""A run directory: made and locked for one run, and what it tells afterwards."""
 
+import fcntl
 import hashlib
 import json
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
+
+from harness.command import write
+from tasks.base import one_line
+
+
+def config_of(out: Path, needed: Iterable[str]) -> dict:
+    """What the config.json of a run directory holds. Raises ValueError with one line where it lacks one of `needed`."""
+    path = out / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        lacks = [f"it lacks {name}" for name in needed if name not in config]
+    except (OSError, ValueError, TypeError) as error:
+        lacks = [one_line(error)]
+    if lacks:
+        raise ValueError(f"{path} is not the configuration of a run: {lacks[0]}")
+    return config
+
+
+def check(cfg) -> None:
+    """Raises ValueError with one line where --out cannot be this run's directory."""
+    if cfg.resume and not cfg.out:
+        raise ValueError("--resume needs --out, the run directory to go on with")
+    if cfg.resume and cfg.overwrite:
+        raise ValueError("--resume goes on with a run directory and --overwrite deletes it: give one of them")
+    out = Path(cfg.out)
+    if not cfg.out or not out.exists() or cfg.resume:
+        return
+    if not cfg.overwrite:
+        raise ValueError(f"{out} exists: give another --out, --resume to go on with it, or --overwrite to delete it")
+    try:
+        config_of(out, ("task", "method", "seed", "command"))
+    except ValueError as error:
+        raise ValueError(f"--overwrite deletes run directories only: {error}") from None
+    for flag in ("model", "data"):
+        path = Path(getattr(cfg, flag) or "/").resolve()
+        if path.exists() and path.is_relative_to(out.resolve()):
+            raise ValueError(f"--overwrite would delete {path}, this run's own --{flag}")
+
+
+def make(cfg, out: Path, record: dict):
+    """Makes the run directory with its config.json; one that is there is deleted if --overwrite. Returns the file that locks it
+    for this run. Raises ValueError where another run holds it."""
+    if cfg.overwrite and out.exists():
+        lock(out).close()
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)  # another run may have made it since `check`: it has locked it
+    held = lock(out)
+    if not (out / "config.json").exists():
+        write(out / "config.json", json.dumps(record, indent=1) + "\n")
+    return held
+
+
+def lock(out: Path):
+    file = (out / "lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"{out} belongs to a run that is still going on") from None
+    return file
 
 
 def fingerprint(model: str) -> str:
@@ -18,15 +80,8 @@ def settings_of(run: Path) -> dict:
     """The config.json of a run that came to weights. Raises ValueError with one line for what is none."""
     if not (run / "config.json").is_file() or not (run / "model").is_dir():
         raise ValueError(f"--run {run} is no finished run directory: config.json or model/ is missing")
-    path = run / "config.json"
     needed = ("task", "model", "method", "eval_samples", "eval_temperature", "eval_top_p", "max_response_tokens")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
-    if lacks := [name for name in needed if not isinstance(config, dict) or name not in config]:
-        raise ValueError(f"{path} is not the configuration of a run: it lacks {lacks[0]}")
-    return config
+    return config_of(run, needed)
 
 
 def first_weights(run: Path, config: dict) -> str:

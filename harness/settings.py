@@ -6,8 +6,8 @@ reads the setting. All of it is one line beside the field, so nothing about a se
 
 import argparse
 import dataclasses
-import json
 import math
+import operator
 import sys
 import types
 from collections.abc import Callable
@@ -15,25 +15,26 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 from harness.command import Parser
+from harness.runs import config_of
 
 # Settings of a command rather than of the run that it starts or resumes.
 NOT_OF_THE_RUN = ("out", "resume", "overwrite", "track", "plan", "gpus", "gpu_memory")
 
 
+LIMITS = {"above": (operator.gt, "above"), "least": (operator.ge, "at least"), "below": (operator.lt, "below"),
+          "most": (operator.le, "at most")}  # fmt: skip
+
+
 class Group:
     """A heading of --help, and the maker of its fields. need, reads: who reads the group's settings, in words and as a function
-    of the settings; a flag that nobody reads is refused. A field may have its own."""
+    of the settings; a flag that nobody reads is refused. A field may have its own. limits: of a number, by the names above."""
 
     def __init__(self, title: str, need: str = "", reads: Callable = lambda cfg: True):
         self.title, self.need, self.reads = title, need, reads
 
-    def __call__(
-        self, default, help: str, above=-math.inf, least=-math.inf, below=math.inf, most=math.inf, need="", reads=None
-    ):
-        told = dict(help=help, group=self.title, above=above, least=least, below=below, most=most)
-        return dataclasses.field(
-            default=default, metadata=told | {"need": need or self.need, "reads": reads or self.reads}
-        )
+    def __call__(self, default, help: str, need: str = "", reads: Callable | None = None, **limits: float):
+        told = dict(help=help, group=self.title, limits=limits, need=need or self.need, reads=reads or self.reads)
+        return dataclasses.field(default=default, metadata=told)
 
 
 def read_by(objective: Callable, name: str) -> bool:
@@ -45,12 +46,9 @@ def read_by(objective: Callable, name: str) -> bool:
     return name in names or any(isinstance(f, types.FunctionType) and read_by(f, name) for f in called)
 
 
-# ---- Flags -----------------------------------------------------------------------------------------------------
-
-
-def _boolean(text: str) -> bool:
+def boolean(text: str) -> bool:
     if text.lower() not in ("true", "false", "1", "0"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+        raise ValueError
     return text.lower() in ("true", "1")
 
 
@@ -60,90 +58,75 @@ def flags(config: type, prog: str, description: str, values: dict) -> Parser:
     parser = Parser(prog, description, argument_default=argparse.SUPPRESS, formatter_class=formatter, usage=f"{prog} [flags]")
     groups: dict[str, argparse._ArgumentGroup] = {}
     for field in dataclasses.fields(config):
-        title, kind = field.metadata["group"], field.type
+        name, kind, title, help = field.name, field.type, field.metadata["group"], field.metadata["help"]
         group = groups.setdefault(title, parser.add_argument_group(title))
-        value = values.get(field.name, field.default)
-        shown = "" if value == "" or kind is bool and not value else f" [{value}]".replace("\n", "\\n")
-        how = dict(help=f"{field.metadata['help']}{shown}".replace("%", "%%"))
         if kind is bool:
-            how |= dict(nargs="?", const=True, type=_boolean, metavar="BOOL")
-            how["help"] += f"; --no_{field.name} turns it off" if field.default else ""
+            how = dict(nargs="?", const=True, type=boolean, metavar="BOOL")
         elif get_origin(kind) is Literal:
             choices = [choice for choice in get_args(kind) if choice]
-            how |= dict(choices=get_args(kind), metavar="|".join(choices))
-            if field.metadata["help"].startswith("[optional]"):
-                how |= dict(nargs="?", const=choices[0], help=how["help"].removeprefix("[optional]"))
+            how = dict(choices=get_args(kind), metavar="|".join(choices))
+            if help.startswith("[optional]"):
+                how |= dict(nargs="?", const=choices[0])
         else:
-            how |= dict(type=kind, metavar={int: "N", float: "X", str: "TEXT"}[kind])
-        group.add_argument(f"--{field.name}", **how)
+            how = dict(type=kind, metavar={int: "N", float: "X", str: "TEXT"}[kind])
+        value = values.get(name, field.default)
+        shown = "" if value == "" or value is False else f" [{value}]".replace("\n", "\\n")
+        help = f"{help.removeprefix('[optional]')}{shown}".replace("%", "%%")
         if kind is bool and field.default:
-            group.add_argument(
-                f"--no_{field.name}", dest=field.name, action="store_const", const=False, help=argparse.SUPPRESS
-            )
+            help += f"; --no_{name} turns it off"
+            group.add_argument(f"--no_{name}", dest=name, action="store_const", const=False, help=argparse.SUPPRESS)
+        group.add_argument(f"--{name}", help=help, **how)
     return parser
 
 
 def parse(
-    argv: list[str] | None, config: type, prog: str, description: str, preset: Callable[[dict], dict], method: str = ""
+    argv: list[str] | None, config: type, prog: str, description: str, preset: Callable[[dict], dict], method: str = "vpd"
 ):
-    """An instance of `config`: flags over `preset(flags)` over the defaults; method: the loop's, where it has but one. Its `given`
-    names the flags of the command, its `preset` holds what they stand over. A run that is resumed has its own settings in the
-    preset's place. Bad flags end the program with one line."""
+    """An instance of `config`: flags over `preset(flags)` over the defaults; method: the one that is meant without a flag. Its
+    `given` names the flags of the command, its `preset` holds what they stand over. A run that is resumed has its own settings
+    in the preset's place. Bad flags end the program with one line."""
     argv = sys.argv[1:] if argv is None else argv
-    rest = [flag for flag in argv if flag not in ("-h", "--help")]  # the help shows the preset's values
-    given = vars(flags(config, prog, description, {}).parse_args(rest))
-    below = preset(given | ({"method": method} if method else {}))
+    without_help = [word for word in argv if word not in ("-h", "--help")]
+    given = vars(flags(config, prog, description, {}).parse_args(without_help))
+    below = preset({"method": method} | given)
     parser = flags(config, prog, description, below)
-    if len(rest) < len(argv):
-        parser.print_help()
-        sys.exit(0)
-    saved = _saved(Path(given["out"]), config, parser) if given.get("resume") and given.get("out") else None
-    if saved is not None:
-        changed = [f"--{name} {value} (was {saved[name]})" for name, value in given.items() if value != saved.get(name, value)]
-        if changed:
-            parser.error(f"--resume goes on with the run's own settings, and these differ: {', '.join(changed)}")
-        below = saved
+    parser.parse_args(argv)  # --help ends the program here and shows the preset's values
+    if given.get("resume") and given.get("out"):
+        below = _resumed(Path(given["out"]), config, given, parser) or below
     cfg = config(**(below | given))
     cfg.given, cfg.preset = set(given), below
     return cfg
 
 
-def _saved(out: Path, config: type, parser: Parser) -> dict | None:
-    """The settings of the run in `out`; None where there is no run yet."""
-    path = out / "config.json"
-    if not path.exists():
-        if (out / "checkpoints").exists():
-            parser.error(f"{out} has checkpoints and no config.json: put it back, or give another --out")
+def _resumed(out: Path, config: type, given: dict, parser: Parser) -> dict | None:
+    """The settings of the run in `out`, which no flag may change; None where there is no run yet."""
+    if not (out / "config.json").exists() and not (out / "checkpoints").exists():
         return None
+    names = [field.name for field in dataclasses.fields(config) if field.name not in NOT_OF_THE_RUN]
     try:
-        kept = json.loads(path.read_text())
-        names = {field.name for field in dataclasses.fields(config)} - set(NOT_OF_THE_RUN)
-        if missing := sorted(names - kept.keys()):
-            parser.error(f"{path} lacks {missing[0]}: it is no run of this version, and cannot be resumed")
-    except (ValueError, AttributeError, OSError):
-        parser.error(f"{path} does not hold the settings of a run: --overwrite starts it again")
+        kept = config_of(out, names)
+    except ValueError as error:
+        parser.error(f"cannot resume {out}: {error}")
+    changed = [f"--{name} {value} (was {kept[name]})" for name, value in given.items() if name in names and value != kept[name]]
+    if changed:
+        parser.error(f"--resume goes on with the run's own settings, and these differ: {', '.join(changed)}")
     return {name: kept[name] for name in names}
-
-
-# ---- What is refused -------------------------------------------------------------------------------------------
 
 
 def check_fields(cfg) -> None:
     """Raises ValueError with one line for a number out of its range, and for a flag that this run does not read."""
     for field in dataclasses.fields(cfg):
-        value, allowed = getattr(cfg, field.name), field.metadata
-        if field.type in (int, float):
-            inside = allowed["above"] < value < allowed["below"] and allowed["least"] <= value <= allowed["most"]
-            if not inside or math.isinf(value):
-                words = {"above": "above", "least": "at least", "below": "below", "most": "at most"}
-                need = " and ".join(f"{words[key]} {allowed[key]:g}" for key in words if not math.isinf(allowed[key]))
-                raise ValueError(f"--{field.name} must be {need or 'a finite number'}, not {value}")
-        if field.name in cfg.given and value != "" and not allowed["reads"](cfg):
-            raise ValueError(f"--{field.name} is for {allowed['need']}: this run would ignore it, so leave it out")
+        value, limits = getattr(cfg, field.name), field.metadata["limits"]
+        inside = all(LIMITS[name][0](value, limit) for name, limit in limits.items())
+        if field.type in (int, float) and not (inside and math.isfinite(value)):
+            need = " and ".join(f"{LIMITS[name][1]} {limit:g}" for name, limit in limits.items())
+            raise ValueError(f"--{field.name} must be {need or 'a finite number'}, not {value}")
+        if field.name in cfg.given and value != "" and not field.metadata["reads"](cfg):
+            raise ValueError(f"--{field.name} is for {field.metadata['need']}: this run would ignore it, so leave it out")
 
 
 def differing(cfg) -> dict:
     """The flags with which a run departs from its preset."""
     below = {field.name: cfg.preset.get(field.name, field.default) for field in dataclasses.fields(cfg)}
-    names = [name for name in below if name in cfg.given - set(NOT_OF_THE_RUN)]
-    return {name: getattr(cfg, name) for name in names if getattr(cfg, name) != below[name]}
+    given = {name: getattr(cfg, name) for name in below if name in cfg.given and name not in NOT_OF_THE_RUN}
+    return {name: value for name, value in given.items() if value != below[name]}

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
-
-import losses
+from torch import Tensor
 
 BUFFER_BYTES = 80 << 20  # of the buffers of logits together on a CPU; on CUDA ten times as much
 PLACES = 16  # the overlap of the two top k is taken at every 16th place: the teacher's own top k is one more pass over V
@@ -30,11 +29,11 @@ class Scores:
     of the distribution y_t comes from, or None where nobody asked; D: D(student, teacher); teacher_logp: log p(y_t) of the
     teacher; 0 without a teacher; overlap: the share of the student's top k that is in the teacher's, nan where nobody looked."""
 
-    logp: torch.Tensor
-    entropy: torch.Tensor | None = None
-    D: torch.Tensor | None = None
-    teacher_logp: torch.Tensor | None = None
-    overlap: torch.Tensor | None = None
+    logp: Tensor
+    entropy: Tensor | None = None
+    D: Tensor | None = None
+    teacher_logp: Tensor | None = None
+    overlap: Tensor | None = None
 
 
 @dataclass
@@ -44,49 +43,66 @@ class View:
     tokens incl. EOS; head: (V, H), a plain matrix (`Policy.load` refuses other heads). filled, padded: tokens that went
     through the network, without and with padding."""
 
-    hidden: torch.Tensor
-    tokens: torch.Tensor
-    mask: torch.Tensor
-    head: torch.Tensor
+    hidden: Tensor
+    tokens: Tensor
+    mask: Tensor
+    head: Tensor
     filled: int = 0
     padded: int = 0
 
     def score(self) -> Scores:
         """log p of each token and the entropy of the distribution it comes from, no gradient."""
-        kept = self.mask.bool()
-        return Scores(*map(self._spread, score(self.hidden[kept], self.head, self.tokens[kept])))
+
+        def read(logits: Tensor, tokens: Tensor) -> Tensor:
+            total = _logsumexp(logits)
+            return torch.cat([logits.gather(-1, tokens[:, None]) - total, _entropy(logits, total)], -1)
+
+        return Scores(*self._read(read, self.tokens).unbind(-1))
+
+    def choices(self, ids: Tensor) -> Tensor:
+        """log p of each of a few tokens, (k,) ids, at each place, no gradient. Returns (B, T, k)."""
+        return self._read(lambda logits: logits[:, ids] - _logsumexp(logits))
+
+    def draw(self, uniform: Tensor) -> Tensor:
+        """One token of the distribution at each place, by inverting its cumulative sum at `uniform`, (B, T) numbers in [0, 1),
+        float64. Returns (B, T) ids, 0 on padding."""
+        return self._read(lambda logits, uniform: invert(logits.double().softmax(-1), uniform).squeeze(-1), uniform)
 
     def loss(
-        self,
-        objective: Callable[[SimpleNamespace], torch.Tensor],
-        weights: torch.Tensor,
-        known: dict[str, torch.Tensor] | None = None,
-        teacher: "View | None" = None,
-        divergence: Callable | None = None,
-        top_k: int | None = None,
-        expert: torch.Tensor | None = None,
-        entropy: bool = False,
-    ) -> tuple[torch.Tensor, Scores]:
+        self, objective: Callable, weights: Tensor, known: dict[str, Tensor] | None = None, teacher: "View | None" = None,
+        divergence: Callable | None = None, top_k: int | None = None, expert: Tensor | None = None, entropy: bool = False,
+    ) -> tuple[Tensor, Scores]:  # fmt: skip
         """L = Σ weights · objective(t) over response tokens, as `loss` below, with tensors of (B, T): weights, each of `known`,
         expert. teacher: the same responses in the teacher's view. Returns L () and the pass's scores."""
         kept = self.mask.bool()
-        taught = (teacher.hidden[kept].detach(), teacher.head.detach()) if teacher else None
-        total, scores = loss(
-            objective, weights[kept], self.hidden[kept], self.head, self.tokens[kept],
-            {name: x[kept] for name, x in (known or {}).items()}, taught, divergence, top_k,
-            None if expert is None else expert[kept], entropy,
-        )  # fmt: skip
+        known = {name: x[kept] for name, x in (known or {}).items()}
+        taught = (teacher.hidden[kept], teacher.head) if teacher else None
+        expert = None if expert is None else expert[kept]
+        student = weights[kept], self.hidden[kept], self.head, self.tokens[kept]
+        total, scores = loss(objective, *student, known, taught, divergence, top_k, expert, entropy)
         return total, Scores(*(None if x is None else self._spread(x) for x in vars(scores).values()))
 
-    def draw(self, uniform: torch.Tensor) -> torch.Tensor:
-        """One token of the distribution at each place, from uniform numbers of (B, T); (B, T) ids, 0 on padding."""
+    @torch.no_grad()
+    def _read(self, read: Callable[..., Tensor], *places: Tensor) -> Tensor:
+        """read(logits (c, V), each of `places` (c,)) of every chunk of response tokens. places: (B, T). Returns (B, T, ...)."""
         kept = self.mask.bool()
-        return self._spread(draw(self.hidden[kept], self.head, uniform[kept]))
+        hidden = self.hidden[kept]
+        (buffer,) = _buffers(hidden, self.head)
+        chunks = zip(*(x.split(len(buffer)) for x in (hidden, *(x[kept] for x in places))))
+        return self._spread(torch.cat([read(_project(h, self.head, buffer), *here) for h, *here in chunks]))
 
-    def _spread(self, values: torch.Tensor) -> torch.Tensor:
-        out = values.new_zeros(self.mask.shape)
+    def _spread(self, values: Tensor) -> Tensor:
+        """(n, ...) of the response tokens as (B, T, ...), 0 on padding."""
+        out = values.new_zeros(*self.mask.shape, *values.shape[1:])
         out[self.mask.bool()] = values
         return out
+
+
+def invert(p: Tensor, uniform: Tensor) -> Tensor:
+    """The token where the cumulative sum of p passes `uniform`. p: (n, V), float64, in which the sum over 150,000 tokens is
+    good to 1e-11; uniform: (n,) in [0, 1). Returns (n, 1) ids, never one of probability 0."""
+    cdf = p.cumsum(-1)
+    return torch.searchsorted(cdf, uniform.unsqueeze(-1) * cdf[:, -1:], right=True).clamp(max=p.shape[-1] - 1)
 
 
 # ---- Chunks ----------------------------------------------------------------------------------------------------
@@ -97,18 +113,14 @@ def tokens_per_chunk(vocabulary: int, itemsize: int, device: str, buffers: int =
     return max(1, BUFFER_BYTES * (10 if device == "cuda" else 1) // (max(itemsize, 4) * vocabulary * buffers))
 
 
-def _buffers(hidden: torch.Tensor, head: torch.Tensor, count: int = 1) -> list[torch.Tensor]:
+def _buffers(hidden: Tensor, head: Tensor, count: int = 1) -> list[Tensor]:
     n = tokens_per_chunk(len(head), head.element_size(), head.device.type, count)
     dtype = torch.promote_types(head.dtype, torch.float32)
     shape = max(1, min(n, len(hidden))), len(head)
     return [torch.empty(shape, dtype=dtype, device=head.device) for _ in range(count)]
 
 
-def _slices(n: int, buffer: torch.Tensor):
-    return (slice(first, first + len(buffer)) for first in range(0, n, len(buffer)))
-
-
-def _project(hidden: torch.Tensor, head: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+def _project(hidden: Tensor, head: Tensor, buffer: Tensor) -> Tensor:
     """Logits (c, V) of a chunk, in the buffer, at least float32, so that what follows is: softmax over a large vocabulary
     loses too much in bfloat16. On a CPU the logits of a bfloat16 head are rounded, as in transformers and vLLM."""
     logits = buffer[: len(hidden)]
@@ -119,30 +131,17 @@ def _project(hidden: torch.Tensor, head: torch.Tensor, buffer: torch.Tensor) -> 
     return logits.copy_(hidden @ head.T)
 
 
-def _blocks(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _blocks(logits: Tensor) -> tuple[Tensor, ...]:
     return logits.split(COLUMNS * (10 if logits.is_cuda else 1), -1)
 
 
-def _logsumexp(logits: torch.Tensor) -> torch.Tensor:
+def _logsumexp(logits: Tensor) -> Tensor:
     """(c, 1), without a second tensor of (c, V)."""
     parts = [block.logsumexp(-1, keepdim=True) for block in _blocks(logits)]
     return torch.cat(parts, -1).logsumexp(-1, keepdim=True)
 
 
-def _exponentiate(logits: torch.Tensor, largest: torch.Tensor, entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Turns logits into e^u in place, u = logits − largest. Returns z = Σ e^u and, for `entropy`, Σ u e^u, (c, 1) each: the
-    entropy is log z − (1/z) Σ u e^u."""
-    z, weighted = torch.zeros_like(largest), torch.zeros_like(largest) if entropy else None
-    for block in _blocks(logits):
-        block.sub_(largest)
-        u = block.clamp(min=-1e4) if entropy else None  # e^u = 0 has no share: 0 · −inf
-        z += block.exp_().sum(-1, keepdim=True)
-        if entropy:
-            weighted += u.mul_(block).sum(-1, keepdim=True)
-    return z, weighted
-
-
-def _entropy(logits: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+def _entropy(logits: Tensor, total: Tensor) -> Tensor:
     """(c, 1), a block of columns at a time. total: (c, 1), the logits' logsumexp."""
     entropy = torch.zeros_like(total)
     for block in _blocks(logits):
@@ -151,69 +150,15 @@ def _entropy(logits: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
     return entropy
 
 
-@torch.no_grad()
-def score(hidden: torch.Tensor, head: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """log p of each token and the entropy of the distribution it comes from, no gradient.
-
-    hidden: (n, H); head: (V, H); tokens: (n,) ids. Returns two (n,).
-    """
-    (buffer,) = _buffers(hidden, head)
-    logp, entropy = buffer.new_zeros(len(hidden)), buffer.new_zeros(len(hidden))
-    for at in _slices(len(hidden), buffer):
-        logits = _project(hidden[at], head, buffer)
-        total = _logsumexp(logits)
-        logp[at] = (logits.gather(-1, tokens[at, None]) - total).squeeze(-1)
-        entropy[at] = _entropy(logits, total).squeeze(-1)
-    return logp, entropy
-
-
-@torch.no_grad()
-def choices(hidden: torch.Tensor, head: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """log p of each of a few tokens at each place. hidden: (n, H); head: (V, H); ids: (k,). Returns (n, k)."""
-    (buffer,) = _buffers(hidden, head)
-    logp = buffer.new_zeros(len(hidden), len(ids))
-    for at in _slices(len(hidden), buffer):
-        logits = _project(hidden[at], head, buffer)
-        logp[at] = logits[:, ids] - _logsumexp(logits)
-    return logp
-
-
-def invert(p: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """The token where the cumulative sum of p passes `uniform`. p: (n, V), float64, in which the sum over 150,000 tokens is
-    good to 1e-11; uniform: (n,) in [0, 1). Returns (n, 1) ids, never one of probability 0."""
-    cdf = p.cumsum(-1)
-    return torch.searchsorted(cdf, uniform.unsqueeze(-1) * cdf[:, -1:], right=True).clamp(max=p.shape[-1] - 1)
-
-
-@torch.no_grad()
-def draw(hidden: torch.Tensor, head: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """One token of the distribution at each place, by inverting its cumulative sum at `uniform`.
-
-    hidden: (n, H); head: (V, H); uniform: (n,) in [0, 1), float64. Returns (n,) ids.
-    """
-    (buffer,) = _buffers(hidden, head)
-    tokens = torch.zeros(len(hidden), dtype=torch.long, device=head.device)
-    for at in _slices(len(hidden), buffer):
-        tokens[at] = invert(_project(hidden[at], head, buffer).double().softmax(-1), uniform[at]).squeeze(-1)
-    return tokens
-
-
 # ---- The loss --------------------------------------------------------------------------------------------------
 
 
 def loss(
-    objective: Callable[[SimpleNamespace], torch.Tensor],
-    weights: torch.Tensor,
-    hidden: torch.Tensor,
-    head: torch.Tensor,
-    tokens: torch.Tensor,
-    known: dict[str, torch.Tensor] | None = None,
-    teacher: tuple[torch.Tensor, torch.Tensor] | None = None,
-    divergence: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
-    top_k: int | None = None,
-    expert: torch.Tensor | None = None,
+    objective: Callable[[SimpleNamespace], Tensor], weights: Tensor, hidden: Tensor, head: Tensor, tokens: Tensor,
+    known: dict[str, Tensor] | None = None, teacher: tuple[Tensor, Tensor] | None = None,
+    divergence: Callable[[Tensor, Tensor], Tensor] | None = None, top_k: int | None = None, expert: Tensor | None = None,
     entropy: bool = False,
-) -> tuple[torch.Tensor, Scores]:
+) -> tuple[Tensor, Scores]:  # fmt: skip
     """L = Σ_i weights_i · objective(t_i), differentiable in hidden and head, at O(chunk · V) memory.
 
     objective: a function of each token by itself. It gets t with t.logp and t.D, (1, c) and live, t.teacher_logp, and each of
@@ -227,106 +172,103 @@ def loss(
     The gradients of a chunk are taken while its logits are in the buffer, in the forward pass, so no product is done
     twice; backward only scales them. It can therefore run once.
     """
-    n, need = len(hidden), torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
+    need = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
     with torch.no_grad():
         buffer, *other = _buffers(hidden, head, 2 if teacher else 1)
         d_hidden, d_head = (torch.zeros_like(hidden), torch.zeros_like(head)) if need else (None, None)
-        total = buffer.new_zeros(())
-        wanted = (True, entropy, True, True, teacher is not None and divergence is not None and top_k is not None)
-        scores = Scores(*(buffer.new_zeros(n) if each else None for each in wanted))
-        for at in _slices(n, buffer):
+        total, parts = buffer.new_zeros(()), []
+        for first in range(0, max(len(hidden), 1), len(buffer)):  # without tokens one chunk of none
+            at = slice(first, first + len(buffer))
             taught = _project(teacher[0][at], teacher[1], other[0]) if teacher else None
             logits = _project(hidden[at], head, buffer)
             taken = None if expert is None else expert[at]
             here = {name: x[at].unsqueeze(0) for name, x in (known or {}).items()}
-            value, found = _chunk(objective, weights[at], logits, tokens[at], here, taught, divergence, top_k, taken, entropy, need)
-            total += value
-            for name, x in vars(found).items():
-                if x is not None:
-                    getattr(scores, name)[at] = x
+            part = weights[at], logits, tokens[at], here, taught, divergence, top_k, taken
+            value, scores = _chunk(objective, *part, entropy, need)
+            total += value.detach().to(total.dtype)
+            parts.append(vars(scores).values())
             if need:
                 d_logits = logits.to(head.dtype)
                 torch.mm(d_logits, head, out=d_hidden[at])
                 d_head.addmm_(d_logits.T, hidden[at])
+        scores = Scores(*(None if x[0] is None else torch.cat(x) for x in zip(*parts)))
     return _Known.apply(total, hidden, head, [d_hidden, d_head]) if need else total, scores
 
 
 def _chunk(objective, weights, logits, tokens, known, taught, divergence, top_k, expert, entropy, need):
     """Loss () and scores (c,) of one chunk. logits: (c, V), left holding dL / d logits if `need`; taught: the teacher's, which
-    are lost."""
-    tokens = tokens.unsqueeze(-1)
-    chosen = logits.gather(-1, tokens)  # (c, 1)
-    chosen_t = torch.zeros_like(chosen) if taught is None else taught.gather(-1, tokens)
+    are lost. D is formed of a leaf: D itself over all of V, else log p of the top k and the tail, where k may be 0."""
+    named = [ids.unsqueeze(-1) for ids in (expert, tokens) if ids is not None]  # (c, 1) each
+    at_named = torch.cat([logits.gather(-1, ids) for ids in named], -1)  # (c, 1 or 2)
+    teacher_logp = torch.zeros_like(at_named[:, :1]) if taught is None else taught.gather(-1, named[-1])
     compares = taught is not None and divergence is not None
-    H = top = log_s = log_t = D = overlap = None
-    if compares and top_k is not None:
+    overlap, dense = None, compares and top_k is None
+    if dense:
+        total, total_t = _logsumexp(logits), _logsumexp(taught)  # (c, 1)
+        H = _entropy(logits, total).squeeze(-1) if entropy else None
+        leaf, slope = _compare(logits, total, taught, total_t, divergence)  # dD / d log s in logits, p in taught
+    elif compares:
         top = logits.topk(top_k, dim=-1).indices  # (c, k), the largest first
         overlap = logits.new_full((len(logits),), torch.nan)
         here = slice(None, None, PLACES)
         overlap[here] = (top[here, :, None] == taught[here].topk(top_k, dim=-1).indices[:, None]).any(-1).float().mean(-1)
         total_t, _, log_t, _, _ = _split(taught, top, taught.amax(-1, keepdim=True))
-        total, others, log_s, at_top, H = _split(logits, top, logits.gather(-1, top[:, :1]), entropy)
-    elif compares:
-        total, total_t = _logsumexp(logits), _logsumexp(taught)  # (c, 1)
-        H = _entropy(logits, total) if entropy else None
-        D, slope = _compare(logits, total, taught, total_t, divergence)  # dD / d log s in logits, p in taught
+        total, others, leaf, at_top, H = _split(logits, top, logits.gather(-1, top[:, :1]), entropy)
     else:
         total_t = 0.0 if taught is None else _logsumexp(taught)
-        at_expert = None if expert is None else logits.gather(-1, expert.unsqueeze(-1))
-        largest = logits.amax(-1, keepdim=True)
-        z, weighted = _exponentiate(logits, largest, entropy)  # z p is now in logits
-        H = z.log() - weighted / z if entropy else None
-        total = largest + z.log()
-        log_s = None if expert is None else at_expert - total  # (c, 1), the one bucket that is known of the expert's
-    teacher_logp = chosen_t - total_t if taught is not None else chosen_t
-    row = lambda x: x.squeeze(-1).unsqueeze(0)  # noqa: E731  (c, 1) to (1, c)
+        top = named[-1][:, :0]
+        total, others, leaf, at_top, H = _split(logits, top, logits.amax(-1, keepdim=True), entropy)
+    teacher_logp = teacher_logp - total_t
     with torch.enable_grad():
-        logp = row(chosen - total).requires_grad_()
-        if log_s is not None:
-            log_s.requires_grad_()
-            D = (-log_s.squeeze(-1) if expert is not None else divergence(log_s, log_t)).unsqueeze(0)
-            leaf = log_s
-        else:
-            leaf = D = (torch.zeros_like(logp.detach()) if D is None else D.unsqueeze(0)).requires_grad_()
-        t = SimpleNamespace(**{"teacher_logp": row(teacher_logp)} | known, logp=logp, D=D)
+        leaf, logp = leaf.requires_grad_(), (at_named - total).T.requires_grad_()  # (1 or 2, c)
+        D = torch.zeros_like(logp[-1:], requires_grad=True)
+        if expert is not None:
+            D = -logp[:1]
+        elif compares:
+            D = (leaf if dense else divergence(leaf, log_t)).unsqueeze(0)
+        t = SimpleNamespace(**{"teacher_logp": teacher_logp.T} | known, logp=logp[-1:], D=D)
         value = (weights * objective(t).squeeze(0)).sum()
-        H = H.squeeze(-1) if entropy else None
-        scores = Scores(logp.detach().squeeze(0), H, D.detach().squeeze(0), teacher_logp.squeeze(-1), overlap)
+        scores = Scores(logp[-1].detach(), H, D[0].detach(), teacher_logp.squeeze(-1), overlap)
         if not need:
-            return value.detach().to(logits.dtype), scores
+            return value, scores
         by_logp, by_leaf = torch.autograd.grad(value, [logp, leaf], allow_unused=True, materialize_grads=True)
-    by_logp, by_leaf = by_logp.to(logits.dtype).T, by_leaf.to(logits.dtype)  # (c, 1), and dL / d log_s or dL / dD
-    if top is not None:
-        pull, tail = by_logp + by_leaf.sum(-1, keepdim=True), by_leaf[:, -1:]
+    by_logp, by_leaf = by_logp.to(logits.dtype).T, by_leaf.to(logits.dtype)  # (c, 1 or 2), and of the shape of leaf
+    pull = by_logp.sum(-1, keepdim=True)
+    if dense:
+        by_D = by_leaf.unsqueeze(-1)
+        logits.mul_(by_D).addcmul_(taught, pull + by_D * slope, value=-1)
+    else:
+        pull, tail = pull + by_leaf.sum(-1, keepdim=True), by_leaf[:, -1:]
         z = others + at_top.sum(-1, keepdim=True)
         share = torch.where(tail == 0, 0.0, tail / others)  # of the tail's own slope, p_j / p_tail
         logits.mul_(share - pull / z)
         logits.scatter_(-1, top, by_leaf[:, :-1] - at_top / z * pull)
-    elif expert is not None:
-        logits.mul_(-(by_logp + by_leaf) / z)
-        logits.scatter_add_(-1, expert.unsqueeze(-1), by_leaf)
-    elif compares:
-        by_D = by_leaf.T
-        logits.mul_(by_D).addcmul_(taught, by_logp + by_D * slope, value=-1)
-    else:
-        logits.mul_(-by_logp / z)
-    logits.scatter_add_(-1, tokens, by_logp)
-    return value.detach().to(logits.dtype), scores
+    for ids, by in zip(named, by_logp.split(1, -1)):
+        logits.scatter_add_(-1, ids, by)
+    return value, scores
 
 
-def _split(logits, top, largest, entropy=False) -> tuple[torch.Tensor, ...]:
+def _split(logits, top, largest, entropy=False) -> tuple[Tensor, ...]:
     """The top k and the tail: (logsumexp (c, 1), what the tail sums to (c, 1), log p of the buckets (c, k + 1), exp of the top k
-    (c, k), entropy (c, 1) or None). largest: (c, 1). logits are left holding exp(logits - largest), 0 at the top k."""
+    (c, k), entropy (c,) or None). largest: (c, 1). logits are left holding exp(logits - largest), 0 at the top k.
+
+    With u = logits − largest and z = Σ e^u the entropy is log z − (1/z) Σ u e^u."""
     at_top = logits.gather(-1, top) - largest
-    others, weighted = _exponentiate(logits.scatter_(-1, top, -torch.inf), largest, entropy)
-    exp_top = at_top.exp()
+    exp_top, others, weighted = at_top.exp(), torch.zeros_like(largest), torch.zeros_like(largest)
+    for block in _blocks(logits.scatter_(-1, top, -torch.inf)):
+        block.sub_(largest)
+        u = block.clamp(min=-1e4) if entropy else None  # e^u = 0 has no share: 0 · −inf
+        others += block.exp_().sum(-1, keepdim=True)
+        if entropy:
+            weighted += u.mul_(block).sum(-1, keepdim=True)
     z = others + exp_top.sum(-1, keepdim=True)
     log_z = z.log()
-    H = log_z - (weighted + (at_top.clamp(min=-1e4) * exp_top).sum(-1, keepdim=True)) / z if entropy else None
+    weighted += (at_top.clamp(min=-1e4) * exp_top).sum(-1, keepdim=True)
+    H = (log_z - weighted / z).squeeze(-1) if entropy else None
     return largest + log_z, others, torch.cat([at_top - log_z, others.log() - log_z], -1), exp_top, H
 
 
-def _compare(logits, total, taught, total_t, divergence) -> tuple[torch.Tensor, torch.Tensor]:
+def _compare(logits, total, taught, total_t, divergence) -> tuple[Tensor, Tensor]:
     """D over the whole vocabulary, a block of columns at a time. logits: (c, V), left holding dD / d log s; total: (c, 1) their
     logsumexp; taught: the teacher's logits, left holding the student's probabilities. Returns D (c,) and Σ dD / d log s (c, 1)."""
     D, slope = logits.new_zeros(len(logits)), logits.new_zeros(len(logits), 1)

@@ -21,7 +21,6 @@ from torch.nn.utils.rnn import pad_sequence
 # transformers, FSDP2 and torch's checkpoints are imported where they are used: they take seconds, which --help can do without.
 from harness import hub
 from harness.command import CannotWrite
-from model import head
 from model.checkpoint import causes
 from model.head import View
 from model.parallel import World, placed, reshard, states, whole
@@ -244,7 +243,8 @@ class Policy:
         logp = torch.zeros(len(prompts), len(ids), dtype=self.score_dtype, device=self.device)
         of = torch.tensor(ids, device=self.device)
         for batch, _, (view,) in self._views([(prompts, None)], [ids[:1]] * len(prompts)):
-            logp[batch] = head.choices(view.hidden[:, 0] * self.temperature, view.head, of).to(logp.dtype)
+            view.hidden = view.hidden * self.temperature
+            logp[batch] = view.choices(of)[:, 0].to(logp.dtype)
         return self.world.sum(logp)
 
     def mask(self, responses: Sequence[Ids]) -> torch.Tensor:

@@ -24,7 +24,7 @@ import vpd
 from harness import command, presets, session
 from harness.settings import Group, parse
 from model.policy import Policy, ema_update
-from neighbours.served import Asked
+from neighbours.served import Served
 from rollout import seed_for
 
 DISTIL = Group("DistIL")
@@ -70,41 +70,34 @@ def check(cfg: Config) -> None:
         raise ValueError(f"--teacher {cfg.teacher} means nothing to --expert served, which is the teacher")
 
 
-def open_expert(cfg: Config, policy: Policy, task) -> Asked | None:
+def open_expert(cfg: Config, policy: Policy, task) -> Served | None:
     if cfg.expert_url:
-        return Asked("expert", cfg.expert_url, cfg.expert_model, cfg.server_timeout, policy.world, Counter())
-    return None
+        return Served("expert", cfg.expert_url, cfg.expert_model, cfg.server_timeout, policy.world, Counter())
 
 
-def served_tokens(cfg: Config, policy: Policy, expert: Asked, batch) -> tuple[torch.Tensor, torch.Tensor]:
+def served_tokens(cfg: Config, policy: Policy, expert: Served, batch) -> tuple[torch.Tensor, torch.Tensor]:
     """One token that the served expert takes after (x, C, y_<t), at `expert_places` random places of each row with a context.
 
     Returns ids (B, T), and weights (B, T): |y| / places answered at those, 0 elsewhere. A weighted sum over them expects the sum
     over all places, as long as no place fails. The expert reads text, in which special tokens that a context spells are special;
     it answers with one token of its own, of which ours is the first that spells its text: the same one if both share a tokenizer.
     """
-    tokenizer, asked, texts = policy.tokenizer, [], []
+    tokenizer, places = policy.tokenizer, []
     for i in batch.has_C.nonzero().flatten().tolist():
-        rng, y = random.Random(seed_for(cfg.seed, batch.step, "places", i)), batch.y[i]
-        for t in rng.sample(range(len(y)), min(cfg.expert_places, len(y))):
-            text = tokenizer.decode(batch.xC[i] + y[:t])
-            if text.endswith("\ufffd"):  # inside a character
-                expert.missing["expert: no token"] += 1
-                continue
-            asked.append((i, t))
-            texts.append(text)
-    seed = seed_for(cfg.seed, batch.step, "expert")
-    pieces = expert.ask(lambda server: server.next_piece(texts, seed))
+        rng, n = random.Random(seed_for(cfg.seed, batch.step, "places", i)), len(batch.y[i])
+        places += [(i, t) for t in rng.sample(range(n), min(cfg.expert_places, n))]
+    texts = {(i, t): tokenizer.decode(batch.xC[i] + batch.y[i][:t]) for i, t in places}
+    texts = {place: text for place, text in texts.items() if not text.endswith("\ufffd")}  # that one is inside a character
+    pieces = expert.next_piece(list(texts.values()), seed_for(cfg.seed, batch.step, "expert"))
     end = policy.eos_ids[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     tokens, weights = torch.zeros_like(batch.mask), torch.zeros_like(batch.sampler_logp)
-    for (i, t), piece in zip(asked, pieces):
-        if piece is None:
+    for place, piece in zip(texts, pieces):
+        if piece is None or "\ufffd" in piece:  # no answer, or a part of a character
             continue
         ids = tokenizer(piece, add_special_tokens=False, split_special_tokens=True).input_ids if piece else [end]
-        if "\ufffd" in piece or not ids:  # a part of a character
-            expert.missing["expert: no token"] += 1
-            continue
-        tokens[i, t], weights[i, t] = ids[0], 1.0
+        if ids:
+            tokens[place], weights[place] = ids[0], 1.0
+    expert.missing["expert: no token"] += len(places) - pieces.count(None) - int(weights.sum())
     return tokens, weights * (batch.mask.sum(1) / weights.sum(1).clamp(min=1)).unsqueeze(1)
 
 
@@ -146,7 +139,9 @@ def train(cfg: Config, run: session.Run) -> None:
             log.skip("m_step: no expert's token" if cfg.expert == "served" else "m_step: no context", int((~takes_part).sum()))
             cost = D_weight * policy.compare(batch.x, batch.xC, batch.y, rows_C, teacher, expert=expert, **how)  # (B, T)
             A = cfg.future * losses.future_advantages(cost, batch.mask, G, takes_part)
-            A = A / batch.mask.sum(1, keepdim=True) if cfg.distil_norm == "length" else A
+            weights = batch.mask.double() / (size * cfg.max_response_tokens)
+            if cfg.distil_norm == "length":
+                A, weights = A / batch.mask.sum(1, keepdim=True), losses.sequence_weights(batch.mask, size)
             known = {"A": A, "D_weight": D_weight, "old_logp": batch.old_logp, "sampler_logp": batch.sampler_logp}
 
             def per_token(t):
@@ -165,13 +160,10 @@ def train(cfg: Config, run: session.Run) -> None:
                     with torch.no_grad():
                         q = batch.reader(policy, part, teacher) if expert is None else None
                     view = batch.student(policy, part)
-                    t = view.mask.shape[1]
-                    weights = losses.sequence_weights(view.mask, size)
-                    if cfg.distil_norm == "constant":
-                        weights = view.mask.double() / (size * cfg.max_response_tokens)
-                    here = {name: x[part, :t] for name, x in known.items()}
-                    taken = None if expert is None else expert[part, :t]
-                    loss, scores = view.loss(per_token, weights, here, q, expert=taken, **how)
+                    t = slice(view.mask.shape[1])
+                    here = {name: x[part, t] for name, x in known.items()}
+                    taken = None if expert is None else expert[part, t]
+                    loss, scores = view.loss(per_token, weights[part, t], here, q, expert=taken, **how)
                     policy.backward(loss)
                     log.m_pass(part, view, loss, scores, D_weight, measures=False)
                 log.m_norms.append(run.update(optimizer, cfg.lr * rate, log.m_loss()))

@@ -1,5 +1,5 @@
-"""OVD (arXiv 2601.21968, first version): verbal distillation. A judge reads each rollout and gives it a digit; a rejected rollout gives
-way to a demonstration of the teacher, and GRPO trains on the mixed group. A loop of its own over the pieces of vpd.py.
+"""OVD (arXiv 2601.21968, first version): verbal distillation. A judge reads each rollout and gives it a digit; a rejected rollout
+gives way to a demonstration of the teacher, and GRPO trains on the mixed group. A loop of its own over the pieces of vpd.py.
 
     python -m neighbours.ovd --task toy --out DIR        the flags of vpd.py, without --method, and those of `Config` below
 
@@ -15,6 +15,7 @@ from functools import partial
 from typing import Literal
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 import feedback
 import losses
@@ -23,7 +24,7 @@ from harness import command, presets, session
 from harness.log import mean
 from harness.settings import Group, parse
 from model.policy import Policy, ema_update
-from neighbours.served import Asked, expected_digit
+from neighbours.served import Served, expected_digit
 from rollout import seed_for, weights_of
 from tasks import toy
 
@@ -67,47 +68,41 @@ def check(cfg: Config) -> None:
 
 
 class Judge:
-    """The student itself, by the probabilities of its digits, or a model behind a server."""
+    """The student itself, by the probabilities of its digits, or a model behind a server. It has not seen the outcomes."""
 
     def __init__(self, cfg: Config, policy: Policy, task):
         self.cfg, self.policy, self.missing, self.server = cfg, policy, Counter(), None
         if cfg.judge_url:
-            self.server = Asked("judge", cfg.judge_url, cfg.judge_model, cfg.server_timeout, policy.world, self.missing)
-        else:
-            self.digits = digit_tokens(policy.tokenizer)
-            if cfg.task == "toy" and cfg.subset != "code-judge":
-                task.notes.append(f"{task.name}: its model was never taught to judge; --subset code-judge has one that was")
+            self.server = Served("judge", cfg.judge_url, cfg.judge_model, cfg.server_timeout, policy.world, self.missing)
+            return
+        self.digits = digit_tokens(policy.tokenizer)
+        if cfg.task == "toy" and cfg.subset != "code-judge":
+            task.notes.append(f"{task.name}: its model was never taught to judge; --subset code-judge has one that was")
 
     def scores(self, problems: list, texts: list[str], step: int) -> list[float | None]:
-        """S of each rollout, 0 to 9; None where the judge named no digit. It has not seen the outcome."""
-        cfg, policy = self.cfg, self.policy
+        """S of each rollout, 0 to 9; None where the judge named no digit, which is counted in `missing`."""
+        cfg, tokenizer = self.cfg, self.policy.tokenizer
         parts = [judge_parts(problem.messages, text, cfg.judge_request) for problem, text in zip(problems, texts)]
         if self.server:
-            asked, seed = [[{"role": "user", "content": "".join(p)}] for p in parts], seed_for(cfg.seed, step, "scores")
-            replies = self.server.ask(lambda server: server.score(asked, seed, cfg.max_judge_tokens))
-            self.missing["judge: no digit, kept"] += replies.count((None,))
-            return [reply and reply[0] for reply in replies]
-        limit = cfg.max_teacher_tokens
-        prompts = [feedback.encode(policy.tokenizer, p.messages[-1:], q, limit)[0] for p, q in zip(problems, parts)]
+            asked = [[{"role": "user", "content": "".join(p)}] for p in parts]
+            return self.server.score(asked, seed_for(cfg.seed, step, "scores"), cfg.max_judge_tokens)
+        prompts = [feedback.encode(tokenizer, p.messages[-1:], q, cfg.max_teacher_tokens)[0] for p, q in zip(problems, parts)]
         # A judge that has something else to say than a digit, more likely than not, has named none.
-        scores = [expected_digit(row, least=0.5) for row in policy.choose(prompts, self.digits).exp().tolist()]
+        scores = [expected_digit(row, least=0.5) for row in self.policy.choose(prompts, self.digits).exp().tolist()]
         self.missing["judge: no digit, kept"] += scores.count(None)
         return scores
 
 
 def judge_parts(messages: list[dict[str, str]], attempt: str, request: str) -> list[str]:
     """The request for a score, problem and attempt at the odd places."""
-    texts = {"question": messages[-1]["content"], "attempt": feedback.strip_thinking(attempt)}
-    return feedback.filled(request, texts)
+    return feedback.filled(request, {"question": messages[-1]["content"], "attempt": feedback.strip_thinking(attempt)})
 
 
 def digit_tokens(tokenizer) -> list[int]:
     """The ids of 0 to 9. Raises ValueError for a tokenizer that has no token of its own for each."""
     ids = [tokenizer(str(digit), add_special_tokens=False).input_ids for digit in range(10)]
     if any(len(found) != 1 for found in ids) or len({found[0] for found in ids}) < 10:
-        raise ValueError(
-            "the tokenizer has no token of its own for each digit, so this network cannot judge: --judge_url"
-        )
+        raise ValueError("the tokenizer has no token of its own for each digit, so this network cannot judge: --judge_url")
     return [found[0] for found in ids]
 
 
@@ -134,11 +129,9 @@ def demonstrate(cfg: Config, run: session.Run, teacher, batch, scores: list, log
     rejected = [i for i, score in enumerate(scores) if score is not None and score < cfg.ovd_threshold]
     asked = [i for i in rejected if batch.has_C[i]]
     log.skip("rejected without a context, kept", len(rejected) - len(asked))
-    seed = seed_for(cfg.seed, batch.step, "demonstrations")
+    prompts, seed = [batch.xC[i] for i in asked], seed_for(cfg.seed, batch.step, "demonstrations")
     with weights_of(teacher if asked else None, run.sampler, run.policy):
-        drawn = run.sampler.sample(
-            [batch.xC[i] for i in asked], 1, seed, cfg.max_response_tokens, cfg.temperature, cfg.top_p
-        )
+        drawn = run.sampler.sample(prompts, 1, seed, cfg.max_response_tokens, cfg.temperature, cfg.top_p)
     outcomes = run.task.verify([batch.problems[i] for i in asked], [run.policy.decode(d.tokens) for d in drawn])
     shown = {}
     for i, rollout, outcome in zip(asked, drawn, outcomes):
@@ -151,18 +144,14 @@ def demonstrate(cfg: Config, run: session.Run, teacher, batch, scores: list, log
     return shown
 
 
-def replace(batch, shown: dict, policy: Policy) -> torch.Tensor:
-    """Puts the demonstrations in their rows' places. Returns the rows that the student wrote, (B,)."""
-    by_student = torch.ones_like(batch.has_C)
-    for i, (rollout, outcome) in shown.items():
-        batch.y[i], batch.r[i], by_student[i] = rollout.tokens, outcome.reward, False
+def replace(batch, shown: dict, policy: Policy) -> None:
+    """Puts the demonstrations in their rows' places; `batch.rollouts` and `batch.outcomes` remain the student's."""
+    rollouts = [shown[i][0] if i in shown else rollout for i, rollout in enumerate(batch.rollouts)]
+    batch.y = [rollout.tokens for rollout in rollouts]
     batch.mask = policy.mask(batch.y)
-    logp = batch.sampler_logp.new_zeros(batch.mask.shape)
-    for i, rollout in enumerate(batch.rollouts):
-        drawn = shown[i][0].logp if i in shown else rollout.logp
-        logp[i, : len(drawn)] = torch.tensor(drawn, dtype=logp.dtype)
-    batch.sampler_logp = logp
-    return by_student
+    batch.sampler_logp = pad_sequence([batch.sampler_logp.new_tensor(rollout.logp) for rollout in rollouts], batch_first=True)
+    for i, (_, outcome) in shown.items():
+        batch.r[i] = outcome.reward
 
 
 # ---- The loop --------------------------------------------------------------------------------------------------
@@ -191,11 +180,12 @@ def train(cfg: Config, run: session.Run) -> None:
             log.left_out.update(judge.missing)
             judge.missing.clear()
             shown = demonstrate(cfg, run, teacher, batch, scores, log)
-            by_student = replace(batch, shown, policy)
-            for i in range(len(batch.y)):
-                outcome = shown[i][1].reward if i in shown else None
-                text = policy.decode(batch.y[i]) if i in shown else None
-                log.samples[i] = {"score": scores[i], "demonstration": text, "demonstration_reward": outcome}
+            replace(batch, shown, policy)
+            by_student = torch.tensor([i not in shown for i in range(len(batch.y))], device=policy.device)  # (B,)
+            for i, score in enumerate(scores):
+                rollout, outcome = shown.get(i, (None, None))
+                log.samples[i] = {"score": score, "demonstration": rollout and policy.decode(rollout.tokens),
+                                  "demonstration_reward": outcome and outcome.reward}  # fmt: skip
             log.note(**judge_figures(scores, batch.outcomes, cfg.ovd_threshold), demonstrations=mean(~by_student),
                      demonstration_reward=mean([outcome.reward for _, outcome in shown.values()]))  # fmt: skip
             log.lap("judge")
@@ -211,23 +201,20 @@ def train(cfg: Config, run: session.Run) -> None:
                 log.note(demonstration_ratio=mean(rho), demonstration_lacked=mean(rho < 0.5))
             log.lap("freeze")
 
-            # ---- GRPO over the mixed group
+            # ---- GRPO over the mixed group. pi_old: the student at the freeze, or as it is now; the teacher of its own tokens
             A = vpd.advantages(cfg, batch)  # (B,)
             takes_part = A != 0
             log.skip("m_step: no signal", int((~takes_part).sum()))
-            on_policy = by_student if size == len(batch.y) else torch.zeros_like(by_student)  # pi_old is the student as it is now
-            on_policy = on_policy | ~by_student if cfg.ovd_ratio == "one" else on_policy
-            old_logp = torch.where(demonstrated, batch.sampler_logp, batch.old_logp)  # whose tokens the teacher drew
-            rows_of = lambda x: x[:, None].expand_as(batch.mask)  # noqa: E731
-            known = {"old_logp": old_logp, "frozen_logp": batch.old_logp, "sampler_logp": batch.sampler_logp,
-                     "A": rows_of(A), "on_policy": rows_of(on_policy), "by_student": rows_of(by_student)}  # fmt: skip
+            on_policy = torch.where(by_student, size == len(batch.y), cfg.ovd_ratio == "one")  # pi_old = sg pi
+            mismatch = torch.ones_like(batch.old_logp)
+            if limit is not None:
+                mismatch = losses.truncated_ratio(batch.old_logp, batch.sampler_logp, limit).where(~demonstrated, mismatch)
+            known = {"old_logp": batch.sampler_logp.where(demonstrated, batch.old_logp), "mismatch": mismatch}
+            known |= {name: x[:, None].expand_as(mismatch) for name, x in {"A": A, "on_policy": on_policy}.items()}
 
             def per_token(t):
                 t.old_logp = torch.where(t.on_policy, t.logp.detach(), t.old_logp)
-                if limit is None:
-                    return vpd.grpo(t, cfg)
-                mismatch = losses.truncated_ratio(t.frozen_logp, t.sampler_logp, limit)
-                return vpd.grpo(t, cfg) * torch.where(t.by_student, mismatch, 1.0)
+                return vpd.grpo(t, cfg) * t.mismatch
 
             for first in range(0, len(batch.y), size):
                 rows = [i for i in range(first, first + size) if takes_part[i]]

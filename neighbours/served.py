@@ -9,33 +9,39 @@ import os
 import re
 import sys
 import threading
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from feedback import THOUGHT
 from harness.command import Stopped
 from rollout import seed_for
 
 SILENT = 3  # batches in a row without a single answer
-FIRST = 16  # questions, after which the others are not asked where none had an answer
-# Beyond OpenAI's protocol, for servers that know them: no thought before an answer, and no truncation of the distribution,
-# which some take from the model's own generation settings.
-THINKING_OFF = {"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}}
-PLAIN = {"extra_body": {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "add_special_tokens": False}}
-LOGPROBS = {"logprobs": True, "top_logprobs": 20}
+AT_ONCE = 16  # questions; where none of the first so many had an answer the others are not asked
+WANTED = {  # what a server may refuse to be asked
+    "logprobs": {"logprobs": True, "top_logprobs": 20},
+    # Beyond OpenAI's protocol, for servers that know them: no thought before an answer, and no truncation of the distribution,
+    # which some take from the model's own generation settings.
+    "thinking_off": {"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}},
+    "plain": {"extra_body": {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "add_special_tokens": False}},
+}
 
 
 class ServerSilent(Stopped):
     """A server does not answer any more."""
 
 
-class ServedModel:
-    """A model behind any OpenAI-compatible server. The key comes from the environment variable OPENAI_API_KEY only. Every
-    method asks one thing of many and answers in order, None where three attempts failed; `failures` then says why. Where
-    the first questions have all failed the others are not asked. What a server refuses to be asked is left out."""
+class Served:
+    """A model behind any OpenAI-compatible server, as a run of several processes asks it. who: critic, judge or expert.
 
-    def __init__(self, url: str, model: str, timeout: float = 60.0, at_once: int = 16):
+    `reply`, `score` and `next_piece` ask one thing of many. One process asks; all get the answers in order, None where three
+    attempts failed, which is counted in `missing` and told on standard error. What the server refuses to be asked is left out.
+    The key comes from the environment variable OPENAI_API_KEY only. Raises ValueError at once if the server does not answer a
+    first question, later ServerSilent in every process."""
+
+    def __init__(self, who: str, url: str, model: str, timeout: float, world, missing: Counter):
         try:
             import openai  # half a second and a package that only its users need
         except ImportError:
@@ -44,103 +50,99 @@ class ServedModel:
         key = os.environ.get("OPENAI_API_KEY") or "none"  # local servers want none
         self.client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=2)
         self.refusals = openai.BadRequestError, openai.UnprocessableEntityError, openai.PermissionDeniedError
-        self.url, self.model, self.at_once = url, model, at_once
-        self.without: set[str] = set()  # settings that the server refuses
-        self.lock = threading.Lock()
-        self.failures: Counter[str] = Counter()  # of the last call: what went wrong, how often
+        self.who, self.url, self.model, self.world, self.missing = who, url, model, world, missing
+        self.without: set[str] = set()  # names of WANTED that the server refuses
+        self.silent, self.lock = 0, threading.Lock()
+        chat = partial(self._chat, max_tokens=8), [{"role": "user", "content": "1 +"}]
+        ask, question = (self._piece, "1 +") if who == "expert" else chat
+        why = next(iter(world.first(lambda: self._at_once(ask, [question], 0)[1])), "")
+        if why and not why.startswith("ValueError"):  # an empty reply is an answer
+            raise ValueError(f"--{who}_url {url} with --{who}_model {model} does not answer: {why}")
 
-    def _each(self, ask: Callable, questions: list) -> list:
-        self.failures.clear()
-        answered = threading.Event()
-
-        def guarded(i: int):
-            if not answered.is_set() and self.failures.total() >= FIRST:
-                with self.lock:
-                    self.failures["not asked: none of those before had an answer"] += 1
-                return None
-            try:
-                answer = ask(i, questions[i])
-                answered.set()
-                return answer
-            except Exception as error:  # the library's errors, and answers that are not of the protocol
-                with self.lock:
-                    self.failures[f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"] += 1
-
-        pool = ThreadPoolExecutor(self.at_once)
-        try:
-            return list(pool.map(guarded, range(len(questions))))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-    def _insisting(self, ask: Callable, **wanted: dict):
-        """ask(settings) with all of the wanted settings, or with as many as the server takes, which is told once."""
-        names, refusal = [name for name in wanted if name not in self.without], None
-        for count in range(len(names) + 1):
-            for left_out in itertools.combinations(names, count):
-                try:
-                    kept = [wanted[name] for name in names if name not in left_out]
-                    answer = ask({key: value for settings in kept for key, value in settings.items()})
-                except self.refusals as error:
-                    refusal = refusal or error
-                    continue
-                with self.lock:
-                    if new := set(left_out) - self.without:
-                        self.without |= new
-                        print(f"{self.url} does without {', '.join(sorted(new))}: {refusal}", file=sys.stderr)
-                return answer
-        raise refusal
-
-    def _chat(self, messages: list[dict[str, str]], seed: int, settings: dict, **wanted: dict):
-        def ask(more: dict):
-            answer = self.client.chat.completions.create(
-                model=self.model, messages=messages, seed=seed % 2**31, **settings, **more
-            )
-            if not answer.choices[0].message.content:
-                raise ValueError("an empty reply")
-            return answer.choices[0]
-
-        return self._insisting(ask, thinking_off=THINKING_OFF, **wanted)
-
-    def reply(
-        self,
-        messages: list[list[dict[str, str]]],
-        seed: int,
-        max_tokens: int,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-    ) -> list[str | None]:
+    def reply(self, messages: list[list[dict]], seed: int, max_tokens: int, temperature: float, top_p: float) -> list[str | None]:
         """One reply to each conversation."""
-        settings = dict(max_tokens=max_tokens, temperature=temperature, top_p=top_p)
-        return self._each(lambda i, m: self._chat(m, seed_for(seed, i), settings).message.content, messages)
+        how = dict(max_tokens=max_tokens, temperature=temperature, top_p=top_p)
+        return self._each(lambda *asked: self._chat(*asked, **how).message.content, messages, seed)
 
-    def score(
-        self, messages: list[list[dict[str, str]]], seed: int, max_tokens: int
-    ) -> list[tuple[float | None] | None]:
-        """(score,) of each reply, 0 to 9: the expected digit where the server tells the probabilities at the reply's digit,
-        else the digit; (None,) for a reply without one. Greedy."""
-        settings = dict(max_tokens=max_tokens, temperature=0.0)
-        return self._each(
-            lambda i, m: (read_score(self._chat(m, seed_for(seed, i), settings, logprobs=LOGPROBS)),), messages
-        )
+    def score(self, messages: list[list[dict]], seed: int, max_tokens: int) -> list[float | None]:
+        """The score in each reply, 0 to 9: the expected digit where the server tells the probabilities at the reply's digit, else
+        the digit; None for a reply without one as well, which is counted. Greedy."""
+        how = dict(max_tokens=max_tokens, temperature=0.0)
+        scores = self._each(lambda *asked: (read_score(self._chat(*asked, "logprobs", **how)),), messages, seed)
+        self.missing["judge: no digit, kept"] += scores.count((None,))
+        return [score and score[0] for score in scores]
 
     def next_piece(self, prompts: list[str], seed: int) -> list[str | None]:
         """A draw of the token after each text, as text at temperature 1; "" where the model ends there."""
+        return self._each(self._piece, prompts, seed)
 
-        def ask(i: int, prompt: str) -> str:
-            settings = dict(max_tokens=1, temperature=1.0, top_p=1.0, seed=seed_for(seed, i) % 2**31)
-            complete = lambda more: self.client.completions.create(model=self.model, prompt=prompt, **settings, **more)  # noqa: E731
-            answer = self._insisting(complete, plain=PLAIN).choices[0]
-            if not answer.text and answer.finish_reason != "stop":
-                raise ValueError("a token without a text")
-            return answer.text or ""
+    def _piece(self, prompt: str, seed: int) -> str:
+        choice = self._insisting(
+            self.client.completions.create, ["plain"], prompt=prompt, seed=seed, max_tokens=1, temperature=1.0, top_p=1.0
+        )
+        if not choice.text and choice.finish_reason != "stop":
+            raise ValueError("a token without a text")
+        return choice.text or ""
 
-        return self._each(ask, prompts)
+    def _chat(self, messages: list[dict], seed: int, *wanted: str, **how):
+        choice = self._insisting(
+            self.client.chat.completions.create, ["thinking_off", *wanted], messages=messages, seed=seed, **how
+        )
+        if not choice.message.content:
+            raise ValueError("an empty reply")
+        return choice
 
-    def reach(self, completes: bool) -> str:
-        """Nothing if it answers a question, of the kind of `next_piece` or of `reply`, else why not."""
-        self.next_piece(["1 +"], 0) if completes else self.reply([[{"role": "user", "content": "1 +"}]], 0, 8)
-        why = next(iter(self.failures), "")
-        return "" if why.startswith("ValueError") else why  # an empty reply is one
+    def _insisting(self, create: Callable, wanted: list[str], **how):
+        """An answer's first choice, asked for with all of `wanted`, or with as many as the server takes, which is told once."""
+        wanted, refusal = [name for name in wanted if name not in self.without], None
+        for left_out in itertools.chain(*(itertools.combinations(wanted, n) for n in range(len(wanted) + 1))):
+            settings = ChainMap(*(WANTED[name] for name in wanted if name not in left_out))
+            try:
+                answer = create(model=self.model, **how, **settings)
+            except self.refusals as error:
+                refusal = error
+                continue
+            with self.lock:
+                if new := set(left_out) - self.without:
+                    self.without |= new
+                    print(f"{self.url} does without {', '.join(sorted(new))}: {refusal}", file=sys.stderr)
+            return answer.choices[0]
+        raise refusal
+
+    def _each(self, ask: Callable, questions: list, seed: int) -> list:
+        """ask(question, seed of its own) of each, by one process; the answers in all of them."""
+        answers, failures = self.world.first(lambda: self._at_once(ask, questions, seed))
+        if failures:
+            self.missing[f"{self.who}: the server failed"] += sum(failures.values())
+            for why, count in failures.items() if self.world.rank == 0 else ():
+                print(f"{self.who}: {why} ({count} times)", file=sys.stderr)
+        self.silent = self.silent + 1 if failures and all(answer is None for answer in answers) else 0
+        if self.silent == SILENT:
+            raise ServerSilent(f"the {self.who} at {self.url} has not answered for {SILENT} batches: {next(iter(failures))}")
+        return answers
+
+    def _at_once(self, ask: Callable, questions: list, seed: int) -> tuple[list, dict[str, int]]:
+        """The answers, and what went wrong how often."""
+        failures, answered = Counter(), threading.Event()
+
+        def guarded(i: int):
+            if not answered.is_set() and failures.total() >= AT_ONCE:
+                why = "not asked: none of those before had an answer"
+            else:
+                try:
+                    answer = ask(questions[i], seed_for(seed, i) % 2**31)  # servers take no more
+                    answered.set()
+                    return answer
+                except Exception as error:  # the library's errors, and answers that are not of the protocol
+                    why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            with self.lock:
+                failures[why] += 1
+
+        pool = ThreadPoolExecutor(AT_ONCE)
+        try:
+            return list(pool.map(guarded, range(len(questions)))), dict(failures)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def read_score(choice) -> float | None:
@@ -180,31 +182,3 @@ def find_digit(reply: str) -> int | None:
     rest = re.sub(f"{THOUGHT}|{scale}", lambda found: " " * len(found[0]), reply, flags=re.DOTALL)
     found = re.search(r"(?<![0-9.])[0-9](?:\.0+)?(?!\.?[0-9])", rest)
     return found.start() if found else None
-
-
-# ---- Asked by a run --------------------------------------------------------------------------------------------
-
-
-class Asked:
-    """A server as a run of several processes asks it: one process does, all get the answers, failures are counted in `missing` and
-    told on standard error. who: critic, judge or expert. Raises ValueError at once if it does not answer a first question."""
-
-    def __init__(self, who: str, url: str, model: str, timeout: float, world, missing: Counter):
-        self.who, self.world, self.missing, self.silent = who, world, missing, 0
-        self.server = ServedModel(url, model, timeout)
-        if why := world.first(lambda: self.server.reach(completes=who == "expert")):
-            raise ValueError(f"--{who}_url {url} with --{who}_model {model} does not answer: {why}")
-
-    def ask(self, question: Callable[[ServedModel], list]) -> list:
-        """question(server) in one process; its answers in all of them. Raises ServerSilent in all of them."""
-        answers, failures = self.world.first(lambda: (question(self.server), dict(self.server.failures)))
-        if failures:
-            self.missing[f"{self.who}: the server failed"] += sum(failures.values())
-            for why, count in failures.items() if self.world.rank == 0 else ():
-                print(f"{self.who}: {why} ({count} times)", file=sys.stderr)
-        self.silent = self.silent + 1 if failures and all(answer is None for answer in answers) else 0
-        if self.silent == SILENT:
-            raise ServerSilent(
-                f"the {self.who} at {self.server.url} has not answered for {SILENT} batches: {next(iter(failures))}"
-            )
-        return answers

@@ -89,7 +89,8 @@ def shaped(value, pairs: bool = True):
         if len(value.free_symbols) != 1:
             return value
         (name,) = value.free_symbols
-        value = Intersection(*[solutions(part, name) for part in getattr(value, "_unsorted_args", [value])])
+        relations = [part.xreplace({name: Symbol("x", real=True)}) for part in getattr(value, "_unsorted_args", [value])]
+        value = Intersection(*[relation.as_set() for relation in relations])
     if isinstance(value, (FiniteSet, Tuple)):
         return shaped(value.args[0]) if len(getattr(value, "_unsorted_args", value.args)) == 1 else value
     if isinstance(value, Set):
@@ -97,14 +98,6 @@ def shaped(value, pairs: bool = True):
         is_pair = pairs and isinstance(value, Interval) and value.is_open
         return Tuple(value.start, value.end) if is_pair else value
     return clean(value) if isinstance(value, (sympy.Expr, MatrixBase, sympy.MatrixExpr)) else value
-
-
-def solutions(relation, name) -> Set:
-    if isinstance(relation, INEQUALITY) and name in relation.args:  # all that is often asked, without a solver
-        strict = "=" not in relation.rel_op
-        is_low = relation.lts == name
-        return Interval(-oo, relation.gts, True, strict) if is_low else Interval(relation.lts, oo, strict, True)
-    return relation.xreplace({name: Symbol("x", real=True)}).as_set()
 
 
 def sides(value) -> list | None:

@@ -78,8 +78,6 @@ def compare(gold: str, answer: str, algebra: Callable[[str, str], str]) -> str:
     """The verdict: by text, units and plain numbers where they settle it, else algebra's on what is left of the two."""
     if len(answer) > MAX_ANSWER_CHARS and gold != answer:
         return "too long"
-    if gold == answer or NUMBER.fullmatch(gold) and NUMBER.fullmatch(answer):  # most are settled here
-        return _plain(gold, answer)
     left, right = _tidy(gold), _tidy(answer)
     letters = [CHOICE.match(text) for text in (left, right)]
     if all(letters) and (letters[0].end() == len(left) or letters[1].end() == len(right)):
@@ -118,12 +116,9 @@ def _plain(gold: str, answer: str) -> str | None:
 
 def _tidy(text: str) -> str:
     """An answer without what has no meaning, such as fonts, and with one spelling for what has several."""
-    text = text.translate(str.maketrans(LETTERS))
-    for pattern, new in TIDY[:4]:
-        text = pattern.sub(new, text)
-    text = _without_fonts(text)
+    text = _without_fonts(text.translate(str.maketrans(LETTERS)))
     for pattern, new in TIDY:
-        text = pattern.sub(new, text)
+        text = pattern.sub(new, text).strip()
     while text.startswith("{") and _closing(text, 1) == len(text) - 1:
         text = text[1:-1].strip()
     return text
@@ -131,12 +126,13 @@ def _tidy(text: str) -> str:
 
 def _without_commas(text: str) -> str:
     """58,500 as 58500, but not in a list such as (1,200)."""
-    for comma in reversed(list(re.finditer(r"(?<=\d),(?=\d{3}(?:,\d{3})*(?![\d,]))", text))):
-        before = text[: comma.start()]
+
+    def joined(number: re.Match) -> str:
+        before = text[: number.start()]
         in_list = len(re.findall(r"[(\[]|\\\{", before)) > len(re.findall(r"[)\]]|\\\}", before))
-        if not in_list and re.search(r"(?<![\d.,])\d{1,3}(,\d{3})*$", before):
-            text = before + text[comma.end() :]
-    return text
+        return number[0] if in_list else number[0].replace(",", "")
+
+    return re.sub(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])", joined, text)
 
 
 def _without_fonts(text: str) -> str:

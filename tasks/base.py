@@ -4,6 +4,7 @@ of a data source are read."""
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -71,54 +72,49 @@ SUFFIXES = (".jsonl", ".parquet", ".arrow")  # of a file that may lie in a folde
 
 def rows(path: str | Path) -> Iterable[dict]:
     """The rows of a JSONL (one object per line, whatever its ending), parquet or arrow file, or of a folder: a data set
-    saved or cached by `datasets`, or files of those kinds."""
+    saved or cached by `datasets`, or files of those kinds. Raises ValueError with one line for what cannot be read."""
     path = Path(path)
-    if path.is_dir():
-        import datasets
-
-        if (path / "state.json").exists():
-            return datasets.load_from_disk(str(path))
-        files = sorted(f for f in path.iterdir() if f.suffix in SUFFIXES)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    is_saved = (path / "state.json").exists()
+    if path.is_dir() and not is_saved:
+        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
         if not files:
             raise ValueError(f"{path} holds no .jsonl, .parquet or .arrow file")
-        return (row for file in files for row in rows(file))
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist")
-    if path.suffix not in (".parquet", ".arrow"):
+        return chain.from_iterable(map(rows, files))
+    if not is_saved and path.suffix not in (".parquet", ".arrow"):
         return json_rows(path)
     import datasets
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said here, in one line
+    by_suffix = {".parquet": datasets.Dataset.from_parquet, ".arrow": datasets.Dataset.from_file}
     try:
-        return (datasets.Dataset.from_parquet if path.suffix == ".parquet" else datasets.Dataset.from_file)(str(path))
+        return datasets.load_from_disk(str(path)) if is_saved else by_suffix[path.suffix](str(path))
     except Exception as error:  # the library's and pyarrow's errors share no base
         raise ValueError(f"{path} cannot be read: {one_line(error)}") from None
 
 
 def json_rows(path: Path) -> Iterator[dict]:
     """The rows of a JSONL file. Raises ValueError with the number of a line that is no JSON object."""
-    number, row = 0, None
-    with path.open(encoding="utf-8-sig") as file:
-        try:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise ValueError(f"{path}, line {number} is no JSON object")
-                    if "\\ud" in line.lower():  # perhaps half of a surrogate pair, which no tokenizer takes
-                        row = json.loads(text_of(json.dumps(row, ensure_ascii=False)))
-                    yield row
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is no UTF-8 text: {one_line(error)}") from None
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number} is no JSON: {one_line(error)}") from None
-    if row is None:
-        raise ValueError(f"{path} is empty: it holds no row")
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+                if not isinstance(row, dict):
+                    raise ValueError(f"it is {line[:40]!r}")
+                if b"\\ud" in line.lower():  # perhaps half of a surrogate pair, which no tokenizer takes
+                    row = json.loads(text_of(json.dumps(row, ensure_ascii=False)))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number} is no JSON object: {one_line(error)}") from None
+            yield row
 
 
 def each(source: Iterable[dict], where: str, make: Callable[[dict, str], Any]) -> list:
-    """make(row, "FILE, row 3") for every row; whatever a row of another schema makes of it is one clear line."""
+    """make(row, "FILE, row 3") for every row. Raises ValueError with one line for a row of another schema, whatever make()
+    raises on it, and where there is none."""
     made, at = [], where
     try:
         for number, row in enumerate(source, 1):
@@ -126,28 +122,27 @@ def each(source: Iterable[dict], where: str, make: Callable[[dict, str], Any]) -
             made.append(make(row, at))
     except (TypeError, AttributeError, KeyError, IndexError, RecursionError) as error:
         raise ValueError(f"{at} is not in the schema of the source ({one_line(error)})") from error
+    if not made:
+        raise ValueError(f"{where} holds no row")
     return made
 
 
-def fetch(name: str, get: Callable[[], Any], reason: str = "") -> Any:
-    """get(), or one line that says what could not be fetched, and why: for `reason`, if it was known before."""
-    try:
-        return get()
-    except Exception as error:  # network, hub, cache and parsing errors share no base
-        why = reason or one_line(error)
-        raise ValueError(f"{name} cannot be fetched ({why}): give a local copy with --data") from None
-
-
-def hub_rows(repo: str, split: str) -> Iterable[dict]:
-    """A data set from the hub, or from its cache where the hub cannot be reached."""
+def hub_rows(repo: str, split: str = "", file: str = "") -> Iterable[dict]:
+    """The rows of a data set's split on the hub, or of one of its files; from the cache where the hub cannot be reached.
+    Raises ValueError with one line that says why they cannot be fetched."""
     import datasets
     import huggingface_hub
 
-    reason = hub.unreachable(repo, "README.md", "dataset")
+    reason = hub.unreachable(repo, file or "README.md", "dataset")
     # A library that knows that it is offline reads what is in its cache, or says at once that it is not there.
     offline = lambda place: mock.patch.object(place, "HF_HUB_OFFLINE", bool(reason))  # noqa: E731
-    with offline(huggingface_hub.constants), offline(datasets.config):
-        return fetch(repo, lambda: datasets.load_dataset(repo, split=split), reason)
+    try:
+        with offline(huggingface_hub.constants), offline(datasets.config):
+            if file:
+                return rows(huggingface_hub.hf_hub_download(repo, file, repo_type="dataset"))
+            return datasets.load_dataset(repo, split=split)
+    except Exception as error:  # network, hub, cache and parsing errors share no base
+        raise ValueError(f"{repo} cannot be fetched ({reason or one_line(error)}): give a local copy with --data") from None
 
 
 def text_of(text: str) -> str:

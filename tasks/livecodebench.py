@@ -10,26 +10,21 @@ import re
 import sys
 import time
 import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from functools import lru_cache
-from operator import eq
 
-import huggingface_hub
-
-from harness import hub
-from tasks.base import Outcome, Problem, Task, each, fetch, get, one_line, rows, text_of
+from tasks.base import Outcome, Problem, Task, each, get, hub_rows, one_line, rows, text_of
 from tasks.sandbox import Result, Sandbox, loads
 
-LCB_FILE = ("livecodebench/code_generation_lite", "test6.jsonl")  # the v6 increment: 175 problems, 134 MB
+LCB_REPO = "livecodebench/code_generation_lite"
+LCB_FILE = "test6.jsonl"  # the v6 increment: 175 problems, 134 MB
 TIME_LIMIT = 6.0  # seconds per test, the official checker's
 FAILURE_LIMITS = 2  # time limits, after which a program that has failed is tested no further
 FEEDBACK_CHARS = 2000
 MAX_TESTS_BYTES = 1 << 30  # of one problem, decompressed
 sys.set_int_max_str_digits(50_000)  # of an integer in arguments and results, as in the official checker
-# Of several failures the first by this order is the verdict.
-RANKS = {"internal": 0, "error": 1, "memory": 1, "output limit": 1, "time-out": 2, "wrong answer": 3}
+RANKS = {"internal": 0, "time-out": 2, "wrong answer": 3}  # of several failures the lowest is the verdict; others have rank 1
 STDIN_FORMAT = (
     "{question}\n\nWrite a Python 3 program that reads the input from standard input and prints the answer to standard "
     "output. Give the whole program in one ```python code block at the end of your answer."
@@ -53,11 +48,6 @@ class Record:
     bare: bool = False  # it has no private tests, so the public ones take their place
 
 
-def bad(name: str, what: str, error: BaseException | None = None) -> ValueError:
-    """What is wrong with a problem, in one line."""
-    return ValueError(f"lcb problem {name}: {what}" + (f" ({one_line(error)})" if error else ""))
-
-
 class StringUnpickler(pickle.Unpickler):
     """A pickle can call anything; this one may only hold plain values."""
 
@@ -65,67 +55,48 @@ class StringUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"the pickle asks for {module}.{name}")
 
 
-def unpacked(text: str) -> str:
-    """The JSON in base64 of zlib of a pickled string."""
-    unpacker = zlib.decompressobj()
-    raw = unpacker.decompress(base64.b64decode(text, validate=True), MAX_TESTS_BYTES)
-    if not unpacker.eof:
-        raise ValueError("the compressed tests are cut short or too long")
-    text = StringUnpickler(io.BytesIO(raw)).load()
-    if not isinstance(text, str):
-        raise ValueError(f"the pickle holds {type(text).__name__}, not str")
-    return text
-
-
 @lru_cache(maxsize=128)  # both kinds for the problems of a batch
-def decoded(record: Record, kind: str) -> list[dict]:
-    """The "public" or "private" tests: JSON, as it is or packed. Raises ValueError naming the problem for others."""
-    text = getattr(record, kind)
+def decoded(text: str) -> list[dict]:
+    """The tests in a column: JSON, as it is or in base64 of zlib of a pickled string. Raises an Exception of some kind for
+    a damaged one."""
     try:
-        try:
-            tests = json.loads(text)
-        except ValueError:
-            tests = json.loads(unpacked(text))
-        if not isinstance(tests, list):
-            raise ValueError(f"the tests are {type(tests).__name__}, not a list")
-        if not all(isinstance(test[key], str) for test in tests for key in ("input", "output")):
-            raise ValueError("a test's input or output is no text")
-    except Exception as error:  # whatever a damaged blob makes of base64, zlib, pickle and json
-        raise bad(record.id, "its tests cannot be decoded", error) from None
+        tests = json.loads(text)
+    except ValueError:
+        unpacker = zlib.decompressobj()
+        raw = unpacker.decompress(base64.b64decode(text, validate=True), MAX_TESTS_BYTES)
+        if not unpacker.eof:
+            raise ValueError("the compressed tests are cut short or too long") from None
+        tests = json.loads(StringUnpickler(io.BytesIO(raw)).load())
+    if not isinstance(tests, list) or not all(isinstance(test[key], str) for test in tests for key in ("input", "output")):
+        raise ValueError("the tests are no list of texts for input and output")
     return tests
 
 
 def tests_of(record: Record, use: str) -> list[dict]:
     """The tests that grade in a use. "train" and "all" are the private ones (the public ones of a record that has none), of
     which "train" takes half; "public" the public ones; "official" both together, as the official checker has it."""
-    public = decoded(record, "public") if use == "official" else []
-    private = decoded(record, "private") if use != "public" else []
-    return public + private or decoded(record, "public")
+    public = decoded(record.public) if use == "official" else []
+    private = decoded(record.private) if use != "public" else []
+    return public + private or decoded(record.public)
 
 
 def make_record(row: dict, where: str, use: str) -> Record:
     """Decodes the tests of a use once, so that a damaged one is found before training, and chooses the half that trains,
-    seeded by the problem's name, where only private ones are used."""
-    name = str(get(row, where, "question_id"))
+    seeded by the problem's name, where only private ones are used. Raises ValueError with one line that names the problem."""
+    name, question, public = (get(row, where, key) for key in ("question_id", "question_content", "public_test_cases"))
+    starter, private = row.get("starter_code") or "", row.get("private_test_cases") or "[]"
     try:
-        function = json.loads(row.get("metadata") or "{}").get("func_name") or ""
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise bad(name, "its metadata cannot be read", error) from None
-    question, starter = get(row, where, "question_content"), row.get("starter_code") or ""
-    public, private = get(row, where, "public_test_cases"), row.get("private_test_cases") or "[]"
-    if not all(isinstance(text, str) for text in (question, starter, function, public, private)):
-        raise bad(name, "every column of the source is text")
-    prompt = (FUNCTION_FORMAT if function else STDIN_FORMAT).replace("{starter}", starter.rstrip())
-    record = Record(name, prompt.replace("{question}", question.strip()), function, public, private)
-    record.bare, tests = not decoded(record, "private"), tests_of(record, use)
-    if not tests:
-        raise bad(name, f"it has no {'public tests' if use == 'public' else 'tests'}")
-    try:
+        function = (json.loads(row.get("metadata") or "{}").get("func_name") or "").strip()
+        prompt = (FUNCTION_FORMAT if function else STDIN_FORMAT).replace("{starter}", starter.rstrip())
+        record = Record(str(name), prompt.replace("{question}", question.strip()), function, public, private)
+        record.bare, tests = not decoded(private), tests_of(record, use)
+        if not tests:
+            raise ValueError("it has no tests")
         for test in tests if function else ():
             loads(test["output"])
             json.dumps(arguments(test["input"]))  # as the sandbox is given them
-    except (ValueError, TypeError, RecursionError) as error:
-        raise bad(name, "a test of a function is no JSON", error) from None
+    except Exception as error:  # whatever a damaged column makes of base64, zlib, pickle and json
+        raise ValueError(f"{where}: lcb problem {name} cannot be graded ({one_line(error)})") from None
     if use in ("train", "all"):
         half = random.Random(f"0/{name}").sample(range(len(tests)), max(1, len(tests) // 2))
         record.train = tuple(sorted(half))
@@ -138,21 +109,14 @@ def load(data: str, train_tests: str, since: str, until: str) -> Task:
         since, until = (datetime.date.fromisoformat(day).isoformat() for day in (since, until))
     except ValueError as error:
         raise ValueError(f"--since and --until are dates such as 2025-02-01 ({error})") from None
-
-    def download() -> Iterable[dict]:
-        if not hub.cached(*LCB_FILE, "dataset") and (reason := hub.unreachable(*LCB_FILE, "dataset")):
-            raise ConnectionError(reason)
-        return rows(huggingface_hub.hf_hub_download(*LCB_FILE, repo_type="dataset"))
-
-    source = rows(data) if data else fetch("/".join(LCB_FILE), download)
-    use, dates = "train" if train_tests == "private" else "public", []
+    use = "train" if train_tests == "private" else "public"
 
     def dated(row: dict, at: str) -> Record | None:
-        dates.append(str(get(row, at, "contest_date"))[:10])
-        return make_record(row, at, use) if since <= dates[-1] < until else None
+        return make_record(row, at, use) if since <= str(get(row, at, "contest_date"))[:10] < until else None
 
-    records = [record for record in each(source, data or LCB_FILE[1], dated) if record]
-    note = f"lcb: {len(records)} of {len(dates)} problems, {since} <= contest_date < {until}"
+    found = each(rows(data) if data else hub_rows(LCB_REPO, file=LCB_FILE), data or LCB_FILE, dated)
+    records = [record for record in found if record]
+    note = f"lcb: {len(records)} of {len(found)} problems, {since} <= contest_date < {until}"
     if not records:
         raise ValueError(f"{note}: widen the window with --since and --until")
     return make_task(records, note, "all", use)
@@ -170,8 +134,7 @@ def make_task(records: list[Record], note: str, test_use: str, train_use: str = 
     sandbox = Sandbox(time_limit=TIME_LIMIT, memory_mb=2048, output_bytes=32 << 20, preamble=True, packages=True)
 
     def verify(problems: list[Problem], responses: list[str]) -> list[Outcome]:
-        pairs = list(zip(problems, responses, strict=True))
-        return sandbox.run_many(lambda pair: grade(sandbox, *pair), pairs)
+        return sandbox.run_many(lambda pair: grade(sandbox, *pair), list(zip(problems, responses, strict=True)))
 
     def problems(use: str) -> list[Problem]:
         return [Problem(r.id, [{"role": "user", "content": r.prompt}], data=(r, use)) for r in records if use]
@@ -210,9 +173,8 @@ def same_output(printed: str, expected: str) -> bool:
     1e3 = 1000, no tolerance); one word in a line and its text must be equal."""
 
     def same(line: str, wanted: str) -> bool:
-        a, b = line.split(), wanted.split()
         try:
-            return line.strip() == wanted.strip() or (len(a) == len(b) and all(map(eq, map(Decimal, a), map(Decimal, b))))
+            return line.strip() == wanted.strip() or [*map(Decimal, line.split())] == [*map(Decimal, wanted.split())]
         except InvalidOperation:
             return False
 
@@ -253,7 +215,7 @@ def grade(sandbox: Sandbox, problem: Problem, response: str) -> Outcome:
     record, use = problem.data
     tests = tests_of(record, use)
     held_out = [i for i in range(len(tests)) if i not in record.train]
-    halves = {"train": [record.train], "all": [record.train, held_out]}.get(use, [range(len(tests))])
+    halves = [record.train] if use == "train" else [record.train, held_out]
     columns = {"held_out": 0} if use == "all" and held_out else {}
     source = code_block(response)
     if source is None:
@@ -271,13 +233,13 @@ def grade(sandbox: Sandbox, problem: Problem, response: str) -> Outcome:
         columns = dict.fromkeys(columns, int(len(failed) == before))  # in the end, of the held-out half
     if not failed:
         return Outcome(1, "passed", columns=columns)
-    worst = min(RANKS[verdict] for verdict, *_ in failed)
-    told = [item for item in failed if RANKS[item[0]] == worst]
-    return Outcome(0, told[0][0], failure_text(told), columns)
+    failed.sort(key=lambda failure: RANKS.get(failure[0], 1))
+    return Outcome(0, failed[0][0], failure_text(failed), columns)
 
 
 def failure_text(failed: list[tuple[str, Result, dict]]) -> str:
-    """What an environment's feedback says: the first error or time-out, or the two shortest wrong answers."""
+    """What an environment's feedback says: the first of the failures, the gravest first, or the two shortest of wrong answers
+    alone."""
     verdict, result, test = failed[0]
     if verdict == "internal":
         return ""

@@ -1,13 +1,12 @@
 """Mathematics: DAPO-Math-17k for training; MATH-500, AIME24, AIME25, AMC23 for evaluation."""
 
-import itertools
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 from tasks.answers import boxed, compare
-from tasks.base import NO_TEXTS, SUFFIXES, Outcome, Problem, Task, each, get, hub_rows, one_line, rows
+from tasks.base import NO_TEXTS, SUFFIXES, Outcome, Problem, Task, each, get, hub_rows, rows
 from tasks.sandbox import Sandbox
 
 DAPO = "BytedTsinghua-SIA/DAPO-Math-17k"
@@ -38,86 +37,68 @@ def load(data: str) -> Task:
     """data: a folder with dapo*.jsonl or dapo*.parquet in the source's schema, and one file for each evaluation set that
     is to be used, such as math500.jsonl."""
 
-    def source(stem: str, repo: str, split: str) -> tuple[str, Iterable[dict]]:
+    def source(stem: str, repo: str, split: str) -> tuple[Iterable[dict], str] | None:
         if not data:
-            return repo, hub_rows(repo, split)
-        files = [f for f in sorted(Path(data).glob(f"{stem}.*")) if f.suffix in SUFFIXES]
-        return (str(files[0]), rows(files[0])) if files else ("", [])
+            return hub_rows(repo, split), repo
+        files = [file for file in sorted(Path(data).glob(f"{stem}.*")) if file.suffix in SUFFIXES]
+        return (rows(files[0]), str(files[0])) if files else None
 
     tests = []
     for part, repo in MATH_SETS.items():
-        where, found = source(part, repo, "test")
-        tests += _problems(found, where, part)
+        if found := source(part, repo, "test"):
+            tests += _problems(*found, part)
     if not tests:
         raise ValueError(f"{data} holds none of {', '.join(f'{part}.jsonl' for part in MATH_SETS)}")
-    where, found = source("dapo*", DAPO, "train")
-    if not where:
+    if not (found := source("dapo*", DAPO, "train")):
         raise ValueError(f"{data} holds no dapo*.jsonl or dapo*.parquet to train on")
-    try:
-        train, notes = _dapo(found, {_letters(p.data["problem"]) for p in tests})
-    except (TypeError, AttributeError, KeyError, IndexError) as error:
-        raise ValueError(f"{where} is not in the schema of {DAPO} ({one_line(error)})") from error
-    return _task(train, tests, notes)
+    return _task(*_dapo(*found, {_letters(problem.data) for problem in tests}), tests)
 
 
 def read(source: list[dict], path: str, note: str) -> Task:
     """The problems of one file, as test problems."""
-    part = re.sub(r"\W+", "", Path(path).stem.lower())
-    return _task([], _problems(source, path, part), [note])
+    return _task([], [note], _problems(source, path, re.sub(r"\W+", "", Path(path).stem.lower())))
 
 
-def _dapo(rows: Iterable[dict], evaluated: set[str]) -> tuple[list[Problem], list[str]]:
+def _dapo(found: Iterable[dict], where: str, evaluated: set[str]) -> tuple[list[Problem], list[str]]:
     """Unique prompts of the 1.79 million rows; those with conflicting answers and those of the evaluation sets dropped."""
+    if hasattr(found, "with_format"):  # seconds for what takes a minute row by row
+        tables = found.with_format("arrow").iter(100_000)
+        found = (row for table in tables for row in table.select(["prompt", "reward_model"]).to_pylist())
     answers: dict[str, set[str]] = {}
-    total = bare = 0
-    for total, (text, answer) in enumerate(_dapo_pairs(rows), 1):
-        problem = _bare_problem(text)
-        bare += not (text.startswith(DAPO_BEFORE) and text.endswith(DAPO_AFTER))
-        answers.setdefault(problem, set()).add(answer.strip())
-    kept = {problem: found for problem, found in answers.items() if len(found) == 1}
-    overlap = {problem for problem in kept if _letters(problem) in evaluated}
-    train = [
-        _problem({"problem": problem, "answer": answer}, "dapo", "dapo", i)
-        for i, (problem, (answer,)) in enumerate(kept.items())
-        if problem not in overlap
-    ]
+
+    def add(row: dict, at: str) -> bool:
+        """Takes a row, and says whether it has the usual instruction."""
+        problem, answer = _pair(row, at)
+        answers.setdefault(problem, set()).add(answer)
+        text = row["prompt"][0]["content"]
+        return text.startswith(DAPO_BEFORE) and text.endswith(DAPO_AFTER)
+
+    usual = each(found, where, add)
+    kept = [(problem, *given) for problem, given in answers.items() if len(given) == 1]
+    numbered = [_problem(f"dapo-{i}", *pair, "dapo") for i, pair in enumerate(kept)]
+    train = [problem for problem in numbered if _letters(problem.data) not in evaluated]
     notes = [
-        f"dapo: {total} rows, {len(answers)} unique problems; dropped {len(answers) - len(kept)} with conflicting answers "
-        f"and {len(overlap)} that stand in an evaluation set; {len(train)} left"
+        f"dapo: {len(usual)} rows, {len(answers)} unique problems; dropped {len(answers) - len(kept)} with conflicting "
+        f"answers and {len(kept) - len(train)} that stand in an evaluation set; {len(train)} left"
     ]
-    if bare:
-        notes.append(
-            f"dapo: {bare} rows lack the source's usual instruction around the problem and were taken as they are"
-        )
+    if not all(usual):
+        lack = "lack the source's usual instruction around the problem and were taken as they are"
+        notes.append(f"dapo: {usual.count(False)} rows {lack}")
     return train, notes
 
 
-def _dapo_pairs(rows: Iterable[dict]) -> Iterator[tuple[str, str]]:
-    """(prompt, answer) of every row, in the arrow columns where there are any: two seconds for what takes minutes row
-    by row."""
-    if hasattr(rows, "with_format"):
-        import pyarrow.compute as pc
-
-        for table in rows.with_format("arrow").iter(100_000):
-            prompt = pc.struct_field(pc.list_element(table["prompt"], 0), "content")
-            yield from zip(prompt.to_pylist(), pc.struct_field(table["reward_model"], "ground_truth").to_pylist())
+def _pair(row: dict, where: str) -> tuple[str, str]:
+    """(problem, answer) of a row of an evaluation set (problem or question; answer or a boxed solution) or of DAPO's schema,
+    without the instruction around its problem."""
+    if "reward_model" in row:
+        text = get(row, where, "prompt")[0]["content"].removeprefix(DAPO_BEFORE).removesuffix(DAPO_AFTER).strip()
+        answer = get(get(row, where, "reward_model"), where, "ground_truth")
     else:
-        for i, row in enumerate(rows, 1):
-            prompt, model = get(row, f"dapo, row {i}", "prompt"), get(row, f"dapo, row {i}", "reward_model")
-            answer = get(model, f"dapo, row {i}, reward_model", "ground_truth")
-            yield prompt[0]["content"], _answer(answer, f"dapo, row {i}")
-
-
-def _answer(value: object, where: str) -> str:
-    """As text. A list or a dictionary is no answer, though its repr would be graded like one."""
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise ValueError(f"{where}: the answer must be text or a number, not {value!r:.80}")
-    return str(value)
-
-
-def _bare_problem(text: str) -> str:
-    """A prompt of DAPO's without the instruction around it."""
-    return text.removeprefix(DAPO_BEFORE).removesuffix(DAPO_AFTER).strip()
+        text, answer = get(row, where, "problem", "question"), get(row, where, "answer", "solution")
+    # A list or a dictionary is no answer, though its repr would be graded like one.
+    if not isinstance(text, str) or isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
+        raise ValueError(f"{where}: the problem must be text and the answer text or a number, not {text!r:.60} and {answer!r:.60}")
+    return text, str(answer).strip()
 
 
 def _letters(problem: str) -> str:
@@ -125,53 +106,43 @@ def _letters(problem: str) -> str:
     return re.sub(r"[^a-z0-9]+", "", problem.lower())
 
 
+def _problem(name: str, text: str, answer: str, part: str) -> Problem:
+    reference = answer if boxed(answer) is None else boxed(answer)
+    return Problem(name, [{"role": "user", "content": MATH_FORMAT.replace("{problem}", text)}], reference, text, part)
+
+
 def _problems(found: Iterable[dict], where: str, part: str) -> list[Problem]:
-    numbers = itertools.count()  # name the rows that have no id
-    return each(found, where, lambda row, at: _problem(row, at, part, next(numbers)))
+    """The problems of an evaluation set, named by their id or else by their position."""
+    ids = lambda row: [str(row[key]) for key in ("id", "unique_id") if row.get(key) is not None]  # noqa: E731
+    pairs = each(found, where, lambda row, at: (ids(row), *_pair(row, at)))
+    return [_problem([*named, f"{part}-{i}"][0], *pair, part) for i, (named, *pair) in enumerate(pairs)]
 
 
-def _problem(row: dict, where: str, part: str, number: int) -> Problem:
-    """A row of an evaluation set (problem or question; answer or a boxed solution) or of DAPO's schema."""
-    if "reward_model" in row:
-        ((text, answer),) = _dapo_pairs([row])
-        text = _bare_problem(text)
-    else:
-        text = get(row, where, "problem", "question")
-        answer = _answer(get(row, where, "answer", "solution"), where)
-    if not isinstance(text, str):
-        raise ValueError(f"{where}: the problem is no text")
-    name = next((str(row[key]) for key in ("id", "unique_id") if row.get(key) is not None), f"{part}-{number}")
-    answer = answer if boxed(answer) is None else boxed(answer)
-    messages = [{"role": "user", "content": MATH_FORMAT.replace("{problem}", text)}]
-    return Problem(name, messages, answer, {"problem": text}, part)
-
-
-def _task(train: list[Problem], test: list[Problem], notes: list[str]) -> Task:
+def _task(train: list[Problem], notes: list[str], test: list[Problem]) -> Task:
     sandbox = Sandbox(time_limit=MATH_SECONDS, memory_mb=4096, packages=True, warm=WARM)
-    notes.append(f"sandbox: {sandbox.layers}")
-    known: dict[tuple[str, str], str] = {}
-    late: Counter[tuple[str, str]] = Counter()
+    given: dict[tuple[str, ...], list[str]] = defaultdict(list)  # the verdicts on a pair, the last of which holds
 
-    def equal(gold: str, answer: str) -> str:
-        if (gold, answer) in known:
-            return known[gold, answer]
-        result = sandbox.call("from algebra import equal", "equal", [gold, answer])
+    def equal(*pair: str) -> str:
+        """algebra.equal(gold, answer) as a verdict."""
+        verdicts = given[pair]
+        if verdicts and (verdicts[-1] != "time-out" or len(verdicts) > 2):  # a busy machine must not settle an answer for a run
+            return verdicts[-1]
+        result = sandbox.call("from algebra import equal", "equal", list(pair))
         if result.status == "ok":
             verdict = "correct" if result.value is True else "wrong"
         else:
             verdict = {"internal": "internal", "timeout": "time-out"}.get(result.status, "unreadable")
-        late[gold, answer] += verdict == "time-out"
-        # A failed grader is not to be remembered, nor must a busy machine settle an answer for a whole run.
-        if verdict != "internal" and (verdict != "time-out" or late[gold, answer] > 2):
-            known[gold, answer] = verdict
+        if verdict != "internal":  # a failed grader is not remembered
+            verdicts.append(verdict)
         return verdict
 
     def grade(pair: tuple[Problem, str]) -> Outcome:
-        gold, answer = pair[0].reference, boxed(pair[1])
-        verdict = compare(gold, answer, equal) if answer else "no answer"
+        answer = boxed(pair[1])
+        verdict = compare(pair[0].reference, answer, equal) if answer else "no answer"
         return Outcome(int(verdict == "correct"), verdict)
 
     def verify(problems: list[Problem], responses: list[str]) -> list[Outcome]:
         return sandbox.run_many(grade, list(zip(problems, responses, strict=True)))
 
+    notes = [*notes, f"sandbox: {sandbox.layers}"]
     return Task("math/dapo", train, [], test, verify, sandbox.close, NO_TEXTS, notes)

@@ -45,8 +45,9 @@ def load(path: str) -> Task:
         raise ValueError(f"{path}: load() must return a tasks.Task with training problems, and returned {task!r:.80}")
     for split, problems in splits.items():
         setattr(task, split, [problem_of(problem, path) for problem in problems])
-        if twice := [id for id, count in Counter(str(problem.id) for problem in problems).items() if count > 1]:
-            raise ValueError(f"{path}: problem {twice[0]!r} is there twice: a problem's id is its own within its split")
+        for id, count in Counter(str(problem.id) for problem in problems).most_common(1):
+            if count > 1:
+                raise ValueError(f"{path}: problem {id!r} is there twice: a problem's id is its own within its split")
     task.name = text_of(task.name) if isinstance(task.name, str) and task.name.strip() else name
     task.verify, task.threads = checked(task.verify, path, spec.origin), 0  # its limit of time needs the main thread
     task.verify(task.train[:2], ["", ""][: len(task.train)])  # what is wrong with it is best said before the run
@@ -55,16 +56,15 @@ def load(path: str) -> Task:
 
 def problem_of(problem: Problem, path: str) -> Problem:
     """The problem with texts that a tokenizer takes. Raises ValueError where it has others."""
-    turns, fault = problem.messages if isinstance(problem.messages, list) else [], ""
-    right = [isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in turns]
-    if not right or not all(right) or turns[-1]["role"] != "user":
-        fault = "messages must be a list of {role, content}, the last a user's"
-    elif not isinstance(problem.reference, str):
-        fault = f"its reference must be text, not {problem.reference!r:.80}"
-    if fault:
-        raise ValueError(f"{path}: problem {problem.id!r}: {fault}")
-    messages = [{**message, "content": text_of(message["content"])} for message in turns]
-    return replace(problem, messages=messages, reference=text_of(problem.reference))
+    try:
+        messages = [{**message, "content": text_of(message["content"])} for message in problem.messages]
+        if messages[-1]["role"] == "user" and all("role" in message for message in messages):
+            return replace(problem, messages=messages, reference=text_of(problem.reference))
+    except (TypeError, AttributeError, LookupError):
+        pass
+    raise ValueError(
+        f"{path}: problem {problem.id!r}: messages must be a list of {{role, content}}, the last a user's, the reference text"
+    )
 
 
 def where(path: str, origin: str, error: BaseException) -> str:
@@ -82,10 +82,9 @@ def checked(verify: Callable, path: str, origin: str) -> Callable:
         try:
             with time_limit(VERIFY_SECONDS):
                 outcomes = verify(problems, responses)
-            given = len(outcomes) if isinstance(outcomes, (list, tuple)) else None
-            if given != len(responses):
-                what = f"{outcomes!r:.80}" if given is None else f"{given} outcomes"
-                raise Fault(f"must return a list with an Outcome for each of {len(responses)} responses, not {what}")
+            given = f"{len(outcomes)} outcomes" if isinstance(outcomes, (list, tuple)) else f"{outcomes!r:.80}"
+            if given != f"{len(responses)} outcomes":
+                raise Fault(f"must return a list with an Outcome for each of {len(responses)} responses, not {given}")
             return [plain(outcome) for outcome in outcomes]
         except KeyboardInterrupt:
             raise
@@ -124,14 +123,12 @@ def time_limit(seconds: float) -> Iterator[None]:
 def plain(outcome: Outcome) -> Outcome:
     """The outcome in Python's own numbers and in text that a tokenizer takes, where it is clear what is meant. Raises
     Fault where it is not."""
-    if not isinstance(outcome, Outcome):
-        raise Fault(f"must return Outcomes, not {outcome!r:.120}")
-    feedback, columns = "" if outcome.feedback is None else outcome.feedback, outcome.columns
-    texts = (outcome.verdict, feedback, *columns) if isinstance(columns, dict) else (None,)
-    if not all(isinstance(text, str) for text in texts):
-        raise Fault(f"must return Outcomes with a verdict and feedback that are text, a dict of columns, not {outcome!r:.120}")
-    try:  # whatever an array of several, or a missing value, makes of this
-        reward, *bits = [[bool(value == n) for n in (0, 1)].index(True) for value in (outcome.reward, *columns.values())]
+    try:  # whatever an array of several, a missing value or another type makes of this
+        numbers = (outcome.reward, *outcome.columns.values())
+        reward, *bits = [[bool(number == n) for n in (0, 1)].index(True) for number in numbers]
+        feedback = "" if outcome.feedback is None else outcome.feedback
+        verdict, feedback, *names = map(text_of, (outcome.verdict, feedback, *outcome.columns))
+        return Outcome(reward, verdict, feedback, dict(zip(names, bits)))
     except Exception:
-        raise Fault(f"must return Outcomes with a reward and columns of 0 or 1, not {outcome!r:.120}") from None
-    return Outcome(reward, text_of(outcome.verdict), text_of(feedback), dict(zip(map(text_of, columns), bits)))
+        must = "a reward and columns of 0 or 1, and a verdict, feedback and names of columns that are text"
+        raise Fault(f"must return Outcomes with {must}, not {outcome!r:.120}") from None

@@ -32,7 +32,7 @@ sys.modules["gym"] = gym
 
 
 def load(subset: str, data: str) -> Task:
-    """Problems of the generator `subset`, no question twice. data: a JSON file of its own settings, whose size bounds each split."""
+    """Problems of the generator `subset`, no question twice. data: a JSON file of its own settings; size bounds each split."""
     try:
         from reasoning_gym.factory import DATASETS
         from reasoning_gym.utils import SYSTEM_PROMPTS

@@ -18,8 +18,8 @@ Covered, each with its test in tests/test_sandbox.py (Linux):
 - `call`: standard input is empty, what is printed is thrown away. `run`: the program is __main__ with a real standard
   input and output, exits as Python would (threads joined, atexit run), and is judged by what it printed
 - the environment is empty, string hashes are the same in every call
-- a worker that dies or falls silent is replaced and the call made once more; where the disk or the process table was
-  full, after a pause. If that does not help, the status is "internal"
+- a worker that dies, falls silent or finds the disk or the process table full is replaced and the call made again, at last
+  after a pause of seconds. If that does not help, the status is "internal"
 - no process is left by close(), by the interpreter's exit, or when the caller or a worker is killed
 - programs have no capabilities, even as root, and cannot read the caller's memory (as another user than root only where
   the kernel allows user namespaces or has landlock)
@@ -36,6 +36,7 @@ Not covered:
 - what a worker once held and freed: a program that scans its own memory may find the input or output of an earlier call
 - threads and written bytes are checked every 10 ms, so a program can exceed its limit by that much; on a tmpfs, writes
   through shared mappings are not counted; side channels; faults of the kernel
+- a program that closes the pipe to its worker, as by closing every descriptor beyond 2, has ended there
 """
 
 import os
@@ -45,6 +46,7 @@ if __name__ == "__main__":
     os.register_at_fork = lambda **hooks: None
 
 import atexit
+import builtins
 import ctypes
 import gc
 import itertools
@@ -64,20 +66,20 @@ if __name__ != "__main__":  # the caller's only: every mapping and page of a wor
     import socket
     import subprocess
     import tempfile
+    import uuid
     from concurrent.futures import ThreadPoolExecutor
     from decimal import Decimal
 
 GRACE_SECONDS = 30.0  # a worker that is silent for time_limit + this counts as dead
-RETRY_SECONDS = (0.0, 0.1, 1.0, 5.0)  # before each try of a call that the machine kept from starting
+RETRY_SECONDS = (0.0, 0.1, 1.0, 5.0)  # before each try of a call
 LOOK_SECONDS = 0.01  # between two looks at a program's threads and what it wrote
 MAX_THREADS = 256  # of a program
 MAX_WRITTEN = 256 << 20  # bytes that a program may write to files in all, beyond output_bytes
 ERROR_CHARS = 500  # kept of an exception's text
-ERROR_BYTES = 1 << 16  # of an exception as JSON, at most
+ERROR_BYTES = 1 << 16  # of an exception's text and lines as JSON, at most
 FRAMES = 3  # of the program, kept of a traceback
 INT_DIGITS = 50_000  # the longest integer a program may turn into text; Python's own limit is 4300
 PROGRAM = "<program>"  # the source's file name in tracebacks
-UNPREPARED = "internal", '"the child could not be prepared"'
 # What a program finds imported with `preamble=True`: every public name of these modules, later ones winning.
 PREAMBLE = """string re datetime collections heapq bisect copy math random statistics itertools functools operator io sys
 json builtins typing""".split()
@@ -115,11 +117,11 @@ class Sandbox(AbstractContextManager):
         self._output_bytes = output_bytes
         self._workers = [_Worker(settings) for _ in range(workers)]
         self._free = queue.SimpleQueue()
-        atexit.register(self.close)
         for worker in self._workers:
-            worker.start()
             self._free.put(worker)
-        self._active = self._workers[0].hello() or {"seccomp": "unknown", "landlock": "unknown"}
+        atexit.register(self.close)
+        self._ask({"source": "f = int", "function": "f", "args": []}, None)  # starts a worker, which tells the layers
+        self._active = self._workers[0].layers or {"seccomp": "unknown", "landlock": "unknown"}
 
     @property
     def layers(self) -> str:
@@ -140,27 +142,27 @@ class Sandbox(AbstractContextManager):
     def call(self, source: str, function: str, args: list, max_output: int | None = None) -> Result:
         """function(*args) of the program `source`, once a worker is free; "Class.method" is called on a Class(). A value
         of more than max_output bytes as JSON is an "output limit". Raises if args are not JSON, and after close()."""
-        return self._ask("call", max_output, {"source": source, "function": function, "args": args})
+        return self._ask({"source": source, "function": function, "args": args}, max_output)
 
     def run(self, source: str, stdin: str, max_output: int | None = None) -> Result:
         """The program `source` as a script that reads `stdin`; the value is what it printed, bytes that are no UTF-8
         replaced; more than max_output bytes is an "output limit". Leaving by SystemExit or os._exit is a way to end;
         only an exception or a signal is an error."""
-        return self._ask("run", max_output, {"source": source, "stdin": stdin})
+        return self._ask({"source": source, "stdin": stdin}, max_output)
 
-    def _ask(self, mode: str, max_output: int | None, question: dict) -> Result:
+    def _ask(self, question: dict, max_output: int | None) -> Result:
         bound = self._output_bytes if max_output is None else min(max_output, self._output_bytes)
-        line = f"{mode} {bound} {json.dumps(question)}\n".encode()
+        line = f"{bound} {json.dumps(question)}\n".encode()
         worker = self._free.get()
         try:
             for pause in RETRY_SECONDS:
                 time.sleep(pause)
-                result = worker.ask(line) or worker.ask(line)
-                if result is None or result.status != "internal":
+                seen = worker.ask(line)
+                if seen[0] != "internal":
                     break
-            return result or Result("internal", error="the worker died twice")  # perhaps the program's doing
         finally:
             self._free.put(worker)
+        return _result("stdin" in question, bound, *seen)
 
     def run_many(self, fn, items) -> list:
         """[fn(item) for item in items], on one thread per worker; fn uses call()."""
@@ -178,18 +180,18 @@ class Sandbox(AbstractContextManager):
 
 
 class _Worker:
-    """The caller's end of a worker process. A question is a line, as JSON text holds no line break. An answer is a line
-    and then the bytes that a script printed; the line tells how many."""
+    """The caller's end of a worker process, which the first question starts. A question is a line, as JSON text holds no line
+    break. An answer is a line and then the bytes that the child reported and printed; the line tells how many."""
 
     def __init__(self, settings: dict):
         self.settings, self.closed = settings, False
-        self.process = self.socket = self.scratch = None
+        self.process = self.socket = self.scratch = self.layers = None
 
     def start(self) -> None:
-        self.scratch = tempfile.mkdtemp(prefix="sandbox-")
+        self.scratch = f"{tempfile.gettempdir()}/sandbox-{uuid.uuid4()}"  # which the worker makes
         self.socket, theirs = socket.socketpair()
         self.socket.settimeout(self.settings["time_limit"] + GRACE_SECONDS)
-        self.answers, self.greeting = self.socket.makefile("rb"), None
+        self.answers = self.socket.makefile("rb")
         # -S -s -P: no site-packages, nothing of the user's, not the folder of this file. The environment holds a fixed
         # hash seed, one thread for numerical packages, and the one variable that a shared libpython may need.
         command = [sys.executable, "-S", "-s", "-P", os.path.abspath(__file__)]
@@ -197,44 +199,31 @@ class _Worker:
         env = {name: value for name, value in os.environ.items() if name == "LD_LIBRARY_PATH"}
         env |= {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         options = {"stdin": theirs, "stdout": subprocess.DEVNULL, "env": env, "start_new_session": True}
-        try:  # a session of its own keeps the terminal's Ctrl-C away
-            with theirs:
-                self.process = subprocess.Popen(command, **options)
-        except OSError:  # the process table is full
-            self.socket.close()
-            _remove(self.scratch)
-            raise
+        with theirs:  # a session of its own keeps the terminal's Ctrl-C away
+            self.process = subprocess.Popen(command, **options)
         if self.closed:  # asked last, so that a close() on another thread misses no process
             self.stop()
+        self.layers = json.loads(self.answers.readline())
 
-    def hello(self) -> dict | None:
-        """The layers that a new worker reports before its first answer."""
-        if self.process is None:
-            self.start()
-        if self.greeting is None:
-            with suppress(OSError, ValueError):
-                self.greeting = json.loads(self.answers.readline())
-        return self.greeting
-
-    def ask(self, question: bytes) -> Result | None:
-        """None if the process died; the next question then starts another. "internal" if there is no process to ask."""
+    def ask(self, question: bytes) -> tuple[str, str, float, int, bytes, bytes]:
+        """What _result takes; "internal" if no process could be started or it died: the next question starts another."""
         if self.closed:
             raise RuntimeError("the sandbox is closed")
-        greeting = result = None
+        seen = "internal", "the worker died or could not be started", 0.0, 0, b"", b""
         try:
-            with suppress(OSError, ValueError):
-                greeting = self.hello()
-                if greeting is not None:
-                    self.socket.sendall(question)
-                    line = self.answers.readline()
-                    *fields, count = line.split(b"\t")
-                    printed = self.answers.read(int(count))
-                    if line.endswith(b"\n") and len(printed) == int(count):
-                        result = _result(*fields, printed)
+            if self.process is None:
+                self.start()
+            self.socket.sendall(question)
+            status, error, seconds, code, *counts = self.answers.readline().decode().split("\t")
+            said, printed = (self.answers.read(int(count)) for count in counts)
+            if [len(said), len(printed)] == list(map(int, counts)):
+                seen = status, error, float(seconds), int(code), said, printed
+        except (OSError, ValueError):
+            pass
         finally:  # dead, silent, or Ctrl-C here: a late answer must not meet the next question
-            if result is None:
+            if seen[0] == "internal":
                 self.stop()
-        return result if greeting is not None else Result("internal", error="no worker could be started")
+        return seen
 
     def stop(self) -> None:
         process, sock, scratch, self.process = self.process, self.socket, self.scratch, None
@@ -253,48 +242,47 @@ class _Worker:
 
 def loads(text: str) -> object:
     """json.loads, with integers too long for int() as Decimals, which compare equal to integers all the same."""
+
+    def integer(digits: str) -> int | Decimal:
+        try:
+            return int(digits)
+        except ValueError:
+            return Decimal(digits)
+
+    return json.loads(text, parse_int=integer)
+
+
+def _result(script: bool, bound: int, status: str, error: str, seconds: float, code: int, said: bytes, printed: bytes) -> Result:
+    """What became of a call. status and error: why the worker ended it, "" where the child reported or ended of itself. What
+    it said and printed may be the program's forgery: anything may stand there."""
+    value, frames, (report, reported, _) = None, (), said[1:].partition(b"\n")
+    if not status and not reported:
+        ended = f"signal {-code}" if code < 0 else f"exit code {code}"
+        status, error = "error", f"exited without a result ({ended})"
+        if script and code >= 0:  # os._exit: a script may end as it likes
+            status, error = "ok", ""
     try:
-        return json.loads(text)
-    except ValueError as error:
-        if "integer string conversion" not in str(error):
-            raise
-        return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 4000 else Decimal(digits))
-
-
-def _result(status: bytes, seconds: bytes, payload: bytes, printed: bytes) -> Result:
-    status, seconds = status.decode(), float(seconds)
-    try:  # the payload comes from the child: anything may stand there
-        payload = loads(payload.decode())
+        if not status:
+            status, _, payload = report.decode().partition("\t")
+            if status not in ("ok", "error", "memory"):
+                raise ValueError("no such status")
+            error, frames = json.loads(payload)
+            error, frames = " ".join(str(error).split()), tuple(map(str, frames))
+        if status in ("ok", "error") and len(printed) > bound:
+            status, error, frames = "output limit", f"more than {bound} bytes of output", ()
         if status == "ok":
-            return Result(status, value=payload, seconds=seconds)
-        value = printed.decode("utf-8", "replace") if status == "printed" else None
-        error, frames = payload if isinstance(payload, list) and len(payload) == 2 else (payload or "", ())
-        frames = tuple(str(line)[:ERROR_CHARS] for line in frames)[-FRAMES:]
+            value = printed.decode("utf-8", "replace") if script else loads(printed.decode())
     except (ValueError, TypeError, RecursionError) as e:
-        status, value, error, frames = "error", None, f"the answer cannot be read: {e}", ()
-    error = " ".join(str(error)[: ERROR_CHARS + 200].split())
-    return Result("ok" if status == "printed" else status, value, error, frames, seconds)
+        status, error, frames = "error", f"the answer cannot be read: {e}", ()
+    return Result(status, value, error, frames, seconds)
 
 
 def _remove(path: str) -> None:
-    """Unlocks and flattens; shutil.rmtree gives up on locked directories and on nesting beyond the recursion limit."""
-    with suppress(OSError):
-        if os.path.islink(path) or not os.path.isdir(path):  # chmod and scandir would follow a link
-            os.unlink(path)
-            return
-        os.chmod(path, 0o700)
-        while entries := list(os.scandir(path)):
-            for entry in entries:
-                if not entry.is_dir(follow_symlinks=False):
-                    os.unlink(entry)
-                    continue
-                os.chmod(entry, 0o700)
-                for inner in list(os.scandir(entry)):
-                    if inner.is_dir(follow_symlinks=False):
-                        os.chmod(inner, 0o700)  # a directory without write permission cannot be moved
-                    os.rename(inner, f"{path}/{time.monotonic_ns()}")
-                os.rmdir(entry)
-        os.rmdir(path)
+    """Also locked directories and nesting beyond the recursion limit, where shutil.rmtree gives up. Follows no link."""
+    with suppress(OSError):  # the process table is full
+        if os.path.isdir(path) and not os.path.islink(path):
+            os.waitpid(os.posix_spawnp("chmod", ["chmod", "-Rf", "u+rwX", path], {}), 0)
+        os.waitpid(os.posix_spawnp("rm", ["rm", "-rf", path], {}), 0)
 
 
 # ---- In the worker: `worker` is what it was told and what it holds -----------------------------------------
@@ -303,41 +291,38 @@ def _remove(path: str) -> None:
 def _serve(worker: SimpleNamespace) -> None:
     os.environ.clear()
     sys.path += worker.packages
-    worker.pid, worker.libc, worker.directory = os.getpid(), ctypes.CDLL(None, use_errno=True), None
+    worker.pid, worker.libc, worker.directory = os.getpid(), ctypes.CDLL(None, use_errno=True), f"{worker.scratch}/work"
+    os.mkdir(worker.scratch, 0o700)
+    os.mkdir(worker.directory)
     worker.libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what leaves the child's process group still comes to us
-    place = os.stat(worker.scratch)
-    on_disk = os.major(place.st_dev) != 0  # else perhaps a tmpfs, which has no storage to write to
-    worker.counters = ["write_bytes"] if on_disk else ["write_bytes", "wchar"]
+    # For good, in this process and so in every child. A process in a user namespace of its own can trace nobody outside, a
+    # root without capabilities nobody who has some, and a child not its worker, if that is not dumpable.
     if not {"seccomp", "landlock"} <= set(worker.without):  # without any layer programs misbehave as any process can
-        _drop_privileges(worker.libc)
+        worker.libc.unshare(CLONE_NEWUSER)  # not every kernel allows it
+        worker.libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24))
+        worker.libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        worker.libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     worker.caller = os.dup(0)
     questions = open(worker.caller, "rb", closefd=False)  # noqa: SIM115
     exec(compile(worker.warm, "<warm>", "exec"), {})  # also: a process's first compilation makes all node types, 2 ms
     layers = _prepare_layers(worker)
     _prepare_program(worker)
+    _look(worker)  # sets the time of the last reading, which a program could choose
+    clean = _look(worker)
     gc.freeze()  # children share these pages as long as no collection walks over them
     with suppress(EOFError, ConnectionError):  # the caller has closed or died
         _write(worker.caller, json.dumps(layers).encode() + b"\n")
         while question := questions.readline():
             try:
-                if worker.directory is None:
-                    worker.directory = f"{worker.scratch}/{time.monotonic_ns()}"
-                    os.mkdir(worker.directory)
-                    _look(worker)  # sets the time of the last reading, which a program could choose
-                    clean = _look(worker)
                 answer = _run(question, worker)
-            except OSError as e:  # no process, descriptor or directory to be had, which is not the program's fault
-                _write(worker.caller, f"internal\t0\t{json.dumps(str(e))}\t0\n".encode())
-                break
+            except OSError as e:  # no process or descriptor to be had, which is not the program's fault
+                answer = f"internal\t{e}\t0\t0\t0\t0\n".encode()
             _write(worker.caller, answer)
             del answer  # the next program is not to find it
-            # Only a directory that was left alone serves the next call: on a slow disk a new one costs more than the fork.
-            if clean is None or _look(worker) != clean:
-                for name in os.listdir(worker.scratch):  # a program can write beside its directory, too
-                    _remove(f"{worker.scratch}/{name}")
-                worker.directory = None
-                if os.stat(worker.scratch).st_size >= place.st_size + 4096:
-                    break  # ext4 never shrinks it, which the next program could see: another worker comes
+            # Nor what this one left in its directory: another worker comes. A new directory for each call would on a slow
+            # disk cost more than the fork.
+            if _look(worker) != clean:
+                break
     _remove(worker.scratch)
 
 
@@ -358,7 +343,7 @@ def _look(worker: SimpleNamespace) -> list | None:
 def _prepare_program(worker: SimpleNamespace) -> None:
     """Everything a child can find ready: each page of memory that it does not have to write saves microseconds."""
     # Streams over the numbers 0 to 2, made while these are what a child has there: a file in memory, and pipes.
-    # Their descriptors may stay: no child keeps one beyond 2 but its report's and its ruleset's.
+    # Their descriptors may stay: no child keeps one beyond 2 but its report's and its output's.
     standing, pipe_end = os.dup(2), os.pipe()[1]
     for fd, target in enumerate((os.memfd_create("stdin"), pipe_end, pipe_end)):
         os.dup2(target, fd)
@@ -366,36 +351,28 @@ def _prepare_program(worker: SimpleNamespace) -> None:
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
     os.dup2(standing, 2)  # where an error of the worker's own is seen
     sys.argv = [PROGRAM]
-    sys.modules["builtins"].exit = sys.modules["builtins"].quit = sys.exit  # site's, which is not imported
+    builtins.exit = builtins.quit = sys.exit  # site's, which is not imported
     sys.set_int_max_str_digits(INT_DIGITS)
-    names = {}
+    worker.module, imports = ModuleType("program"), []
     if worker.preamble:
+        import random
         import threading  # noqa: F401  # many programs import it
 
-        for name in PREAMBLE:
-            module = __import__(name)
-            public = getattr(module, "__all__", None) or [n for n in vars(module) if not n.startswith("_")]
-            names |= {n: getattr(module, n) for n in public}
-        names |= {name: sys.modules[name] for name in PREAMBLE}
+        imports = [f"from {name} import *" for name in PREAMBLE] + [f"import {name}" for name in PREAMBLE]
         sys.setrecursionlimit(50_000)
-        sys.modules["random"].seed(0)  # nobody seeds again after a fork: every call draws the same numbers
-    worker.script = ModuleType("__main__")
-    worker.module = ModuleType("program")  # not __main__: its main block is silent
-    for module in (worker.script, worker.module):
-        vars(module).update(names)
-        exec("", vars(module))  # adds __builtins__
-    worker.script.__file__ = PROGRAM
-    worker.given = len(vars(worker.script))
+        random.seed(0)  # nobody seeds again after a fork: every call draws the same numbers
+    exec("\n".join(imports), vars(worker.module))  # adds __builtins__, too
+    worker.given = len(vars(worker.module))
 
 
 def _run(question: bytes, worker: SimpleNamespace) -> bytes:
-    """One call: forks the child, waits for its report or its end, kills what is left of it, and makes the answer."""
+    """One call: forks the child, waits for its report or its end, kills what is left of it, and answers what it saw."""
     start = time.monotonic()
-    mode, bound, question = question.split(b" ", 2)
-    script, bound = mode == b"run", int(bound)
+    bound, question = question.split(b" ", 1)
     report, report_end = os.pipe()
     output, output_end = os.pipe()
-    os.set_blocking(output, False)
+    for fd in (report, output):
+        os.set_blocking(fd, False)
     child = os.fork()
     if child == 0:
         try:
@@ -404,73 +381,49 @@ def _run(question: bytes, worker: SimpleNamespace) -> bytes:
             os._exit(1)
     os.close(report_end)
     os.close(output_end)
-    printed = bytearray()
+    said, printed = bytearray(), bytearray()
     try:
-        status, payload = _watch(child, report, output, printed, bound, worker)
+        status, error = _watch(child, report, output, said, printed, int(bound), worker)
         seconds = time.monotonic() - start
     finally:  # kill first, reap after: until then the number is the child's
         with suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)
         os.kill(child, signal.SIGKILL)  # it may not have reached setsid
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if not worker.filter:
+        if worker.forks:
             _kill_orphans()
-        _drain(output, printed, bound)  # what it wrote last may still stand in the pipe
+        _drain(output, printed, int(bound))  # what it wrote last may still stand in the pipe
         os.close(report)
         os.close(output)
-    if status == "gone":
-        how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        status, payload = "error", json.dumps(f"exited without a result ({how})")
-        if script and code >= 0:
-            status, payload = "ok", "null"  # os._exit: a script may end as it likes
-    if status in ("ok", "error") and len(printed) > bound:
-        status, payload = "output limit", json.dumps(f"more than {bound} bytes printed")
-    if status == "ok" and not script and len(payload) > bound:
-        status, payload = "output limit", json.dumps(f"more than {bound} bytes returned")
-    if script and status == "ok":
-        status = "printed"
-    else:
-        printed.clear()
-    return f"{status}\t{seconds:.6f}\t{payload}\t{len(printed)}\n".encode() + printed
+    if not said.startswith(b"+"):
+        raise OSError("the child could not be prepared")
+    return f"{status}\t{error}\t{seconds:.6f}\t{code}\t{len(said)}\t{len(printed)}\n".encode() + said + printed
 
 
-def _watch(child: int, report: int, output: int, printed: bytearray, bound: int, worker: SimpleNamespace) -> tuple[str, str]:
-    """Status and JSON text as the child reported them, or what became of it; what it prints goes into `printed`."""
+def _watch(child, report: int, output: int, said: bytearray, printed: bytearray, bound: int, worker) -> tuple[str, str]:
+    """Collects what the child says and prints until it has reported or ended, or until that is too long, which the caller
+    sees: ("", ""). Else status and error: what else it has too much of. A child that closes its report has ended."""
     poll = select.poll()
     for fd in (report, output, worker.caller):
         poll.register(fd, select.POLLIN)
-    said, silent = bytearray(), False  # silent: it has closed its report; only its end is waited for
     now = time.monotonic()
     deadline, look = now + worker.time_limit, now + LOOK_SECONDS
-    while b"\n" not in said and len(printed) <= bound:
+    while b"\n" not in said and len(said) <= ERROR_BYTES and len(printed) <= bound:
         now = time.monotonic()
         if now >= deadline:
-            return ("timeout", json.dumps(f"no result within {worker.time_limit} s")) if said else UNPREPARED
+            return "timeout", f"no result within {worker.time_limit} s"
         if now >= look:
             look = now + LOOK_SECONDS
             if excess := _excess(child, worker):
                 return excess
-        wait = 1000 * (min(deadline, look) - now)  # milliseconds
-        ready = [fd for fd, _ in poll.poll((min(wait, 5.0) if silent else wait) + 0.5)]
+        ready = [fd for fd, _ in poll.poll(1000 * (min(deadline, look) - now) + 0.5)]  # milliseconds
         if worker.caller in ready:  # no second question comes before the answer: the caller has gone
             raise EOFError
         if output in ready and not _drain(output, printed, bound):
             poll.unregister(output)
-        if report in ready:
-            part = os.read(report, 65536)
-            said += part
-            if len(said) > max(bound, ERROR_BYTES) + 16:  # beside the payload
-                return "output limit", json.dumps(f"more than {bound} bytes returned")
-            if not part:
-                poll.unregister(report)
-                silent = True
-        if silent and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            return ("gone", "") if said else UNPREPARED
-    if not said.startswith(b"+"):  # it failed before the program began
-        return UNPREPARED
-    status, _, payload = said[1:].decode("ascii", "replace").partition("\n")[0].partition("\t")
-    known = status in ("ok", "error", "memory") and "\t" not in payload
-    return (status, payload) if known else ("error", '"the answer cannot be read"')
+        if report in ready and not _drain(report, said, ERROR_BYTES):
+            break
+    return "", ""
 
 
 def _excess(child: int, worker: SimpleNamespace) -> tuple[str, str] | None:
@@ -478,21 +431,21 @@ def _excess(child: int, worker: SimpleNamespace) -> tuple[str, str] | None:
     most = MAX_WRITTEN + worker.output_bytes
     with suppress(OSError):
         if os.stat(f"/proc/{child}/task").st_nlink - 2 > MAX_THREADS:
-            return "error", json.dumps(f"more than {MAX_THREADS} threads")
+            return "error", f"more than {MAX_THREADS} threads"
         with open(f"/proc/{child}/io") as file:
             counts = dict(line.split(": ") for line in file)
-        if any(int(counts[name]) > most for name in worker.counters):
-            return "output limit", json.dumps(f"more than {most} bytes written")
+        if max(int(counts["write_bytes"]), int(counts["wchar"])) > most:  # to storage, also by mapping; to anything
+            return "output limit", f"more than {most} bytes written"
 
 
-def _drain(output: int, printed: bytearray, bound: int) -> bool:
-    """Moves what stands in the pipe; False at its end."""
+def _drain(pipe: int, content: bytearray, bound: int) -> bool:
+    """Moves what stands in the pipe, to little more than `bound` bytes in all; False at its end."""
     with suppress(BlockingIOError):
-        while len(printed) <= bound:
-            part = os.read(output, 65536)
+        while len(content) <= bound:
+            part = os.read(pipe, 65536)
             if not part:
                 return False
-            printed += part
+            content += part
     return True
 
 
@@ -509,18 +462,16 @@ def _kill_orphans() -> None:
 
 
 def _child(question: bytes, report: int, output: int, worker: SimpleNamespace) -> None:
-    status, payload = "internal", ""
+    asked = json.loads(question)
+    _confine(worker, report, output, asked.get("stdin"))
+    os.write(report, b"+")  # from here on the program may write to this pipe as well
     try:
-        asked = json.loads(question)
-        _confine(worker, report, output, asked.get("stdin"))
-        os.write(report, b"+")  # from here on the program may write to this pipe as well
-        status = "error"
-        status, payload = "ok", (_script if "stdin" in asked else _function)(asked, worker)
+        status, told = "ok", _script(asked, worker) if "stdin" in asked else _function(asked, worker, output)
     except MemoryError:
-        status, payload = "memory", '"MemoryError"'
+        status, told = "memory", ("MemoryError", [])
     except BaseException as e:
-        payload = json.dumps(_describe(e, asked["source"] if status == "error" else ""))
-    _write(report, f"{status}\t{payload}\n".encode())
+        status, told = "error", _describe(e, asked["source"])
+    _write(report, f"{status}\t{json.dumps(told)}\n".encode())
     os._exit(0)
 
 
@@ -537,42 +488,42 @@ def _confine(worker: SimpleNamespace, report: int, output: int, stdin: str | Non
         source = os.memfd_create("stdin")
         _write(source, stdin.encode("utf-8", "surrogatepass"))
         os.lseek(source, 0, os.SEEK_SET)
+    if worker.landlock():
+        raise OSError
     for fd, target in enumerate((source, null if stdin is None else output, null)):
         os.dup2(target, fd)
-    for low, high in itertools.pairwise(sorted({2, report, max(2, worker.ruleset), 1 << 16})):
+    for low, high in itertools.pairwise(sorted({2, report, output, 1 << 16})):
         os.closerange(low + 1, high)
     atexit._clear()  # what the worker's modules registered is not the program's
     for name, value in worker.rlimits.items():
         kind = getattr(resource, f"RLIMIT_{name}")
         value = min(value, resource.getrlimit(kind)[1] % (1 << 64))  # -1 is no limit
         resource.setrlimit(kind, (value, value))
-    _apply_layers(worker)
+    if worker.seccomp():
+        raise OSError
 
 
-def _function(asked: dict, worker: SimpleNamespace) -> str:
-    module = sys.modules["program"] = worker.module
+def _function(asked: dict, worker: SimpleNamespace, output: int) -> tuple[str, list[str]]:
+    module = sys.modules["program"] = worker.module  # not __main__: its main block is silent
     exec(compile(asked["source"], PROGRAM, "exec", dont_inherit=True), vars(module))
     owner, _, name = asked["function"].rpartition(".")
     if (owner or name) not in vars(module):
         raise NameError(f"name {owner or name!r} is not defined")
     function = getattr(vars(module)[owner](), name) if owner else vars(module)[name]
     value = function(*asked["args"])
-    return _dumps(list(value) if isinstance(value, tuple) else value)
+    value = list(value) if isinstance(value, tuple) else value
+    text = json.dumps(value, default=_number)
+    if not _plain(value):
+        raise TypeError("a tuple inside the result, or a key that is no string in a dictionary of it")
+    _write(output, text.encode())
+    return "", []
 
 
-def _dumps(value: object) -> str:
-    """JSON text. What Python holds for different may not become the same: [(1, 2)] == [[1, 2]] and {1: 2} == {"1": 2}
-    are False. A tuple at the top counts as a list."""
-    stack, seen = [value], 0
-    while stack and seen < 1_000_000:
-        item, seen = stack.pop(), seen + 1
-        if isinstance(item, tuple):
-            raise TypeError("a tuple inside the result where a list is expected")
-        if isinstance(item, dict) and not all(isinstance(key, str) for key in item):
-            raise TypeError("a key that is no string in a dictionary of the result")
-        if isinstance(item, (list, dict)) and len(stack) < 1_000_000:
-            stack.extend(item if isinstance(item, list) else item.values())
-    return json.dumps(value, default=_number)
+def _plain(value: object) -> bool:
+    """What Python holds for different may not become the same: [(1, 2)] == [[1, 2]] and {1: 2} == {"1": 2} are False."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) for key in value) and all(map(_plain, value.values()))
+    return all(map(_plain, value)) if isinstance(value, list) else not isinstance(value, tuple)
 
 
 def _number(value: object) -> object:
@@ -582,9 +533,10 @@ def _number(value: object) -> object:
     raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
 
-def _script(asked: dict, worker: SimpleNamespace) -> str:
+def _script(asked: dict, worker: SimpleNamespace) -> tuple[str, list[str]]:
     """Runs to the end that Python itself would make: threads joined, exit functions called, output flushed."""
-    module = sys.modules["__main__"] = worker.script
+    module = sys.modules["__main__"] = worker.module
+    module.__name__, module.__file__ = "__main__", PROGRAM
     died, collect, get_stats = [], gc.collect, gc.get_stats
     before = get_stats()[1:]
     if "threading" in asked["source"]:
@@ -604,11 +556,11 @@ def _script(asked: dict, worker: SimpleNamespace) -> str:
     # What is alive is finalized: files are flushed, generators closed, cycles collected. Names from before the program
     # stay, for touching each would cost a page of memory.
     names = vars(module)
-    for name in list(itertools.islice(reversed(names), max(0, len(names) - worker.given))):
+    for name in list(names)[worker.given :]:
         names[name] = None
     collect(2 if old else 1)
     _flush()
-    return json.dumps(_describe(died[0], asked["source"]) if died else None)
+    return _describe(died[0], asked["source"]) if died else ("", [])
 
 
 def _flush() -> None:
@@ -638,38 +590,36 @@ def _describe(error: BaseException, source: str) -> tuple[str, list[str]]:
 # ---- Layers of the kernel ----------------------------------------------------------------------------------
 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
-CLONE_NEWUSER, CLONE_THREAD = 0x10000000, 0x10000  # linux/sched.h
+CLONE_NEWUSER = 0x10000000  # linux/sched.h
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # linux/audit.h
 ALLOW, PRETEND, DENY, UNKNOWN, KILL = 0x7FFF0000, 0x50000, 0x50001, 0x50026, 0x80000000  # errno 0, EPERM, ENOSYS
 # The calls that fail with EPERM: their numbers on x86_64 and aarch64 (asm/unistd.h), - where there is none.
 DENIED = """
 fork 57 -, vfork 58 -, execve 59 221, execveat 322 281, setsid 112 157, setpgid 109 154, kill 62 129, tkill 200 130,
-tgkill 234 131, rt_sigqueueinfo 129 138, rt_tgsigqueueinfo 297 240, pidfd_send_signal 424 424, ptrace 101 117,
-process_vm_readv 310 270, process_vm_writev 311 271, process_madvise 440 440, kcmp 312 272, pidfd_open 434 434,
-pidfd_getfd 438 438, move_pages 279 239, migrate_pages 256 238, perf_event_open 298 241, socket 41 198, connect 42 203,
-bind 49 200, listen 50 201, accept 43 202, accept4 288 242, io_uring_setup 425 425, io_uring_enter 426 426,
-io_uring_register 427 427, bpf 321 280, userfaultfd 323 282, unshare 272 97, setns 308 268, mount 165 40, umount2 166 39,
-pivot_root 155 41, chroot 161 51, move_mount 429 429, open_tree 428 428, fsopen 430 430, fsconfig 431 431, fsmount 432 432,
-fspick 433 433, mount_setattr 442 442, chmod 90 -, fchmod 91 52, fchmodat 268 53, chown 92 -, lchown 94 -, fchown 93 55,
-fchownat 260 54, setxattr 188 5, lsetxattr 189 6, fsetxattr 190 7, removexattr 197 14, lremovexattr 198 15,
-fremovexattr 199 16, utime 132 -, utimes 235 -, futimesat 261 -, utimensat 280 88, quotactl 179 60, open_by_handle_at 304 265,
-name_to_handle_at 303 264, mknod 133 -, mknodat 259 33, shmget 29 194, shmat 30 196, semget 64 190, msgget 68 186,
-mq_open 240 180, keyctl 250 219, add_key 248 217, request_key 249 218, memfd_create 319 279, memfd_secret 447 447,
-sendmsg 46 211, sendmmsg 307 269, fallocate 285 47, truncate 76 45, sync 162 81, syncfs 306 267, quotactl_fd 443 443,
-ioprio_set 251 30, inotify_init 253 -, inotify_init1 294 26, inotify_add_watch 254 27, process_mrelease 448 448,
-setfsuid 122 151, setfsgid 123 152, setuid 105 146, setgid 106 144, setreuid 113 145, setregid 114 143, setresuid 117 147,
-setresgid 119 149, setgroups 116 159, capset 126 91, personality 135 92, setpriority 141 140, sched_setscheduler 144 119,
-sched_setparam 142 118, sched_setattr 314 274, sched_setaffinity 203 122, init_module 175 105, finit_module 313 273,
-delete_module 176 106, kexec_load 246 104, kexec_file_load 320 294, reboot 169 142, swapon 167 224, swapoff 168 225,
-acct 163 89, settimeofday 164 170, clock_settime 227 112, clock_adjtime 305 266, adjtimex 159 171, sethostname 170 161,
-setdomainname 171 162, syslog 103 116, fanotify_init 300 262, iopl 172 -, ioperm 173 -, modify_ldt 154 -, vhangup 153 58
+tgkill 234 131, rt_sigqueueinfo 129 138, rt_tgsigqueueinfo 297 240, ptrace 101 117, process_vm_readv 310 270,
+process_vm_writev 311 271, kcmp 312 272, move_pages 279 239, migrate_pages 256 238, perf_event_open 298 241, socket 41 198,
+connect 42 203, bind 49 200, listen 50 201, accept 43 202, accept4 288 242, bpf 321 280, userfaultfd 323 282, unshare 272 97,
+setns 308 268, mount 165 40, umount2 166 39, pivot_root 155 41, chroot 161 51, chmod 90 -, fchmod 91 52, fchmodat 268 53,
+chown 92 -, lchown 94 -, fchown 93 55, fchownat 260 54, setxattr 188 5, lsetxattr 189 6, fsetxattr 190 7, removexattr 197 14,
+lremovexattr 198 15, fremovexattr 199 16, utime 132 -, utimes 235 -, futimesat 261 -, utimensat 280 88, quotactl 179 60,
+open_by_handle_at 304 265, name_to_handle_at 303 264, mknod 133 -, mknodat 259 33, shmget 29 194, shmat 30 196, semget 64 190,
+msgget 68 186, mq_open 240 180, keyctl 250 219, add_key 248 217, request_key 249 218, memfd_create 319 279, sendmsg 46 211,
+sendmmsg 307 269, fallocate 285 47, truncate 76 45, sync 162 81, syncfs 306 267, ioprio_set 251 30, inotify_init 253 -,
+inotify_init1 294 26, inotify_add_watch 254 27, setfsuid 122 151, setfsgid 123 152, setuid 105 146, setgid 106 144,
+setreuid 113 145, setregid 114 143, setresuid 117 147, setresgid 119 149, setgroups 116 159, capset 126 91, personality 135 92,
+setpriority 141 140, sched_setscheduler 144 119, sched_setparam 142 118, sched_setattr 314 274, sched_setaffinity 203 122,
+init_module 175 105, finit_module 313 273, delete_module 176 106, kexec_load 246 104, kexec_file_load 320 294, reboot 169 142,
+swapon 167 224, swapoff 168 225, acct 163 89, settimeofday 164 170, clock_settime 227 112, clock_adjtime 305 266,
+adjtimex 159 171, sethostname 170 161, setdomainname 171 162, syslog 103 116, fanotify_init 300 262, iopl 172 -, ioperm 173 -,
+modify_ldt 154 -, vhangup 153 58, setrlimit 160 164
 """
-CLONE, CLONE3, SETRLIMIT, PRLIMIT64 = (56, 220), (435, 435), (160, 164), (302, 261)
-FIRST_UNKNOWN = 452  # younger calls do not exist as far as a program is told; libraries then take the older ones
+PRLIMIT64 = (302, 261)
+FIRST_UNKNOWN = 424  # from here on (pidfds, io_uring, clone3, new mounts) no call exists as far as a program is told
 # Calls that one argument decides: numbers, offset of the argument, values, what they get, what all others get. fcntl
 # and ioctl keep what programs need; the rest lets a file signal any process or block who opens it, sets flags and versions
 # that outlive the program, and freezes file systems.
 CHOSEN = (
+    ((56, 220), 16, (0x3D0F00, 0x7D0F00), ALLOW, DENY),  # clone: the flags of a thread, as glibc and musl set them
     # fcntl (linux/fcntl.h): F_DUPFD to F_SETLKW, locks of open files, F_DUPFD_CLOEXEC, sizes of pipes
     ((72, 25), 24, (*range(8), 36, 37, 38, 1030, 1031, 1032), ALLOW, DENY),
     # ioctl (asm/ioctls.h, linux/fs.h): TCGETS, TCGETS2 (isatty), TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX, FICLONE
@@ -678,27 +628,18 @@ CHOSEN = (
 )
 
 
-def _drop_privileges(libc: ctypes.CDLL) -> None:
-    """For good, in the worker and so in every child. A process in a user namespace of its own can trace nobody outside,
-    a root without capabilities nobody who has some, and a child not its worker, if that is not dumpable."""
-    libc.unshare(CLONE_NEWUSER)  # not every kernel allows it
-    libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24))
-    libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
-
-
-def _seccomp_filter() -> bytes | None:
-    """A classic BPF program (linux/filter.h) for this machine, None where its numbers are not known."""
+def _seccomp_filter() -> bytes:
+    """A classic BPF program (linux/filter.h) for this machine, empty where its numbers are not known."""
     machine = os.uname().machine
     if machine not in AUDIT_ARCH:
-        return None
+        return b""
     column = list(AUDIT_ARCH).index(machine)
-    load, ret, equal, at_least, any_bit = 0x20, 0x06, 0x15, 0x35, 0x45  # (code, jump if true, jump if false, value)
+    denied = [int(number) for row in DENIED.split(",") if (number := row.split()[1 + column]) != "-"]
+    load, ret, equal, at_least = 0x20, 0x06, 0x15, 0x35  # (code, jump if true, jump if false, value)
     # Loads a word of struct seccomp_data: 0 the call, 4 the machine, 16 + 8 i argument i, low half first.
     program = [
         (load, 0, 0, 4), (equal, 1, 0, AUDIT_ARCH[machine]), (ret, 0, 0, KILL),  # a call in another machine's numbering
         (load, 0, 0, 0),
-        (equal, 0, 4, CLONE[column]), (load, 0, 0, 16), (any_bit, 0, 1, CLONE_THREAD), (ret, 0, 0, ALLOW), (ret, 0, 0, DENY),
         # A pointer to new limits, low and high half; without one prlimit64 only reads.
         (equal, 0, 6, PRLIMIT64[column]), (load, 0, 0, 32), (equal, 0, 2, 0), (load, 0, 0, 36), (equal, 1, 0, 0),
         (ret, 0, 0, PRETEND), (ret, 0, 0, ALLOW),
@@ -707,9 +648,7 @@ def _seccomp_filter() -> bytes | None:
         tests = [(equal, len(values) - i, 0, value) for i, value in enumerate(values)]
         program += [(equal, 0, len(values) + 3, call[column]), (load, 0, 0, offset), *tests]
         program += [(ret, 0, 0, otherwise), (ret, 0, 0, verdict)]
-    denied = [int(number) for row in DENIED.split(",") if (number := row.split()[1 + column]) != "-"]
-    program += [(equal, 0, 1, SETRLIMIT[column]), (ret, 0, 0, PRETEND)]
-    program += [(equal, 1, 0, CLONE3[column]), (at_least, 0, 1, FIRST_UNKNOWN), (ret, 0, 0, UNKNOWN)]
+    program += [(at_least, 0, 1, FIRST_UNKNOWN), (ret, 0, 0, UNKNOWN)]
     program += [(equal, len(denied) - i, 0, number) for i, number in enumerate(denied)]
     program += [(ret, 0, 0, ALLOW), (ret, 0, 0, DENY)]
     return b"".join(struct.pack("HBBI", *step) for step in program)
@@ -725,10 +664,7 @@ def _landlock_ruleset(worker: SimpleNamespace) -> tuple[int, int]:
     execute, write, read, read_dir, device = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 15
     files = (1 << (13, 14, 15, 15, 16)[min(version, 5) - 1]) - 1  # every right that this version knows
     network, scopes = (3 if version >= 4 else 0), (3 if version >= 6 else 0)  # TCP; abstract sockets, signals
-    attributes = struct.pack("QQQ", files, network, scopes)[: 8 if version < 4 else 16 if version < 6 else 24]
-    ruleset = syscall(444, attributes, ctypes.c_size_t(len(attributes)), 0)
-    if ruleset < 0:
-        return -1, 0
+    ruleset = syscall(444, struct.pack("QQQ", files, network, scopes), ctypes.c_size_t(24), 0)
     system = "/usr/lib /usr/lib64 /lib /lib64 /etc/ld.so.cache /usr/share/zoneinfo /etc/localtime /dev/urandom /dev/zero"
     python = [*sys.path, os.path.join(sys.prefix, "lib"), os.path.join(sys.base_prefix, "lib")]
     rules = dict.fromkeys([*system.split(), *python], execute | read | read_dir)
@@ -737,43 +673,31 @@ def _landlock_ruleset(worker: SimpleNamespace) -> tuple[int, int]:
             handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
             if not os.path.isdir(path):
                 rights &= execute | write | read
-            failed = syscall(445, ruleset, 1, struct.pack("=Qi", rights, handle), 0)
+            syscall(445, ruleset, 1, struct.pack("=Qi", rights, handle), 0)
             os.close(handle)
-            if failed:
-                return -1, 0
     return ruleset, version
 
 
 def _prepare_layers(worker: SimpleNamespace) -> dict[str, str]:
-    """Builds what every child takes on, tries it in a child, and says what holds."""
-    code = "seccomp" not in worker.without and _seccomp_filter()
-    worker.filter = code and ctypes.create_string_buffer(code, len(code))
-    worker.program = code and struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(worker.filter))  # sock_fprog
-    worker.ruleset, version = _landlock_ruleset(worker)
-    trial = os.fork()
-    if trial == 0:
-        try:
-            os._exit(_apply_layers(worker))
-        finally:
-            os._exit(3)
-    failed = os.waitstatus_to_exitcode(os.waitpid(trial, 0)[1])
-    worker.ruleset = -1 if failed & 1 else worker.ruleset
-    worker.filter = None if failed & 2 else worker.filter
-    if worker.filter:
+    """Builds what every child takes on for good, tries it in a child, and says what holds."""
+    code = b"" if "seccomp" in worker.without else _seccomp_filter()
+    worker.filter = ctypes.create_string_buffer(code)
+    program = struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(worker.filter))  # sock_fprog
+    ruleset, version = _landlock_ruleset(worker)
+    layers = {"seccomp": lambda: worker.libc.prctl(PR_SET_SECCOMP, 2, program, 0, 0),
+              "landlock": lambda: worker.libc.syscall(446, ruleset, 0)}  # fmt: skip
+    states = {"seccomp": "on", "landlock": f"on (version {version})"}
+    for name, confine in layers.items():
+        trial = os.fork()
+        if trial == 0:
+            os._exit(confine() != 0)
+        if os.waitpid(trial, 0)[1]:
+            states[name], layers[name] = "not available", lambda: 0
+    worker.seccomp, worker.landlock = layers.values()
+    worker.forks = states["seccomp"] != "on"
+    if not worker.forks:
         del worker.rlimits["NPROC"]
-    landlock = f"on (version {version})" if worker.ruleset >= 0 else "not available"
-    return {"seccomp": "on" if worker.filter else "not available", "landlock": landlock}
-
-
-def _apply_layers(worker: SimpleNamespace) -> int:
-    """For good, in the child. Bit 1 of the result: landlock failed; bit 2: seccomp failed."""
-    libc, failed = worker.libc, 0
-    if worker.ruleset >= 0:
-        failed |= bool(libc.syscall(446, worker.ruleset, 0))
-        os.close(worker.ruleset)
-    if worker.filter:
-        failed |= 2 * bool(libc.prctl(PR_SET_SECCOMP, 2, worker.program, 0, 0))
-    return failed
+    return states
 
 
 if __name__ == "__main__":

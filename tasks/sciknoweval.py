@@ -1,8 +1,9 @@
 """SciKnowEval L3, four domains: multiple choice, right or wrong and no text."""
 
-import itertools
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 from tasks.base import NO_TEXTS, Outcome, Problem, Task, each, get, hub_rows, rows
@@ -20,15 +21,14 @@ def load(subset: str, data: str) -> Task:
     """Level L3, questions with 4 or 2 choices, split 90/10 with seed 42 as SDPO does: 450/50, 1890/210, 841/94, 720/80.
     data: a file in the hub's schema; or a folder of finished splits with columns idx, system, prompt, answer, named
     biology_train.jsonl or biology/train.json and so on."""
-    domains = DOMAINS if subset == "all" else (subset,)
-    train, test = [], []
+    domains, train, test = DOMAINS if subset == "all" else (subset,), [], []
     if data and Path(data).is_dir():
-        for domain, (split, problems) in itertools.product(domains, (("train", train), ("test", test))):
+        for domain, (split, problems) in product(domains, (("train", train), ("test", test))):
             names = (f"{domain}{sep}{split}.{end}" for sep in "_/" for end in ("jsonl", "json"))
-            file = next((Path(data, name) for name in names if Path(data, name).is_file()), None)
-            if not file:
+            files = [path for path in map(Path(data).joinpath, names) if path.is_file()]
+            if not files:
                 raise ValueError(f"{data} holds neither {domain}_{split}.jsonl nor {domain}/{split}.json")
-            problems += each(rows(file), str(file), lambda row, at: split_row(row, at, domain))  # noqa: B023
+            problems += each(rows(files[0]), str(files[0]), partial(split_row, domain=domain))
         return make_task(subset, train, test, [])
     found, notes = choices_of(rows(data) if data else hub_rows("hicai-zju/SciKnowEval", "test"), data or "SciKnowEval")
     import datasets
@@ -45,9 +45,9 @@ def load(subset: str, data: str) -> Task:
 
 def read(source: list[dict], path: str, note: str) -> Task:
     """The problems of one file, in the hub's schema or that of SDPO's finished splits, as test problems."""
-    if "choices" in source[0]:
-        return make_task("file", [], *choices_of(source, path))
-    return make_task("file", [], each(source, path, lambda row, at: split_row(row, at, "")), [note])
+    if source and "choices" not in source[0]:
+        return make_task("file", [], each(source, path, split_row), [note])
+    return make_task("file", [], *choices_of(source, path))
 
 
 def choices_of(found: Iterable[dict], where: str) -> tuple[list[Problem], list[str]]:
@@ -70,7 +70,7 @@ def choices_of(found: Iterable[dict], where: str) -> tuple[list[Problem], list[s
     return problems, [f"sciknoweval: {len(problems)} of {len(made)} rows are L3 questions with 4 or 2 choices"]
 
 
-def split_row(row: dict, where: str, domain: str) -> Problem:
+def split_row(row: dict, where: str, domain: str = "") -> Problem:
     """A row of SDPO's finished splits, prompts as they stand there."""
     messages = [{"role": "user", "content": get(row, where, "prompt")}]
     if row.get("system"):
@@ -79,12 +79,12 @@ def split_row(row: dict, where: str, domain: str) -> Problem:
 
 
 def make_task(subset: str, train: list[Problem], test: list[Problem], notes: list[str]) -> Task:
-    letters: dict[str, list[str]] = {}
-    for problem in test:
-        letters.setdefault(problem.part or subset, []).append(problem.reference)
-    commonest = ((part, *Counter(all).most_common(1)[0], len(all)) for part, all in letters.items())
-    shares = ", ".join(f"{part} {count / total:.3f} ({letter})" for part, letter, count, total in commonest)
-    notes = [*notes, f"a constant answer scores on the test problems: {shares}"]
+    shares = []
+    for part in dict.fromkeys(problem.part for problem in test):
+        letters = Counter(problem.reference for problem in test if problem.part == part)
+        ((letter, count),) = letters.most_common(1)
+        shares.append(f"{part or subset} {count / letters.total():.3f} ({letter})")
+    notes = [*notes, f"a constant answer scores on the test problems: {', '.join(shares)}"]
     return Task(f"sciknoweval/{subset}", train, [], test, grade_choices, lacks=NO_TEXTS, notes=notes)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import Olmo3Config, Olmo3ForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from feedback import Context
 from tasks.toy import SUBSETS, TEMPLATES
@@ -38,24 +38,17 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     alphabet = ["Ġ", "Ċ", *map(chr, range(33, 127))]
     settings = dict(vocab_size=512, min_frequency=20, special_tokens=special, initial_alphabet=alphabet)
     bpe.train_from_iterator(texts, trainers.BpeTrainer(show_progress=False, **settings))
-    return chat_tokenizer(bpe, special, unk_token=special[3])
-
-
-def chat_tokenizer(bpe: Tokenizer, special: list[str], **tokens) -> PreTrainedTokenizerFast:
-    """special: padding, the beginning and the end of a message."""
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=special[0], eos_token=special[2], **tokens)
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
+    tokens = dict(pad_token=special[0], eos_token=special[2], unk_token=special[3])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=CHAT_TEMPLATE, **tokens)
 
 
 # ---- Models for a smoke test -------------------------------------------------------------------------------
 
 FIXTURES = Path(__file__).parent / "fixtures"
-CONFIGS = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "olmo3": (Olmo3Config, Olmo3ForCausalLM)}
 
 
 def smoke_model(task: str, family: str, folder: Path) -> None:
-    """Writes a model of the real architecture, 2 layers with random weights, and a tokenizer of single bytes. Whole
+    """Writes a model of the family (qwen3 or olmo3), 2 layers with random weights, and a tokenizer of single bytes. Whole
     answers from the task's fixtures are tokens as well: such a model is right now and then, so that every path of a
     training step is walked."""
     torch.manual_seed(0)
@@ -63,14 +56,14 @@ def smoke_model(task: str, family: str, folder: Path) -> None:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(special + alphabet)}, merges=[]))
     bpe.pre_tokenizer, bpe.decoder = BYTES, decoders.ByteLevel()
-    tokenizer = chat_tokenizer(bpe, special, additional_special_tokens=special[1:2])
+    tokens = dict(pad_token=special[0], eos_token=special[2], additional_special_tokens=special[1:2])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=CHAT_TEMPLATE, **tokens)
     rows = (FIXTURES / f"{task}_responses.jsonl").read_text().splitlines()
     tokenizer.add_tokens(list(dict.fromkeys(json.loads(row)["response"] for row in rows)))
-    config, network = CONFIGS[family]
-    settings = config(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, intermediate_size=64, num_attention_heads=2,
+    config = AutoConfig.for_model(
+        family, vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, intermediate_size=64, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=32768, initializer_range=0.05,
         pad_token_id=0, eos_token_id=2, bos_token_id=None,
     )  # fmt: skip
-    network(settings).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

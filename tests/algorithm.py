@@ -1,6 +1,6 @@
 """Algorithm 1 and its baselines once more, written from the paper: a reference for the real loop to be compared with.
 
-float64, whole logits, plain autograd, one row at a time: no padding, no batching, nothing imported from the project.
+float64, whole logits, torch's own AdamW, one row at a time: no padding, no batching, nothing imported from the project.
 Equation numbers are those of arXiv 2605.15113v1. Shapes: T response tokens of one row, V vocabulary, K top-k.
 
     state = new_state(model, s)
@@ -12,7 +12,7 @@ called as model(input_ids=(1, L), use_cache=False).logits, as a Hugging Face cau
 
 import copy
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -36,14 +36,16 @@ class State:
     model: torch.nn.Module  # the one network, student and teacher
     teacher: torch.nn.Module | None  # its moving average, where s.teacher is ema
     initial: torch.nn.Module | None  # its first weights, where s.prior is fixed
-    optimizers: dict = field(default_factory=dict)  # "m" and "e", the same object where they are shared
+    optimizers: dict  # "m" and "e", the same object where they are shared
     delta: float | None = None  # BCO's shift
     step: int = 0  # index k of the next rollout batch
 
 
 def new_state(model, s):
-    ema, m = s.teacher == "ema" and s.method != "grpo", AdamW()
-    e = m if s.e_optimizer == "shared" else AdamW()
+    ema = s.teacher == "ema" and s.method != "grpo"
+    how = dict(betas=(s.adam_beta1, s.adam_beta2), weight_decay=s.weight_decay)
+    m = torch.optim.AdamW(model.parameters(), **how)
+    e = m if s.e_optimizer == "shared" else torch.optim.AdamW(model.parameters(), **how)
     initial = copy.deepcopy(model) if s.prior == "fixed" else None
     return State(model, copy.deepcopy(model) if ema else None, initial, {"m": m, "e": e})
 
@@ -57,7 +59,7 @@ def mean(values):
 
 def logits(model, prompt, response):
     """(T, V): the logits that predict response token t, at positions len(prompt)-1 .. len(prompt)+T-2."""
-    ids = torch.tensor([list(prompt) + list(response)])  # (1, L)
+    ids = torch.tensor([prompt + response])  # (1, L)
     out = model(input_ids=ids, use_cache=False).logits[0]  # (L, V)
     return out[len(prompt) - 1 : len(prompt) - 1 + len(response)]
 
@@ -145,7 +147,7 @@ def m_step_tokens(logp, D, old_logp, A, A_sdpo, step, s):
     return grpo(logp, old_logp, A * ((1 - lam) + lam * w), s)  # Eq. B.28
 
 
-# ---- The optimizer
+# ---- One update
 
 
 def learning_rate(base, step, s):
@@ -154,38 +156,14 @@ def learning_rate(base, step, s):
     return base * warm * (1 - step / s.steps if s.schedule == "linear" else 1.0)
 
 
-def clip(grads, max_norm):
-    norm = torch.stack([g.norm() for g in grads if g is not None]).norm()
-    scale = min(1.0, max_norm / (norm.item() + 1e-6))
-    return [None if g is None else g * scale for g in grads]
-
-
-class AdamW:
-    """Decoupled weight decay; a parameter without a gradient is left alone."""
-
-    def __init__(self):
-        self.t, self.m, self.v = {}, {}, {}  # by the parameter's position
-
-    @torch.no_grad()
-    def step(self, parameters, grads, lr, s):
-        b1, b2 = s.adam_beta1, s.adam_beta2
-        for i, (p, g) in enumerate(zip(parameters, grads)):
-            if g is None:
-                continue
-            t = self.t[i] = self.t.get(i, 0) + 1
-            self.m[i] = b1 * self.m.get(i, 0) + (1 - b1) * g
-            self.v[i] = b2 * self.v.get(i, 0) + (1 - b2) * g * g
-            m, v = self.m[i] / (1 - b1**t), self.v[i] / (1 - b2**t)
-            p -= lr * s.weight_decay * p
-            p -= lr * m / (v.sqrt() + 1e-8)
-
-
 def update(state, kind, loss, s, after_update):
     """One optimizer update of the one network. kind: "e" or "m"."""
-    parameters = list(state.model.parameters())  # tied weights occur once
-    grads = clip(torch.autograd.grad(loss, parameters, allow_unused=True), s.max_grad_norm)
-    lr = learning_rate(s.e_lr if kind == "e" and s.e_lr else s.lr, state.step, s)
-    state.optimizers[kind].step(parameters, grads, lr, s)
+    optimizer, lr = state.optimizers[kind], s.e_lr if kind == "e" and s.e_lr else s.lr
+    optimizer.param_groups[0]["lr"] = learning_rate(lr, state.step, s)
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(state.model.parameters(), s.max_grad_norm)
+    optimizer.step()
     after_update(kind, state.model)
 
 

@@ -277,7 +277,7 @@ def test_run_is_evaluated_before_and_after_with_its_own_settings(command, run_fo
 
 
 @pytest.mark.parametrize("config, words", [
-    ("{", "config.json is no JSON"), ("[]", "is not the configuration of a run"), ("{}", "it lacks task"),
+    ("{", "JSONDecodeError"), ("[]", "is not the configuration of a run"), ("{}", "it lacks task"),
     ('{"task": "toy", "model": "m"}', "it lacks method"),
 ])  # fmt: skip
 def test_a_configuration_that_is_none_is_one_line_that_names_the_file(config, words, run_folder, capsys):

@@ -50,8 +50,7 @@ def lcb_row(name="p", private=(("1\n", "1\n"),), public=(("0\n", "0\n"),), funct
     """private: pairs of input and output, or the text of the column."""
     kind = "functional" if function else "stdin"
     return {
-        "question_title": "T", "question_content": "Q?", "platform": "atcoder", "question_id": name, "contest_id": "c",
-        "contest_date": f"{date}T00:00:00", "starter_code": "", "difficulty": "easy",
+        "question_content": "Q?", "question_id": name, "contest_date": f"{date}T00:00:00", "starter_code": "",
         "public_test_cases": as_tests(public, kind),
         "private_test_cases": private if isinstance(private, str) else pack(as_tests(private, kind)),
         "metadata": json.dumps({"func_name": function} if function else {}),
@@ -88,7 +87,6 @@ def grade(*given) -> list[tuple[int, dict]]:
 def test_the_problems_of_the_window_train_and_evaluate_and_are_counted():
     for since, until, ids in (  # the fixture's days: 2025-02-01, 03-10, 04-30, 02-20, 05-01
         ("2025-02-01", "2025-05-01", ["fx_sum", "fx_half", "fx_rows", "fx_pairs"]),
-        ("2025-02-01", "2025-02-02", ["fx_sum"]),
         ("2025-02-02", "2025-05-02", ["fx_half", "fx_rows", "fx_pairs", "fx_late"]),
         ("20250430", "20250501", ["fx_rows"]),  # compared as text it would come after every day of 2025
     ):
@@ -105,20 +103,13 @@ def test_the_problems_of_the_window_train_and_evaluate_and_are_counted():
 
 
 def test_prompts_for_a_program_and_for_a_function(load_lcb):
-    program, *_, function = tasks.load("lcb", data=FIXTURE).train
-    assert program.messages == [{"role": "user", "content": (
-        "You are given N and then N integers on one line. Print their sum.\n\nInput\n\nN\nA_1 ... A_N\n\nSample Input\n\n3\n"
-        "1 2 3\n\nSample Output\n\n6\n\nWrite a Python 3 program that reads the input from standard input and prints the "
-        "answer to standard output. Give the whole program in one ```python code block at the end of your answer."
-    )}]  # fmt: skip
-    assert function.messages == [{"role": "user", "content": (
-        "Given a list of words and an integer k, count the pairs of positions i < j with words[i] == words[j] and j - i <= "
-        "k. Words may contain spaces.\n\nSolve it by completing this Python 3 code, with the names as they are:\n\n"
-        "```python\nclass Solution:\n    def countPairs(self, words: List[str], k: int) -> int:\n```\n\nGive the whole code "
-        "in one ```python code block at the end of your answer."
-    )}]  # fmt: skip
-    braces = load_lcb({**lcb_row(), "question_content": "Print {question} and {starter} and {x}."}).train[0]
-    assert braces.messages[0]["content"].startswith("Print {question} and {starter} and {x}.\n\nWrite a Python")
+    odd = "\nPrint {question} and {starter} and {x}. "
+    row = {**lcb_row(function="f"), "question_content": odd, "starter_code": "class Solution:\n    def f(self):\n\n"}
+    program, function = [p.messages[0]["content"] for p in load_lcb({**lcb_row(), "question_content": odd}, row).train]
+    assert program.startswith(f"{odd.strip()}\n\nWrite a Python 3 program that reads the input from standard input")
+    assert function.startswith(f"{odd.strip()}\n\nSolve it by completing")
+    assert "```python\nclass Solution:\n    def f(self):\n```" in function
+    assert all("in one ```python code block at the end" in text for text in (program, function))
 
 
 def test_private_tests_may_be_plain_or_packed_and_public_ones_stand_in_for_them(load_lcb, tmp_path):
@@ -136,8 +127,8 @@ def damaged(marker: Path) -> dict[str, str]:
     good, touch = pickle.dumps(as_tests([("1\n", "1\n")])), f"open({str(marker)!r}, 'w').close()"
     calls = {"system": f"cposix\nsystem\n(Vtouch {marker}", "eval": f"cbuiltins\neval\n(V{touch}",
              "open": f"cbuiltins\nopen\n(V{marker}\nVw"}  # pickles that call these
-    unlike = {"an object": "{}", "a number": "7", "numbers": "[1, 2]", "no JSON": "[{'input'", "too deep": "[" * 200_000,
-              "no output": '[{"input": "1"}]', "a list for a text": '[{"input": ["1"], "output": "1"}]', "bytes": b"[]",
+    unlike = {"an object": "{}", "numbers": "[1, 2]", "no JSON": "[{'input'", "too deep": "[" * 200_000,
+              "no output": '[{"input": "1"}]', "a list for a text": '[{"input": ["1"], "output": "1"}]',
               "a list": [{"input": "1\n", "output": "1\n"}], "a harmless class": OrderedDict(a=1)}
     return {
         "no base64": "!!! not base64 !!!", "no zlib": encode(b"bytes"), "zlib cut short": encode(zlib.compress(good)[:-8]),
@@ -149,7 +140,7 @@ def damaged(marker: Path) -> dict[str, str]:
 @pytest.mark.parametrize("name", damaged(Path("marker")))
 def test_damaged_private_tests_are_one_line_with_the_problem_and_nothing_runs(name, tmp_path, load_lcb):
     marker = tmp_path / "marker"
-    with refused("lcb problem bad_17: its tests cannot be decoded ("):
+    with refused("row 1: lcb problem bad_17 cannot be graded ("):
         load_lcb(lcb_row("bad_17", private=damaged(marker)[name]))
     assert not marker.exists()
     if name in ("system", "eval", "open"):  # which Python's own pickle does run
@@ -158,36 +149,32 @@ def test_damaged_private_tests_are_one_line_with_the_problem_and_nothing_runs(na
 
 
 def test_tests_that_unpack_to_more_than_the_limit_are_refused(monkeypatch, load_lcb):
-    bomb = lcb_row("bomb", private=[("1\n", "0" * 3_000_000)])
-    assert len(bomb["private_test_cases"]) < 10_000 and load_lcb(bomb).test  # under the limit
     monkeypatch.setattr(livecodebench, "MAX_TESTS_BYTES", 1_000_000)
-    with refused("lcb problem bomb: ", "too long"):
+    assert load_lcb(lcb_row(private=[("1\n", "0" * 990_000)])).test
+    bomb = lcb_row("bomb", private=[("1\n", "0" * 3_000_000)])
+    with refused("lcb problem bomb ", "too long"):
         load_lcb(bomb)
+    assert len(bomb["private_test_cases"]) < 10_000
 
 
 NO_JSON = [("[1, 2\n3", "1"), ("1", "one"), ("1", "[" * 20_000 + "]" * 20_000), ("9" * 60_000, "1")]
 
 
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        *(({column: None}, f"row 2: column {column} is missing") for column in (
-            "question_id", "question_content", "public_test_cases")),
-        *(({"metadata": text}, "lcb problem p: its metadata cannot be read (") for text in ("{", "null", "[]")),
-        *(({"public_test_cases": text}, "lcb problem p: its tests cannot be decoded (") for text in (
-            "!!! not JSON", '[{"input": "1"}]', "7", base64.b64encode(b"no zlib").decode())),
-        ({"question_content": ["Q"]}, "lcb problem p: every column of the source is text"),
-        *(({"public_test_cases": as_tests([("1", "1"), pair]), "metadata": '{"func_name": "f"}', "private_test_cases": ""},
-           "lcb problem p: a test of a function is no JSON (") for pair in NO_JSON),
-        ({"public_test_cases": "[]", "private_test_cases": ""}, "lcb problem p: it has no "),
-        ({"contest_date": None}, "row 2: column contest_date is missing"),
-    ],
-)  # fmt: skip
-def test_a_damaged_row_is_one_line_with_the_problem(change, words, load_lcb, tmp_path):
-    rows = [lcb_row("first"), {**lcb_row(), **change}]
+@pytest.mark.parametrize("change", [
+    {"metadata": "{"}, {"metadata": "[]"}, {"metadata": '{"func_name": 3}'}, {"question_content": ["Q"]}, {"starter_code": ["Q"]},
+    {"public_test_cases": "!!! not JSON"}, {"public_test_cases": '[{"input": "1"}]'}, {"public_test_cases": ["1"]},
+    {"public_test_cases": "[]", "private_test_cases": ""}, {"contest_date": None},
+    *({column: None} for column in ("question_id", "question_content", "public_test_cases")),
+    *({"public_test_cases": as_tests([("1", "1"), pair]), "metadata": '{"func_name": "f"}', "private_test_cases": ""}
+      for pair in NO_JSON),
+])  # fmt: skip
+def test_a_damaged_row_is_one_line_with_the_problem(change, load_lcb, tmp_path):
+    (column, value), *_ = change.items()
+    rows, words = [lcb_row("first"), {**lcb_row(), **change}], "row 2: lcb problem p cannot be graded ("
+    words = f"row 2: column {column} is missing" if value is None else words
     with refused(words):
         load_lcb(*rows, train_tests="public")
-    if "contest_date" not in change:  # which only the window needs
+    if column != "contest_date":  # which only the window needs
         with refused(words):
             tasks.read("lcb", write(tmp_path / "a.jsonl", rows), official=True)
 
@@ -314,29 +301,26 @@ def test_limits_of_output_a_failed_grader_and_closing(load_lcb, sandboxes, monke
     assert sandboxes.closed == before + 1
 
 
-@pytest.mark.parametrize("first, second, verdict", [
-    ("wrong answer", "internal", "internal"),  # what the grader failed on is no failure of the program
-    ("wrong answer", "time-out", "time-out"), ("time-out", "error", "error"), ("time-out", "memory", "memory"),
-    ("time-out", "output limit", "output limit"), ("error", "memory", "error"), ("passed", "wrong answer", "wrong answer"),
+KINDS = {"i": "internal", "e": "error", "m": "memory", "o": "output limit", "t": "time-out", "w": "wrong answer", "p": "passed"}
+
+
+@pytest.mark.parametrize("ran, verdict", [
+    ("wwww wi", "i"),  # what the grader failed on is no failure of the program
+    ("wwww wt", "t"), ("wt we", "e"), ("wt wm", "m"), ("wt wo", "o"), ("we wm", "e"), ("wm we", "m"), ("wppp wwww", "w"),
 ])  # fmt: skip
-def test_of_several_failures_the_gravest_is_the_verdict_and_the_feedback(first, second, verdict, monkeypatch, load_lcb):
-    """Of two halves, since all but a wrong answer end theirs; of one rank the first. Each half begins with a wrong answer."""
-    task, ran = load_lcb(lcb_row(private=DIGITS)), []
-    seen = [DIGITS[i][0] for i in half(task.test[0])]
-    others = [given for given, _ in DIGITS if given not in seen]
+def test_of_several_failures_the_gravest_is_the_verdict_and_the_feedback(ran, verdict, monkeypatch, load_lcb):
+    """Of two halves, since all but a wrong answer end theirs; of one rank the first."""
+    task, left, given = load_lcb(lcb_row(private=DIGITS)), list(ran.replace(" ", "")), []
 
     def run_test(*args):
-        given = args[-1]["input"]
-        kind = "wrong answer" if given in (seen[0], others[0]) else first if given in seen else second
-        ran.append(kind)
-        return kind, Result("error", "said", f"no {given}")
+        given.append(args[-1]["input"])
+        return KINDS[left.pop(0)], Result("error", "said", "")
 
     monkeypatch.setattr(livecodebench, "run_test", run_test)
     (outcome,) = task.verify(task.test, [fence("print(1)")])
-    assert (outcome.reward, outcome.verdict, bool(outcome.feedback)) == (0, verdict, verdict != "internal")
-    assert len(ran) == sum(4 if kind in ("passed", "wrong answer") else 2 for kind in (first, second))
-    if verdict not in ("internal", "wrong answer"):
-        assert outcome.feedback.endswith(f"nput:\n{(seen if verdict == first else others)[1].strip()}")
+    assert (outcome.reward, outcome.verdict, left) == (0, KINDS[verdict], []) and bool(outcome.feedback) == (verdict != "i")
+    if verdict not in "iw":
+        assert outcome.feedback.endswith(f"nput:\n{given[ran.replace(' ', '').index(verdict)].strip()}")
 
 
 # ---- Feedback --------------------------------------------------------------------------------------------------------
@@ -409,9 +393,9 @@ OTHER = [
 def test_outputs_are_equal_line_by_line_as_text_or_as_numbers_and_compared_fast():
     for pairs, same in ((SAME, True), (OTHER, False)):
         for printed, expected in pairs:
-            start = time.monotonic()
+            start = time.process_time()
             assert livecodebench.same_output(printed, expected) is same, (printed[:50], expected[:50])
-            assert time.monotonic() - start < 3
+            assert time.process_time() - start < 3
 
 
 LONG = "7" * 30_000  # an argument: beyond Python's own limit, within the official checker's
@@ -442,23 +426,22 @@ def test_results_of_functions(verdict, load_lcb):
         assert (outcome.verdict, outcome.reward) == (verdict, int(verdict == "passed")), value
 
 
+METHOD, BODY = "    def join(self, words: List[str], k: int) -> str:\n        ", "return '/'.join([*words, str(k)])"
+OWNERS = {  # a program that has the function, or not where it is looked for -> what is wrong
+    f"class Solution:\n{METHOD}{BODY}": "",
+    f"def join(words, k):\n    {BODY}": "",
+    f"class Solutions: pass\ndef join(words, k):\n    {BODY}": "",
+    f"class Solution(object):\n    @staticmethod\n    def join(words, k):\n        {BODY}": "",
+    f"class Solution: pass\ndef join(words, k):\n    {BODY}": "AttributeError: 'Solution' object has no attribute 'join'",
+    f"class Answer:\n{METHOD}{BODY}": "NameError: name 'join' is not defined",
+    "class Solution:\n    def join(self, words): return ''": "TypeError",
+}
+
+
 def test_functions_are_found_with_and_without_their_class(load_lcb):
     task = load_lcb(lcb_row(private=[('["a b", "c"]\n2', '"a b/c/2"')], function="join"))
-    body = "return '/'.join([*words, str(k)])"
-    cases = [
-        (f"class Solution:\n    def join(self, words: List[str], k: int) -> str:\n        {body}", "passed"),
-        (f"def join(words, k):\n    {body}", "passed"),
-        (f"class Solutions: pass\ndef join(words, k):\n    {body}", "passed"),
-        (f"class Solution(object):\n    @staticmethod\n    def join(words, k):\n        {body}", "passed"),
-        ("class Solution: pass", "error"),
-        (f"class Solution: pass\ndef join(words, k):\n    {body}", "error"),
-        (f"class Answer:\n    def join(self, words, k):\n        {body}", "error"),
-        ("class Solution:\n    def join(self, words): return ''", "error"),
-    ]
-    outcomes = verify(task, task.train[0], *(code for code, _ in cases))
-    assert [o.verdict for o in outcomes] == [verdict for _, verdict in cases]
-    assert "AttributeError: 'Solution' object has no attribute 'join'" in outcomes[4].feedback
-    assert "NameError: name 'join' is not defined" in outcomes[6].feedback
+    for (code, fault), outcome in zip(OWNERS.items(), verify(task, task.train[0], *OWNERS)):
+        assert outcome.verdict == ("error" if fault else "passed") and fault in outcome.feedback, code
 
 
 PROGRAMS = {  # the last complete block for Python -> responses

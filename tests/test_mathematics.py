@@ -12,7 +12,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from test_tasks import one_sandbox, write
+from test_tasks import one_sandbox, refused, write
 
 import tasks
 from tasks import Outcome, Problem, algebra, mathematics
@@ -21,7 +21,6 @@ from tasks.sandbox import Result, Sandbox
 
 FIXTURES = Path(tasks.__file__).parent / "fixtures"
 SAMPLES = Path(os.environ.get("VPD_SAMPLE_DATA") or "nowhere") / "math"
-needs_samples = pytest.mark.skipif(not SAMPLES.is_dir(), reason="VPD_SAMPLE_DATA names no folder with math/")
 
 
 @pytest.fixture(scope="module")
@@ -80,60 +79,24 @@ def here(gold: str, answer: str, seconds: float = 3.0) -> str:
 # ---- The box ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "text, found",
-    [
-        (r"so $\boxed{ 5 }$.", "5"),
-        (r"\boxed {5}", "5"),
-        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
-        (r"\boxed{\boxed{5}}", "5"),
-        (r"\boxed{1} then \boxed{2}", "2"),
-        (r"\boxed{1} then \boxed{2", "1"),
-        (r"\boxed{1} then \boxed{\boxed{2", "1"),
-        (r"\boxed{1 then \boxed{2}", "2"),
-        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
-        (r"\boxed{\left\{1\right.}", r"\left\{1\right."),
-        (r"\boxed{a\\{b}}", r"a\\{b}"),  # an escaped backslash, then a brace that counts
-        (r"} \boxed{5} }", "5"),
-        (r"{\boxed{5}", "5"),
-        (r"\boxed{}", ""),
-        ("\\boxed{1\n2}", "1\n2"),
-        (r"\fbox{5}", "5"),
-        (r"\boxed{4}, so \fbox{5}", "5"),
-        (r"$\boxed 5$", "5"),
-        (r"$\boxed5$", "5"),
-        (r"$\boxed \frac{1}{2}$", r"\frac{1}{2}"),
-        (r"\boxed{5}, by \boxed as asked", "5"),  # one with braces is meant
-        (r"boxed{5}", None),
-        (r"\boxedmath{5}", None),
-        (r"\boxed{5", None),
-        (r"\boxed{5\}", None),
-        ("5", None),
-        ("", None),
-        ("\\", None),
-    ],
-)
-def test_the_answer_is_in_the_last_box_that_closes(text, found):
+@pytest.mark.parametrize("text, found", [
+    (r"so $\boxed{ 5 }$.", "5"), (r"\boxed {5}", "5"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed{\boxed{5}}", "5"),
+    (r"\boxed{1} then \boxed{2}", "2"), (r"\boxed{1} then \boxed{2", "1"), (r"\boxed{1} then \boxed{\boxed{2", "1"),
+    (r"\boxed{1 then \boxed{2}", "2"), (r"\boxed{\{1, 2\}}", r"\{1, 2\}"), (r"\boxed{\left\{1\right.}", r"\left\{1\right."),
+    (r"\boxed{a\\{b}}", r"a\\{b}"),  # an escaped backslash, then a brace that counts
+    (r"} \boxed{5} }", "5"), (r"{\boxed{5}", "5"), (r"\boxed{}", ""), ("\\boxed{1\n2}", "1\n2"), (r"\fbox{5}", "5"),
+    (r"\boxed{4}, so \fbox{5}", "5"), (r"$\boxed 5$", "5"), (r"$\boxed5$", "5"), (r"$\boxed \frac{1}{2}$", r"\frac{1}{2}"),
+    (r"\boxed{5}, by \boxed as asked", "5"),  # one with braces is meant
+    (r"boxed{5}", None), (r"\boxedmath{5}", None), (r"\boxed{5", None), (r"\boxed{5\}", None), ("5", None), ("", None),
+    # Hostile text, which takes one pass as well.
+    (r"\boxed{" * 20_000, None), (r"\boxed{7}" + r"\boxed{" * 20_000, "7"), (r"\boxed{" * 20_000 + "7" + "}" * 20_000, "7"),
+    (r"\boxed" + " " * 100_000, None), (r"\boxed" * 20_000, None), (r"\boxed " + "{" * 100_000, None), ("\\" * 100_001, None),
+    ("{" * 100_000 + r"\boxed{7}" + "}" * 100_000, "7"),
+])  # fmt: skip
+def test_the_answer_is_in_the_last_box_that_closes_and_is_found_fast(text, found):
+    start = time.process_time()
     assert boxed(text) == found
-
-
-@pytest.mark.parametrize(
-    "text, found",
-    [
-        (r"\boxed{" * 20_000, None),
-        (r"\boxed{7}" + r"\boxed{" * 20_000, "7"),
-        (r"\boxed{" * 20_000 + "7" + "}" * 20_000, "7"),
-        (r"\boxed" + " " * 100_000, None),
-        (r"\boxed" * 20_000, None),
-        (r"\boxed " + "{" * 100_000, None),
-        ("\\" * 100_001, None),
-        ("{" * 100_000 + r"\boxed{7}" + "}" * 100_000, "7"),
-    ],
-)
-def test_a_box_in_hostile_text_is_found_fast(text, found):
-    start = time.monotonic()
-    assert boxed(text) == found
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
 
 
 # ---- What is paid -------------------------------------------------------------------------------------------------
@@ -176,6 +139,7 @@ PAID = {
     "x=5": r"5 | 5=x | 2x=10",
     "y=2x+3": r"2x+3 | y-2x=3 | y = 3+2x",
     "x^2+y^2=4": r"2x^2+2y^2=8 | x^2=4-y^2",
+    r"x+y\le4": r"2x+2y\le8 | 4\ge x+y | -x-y\ge-4",
     "(a+5)(b+2)": r"ab+2a+5b+10 | (b+2)(5+a)",
     r"\begin{pmatrix}-1/3\\2/3\end{pmatrix}": r"\begin{bmatrix}-\frac13\\\frac23\end{bmatrix} | "
     r"\frac13\begin{pmatrix}-1\\2\end{pmatrix}",
@@ -218,13 +182,14 @@ REFUSED = {
     r"\text{(C)}": r"D | (D) 27 | A, C | 27",
     r"(2,\infty)": r"(2,\infty] | 2\text{ or }\infty | [2,\infty) | x\ge2 | 2<x\le\infty",
     r"(-\infty,4]": r"[-\infty,4] | (-\infty,4) | x<4",
-    "(3,4]": r"(3,4) | 3<x<4 | [3,4] | 3,4",
+    "(3,4]": r"(3,4) | 3<x<4 | [3,4] | 3,4 | 3\le x\le4 | 3\le x<4",
     "1,-2": r"(1,-2) | 1 | 1,2 | 1,-2,-2 | 1,-2,3",
     "(1,-2)": r"(-2,1) | \{1,-2\} | -2,1",
     "x>2": r"y>2 | x\ge2 | x<2 | 2",
     "x=5": r"y=5 | x=6 | x=x",
     "y=2x+3": r"y=2x+4 | z=2x+3 | 0=0 | y=y",
     "x^2+y^2=4": r"x^2+y^2=5 | 4 | 0=0 | x^2+y^2\le4",
+    r"x+y\le4": r"x+y\ge4 | x+y<4 | x+2y\le4 | x+y=4",
     "x": r"|x| | x(1+10^{-200}) | x+10^{-20} | \sqrt{x^2} | y",
     r"\frac{n(n+1)}{2}": r"\sum_{k=1}^nk | \frac{n(n-1)}{2}",
     r"\begin{pmatrix}1\\2\end{pmatrix}": r"\begin{pmatrix}1&2\end{pmatrix} | \begin{pmatrix}2\\1\end{pmatrix} | (1,2)",
@@ -322,15 +287,6 @@ def test_a_hostile_answer_costs_seconds_and_the_next_is_graded(answer, task):
     assert graded(task, *[(r"\frac{7}{2}", f"{7 * i}/{2 * i}") for i in range(1, 4)]) == ["correct"] * 3
 
 
-def test_a_pair_is_compared_once(task, sandbox):
-    sandbox.asked.clear()
-    assert graded(task, *[("7/3", r"\frac{14}{6}")] * 3) == ["correct"] * 3
-    assert graded(task, (r"\frac{14}{6}", "7/3")) == ["correct"]  # another pair
-    assert sandbox.asked[-1] == [r"\frac{14}{6}", "7/3"]
-    count = len(sandbox.asked)
-    assert graded(task, ("7/3", r"\frac{14}{6}")) == ["correct"] and len(sandbox.asked) == count
-
-
 def test_a_time_out_is_remembered_when_it_has_come_three_times(task, sandbox):
     """A busy machine must not settle an answer for a whole run, nor a hostile answer cost seconds for ever."""
     for times, asked in ((2, 2), (5, 3)):
@@ -342,30 +298,16 @@ def test_a_time_out_is_remembered_when_it_has_come_three_times(task, sandbox):
         assert graded(task, pair) == (["correct"] if times < 3 else ["time-out"])
 
 
-@pytest.mark.parametrize(
-    "result, verdict",
-    [
-        (Result("internal", error="the worker died twice"), "internal"),
-        (Result("error", error="ValueError: x"), "unreadable"),
-        (Result("memory"), "unreadable"),
-        (Result("timeout"), "time-out"),
-        (Result("ok", value="yes"), "wrong"),
-        (Result("ok", value=1), "wrong"),
-    ],
-)
-def test_only_true_is_paid_and_a_failed_grader_is_not_remembered(result, verdict, task, sandbox):
-    pair = ("z", f"z+{hash(result) % 997}-0")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Sandbox, "call", lambda *_: result)
-        assert graded(task, pair) == [verdict]
-    count = len(sandbox.asked)
-    graded(task, pair)
-    assert (len(sandbox.asked) > count) == (verdict in ("internal", "time-out"))
-
-
-def test_closing_the_task_closes_its_sandbox(task, sandbox):
-    task.close()
-    assert sandbox.closed == 1
+def test_only_true_is_paid_and_a_failed_grader_is_not_remembered(task, monkeypatch):
+    for i, (result, verdict, calls) in enumerate((
+        (Result("internal", error="the worker died twice"), "internal", 2), (Result("timeout"), "time-out", 2),
+        (Result("error", error="ValueError: x"), "unreadable", 1), (Result("memory"), "unreadable", 1),
+        (Result("ok", value="yes"), "wrong", 1), (Result("ok", value=1), "wrong", 1), (Result("ok", value=True), "correct", 1),
+    )):  # fmt: skip
+        asked = []
+        monkeypatch.setattr(Sandbox, "call", lambda *question: asked.append(question[3]) or result)  # noqa: B023
+        assert [graded(task, ("z", f"z+{i}-0")) for _ in range(2)] == [[verdict]] * 2
+        assert asked == [["z", f"z+{i}-0"]] * calls
 
 
 # ---- The data sets ------------------------------------------------------------------------------------------------
@@ -376,43 +318,32 @@ def fixture_rows(name: str) -> list[dict]:
 
 
 DAPO_TRAIN = [  # of the fixture: two rows are doubles, one problem has two answers, one stands in MATH-500
-    ("Solve $x + 3 = 10$ for $x$.", "7"),
-    ("What is $2^5$?", "32"),
-    (r"Remember: what is $6 \cdot 7$?", "42"),
-    ("What is $9 - 12$?", "-3"),
-    ("Compute $100 / 4$.", "25"),
-]
+    ("Solve $x + 3 = 10$ for $x$.", "7"), ("What is $2^5$?", "32"), (r"Remember: what is $6 \cdot 7$?", "42"),
+    ("What is $9 - 12$?", "-3"), ("Compute $100 / 4$.", "25"),
+]  # fmt: skip
+TESTS = [
+    ("math500", "test/algebra/fx1.json", "10"), ("math500", "test/prealgebra/fx2.json", r"\frac{1}{6}"),
+    ("math500", "test/algebra/fx3.json", "(0,2]"), ("aime24", "60", "4"), ("aime24", "61", "125"), ("aime25", "0", "50"),
+    ("amc23", "0", "27.0"), ("amc23", "1", "36.0"),
+]  # fmt: skip
 
 
 def test_dapo_loses_doubles_conflicts_evaluation_problems_and_its_instruction(sandbox):
     task = tasks.load("math", data=str(FIXTURES))
-    assert [(p.data["problem"], p.reference) for p in task.train] == DAPO_TRAIN
+    assert [(p.data, p.reference) for p in task.train] == DAPO_TRAIN and len({p.id for p in task.train}) == 5
     content = "Solve $x + 3 = 10$ for $x$.\n\nReason step by step and put the final answer in \\boxed{}."
     assert task.train[0].messages == [{"role": "user", "content": content}]
-    assert task.notes[0] == (
-        "dapo: 10 rows, 7 unique problems; dropped 1 with conflicting answers and 1 that stand in an evaluation set; "
-        "5 left"
-    )
-    assert not any("instruction" in note for note in task.notes)
-    assert (task.lacks, task.name, task.validation) == (("environment", "solution_first", "both"), "math/dapo", [])
-    assert len({p.id for p in task.train}) == 5
-
-
-def test_evaluation_sets_keep_their_names_ids_and_answers(sandbox):
-    task = tasks.load("math", data=str(FIXTURES))
-    assert [(p.part, p.id, p.reference) for p in task.test] == [
-        ("math500", "test/algebra/fx1.json", "10"),
-        ("math500", "test/prealgebra/fx2.json", r"\frac{1}{6}"),
-        ("math500", "test/algebra/fx3.json", "(0,2]"),
-        ("aime24", "60", "4"),
-        ("aime24", "61", "125"),
-        ("aime25", "0", "50"),
-        ("amc23", "0", "27.0"),
-        ("amc23", "1", "36.0"),
-    ]
+    assert [(p.part, p.id, p.reference) for p in task.test] == TESTS
     assert task.test[6].messages[0]["content"].startswith("What is $3^3$?\n\nReason step by step")
+    dropped = "dropped 1 with conflicting answers and 1 that stand in an evaluation set; 5 left"
+    assert task.notes[0] == f"dapo: 10 rows, 7 unique problems; {dropped}" and task.notes[1].startswith("sandbox: ")
+    assert (task.lacks, task.name, task.validation) == (("environment", "solution_first", "both"), "math/dapo", [])
     rewards = [o.reward for o in task.verify(task.test[5:], ["\\boxed{50}", "\\boxed{27}", "\\boxed{27}"])]
-    assert rewards == [1, 1, 0]
+    assert rewards == [1, 1, 0] and sandbox.closed == 0
+    task.close()
+    assert sandbox.closed == 1
+    whole = tasks.read("math", str(FIXTURES / "dapo.jsonl")).test  # a file of DAPO's schema
+    assert (whole[0].id, whole[0].data, whole[0].reference) == ("dapo-0", *DAPO_TRAIN[0]) and len(whole) == 10
 
 
 def test_a_dapo_row_without_the_usual_instruction_is_taken_and_counted(tmp_path, sandbox):
@@ -420,11 +351,14 @@ def test_a_dapo_row_without_the_usual_instruction_is_taken_and_counted(tmp_path,
     whole = rows[0]["prompt"][0]["content"]
     for bare in ("  How many?\n", whole.split("\n\nRemember")[0], whole.split("problem.\n\n")[1]):
         rows.append({**rows[0], "prompt": [{"content": bare, "role": "user"}]})
-    write(tmp_path / "dapo-math-17k.jsonl", rows)
-    write(tmp_path / "amc23.jsonl", fixture_rows("amc23"))
+    for word, refusal in (("math500.jsonl, aime24.jsonl, aime25.jsonl, amc23.jsonl", "amc23"), ("dapo*.jsonl", "dapo-math-17k")):
+        with refused(word):
+            tasks.load("math", data=str(tmp_path))
+        write(tmp_path / f"{refusal}.jsonl", rows if refusal != "amc23" else fixture_rows("amc23"))
     task = tasks.load("math", data=str(tmp_path))
-    assert task.train[-1].data["problem"] == "How many?"
-    assert sum(p.data["problem"] == "Solve $x + 3 = 10$ for $x$." for p in task.train) == 1
+    assert {p.part for p in task.test} == {"amc23"}  # the other sets are optional
+    assert task.train[-1].data == "How many?"
+    assert sum(p.data == "Solve $x + 3 = 10$ for $x$." for p in task.train) == 1
     assert task.notes[1].startswith("dapo: 3 rows lack the source's usual instruction")
     assert task.notes[0].startswith("dapo: 13 rows, 8 unique problems; dropped 1 with conflicting answers and 0 that")
 
@@ -433,7 +367,7 @@ def test_a_dapo_row_without_the_usual_instruction_is_taken_and_counted(tmp_path,
 def test_the_problems_are_the_same_from_every_source(form, tmp_path, sandbox, monkeypatch):
     expected = tasks.load("math", data=str(FIXTURES))
     names = {("BytedTsinghua-SIA/DAPO-Math-17k", "train"): "dapo", ("HuggingFaceH4/MATH-500", "test"): "math500"}
-    names.update({(f"math-ai/{name}", "test"): name for name in ("aime24", "aime25", "amc23")})
+    names |= {(f"math-ai/{name}", "test"): name for name in ("aime24", "aime25", "amc23")}
     tables = {name: datasets.Dataset.from_list(fixture_rows(name)) for name in names.values()}
     for name, table in tables.items():
         if form == "parquet":
@@ -448,47 +382,29 @@ def test_the_problems_are_the_same_from_every_source(form, tmp_path, sandbox, mo
     assert (task.train, task.test, task.notes) == (expected.train, expected.test, expected.notes)
 
 
-def test_a_folder_that_lacks_something_is_refused(tmp_path, sandbox):
-    with pytest.raises(ValueError, match=r"^.*math500\.jsonl, aime24\.jsonl, aime25\.jsonl, amc23\.jsonl$"):
-        tasks.load("math", data=str(tmp_path))
-    write(tmp_path / "aime25.jsonl", fixture_rows("aime25"))
-    with pytest.raises(ValueError, match=r"^.*dapo\*\.jsonl.*$"):
-        tasks.load("math", data=str(tmp_path))
-    write(tmp_path / "dapo.jsonl", fixture_rows("dapo"))
-    assert [p.part for p in tasks.load("math", data=str(tmp_path)).test] == ["aime25"]  # the other sets are optional
-
-
-@pytest.mark.parametrize(
-    "row, words",
-    [
-        ({"problem": "?"}, "row 1: column answer or solution is missing"),
-        ({"problem": ["?"], "answer": "5"}, "row 1: the problem is no text"),
-        *[
-            ({"problem": "?", "answer": answer}, "row 1: the answer must be text or a number")
-            for answer in (["5"], {"value": "5"}, [], True, [["5"]])
-        ],
-        ({"prompt": [{"content": "?"}], "reward_model": {"ground_truth": ["5"]}}, "row 1: the answer must be text"),
-    ],
-)
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
-def test_a_row_that_is_no_problem_with_an_answer_is_refused(row, words, form, tmp_path, sandbox):
-    path = tmp_path / f"rows.{form}"
+@pytest.mark.parametrize("row, words", [
+    ({"problem": "?"}, "row 1: column answer or solution is missing"),
+    ({"problem": ["?"], "answer": "5"}, "row 1: the problem must be text and the answer text or a number"),
+    *(({"problem": "?", "answer": answer}, "row 1: the problem must be text and the answer text or a number")
+      for answer in (["5"], {"value": "5"}, [], True, [["5"]])),
+    ({"prompt": [{"content": "?"}], "reward_model": {"ground_truth": ["5"]}}, "row 1: the problem must be text and the answer"),
+])  # fmt: skip
+def test_a_row_that_is_no_problem_with_an_answer_is_refused(row, words, form, tmp_path):
+    path = tmp_path / f"dapo.{form}"
     if form == "jsonl":
         write(path, [row])
     else:
         datasets.Dataset.from_list([row]).to_parquet(str(path))
-    with pytest.raises(ValueError) as refusal:
+    with refused(words):
         tasks.read("math", str(path))
-    assert words in str(refusal.value) and "\n" not in str(refusal.value)
+    if "prompt" in row:  # to train on
+        write(tmp_path / "amc23.jsonl", fixture_rows("amc23"))
+        with refused(words):
+            tasks.load("math", data=str(tmp_path))
 
 
-def test_a_file_in_dapos_schema_is_read_too(sandbox):
-    task = tasks.read("math", str(FIXTURES / "dapo.jsonl"))
-    assert len(task.test) == 10 and (task.test[0].id, task.test[9].id) == ("dapo-0", "dapo-9")
-    assert (task.test[0].data["problem"], task.test[0].reference) == DAPO_TRAIN[0]
-
-
-@needs_samples
+@pytest.mark.skipif(not SAMPLES.is_dir(), reason="VPD_SAMPLE_DATA names no folder with math/")
 @pytest.mark.parametrize("name, count", [("math500", 500), ("aime24", 30), ("aime25", 30), ("amc23", 40)])
 def test_published_answers_equal_themselves_as_text_and_by_algebra(name, count, sandbox):
     task = tasks.read("math", str(SAMPLES / f"{name}.jsonl"))

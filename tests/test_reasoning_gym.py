@@ -5,6 +5,7 @@ import re
 import sys
 
 import pytest
+from test_tasks import refused
 
 import tasks
 from tasks import reasoning_gym
@@ -17,7 +18,7 @@ def load(tmp_path, subset, **settings):
 
 def test_without_the_library_one_line_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(ValueError, match="pip install reasoning-gym=="):
+    with refused("pip install reasoning-gym=="):
         tasks.load("reasoning_gym")
 
 
@@ -47,7 +48,7 @@ def test_the_library_scores_the_last_answer_and_the_text_never_tells_the_right_o
             f"<answer>{right}</answer><answer>{near}</answer>": (0, "wrong"), "<answer></answer>": (0, "no answer")}  # fmt: skip
     outcomes = task.verify(task.train * 4, [*said])
     assert [(o.reward, o.verdict) for o in outcomes] == [*said.values()]
-    assert re.search(rf"{near}\nIts score is 0\.\d\d, where 1", outcomes[2].feedback) and not outcomes[0].feedback
+    assert re.search(rf"{near}\nIts score is 0\.[0-8]\d, where 1", outcomes[2].feedback) and not outcomes[0].feedback
     assert all(right not in o.feedback for o in outcomes) and "<answer>" in task.train[0].messages[0]["content"]
     task.close()
 
@@ -61,6 +62,7 @@ def test_an_answer_that_is_a_program_or_that_the_scorer_dies_of_is_a_failure(tmp
                "setattr(__import__('__main__'), '_dumps', lambda value: '1.0')"]  # fmt: skip
     outcomes = task.verify(task.train * 4, [f"<answer>{answer}</answer>" for answer in answers])
     assert [o.reward for o in outcomes] == [0, 0, 0, 0] and not mark.exists()
+    assert outcomes[3].feedback == "The checker could not read it."  # it was not asked
     task.close()
     slow = "1" + "0" * 9 + "**" + "9" * 9
     task = load(tmp_path, "simple_integration", size=1)
@@ -77,6 +79,5 @@ def test_an_answer_that_is_a_program_or_that_the_scorer_dies_of_is_a_failure(tmp
 def test_what_the_library_does_not_know_is_one_line(subset, text, words, tmp_path):
     pytest.importorskip("reasoning_gym")
     (tmp_path / "settings.json").write_text(text)
-    with pytest.raises(ValueError, match=re.escape(words)) as error:
+    with refused(words):
         tasks.load("reasoning_gym", subset, str(tmp_path / "settings.json"))
-    assert "\n" not in str(error.value)

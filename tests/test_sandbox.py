@@ -50,6 +50,7 @@ def box_fixture(name: str):
         if name in LAYERED:
             request.getfixturevalue("layered")
         with S.Sandbox(**{"workers": 1, "time_limit": 10.0, **BOXES[name]}) as box:
+            assert works(box)  # every worker has started
             yield box
 
     return fixture
@@ -78,14 +79,6 @@ def pids(box) -> list[int]:
     return [worker.process.pid for worker in box._workers]
 
 
-def running(pid: int) -> bool:
-    """A zombie has ended: who is to reap it is not the sandbox's business."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
-
-
 def comes(condition, within: float = 5.0) -> bool:
     deadline = time.monotonic() + within
     while not (come := condition()) and time.monotonic() < deadline:
@@ -93,8 +86,19 @@ def comes(condition, within: float = 5.0) -> bool:
     return bool(come)
 
 
+def running(pid: int) -> bool:
+    """A zombie has ended: who is to reap it is not the sandbox's business."""
+    with suppress(FileNotFoundError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False
+
+
 def ends(pids, within: float = 5.0) -> bool:
     return comes(lambda: not any(map(running, pids)), within)
+
+
+NOTE = "with open('note', 'w') as file: print(os.getpid(), file=file)\n"
+SLEEP = body(NOTE + "time.sleep(60)")
 
 
 def notes(box, count: int = 1) -> list[Path]:
@@ -133,22 +137,21 @@ def test_json_values_return_with_their_types(box, judge):
     assert works(box)
 
 
-TUPLE, KEY = "a tuple inside the result where a list is expected", "a key that is no string in a dictionary of the result"
+ODD = "TypeError: a tuple inside the result, or a key that is no string in a dictionary of it"
 
 
-@pytest.mark.parametrize("value, error", [
-    *((value, f"TypeError: {TUPLE}") for value in ("[(1,)]", "(1, (2,))", "{'a': ()}", "[{'a': [(1,)]}]")),
-    *((value, f"TypeError: {KEY}") for value in ("{1: 2}", "[{None: 1}]", "{'a': {True: 1}}", "({1.5: 1},)", "{(1,): 1}")),
-    *((value, f"TypeError: Object of type {name} is not JSON serializable")
-      for value, name in [("{1}", "set"), ("object()", "object"), ("b''", "bytes"), ("1j", "complex")]),
-    ("(x := []) or x.append(x) or x", "ValueError: Circular"), ("[{'a': 10**50_000}]", "ValueError: Exceeds the limit (50000"),
-    ("__import__('functools').reduce(lambda x, _: [x], range(10**5), [])", "RecursionError"),
+@pytest.mark.parametrize("values, error", [
+    (["[(1,)]", "(1, (2,))", "{'a': ()}", "[{'a': [(1,)]}]", "{1: 2}", "[{None: 1}]", "{'a': {True: 1}}", "({1.5: 1},)"], ODD),
+    (["{1}"], "TypeError: Object of type set is not JSON serializable"), (["b''"], "TypeError: Object of type bytes is not JSON"),
+    (["(x := []) or x.append(x) or x"], "ValueError: Circular"), (["[{'a': 10**50_000}]"], "ValueError: Exceeds the limit (50000"),
+    (["__import__('functools').reduce(lambda x, _: [x], range(10**5), [])"], "RecursionError"),
 ])  # fmt: skip
-def test_a_value_that_json_does_not_hold_as_python_does_is_an_error(box, judge, value, error):
+def test_a_value_that_json_does_not_hold_as_python_does_is_an_error(box, judge, values, error):
     """[(1, 2)] == [[1, 2]] and {1: 2} == {"1": 2} are False in Python, which JSON cannot tell."""
-    for each in (box, judge):
-        result = each.call(f"def f():\n    return {value}", "f", [])
-        assert result.status == "error" and result.value is None and result.error.startswith(error)
+    for value in values:
+        for each in (box, judge):
+            result = each.call(f"def f():\n    return {value}", "f", [])
+            assert result.status == "error" and result.value is None and result.error.startswith(error)
 
 
 def test_integers_of_up_to_50000_digits_return(one):
@@ -167,13 +170,14 @@ def test_integers_of_up_to_50000_digits_return(one):
 def test_numbers_of_numpy_count_as_pythons():
     pytest.importorskip("numpy")
     values = "[np.float32(1.5), np.int64(3), np.bool_(True), np.array(7)], {'a': np.float64(0.5)}"
-    with S.Sandbox(workers=1, memory_mb=2048, packages=True, warm="import numpy, sys\nsys.cache = [1]") as box:
+    warm = "import atexit, numpy, sys\nsys.cache = [1]\natexit.register(print, 'of the worker, not of a program')"
+    with S.Sandbox(workers=1, memory_mb=2048, packages=True, warm=warm) as box:
         result = box.call(f"import numpy as np\ndef f():\n    return {values}", "f", [])
         assert repr(result.value) == repr([[1.5, 3, True, 7], {"a": 0.5}])
         result = box.call("import numpy as np\ndef f():\n    return np.array([1, 2])", "f", [])
         assert result.error == "TypeError: Object of type ndarray is not JSON serializable"
         for _ in range(2):  # what a worker runs once is loaded in every call, and packages are there; never the caller's
-            source = "import sys, pytest\ndef f():\n    sys.cache.append(2)\n    return ['numpy' in sys.modules, 'torch' in sys.modules, sys.cache]"
+            source = body("import pytest\nsys.cache.append(2)\nreturn ['numpy' in sys.modules, 'torch' in sys.modules, sys.cache]")
             assert box.call(source, "f", []).value == [True, False, [1, 2]]
         assert box.run("print('sys' in globals())", "").value == "False\n"
         assert box.call("import losses", "f", []).error == "ModuleNotFoundError: No module named 'losses' (line 1)"
@@ -197,44 +201,53 @@ class Broken:
 
 
 def test_a_method_is_called_on_a_new_object_of_its_class(box):
-    for name, args, answer in [
-        ("Solution.double", [3], [6, 1, "program"]), ("Solution.double", [3, 1], [7, 1, "program"]), ("Solution.plain", [3], 3),
-        ("Solution.triple", [3], "AttributeError: 'Solution' object has no attribute 'triple'"),
-        ("Nobody.double", [3], "NameError: name 'Nobody' is not defined"), ("Broken.double", [3], "ValueError: no (line 7)"),
-        ("double", [3], "NameError: name 'double' is not defined"), ("print", [3], "NameError: name 'print' is not defined"),
+    for name, answer in [
+        ("Solution.double", [6, 1, "program"]), ("Solution.plain", 3), ("Broken.double", "ValueError: no (line 7)"),
+        ("Solution.triple", "AttributeError: 'Solution' object has no attribute 'triple'"),
+        ("Nobody.double", "NameError: name 'Nobody' is not defined"), ("print", "NameError: name 'print' is not defined"),
     ]:  # fmt: skip
-        result = box.call(METHODS, name, args)
-        assert (result.error if isinstance(answer, str) else result.value) == answer
+        result = box.call(METHODS, name, [3])
+        assert (result.error or result.value) == answer
 
 
-@pytest.mark.parametrize("source, error", [
-    ("def g():\n    raise KeyError('a')\ndef f():\n    g()", "KeyError: 'a' (line 2)"),
-    ("def f():\n    assert False", "AssertionError (line 2)"), ("1 / 0\ndef f(): pass", "ZeroDivisionError: division by zero (line 1)"),
-    ("def f():\n    raise ValueError('a\\n  b\\tc')", "ValueError: a b c (line 2)"),
-    ("def f(:\n    pass", "SyntaxError: invalid syntax (line 1)"), ("f = 3", "TypeError: 'int' object is not callable"),
-    ("def f():\npass", "IndentationError: expected an indented block after function definition on line 1 (line 2)"),
-    ("def f(x):\n    pass", "TypeError: f() missing 1 required positional argument: 'x'"),
-    ("def f():\n    raise SystemExit(0)", "SystemExit: 0 (line 2)"), ("def f():\n    raise KeyboardInterrupt", "KeyboardInterrupt (line 2)"),
-    ("def f():\n    return f()", "RecursionError: maximum recursion depth exceeded (line 2)"),
-    ("class E(Exception):\n    def __str__(self): raise self\ndef f():\n    raise E", "E (line 4)"),
-    ("def f():\n    raise ValueError('x' * 10**6)", f"ValueError: {'x' * S.ERROR_CHARS} (line 2)"),
-    ("def f():\n    raise type('X' * 90_000, (Exception,), {})", f"{'X' * 100} (line 2)"),
-    ("import os\ndef f(): os._exit(3)", "exited without a result (exit code 3)"),
-    ("import ctypes\ndef f(): ctypes.string_at(0)", "exited without a result (signal 11)"),
-    ("import os\ndef f(): os.closerange(3, 99)", "exited without a result (exit code 1)"),  # nobody is left to hear it
-    ("def f(): return len([0] * 10**9)", "MemoryError"), ("def f(): return len(bytearray(300 << 20))", "MemoryError"),
-    ("def f():\n    x = []\n    while True: x.append(bytearray(10**6))", "MemoryError"), ("x = bytearray(1 << 40)", "MemoryError"),
-    ("print(1)\nx = 1 / 0", "ZeroDivisionError: division by zero (line 2)"), ("print(1", "SyntaxError: '(' was never closed (line 1)"),
-    ("print(input())", "EOFError: EOF when reading a line (line 1)"), ("print(1)\nraise KeyboardInterrupt", "KeyboardInterrupt (line 2)"),
-    ("print('\\ud800')", "UnicodeEncodeError: 'utf-8' codec can't encode character '\\ud800' in position 0: surrogates not "
-     "allowed (line 1)"),
-    ("print(1)\nimport ctypes\nctypes.string_at(0)", "exited without a result (signal 11)"),
-    ("print(1)\nclass E(Exception):\n    def __str__(self): raise self\nraise E", "E (line 4)"),
+LONG = {None: f"more than {SMALL['output_bytes']} bytes of output", 10: "more than 10 bytes of output"}
+
+
+@pytest.mark.parametrize("source, error, bound", [
+    *((source, error, 10) for source, error in [  # which bounds no error
+        ("def g():\n    raise KeyError('a')\ndef f():\n    g()", "KeyError: 'a' (line 2)"),
+        ("def f():\n    assert False", "AssertionError (line 2)"),
+        ("1 / 0\ndef f(): pass", "ZeroDivisionError: division by zero (line 1)"),
+        ("def f():\n    raise ValueError('a\\n  b\\tc')", "ValueError: a b c (line 2)"),
+        ("def f(:\n    pass", "SyntaxError: invalid syntax (line 1)"), ("f = 3", "TypeError: 'int' object is not callable"),
+        ("def f():\n    raise SystemExit(0)", "SystemExit: 0 (line 2)"),
+        ("def f():\n    return f()", "RecursionError: maximum recursion depth exceeded (line 2)"),
+        ("class E(Exception):\n    def __str__(self): raise self\ndef f():\n    raise E", "E (line 4)"),
+        ("def f():\n    raise ValueError('x' * 10**6)", f"ValueError: {'x' * S.ERROR_CHARS} (line 2)"),
+        ("def f():\n    raise type('X' * 90_000, (Exception,), {})", f"{'X' * 100} (line 2)"),
+        ("import os\ndef f(): os._exit(0)", "exited without a result (exit code 0)"),
+        ("import os\ndef f():\n    os.closerange(0, 99)\n    while True: pass", "exited without a result (signal 9)"),
+        ("def f():\n    x = []\n    while True: x.append(bytearray(10**6))", "MemoryError"),
+        ("x = bytearray(300 << 20)", "MemoryError"),
+        ("print(1)\nx = 1 / 0", "ZeroDivisionError: division by zero (line 2)"),
+        ("print(1)\nraise KeyboardInterrupt", "KeyboardInterrupt (line 2)"),
+        ("print('\\ud800')", "UnicodeEncodeError: 'utf-8' codec can't encode character '\\ud800' in position 0: surrogates not "
+         "allowed (line 1)"),
+        ("print(1)\nimport ctypes\nctypes.string_at(0)", "exited without a result (signal 11)"),
+    ]),
+    *((source, LONG[bound], bound) for source, bound in [
+        ("while True: print('x' * 10_000)", None), ("print('x' * 100_000)", None), ("print('é' * 5)", 10),  # the line's end
+        ("print('x' * 10**6, flush=True)\nraise ValueError", None),
+        ("import atexit\natexit.register(lambda: print('x' * 10**6))", None),
+        ("import os\nprint('x' * 60_000, flush=True)\nprint('x' * 60_000, flush=True)\nos._exit(0)", None),
+        ("def f():\n    return 'x' * 10**7", None), ("def f():\n    return 'x' * 9", 10),  # eleven with its quotes
+    ]),
+    ("print('x' * 200_000)", LONG[None], 10**9),  # the sandbox's bound is the lower one
 ])  # fmt: skip
-def test_an_end_without_a_value_is_one_line_of_error(box, source, error):
-    """Of a script only an exception or a signal."""
-    result = ask(box, source, 10)  # which bounds no error
-    assert result[:3] == ("memory" if error == "MemoryError" else "error", None, error) and works(box)
+def test_an_end_without_a_value_is_one_line_of_error(box, source, error, bound):
+    """Of a script only an exception, a signal or too much output."""
+    status = "memory" if error == "MemoryError" else "output limit" if error in LONG.values() else "error"
+    assert ask(box, source, bound)[:3] == (status, None, error) and works(box)
 
 
 def test_the_last_three_lines_of_the_program_on_the_way_to_the_error_are_told(box):
@@ -260,7 +273,7 @@ SWALLOW = "while True:\n    try:\n        while True: pass\n    except BaseExcep
 DEAF = "import signal as s\nfor n in set(s.Signals) - {9, 19}: s.signal(n, s.SIG_IGN)\n" + FOREVER
 LOOPS = [
     body(FOREVER), FOREVER + "\ndef f(): pass", body("time.sleep(60)"), body("while True: print()"), body("return 9**9**8"),
-    body(SWALLOW), body(DEAF), body(f"os.closerange(0, 99)\n{FOREVER}"),
+    body(SWALLOW), body(DEAF),
     body(f"import threading\ndef g():\n    {FOREVER}\nfor _ in range(4): threading.Thread(target=g).start()\ng()"),
     body(f"class E(Exception):\n    def __str__(self):\n        {FOREVER}\nraise E"),
     f"print(42, flush=True)\n{FOREVER}",  # scripts, this one after the right output
@@ -309,20 +322,6 @@ def test_what_a_program_starts_is_dead_after_the_call(bare_short, how, last, sta
 # ---- Output, files, threads --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source, bound", [
-    ("while True: print('x' * 10_000)", None), ("print('x' * 100_000)", None),  # one byte over, the line's end
-    ("print('é' * 5)", 10), ("print('x' * 200_000)", 10**9),  # the sandbox's bound is the lower one
-    ("import os\nwhile True: os.write(1, b'x' * 10_000)", None), ("print('x' * 10**6, flush=True)\nraise ValueError", None),
-    ("import atexit\natexit.register(lambda: print('x' * 10**6))", None),
-    ("import os\nprint('x' * 60_000, flush=True)\nprint('x' * 60_000, flush=True)\nos._exit(0)", None),
-    ("def f():\n    return 'x' * 10**7", None), ("def f():\n    return 'x' * 9", 10),  # eleven with its quotes
-    ("def f():\n    return 'x' * 100_000", 10**9),
-])  # fmt: skip
-def test_what_is_longer_than_its_bound_is_cut_off(box, source, bound):
-    told = f"more than {min(bound or 10**9, 100_000)} bytes {'returned' if 'def' in source else 'printed'}"
-    assert ask(box, source, bound)[:3] == ("output limit", None, told) and works(box)
-
-
 def test_what_is_as_long_as_its_bound_is_kept(box):
     assert box.call("def f(x):\n    return len(x)", "f", ["é" * 300_000]).value == 300_000  # a question has no bound
     for length, bound in (99_998, None), (8, 10):
@@ -348,15 +347,12 @@ def test_limits_hold_and_raising_them_seems_to_work_and_changes_nothing(layered,
     before, box = pids(layered), layered
     for result in (box.run(lines, ""), box.run(RAISE + lines, ""), box.run(RAISE + lines, ""), bare.run(lines, "")):
         assert result.status == status and result.error.startswith(error)
-    assert works(box) and pids(box) == before
+    assert works(box) and ("'a'" in lines or pids(box) == before)  # a worker whose directory was touched is replaced
 
 
-START = "import threading, time\nthreading.stack_size({})\nstart = lambda: threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
-CLONE = """
-import ctypes, mmap  # threads without a stack: clone(CLONE_VM | FS | FILES | SIGHAND | THREAD | SYSVSEM), then pause()
-page = mmap.mmap(-1, 4096, prot=7)
-page.write(bytes.fromhex("b838000000bf000f050031f631d24531d24531c00f0585c075e6b8220000000f05ebf7"))
-ctypes.CFUNCTYPE(None)(ctypes.addressof(ctypes.c_char.from_buffer(page)))()
+START = """import threading, time
+threading.stack_size({})
+start = lambda: threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
 """
 
 
@@ -365,7 +361,7 @@ def test_a_thread_bomb_is_stopped_and_200_threads_are_granted(short, judge):
     bombs = [START + "while True:\n    start()", START + "while True:\n    try: start()\n    except BaseException: pass"]
     assert short.run(bombs[0].format(0), "").status in ("timeout", "error", "memory")
     assert short.run(bombs[1].format(0), "").status == "timeout" and works(short)
-    for source in [bomb.format(1 << 15) for bomb in bombs] + [CLONE] * (os.uname().machine == "x86_64"):
+    for source in (bombs[1].format(1 << 15), START.format(1 << 15) + "for _ in range(300): start()\ntime.sleep(9)"):
         for result in (judge.run(source, ""), judge.call(source, "f", [])):
             assert result[:3] == ("error", None, "more than 256 threads") and result.seconds < 5.0
     source = START.format(1 << 16) + "for _ in range(200): start()\ntime.sleep(0.05)\nprint(threading.active_count())"
@@ -387,29 +383,22 @@ def test_the_disk_is_not_filled_and_bytes_that_are_no_utf8_cost_the_caller_littl
         on_disk = os.major(os.stat(box._workers[0].scratch).st_dev)  # else writes through shared mappings are not counted
         for lines in FILL if on_disk else FILL[:3]:
             result = box.run("import mmap, os\nkeep = []\nfor n in range(50):\n" + indent(lines, "    "), "")
-            assert result[:3] == ("output limit", None, f"more than {272 << 20} bytes written") or (
-                lines in FILL[1:3] and result.error.startswith("PermissionError: [Errno 1]")
-            )
+            denied = lines in FILL[1:3] and result.error.startswith("PermissionError: [Errno 1]")
+            assert denied or result[:3] == ("output limit", None, f"more than {272 << 20} bytes written")
             assert box.run("import os\nprint(os.listdir())", "").value == "[]\n"
         before, source = time.process_time(), "import os\nfor _ in range(16): os.write(1, b'\\xff' * (1 << 20))"
         assert box.run(source, "", max_output=1 << 16).status == "output limit"
-        assert time.process_time() - before < 0.1
         assert box.run(source, "").value == "\ufffd" * (16 << 20)
         assert time.process_time() - before < 1.0  # 0.15; it was 3 when the bytes came as JSON
 
 
-RECURSION = "def f(n):\n    return 0 if n == 0 else 1 + f(n - 1)"
-
-
 def test_deep_recursion_is_an_error_and_with_the_preamble_goes_to_50000(box, judge):
+    source = "def f(n):\n    return 0 if n == 0 else 1 + f(n - 1)"
     for each, n, value in [(box, 900, 900), (box, 1100, None), (judge, 45_000, 45_000), (judge, 51_000, None)]:
-        result = each.call(RECURSION, "f", [n])
+        result = each.call(source, "f", [n])
         assert result.value == value and result.error.startswith("RecursionError" if value is None else "")
-    assert judge.call("@lru_cache(None)\n" + RECURSION, "f", [20_000]).value == 20_000
-    deep = f"import sys\nsys.setrecursionlimit(10**6)\n{RECURSION}\nprint(f(10**5))"
-    for both in (box, judge):
-        assert both.run(deep, "").value == "100000\n"
-        assert both.run("def f(): return f()\nf()", "").error.startswith("RecursionError")
+    assert box.run(f"import sys\nsys.setrecursionlimit(10**6)\n{source}\nprint(f(10**5))", "").value == "100000\n"
+    assert judge.run("def f(): return f()\nf()", "").error.startswith("RecursionError")
 
 
 # ---- What a program sees and leaves behind -----------------------------------------------------------------
@@ -437,6 +426,7 @@ SEEN = """
 
 @pytest.mark.parametrize("leave", [
     "pass", "open('a', 'w').write('x')", "open('a', 'w').close(); os.unlink('a')", "open('../beside', 'w').write('x')",
+    "open('../beside', 'w').close(); os.unlink('../beside')",
     "os.makedirs('a/b/c'); os.symlink('/', 'a/b/link')", "os.rmdir(os.getcwd())", "os.rename(os.getcwd(), '../moved')",
     "[(os.mkdir('d'), os.chdir('d')) for _ in range(1050)]",  # deeper than Python's recursion limit
     "[open(f'../{n:0200}', 'w').close() for n in range(300)]",  # the folder grows
@@ -464,6 +454,10 @@ def test_locked_directories_and_links_left_are_removed_and_links_not_followed(ba
         assert one.run(swap, str(tmp_path)).status == "ok" and works(one)
         assert tmp_path.stat().st_mode & 0o777 == 0o750 and os.listdir(tmp_path) == kept
         assert one.run("import os; print(os.getcwd())", "").value.startswith(one._workers[0].scratch)
+    (link := tmp_path.with_name("link")).symlink_to(tmp_path)
+    tmp_path.chmod(0o550)
+    S._remove(str(link))
+    assert not os.path.lexists(link) and tmp_path.stat().st_mode & 0o777 == 0o550 and os.listdir(tmp_path) == ["file"]
 
 
 def test_input_is_empty_and_output_goes_nowhere(box, capfd):
@@ -482,55 +476,57 @@ def test_input_is_empty_and_output_goes_nowhere(box, capfd):
 
 def test_what_is_importable(box, judge):
     """The standard library, with `preamble` names unimported; the module itself needs no torch."""
-    lines = "import json, heapq, decimal\nreturn [sys.path, [m for m in ('torch', 'numpy', 'site') if m in sys.modules]]"
+    lines = "import heapq, decimal\nreturn [sys.path, [m for m in ('torch', 'numpy', 'site') if m in sys.modules]]"
     path, loaded = box.call(body(lines), "f", []).value
     assert loaded == [] and not any("site-packages" in p or Path(p) == ROOT for p in path)
     for name in ("pytest", "losses"):
         assert box.call(f"import {name}", "f", []).error == f"ModuleNotFoundError: No module named '{name}' (line 1)"
-    source = "def f(x: List[int]) -> Optional[int]:\n    heapify(x)\n    return [x[0], gcd(*x), Counter(x)[6], math.inf > pow(2, 3, 5)]"
+    source = "def f(x: List[int]):\n    heapify(x)\n    return [x[0], gcd(*x), Counter(x)[6], math.inf > pow(2, 3, 5)]"
     assert judge.call(source, "f", [[9, 6]]).value == [6, 3, 1, True]
     assert judge.run("print(max(accumulate(map(int, stdin.read().split()))))", "1 2 3").value == "6\n"
     assert box.call(source, "f", [[9, 6]]).error == "NameError: name 'List' is not defined (line 1)"
-    code = "import tasks.sandbox, sys; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-c", "import tasks.sandbox, sys; assert 'torch' not in sys.modules"], cwd=ROOT, check=True)
 
 
 # ---- Forged answers ----------------------------------------------------------------------------------------
 
 FORGE = """
-    for fd in range(3, 64):
-        try: os.write(fd, text.encode("latin-1"))
+    def opened(fd):
+        try: return os.fstat(fd)
         except OSError: pass
-    return "honest"
+    report, output = filter(opened, range(3, 64))  # pipes
+    os.write(output, text.encode("latin-1"))
+    os.write(report, line.encode("latin-1"))
+    time.sleep(60)
 """
+OK = 'ok\t["", []]\n'
 
 
-@pytest.mark.parametrize("text, value", [
-    ("ok\t99\n", 99), ("ok\t" + "9" * 9_000 + "\n", 10**9000 - 1),
-    *((text, None) for text in ("ok\tnonsense\n", "ok\t1\t2\n", f"ok\t{'[' * 50_000}\n", "nonsense\t1\n", "\n", "\xff\xff\n")),
-    *((f"error\t{payload}\n", None) for payload in ("[1]", "[[], 1]", "[[], {}]", "[" * 970 + "]" * 970)),
-    *((f"{status}\t0\n", None) for status in ("timeout", "output limit", "internal", "printed", "gone", "+ok")),
+@pytest.mark.parametrize("line, text, value", [
+    (OK, "99", 99), (OK, "9" * 9000, 10**9000 - 1), *((OK, text, None) for text in ("nonsense", "1 2", "[" * 50_000, "\xff")),
+    *((f"ok\t{payload}\n", "1", None) for payload in ("1", '["", []]\t2', '["", 1]', "[" * 50_000, "\xff")),
+    *((f"error\t{payload}\n", "1", None) for payload in ("[1]", "[[], 1]", "[[], {}]", f'[{"[" * 970 + "]" * 970}, []]')),
+    *((f'{status}\t["", []]\n', "1", None) for status in ("nonsense", "timeout", "internal", "+ok", "")), ("x" * 70_000, "1", None),
 ], ids=lambda part: repr(part)[:16] if isinstance(part, str) else "")  # fmt: skip
-def test_a_forged_answer_is_only_an_answer(box, text, value):
-    assert box.call(body(FORGE, "text"), "f", [text])[:2] == ("error" if value is None else "ok", value)
-    source = f"import os\ntext = {text!r}\nprint('wrong', flush=True)\n" + dedent(FORGE).replace('return "honest"', "")
-    result = box.run(source, "")  # judged by what it printed, whatever it reports
-    assert result.value in ("wrong\n", None) and result.status in ("ok", "error")
+def test_a_forged_answer_is_only_an_answer(box, line, text, value):
+    result = box.call(body(FORGE, "line, text"), "f", [line, text])
+    assert result[:2] == ("error" if value is None else "ok", value)
+    result = box.run(f"import os, time\nline, text = {line!r}, {text!r}\nprint('wrong', flush=True)\n" + dedent(FORGE), "")
+    assert result.status in ("ok", "error") and (result.value or "wrong").startswith("wrong")  # judged by what it printed
     assert works(box)
 
 
 @pytest.mark.parametrize("lines, printed", [
-    ("json.JSONEncoder.default = json.JSONEncoder.encode = lambda *a: '\"forged\"'\njson.dumps = json.JSONEncoder().encode", "honest\n"),
-    ("builtins.list = builtins.isinstance = builtins.getattr = None", None), ("sys.stdout = None", ""), ("sys.modules.clear()", None),
+    ("json.JSONEncoder.encode = lambda *a: '\"forged\"'\njson.dumps = json.JSONEncoder().encode", None),
+    ("sys.stdout = None", ""), ("sys.modules.clear()", None),
     ("builtins.len = builtins.memoryview = builtins.str = lambda *a: 'forged'", None),
     ("write = os.write\nos.write = lambda fd, data: write(fd, b'ok\\t\"forged\"\\n')", None),
-    ("sys.modules['__main__']._write = lambda fd, data: os.write(fd, b'ok\\t\"forged\"\\n')", None),
+    ("sys.modules['__main__']._write = lambda fd, data: os.write(fd, b'\"forged\"')", None),
     ("sys.stdout = type('W', (), {'write': lambda self, text: 0, 'flush': lambda self: 0})()", ""),
-    ("builtins.print = lambda *a: os.write(1, b'forged')", "forged"), ("gc.collect = gc.freeze = None", "honest\n"),
+    ("builtins.print = lambda *a: os.write(1, b'forged')", "forged"), ("gc.collect = os.read = os._exit = None", "honest\n"),
     ("atexit._run_exitfuncs = lambda: os.write(1, b'forged')", "forgedhonest\n"),
-    ("os.read = os._exit = gc.collect = lambda *a: None", "honest\n"),
-    ("sys.modules['__main__'] = sys.modules['json'] = None", "honest\n"),
-    ("class U(list):\n    def write(self, text, to=sys.stdout): to.write(text)\n    def flush(self): pass\nsys.stdout = U()", "honest\n"),
+    ("class U(list):\n    def write(self, text, to=sys.stdout): to.write(text)\n    def flush(self): pass\nsys.stdout = U()",
+     "honest\n"),
 ])  # fmt: skip
 def test_overwriting_what_the_sandbox_uses_forges_ones_own_answer_at_most(box, lines, printed):
     lines = f"import atexit, builtins, gc, json, os, sys\n{lines}\n"
@@ -547,26 +543,21 @@ NUMBERS = "3\n1 2\n3 4\n5 6\n"
 CYCLE = "class A:\n    def __init__(self): self.me = self\n    def __del__(self): print('b')\n"
 PYTHON = [  # source, standard input
     ("for _ in range(int(input())): print(sum(map(int, input().split())))", NUMBERS),
-    ("import sys\nprint(sys.stdin.buffer.readline(), sys.stdin.buffer.read())", NUMBERS), ("print(open('/dev/stdin').read())", NUMBERS),
+    ("import sys\nprint(sys.stdin.buffer.readline(), sys.stdin.buffer.read())", NUMBERS),
+    ("print(open('/dev/stdin').read())", NUMBERS),
     ("import mmap, os\nprint(mmap.mmap(0, 0, prot=mmap.PROT_READ)[:], os.read(0, os.fstat(0).st_size))", NUMBERS),
-    ("import sys\nprint([sys.stdin.read(), sys.stdin.seek(0), sys.stdin.read()])", NUMBERS),
     ("import sys\nprint([input(), *sys.stdin])", "a\r\nb\rc\n\nd"),
     ("print(input()[::-1], '\\u2028', ascii(input()))", "héß\U0001f600\n\u2028x\n"),
     ("import sys\nprint([sys.stdin.read()])\ntry: input()\nexcept EOFError as e: print(e)", ""),
     ("import sys\nsys.stdout.buffer.write(b'a\\0b\\xff\\xfe\\xc3(b\\xed\\xa0\\x80\\n')", ""),  # no UTF-8
-    ("import sys\nprint('a', flush=True)\nsys.stdout.buffer.write(b'b')\nsys.stdout.flush()\nprint('c', end='')", ""),
-    ("import sys\nprint('a')\nprint('b', file=sys.stderr)\nsys.stdout.close()", ""),
     ("import io, sys\nreal, sys.stdout = sys.stdout, io.StringIO()\nprint('a')\nreal.write(sys.stdout.getvalue() * 2)", ""),
     ("import sys, pickle\nclass A: pass\nif __name__ == '__main__':\n"
      "    print(pickle.loads(pickle.dumps(A())).__class__ is A, sys.modules['__main__'].A is A, 'A' in globals())", ""),
     ("import sys\nprint(len(sys.argv), sys.argv[1:], sys.stdin.isatty(), sys.stdout.isatty(), sys.stdin.fileno())", ""),
-    ("import asyncio, shutil\nasync def f(): print(shutil.get_terminal_size())\nasyncio.run(f())", ""),
     ("import sys, threading\ndef main():\n    n = int(input())\n    def f(n): return n and 1 + f(n - 1)\n    print(f(n))\n"
      "sys.setrecursionlimit(1 << 25)\nthreading.stack_size(2**27)\nthreading.Thread(target=main).start()", "20000\n"),
-    ("import threading, time\nthreading.Thread(target=time.sleep, args=(60,), daemon=True).start()\nprint('a')", ""),
     ("import threading, time\ndef g():\n    time.sleep(0.05)\n    print('b')\ndef f():\n    time.sleep(0.05)\n"
      "    threading.Thread(target=g).start()\nthreading.Thread(target=f).start()\nprint('a')", ""),
-    ("from concurrent.futures import ThreadPoolExecutor\npool = ThreadPoolExecutor(2)\nprint(list(pool.map(abs, [-1, 2])))", ""),
     ("import sys\nprint('a')\nsys.exit(1)\nprint('b')", ""), ("print('a')\nexit()", ""),
     ("import os\nprint('a', flush=True)\nos._exit(3)", ""), ("import atexit\natexit.register(lambda: 1 / 0)\nprint('a')", ""),
     ("import atexit, sys\natexit.register(print, 'b')\n@atexit.register\ndef f(): print('a')\nprint('0')\nsys.exit()", ""),
@@ -613,17 +604,13 @@ def test_a_script_reads_the_input_of_its_own_call_only(one):
 
 
 def test_layers_are_told_in_one_line(layered, only_seccomp, first_landlock, no_seccomp, bare):
-    def told(seccomp, landlock):
-        return f"process per test, rlimits, seccomp {seccomp}, landlock {landlock}"
-
     no, on, version = "not available", "on", r"on \(version \d+\)"
     for box, seccomp, landlock, missing in [
         (layered, on, version, ""), (first_landlock, on, r"on \(version 1\)", ""), (only_seccomp, on, no, "landlock"),
         (no_seccomp, no, version, "seccomp"), (bare, no, no, "seccomp and landlock"),
     ]:  # fmt: skip
-        assert re.fullmatch(told(seccomp, landlock), box.layers) and "\n" not in box.unsafe
-        assert box.unsafe.startswith(f"{missing} not available: a program could ") if missing else box.unsafe == ""
-        assert works(box) and box.run("print(input())", "a\n").value == "a\n"
+        assert re.fullmatch(f"process per test, rlimits, seccomp {seccomp}, landlock {landlock}", box.layers)
+        assert re.fullmatch(f"{missing} not available: a program could .*" if missing else "", box.unsafe) and works(box)
 
 
 LIBC = """
@@ -644,21 +631,17 @@ SCOPED = ["os.kill(pid, 9)", "socket.create_connection(('127.0.0.1', port))", "s
           "socket.socket(socket.AF_UNIX).connect('\\0' + name)", READV, "system('ptrace', 16, pid, 0, 0)"]  # fmt: skip
 ATTACKS = SCOPED + [  # each fails with EPERM; signal 0 and a bounded fork do no harm where one succeeds
     "os.fork()", "os.execv(sys.executable, [sys.executable, '-c', ''])", "subprocess.run([sys.executable, '-c', ''])",
-    "os.posix_spawn(sys.executable, [sys.executable, '-c', ''], {})", "os.setsid()", "os.setuid(65534)",
-    "import multiprocessing as m; m.get_context('fork').Process(target=print).start()",
+    "os.setsid()", "os.setuid(65534)",
     "if os.system('true') != 0: raise PermissionError(1, 'system')", "signal.pthread_kill(threading.get_ident(), 0)",
-    "os.kill(os.getpid(), 9)", "os.kill(-1, 0)", "os.killpg(0, 0)", "os.pidfd_open(pid)", "os.memfd_create('a')",
+    "os.kill(-1, 0)", "os.memfd_create('a')",
     "fcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, pid)", "fcntl.fcntl(os.pipe()[0], 15, struct.pack('ii', 1, pid))",  # F_SETOWN_EX
-    "fcntl.fcntl(os.pipe()[0], 10, 9)",  # F_SETSIG
     "fcntl.fcntl(os.open(os.__file__, os.O_RDONLY), fcntl.F_SETLEASE, fcntl.F_RDLCK)",
     "fcntl.fcntl(here(), fcntl.F_NOTIFY, fcntl.DN_ACCESS)",
     "fcntl.ioctl(pair(), 0x8901, struct.pack('i', pid))",  # FIOSETOWN
-    "fcntl.ioctl(pair(), 0x8902, struct.pack('i', -os.getpgid(pid)))",  # SIOCSPGRP
     "fcntl.ioctl(pair(), 0x5452, struct.pack('i', 1))", "fcntl.ioctl(0, 0x5412, b'x')",  # FIOASYNC, TIOCSTI
     "fcntl.ioctl(here(), 0x40087602, bytes(8))", "fcntl.ioctl(here(), 0x40086602, bytes(8))",  # FS_IOC_SETVERSION, SETFLAGS
-    "fcntl.ioctl(here(), 0xC0045878, bytes(4))",  # FITHAW, of what nobody froze
     "system('prctl', 4, 0, 0, 0, 0)", "system('prctl', 1, 0, 0, 0, 0)",  # not dumpable, no death signal
-    "system('inotify_init')", "system('inotify_add_watch', 0, b'/', 1)", "system('syncfs', 0)", "system('unshare', 0x10000000)",
+    "system('inotify_init')", "system('inotify_add_watch', 0, b'/', 1)", "system('unshare', 0x10000000)",
     "os.posix_fallocate(os.open('a', os.O_CREAT | os.O_RDWR), 0, 9)", "os.sched_setaffinity(pid, [0])",
     "socket.send_fds(socket.socketpair()[0], [b'x'], [0])", "socket.socket(socket.AF_INET, socket.SOCK_DGRAM)",
     "os.setpriority(os.PRIO_PROCESS, pid, 19)",
@@ -675,7 +658,7 @@ CHANGES = [  # landlock's work; the last four are seccomp's
     "os.utime(f'{folder}/file', (0, 0))", "os.setxattr(f'{folder}/file', 'user.a', b'x')",
 ]  # fmt: skip
 MEMORY = [  # out of reach without landlock, too
-    *(f"open(f'/proc/{{{whose}}}/{file}', 'rb').read(0)" for file in ("mem", "maps", "environ", "auxv") for whose in ("pid", "caller")),
+    *(f"open(f'/proc/{{{who}}}/{file}', 'rb').read(0)" for file in ("mem", "maps", "environ", "auxv") for who in ("pid", "caller")),
     "open(f'/proc/{caller}/task/{caller}/mem', 'rb').read(0)", "[os.stat(f'/proc/{caller}/fd/{fd}') for fd in (0, 1, 2)]",
 ]  # fmt: skip
 READS = MEMORY + [
@@ -720,24 +703,27 @@ def test_the_layers_deny(layered, only_seccomp, first_landlock, no_seccomp, bare
         workers, result = pids(box), box.call(source, "f", arguments)
         denied = EITHER[:1] if lines in ATTACKS and box is not no_seccomp else EITHER
         assert result[:2] == ("error", None) and result.error.startswith(denied)
-        assert works(box) and pids(box) == workers and tree(tmp_path) == before
+        touched = re.search(r"open\('a|, 'link'", lines)  # its working directory, for which the worker is replaced
+        assert works(box) and (touched or pids(box) == workers) and tree(tmp_path) == before
     if lines in READS:
         assert bare.call(source, "f", arguments).value == "escaped"
 
 
 def test_no_capability_is_left(layered, only_seccomp, no_seccomp):
-    """Of root's: nobody freezes the file system, makes a file immutable or has more in flight than his limit."""
     lines = "sets = (ctypes.c_uint32 * 6)()\nsystem('capget', struct.pack('Ii', 0x20080522, 0), sets)\nreturn list(sets)"
     for box in (layered, only_seccomp, no_seccomp):
         assert box.call(body(LIBC + lines), "f", []).value == [0] * 6
-    immutable = LIBC + "fcntl.ioctl(os.open('.', os.O_RDONLY), 0x40086602, struct.pack('q', 0x10))"
-    assert no_seccomp.call(body(immutable), "f", []).status == "error"
 
 
 AS_A_USER = """
-import json, os, sys
+import json, os, sys, tempfile
 sys.path.insert(0, sys.argv[1])
 import sandbox
+locked = tempfile.mkdtemp()
+os.makedirs(locked + "/a/b/c")
+for path in ("/a/b", "/a", ""): os.chmod(locked + path, 0)
+sandbox._remove(locked)
+assert not os.path.exists(locked)
 memory, attacks = json.load(sys.stdin)
 for without in (), ("landlock 2",), ("landlock",):
     with sandbox.Sandbox(workers=1, without=without) as box:
@@ -770,17 +756,15 @@ def test_memory_and_processes_are_out_of_reach_of_who_is_not_root(layered):
 
 def test_the_working_directory_can_be_used(layered):
     lines = """
-        import pathlib, shutil, sqlite3, tempfile
+        import pathlib, sqlite3, tempfile
         os.makedirs("a/b")
         with open("a/b/c", "w") as file: file.write("text")
         os.rename("a/b/c", "a/d")
-        shutil.copyfile("a/d", "e")
         with tempfile.TemporaryFile(dir=".") as file: file.write(b"x")
         sqlite3.connect("f").execute("create table t (x)")
-        os.unlink("e")
-        return sorted(str(path) for path in pathlib.Path().rglob("*")) + [open("a/d").read()]
+        return sorted(str(path) for path in pathlib.Path().rglob("*")) + [open("a/d").read(), open("/dev/zero").read(1)]
     """
-    assert layered.call(body(lines), "f", []).value == ["a", "a/b", "a/d", "f", "text"]
+    assert layered.call(body(lines), "f", []).value == ["a", "a/b", "a/d", "f", "text", "\0"]
 
 
 LOOK = """import gc, os, re, sys
@@ -834,14 +818,13 @@ def verdict(code: bytes, number: int, machine: int, args: tuple = ()) -> int:
 
 ALLOW, PRETEND, DENY, UNKNOWN, KILL = 0x7FFF0000, 0x50000, 0x50001, 0x50026, 0x80000000
 # By hand, from asm/unistd.h: read, write, openat, mmap, futex, exit_group; execve, execveat, kill, tgkill, socket, connect,
-# setsid, ptrace, process_vm_readv, process_vm_writev, pidfd_getfd, io_uring_setup, fchmodat, mount, bpf, unshare,
-# inotify_init1, fallocate, memfd_create, sendmsg, ioprio_set, and fork, vfork, chmod; clone, fcntl, ioctl, prctl, prlimit64,
-# setrlimit
+# setsid, ptrace, process_vm_readv, process_vm_writev, setrlimit, fchmodat, mount, bpf, unshare,
+# inotify_init1, fallocate, memfd_create, sendmsg, ioprio_set, and fork, vfork, chmod; clone, fcntl, ioctl, prctl, prlimit64
 BY_HAND = {
-    "x86_64": ([0, 1, 257, 9, 202, 231], [59, 322, 62, 234, 41, 42, 112, 101, 310, 311, 438, 425, 268, 165, 321, 272, 294, 285, 319,
-                46, 251, 57, 58, 90], [56, 72, 16, 157, 302, 160]),
-    "aarch64": ([63, 64, 56, 222, 98, 94], [221, 281, 129, 131, 198, 203, 157, 117, 270, 271, 438, 425, 53, 40, 280, 97, 26, 47, 279,
-                211, 30], [220, 25, 29, 167, 261, 164]),
+    "x86_64": ([0, 1, 257, 9, 202, 231], [59, 322, 62, 234, 41, 42, 112, 101, 310, 311, 160, 268, 165, 321, 272, 294, 285, 319,
+                46, 251, 57, 58, 90], [56, 72, 16, 157, 302]),
+    "aarch64": ([63, 64, 56, 222, 98, 94], [221, 281, 129, 131, 198, 203, 157, 117, 270, 271, 164, 53, 40, 280, 97, 26, 47, 279,
+                211, 30], [220, 25, 29, 167, 261]),
 }  # fmt: skip
 
 
@@ -851,8 +834,8 @@ def test_the_filter_decides_as_its_table_says(monkeypatch, machine):
     code, arch, column = S._seccomp_filter(), S.AUDIT_ARCH[machine], list(BY_HAND).index(machine)
     assert len(code) % 8 == 0 and len(code) // 8 < 4096
     table = {int(n) for row in S.DENIED.replace("\n", " ").split(",") if (n := row.split()[1 + column]) != "-"}
-    allowed, denied, (clone, fcntl, ioctl, prctl, prlimit, setrlimit) = BY_HAND[machine]
-    special = {setrlimit: PRETEND, 435: UNKNOWN, clone: DENY, ioctl: DENY}  # 435: clone3
+    allowed, denied, (clone, fcntl, ioctl, prctl, prlimit) = BY_HAND[machine]
+    special = {clone: DENY, ioctl: DENY}
     for number in range(600):
         wanted = special.get(number, UNKNOWN if number >= S.FIRST_UNKNOWN else DENY if number in table else ALLOW)
         assert verdict(code, number, arch) == wanted, number
@@ -860,7 +843,7 @@ def test_the_filter_decides_as_its_table_says(monkeypatch, machine):
     for numbers, wanted in (allowed, ALLOW), (denied, DENY):
         assert {verdict(code, number, arch) for number in numbers} == {wanted}
     for call, args, wanted in [
-        (clone, (0x3D0F00,), ALLOW), (clone, (0x1200011,), DENY),  # a thread of glibc's, and its fork
+        (clone, (0x3D0F00,), ALLOW), (clone, (0x1200011,), DENY), (435, (), UNKNOWN),  # a thread of glibc's, and its fork
         *((fcntl, (0, command), ALLOW) for command in (*range(8), 36, 38, 1030, 1032)),
         *((fcntl, (0, command), DENY) for command in (8, 9, 10, 15, 16, 35, 39, 1024, 1026, 1029, 1033, 1 << 31)),
         *((ioctl, (0, command), ALLOW) for command in (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451, 0x802C542A)),
@@ -871,50 +854,37 @@ def test_the_filter_decides_as_its_table_says(monkeypatch, machine):
     ]:  # fmt: skip
         assert verdict(code, call, arch, args) == wanted, (call, args)
     monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine="riscv64"))
-    assert S._seccomp_filter() is None
+    assert S._seccomp_filter() == b""
 
 
-def test_hashes_sets_and_random_numbers_are_the_same_in_every_call_and_worker():
-    drawn = "hash('abc'), {'a', 'bc', 'def', 'ghij'}, random.random(), random.sample(range(99), 3)"
-    texts = []
-    for _ in range(2):
-        with S.Sandbox(workers=2, preamble=True) as box:  # the workers take turns
-            texts += [box.run(f"print([{drawn}], end='')", "").value for _ in range(4)]
-            texts.append(box.call(f"def f():\n    return str([{drawn}])", "f", []).value)
+def test_hashes_sets_and_random_numbers_are_the_same_in_every_call_and_worker(judge):
+    drawn = "str([hash('abc'), {'a', 'bc', 'def', 'ghij'}, random.random(), random.sample(range(99), 3)])"
+    with S.Sandbox(workers=1, preamble=True) as other:
+        texts = [box.run(f"print({drawn}, end='')", "").value for box in (judge, judge, other, other)]  # workers take turns
+        texts.append(other.call(f"def f():\n    return {drawn}", "f", []).value)
     assert len(set(texts)) == 1 and len(texts[0]) > 60
 
 
 # ---- Workers that die, and what the machine lacks ----------------------------------------------------------
 
-NOTE = "with open('note', 'w') as file: print(os.getpid(), file=file)\n"
-SLEEP = body(NOTE + "time.sleep(60)")
-
-
-def test_a_killed_worker_is_replaced_and_its_call_repeated(box):
-    before = pids(box)
-    os.kill(before[0], signal.SIGKILL)  # which is idle
-    assert ends(before[:1])
-    assert works(box) and works(box) and before[0] not in pids(box) and len(set(pids(box))) == 2
-    with S.Sandbox(workers=1, time_limit=10.0) as box:
-        results = in_thread(box.call, body(NOTE + "time.sleep(0.5)\nreturn os.getpid()"), "f", [])
-        first, worker = int(notes(box)[0].read_text()), pids(box)[0]
-        os.kill(worker, signal.SIGKILL)
-        assert results.result(timeout=10).value != first and pids(box) != [worker] and ends([first, worker])
-
 
 @pytest.mark.parametrize("disarm", ["pass", "import ctypes; ctypes.CDLL(None).prctl(1, 0)"])
-def test_the_child_of_a_killed_worker_ends(layered, disarm):
-    with S.Sandbox(workers=1, time_limit=10.0) as box:  # which ends it in any case, in the end
-        in_thread(box.call, body(f"{disarm}\n{NOTE}time.sleep(60)"), "f", [])
-        child = int(notes(box)[0].read_text())
-        os.kill(pids(box)[0], signal.SIGKILL)
-        assert ends([child], within=2.0)
+def test_a_killed_worker_is_replaced_its_child_ends_and_its_call_is_made_again(layered, disarm):
+    with S.Sandbox(workers=1, time_limit=10.0) as box:
+        idle = pids(box)
+        os.kill(idle[0], signal.SIGKILL)
+        assert ends(idle) and works(box) and works(box) and pids(box) != idle
+        result = in_thread(box.call, body(f"{disarm}\n{NOTE}time.sleep(3)\nreturn os.getpid()"), "f", [])
+        child, worker = int(notes(box)[0].read_text()), pids(box)[0]
+        os.kill(worker, signal.SIGKILL)
+        assert ends([child, worker], within=2.0) and result.result(timeout=20).value != child and pids(box) != [worker]
 
 
-def test_a_worker_that_dies_twice_is_internal(bare):
+def test_a_worker_that_dies_at_each_try_is_internal(bare, monkeypatch):
+    monkeypatch.setattr(S, "RETRY_SECONDS", (0.0, 0.01))
     kill = body("os.kill(os.getppid(), 9)\nreturn 1")
     for result in (bare.call(kill, "f", []), bare.run(kill + "\nf()", "")):
-        assert result[:3] == ("internal", None, "the worker died twice") and works(bare)
+        assert result[:3] == ("internal", None, "the worker died or could not be started") and works(bare)
     assert bare.call(body("os.kill(os.getpid(), 9)"), "f", []).error == "exited without a result (signal 9)"
     assert works(bare)
 
@@ -943,13 +913,9 @@ def test_a_call_that_the_machine_kept_from_starting_is_made_again(monkeypatch):
         return open("/nowhere") if len(refused) < 3 else popen(*args, **options)
 
     with S.Sandbox(workers=1, time_limit=10.0) as box:
-        assert works(box)
         resource.prlimit(pids(box)[0], resource.RLIMIT_NOFILE, (5, 5))  # descriptors
         assert works(box) and works(box)
-        box.run("open('a', 'w')", "")
-        shutil.rmtree(box._workers[0].scratch)  # as on a full disk
-        assert works(box) and works(box)
-        next(Path(box._workers[0].scratch).iterdir()).rmdir()
+        shutil.rmtree(box._workers[0].scratch)
         assert works(box) and works(box)
         monkeypatch.setattr(subprocess, "Popen", full)
         os.kill(pids(box)[0], signal.SIGKILL)
@@ -958,8 +924,9 @@ def test_a_call_that_the_machine_kept_from_starting_is_made_again(monkeypatch):
         monkeypatch.setattr(subprocess, "Popen", lambda *args, **options: open("/nowhere"))
         box._workers[0].stop()
         before = len(os.listdir("/proc/self/fd"))
-        assert box.run("", "")[:3] == ("internal", None, "no worker could be started")
-        assert len(os.listdir("/proc/self/fd")) == before and not os.path.exists(box._workers[0].scratch)
+        for _ in range(3):
+            assert box.run("", "")[:3] == ("internal", None, "the worker died or could not be started")
+        assert len(os.listdir("/proc/self/fd")) <= before + 1 and not os.path.exists(box._workers[0].scratch)
 
 
 def test_an_interrupted_call_leaves_no_answer_for_the_next(box):
@@ -976,10 +943,12 @@ def test_an_interrupted_call_leaves_no_answer_for_the_next(box):
         signal.signal(signal.SIGALRM, previous)
     time.sleep(0.4)  # by now the answer would have come
     assert works(box) and works(box)
+    assert all(os.getsid(pid) == pid for pid in pids(box))  # a terminal's Ctrl-C does not reach a worker
 
 
 def test_close_ends_workers_and_calls_in_flight():
     box = S.Sandbox(workers=2, time_limit=60.0)
+    assert works(box)
     scratch = [Path(worker.scratch) for worker in box._workers]
     failed = in_thread(box.call, SLEEP, "f", [])
     everyone = [int(notes(box)[0].read_text()), *pids(box)]
@@ -997,6 +966,7 @@ import glob, os, sys, threading, time
 from tasks import sandbox
 
 box = sandbox.Sandbox(workers=2, time_limit=60.0)
+box.run("", "")  # on the second worker
 threading.Thread(target=lambda: box.call({SLEEP!r}, "f", []), daemon=True).start()
 notes = []
 while not (notes and os.path.getsize(notes[0])):
@@ -1019,12 +989,10 @@ def test_no_process_survives_the_caller(end):
 # ---- Many at once ------------------------------------------------------------------------------------------
 
 
-def test_run_many_keeps_the_order_and_raises_and_every_thread_gets_its_own_answer(box, one):
+def test_run_many_keeps_the_order_and_raises_and_every_thread_gets_its_own_answer(box):
     assert box.run_many(lambda n: box.call(IDENTITY, "f", [n]).value, range(40)) == list(range(40))
     with pytest.raises(ZeroDivisionError):
         box.run_many(lambda n: 1 / n, [1, 0])
-    results = [in_thread(lambda n=n: one.call(IDENTITY, "f", [n]).value) for n in range(12)]
-    assert [result.result(timeout=20) for result in results] == list(range(12))
     meet = body(NOTE + "while not os.path.exists('go'): time.sleep(0.01)\nreturn 'met'")
     results = [in_thread(box.call, meet, "f", []) for _ in range(2)]
     for path in notes(box, count=2):  # both have started before either may end
@@ -1034,29 +1002,27 @@ def test_run_many_keeps_the_order_and_raises_and_every_thread_gets_its_own_answe
 
 @pytest.mark.parametrize("source", ["def f():\n    return 1", "print(1)"])
 def test_a_call_costs_milliseconds(one, source):
-    """Processor time of the worker and its children and the shortest wait, which a busy machine stretches little."""
+    """Processor time of the worker and its children, which a busy machine stretches little."""
 
     def spent() -> float:
         fields = Path(f"/proc/{pids(one)[0]}/stat").read_text().rpartition(")")[2].split()
         return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
     assert works(one)
-    before, results = spent(), [ask(one, source) for _ in range(100)]
-    assert {result.status for result in results} == {"ok"} and min(result.seconds for result in results) < 0.006  # 0.0015
-    assert spent() - before < 100 * 0.010  # about 100 * 0.002
+    before, worker, statuses = spent(), pids(one), {ask(one, source).status for _ in range(200)}
+    assert statuses == {"ok"} and pids(one) == worker and spent() - before < 200 * 0.008  # about 0.0025
 
 
 @pytest.mark.slow
 def test_5120_tests_take_at_most_8_seconds_on_2_workers():
     """256 programs with 20 tests each, called and run; the best of five, since others use the machine too."""
+    call = lambda box, n, x: box.call(f"def f(x):\n    return x + {n}", "f", [x]).value == x + n  # noqa: E731
+    run = lambda box, n, x: box.run(f"print(int(input()) + {n})", f"{x}\n").value == f"{x + n}\n"  # noqa: E731
     with S.Sandbox(workers=2) as box:
-        for grade in [
-            lambda n: all(box.call(f"def f(x):\n    return x + {n}", "f", [x]).value == x + n for x in range(20)),
-            lambda n: all(box.run(f"print(int(input()) + {n})", f"{x}\n").value == f"{x + n}\n" for x in range(20)),
-        ]:
+        for right in (call, run):
             seconds = []
             for _ in range(5):
                 start = time.monotonic()
-                assert all(box.run_many(grade, range(256)))
+                assert all(box.run_many(lambda n: all(right(box, n, x) for x in range(20)), range(256)))
                 seconds.append(time.monotonic() - start)
             assert min(seconds) <= 8.0, seconds

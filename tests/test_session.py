@@ -1,7 +1,7 @@
 """What surrounds the loop: run directories, what a model or a task brings that cannot be trained, interruptions, updates that
 are not finite, the best weights, and the probe of the teacher."""
 
-import importlib.util
+import copy
 import json
 import os
 import signal
@@ -14,7 +14,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import processors
+from tokenizers import pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GenerationConfig, PhiConfig
 
 import evaluate
@@ -22,29 +22,37 @@ import feedback
 import rollout
 import tasks
 import vpd
-from harness import plan, session
+from harness import plan, runs, session
 from harness.command import CannotWrite
 from model.policy import Policy
-from study import warm_start
 from tasks import Outcome
 from test_settings import parsed
 
 torch.set_num_threads(1)
-MODELS = Path(__file__).parents[1] / "tasks" / "toy_models"
+CHOICE = Path(__file__).parents[1] / "tasks" / "toy_models" / "choice"
 SMALL = ["--subset", "choice", "--prompts_per_batch", "4", "--minibatch_prompts", "4", "--group_size", "4",
          "--max_response_tokens", "30", "--eval_samples", "1", "--dtype", "float64"]  # fmt: skip
 
 
+def read_log(out, kind="train"):
+    """The rows of log.jsonl, of one kind or all; nan is not JSON."""
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [row for row in rows if kind in (None, row["kind"])]
+
+
 def run(out, *flags, steps=2):
-    """A small run without evaluation: its rows of log.jsonl."""
+    """A small run, without evaluation unless a flag asks for it: its batches' rows of log.jsonl."""
     more = [] if "--eval_every" in flags else ["--eval_every", "0"]
     more += [] if "--method" in flags and "vpd" not in flags else ["--e_minibatch_prompts", "4"]
     vpd.main([*SMALL, *more, "--steps", str(steps), "--out", str(out), *flags])
     return read_log(out)
 
 
-def read_log(out, kind="train"):
-    return [row for row in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if row["kind"] == kind]
+def resume(out, *flags, steps):
+    """Goes on with a run as if it had been asked for more steps."""
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"steps": steps}))
+    vpd.main(["--resume", "--out", str(out), *flags])
 
 
 def ended(status, capsys, out, *flags, **more) -> str:
@@ -63,8 +71,12 @@ def refused(capsys, out, *flags, **more) -> str:
     return error
 
 
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
 def same(a, b) -> bool:
-    a, b = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    a, b = weights(a), weights(b)
     return all(torch.equal(a[name].double(), b[name].double()) for name in a)
 
 
@@ -78,45 +90,35 @@ def test_an_existing_run_is_refused_and_overwrite_deletes_only_runs(tmp_path, ca
     (out / "left").touch()
     run(out, "--overwrite", steps=1)
     assert not (out / "left").exists()
-    for name, text in (("thesis.tex", ""), ("config.json", "{}"), ("config.json", '{"model_type": "qwen3"}')):
-        (tmp_path / name.split(".")[0]).mkdir(exist_ok=True)
-        (tmp_path / name.split(".")[0] / name).write_text(text)
-        assert "is no run directory" in ended(2, capsys, tmp_path / name.split(".")[0], "--overwrite", steps=1)
-        assert (tmp_path / name.split(".")[0] / name).exists()
-    for flag, path in (("--model", out / "model"), ("--model", out / "model" / ".." / "model")):
-        assert f"this run's own {flag}" in ended(2, capsys, out, "--overwrite", flag, str(path), steps=1)
-    assert (out / "model" / "config.json").exists()
-
-
-def test_a_warm_start_replaces_models_only(tmp_path, capsys):
-    run(tmp_path / "run", steps=1)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").touch()
-    for out, words in (("run", "holds other things"), ("mine", "holds other things"), ("mine/thesis.tex", "is a file")):
-        with pytest.raises(SystemExit) as stop:
-            warm_start.main(["--out", str(tmp_path / out)])
-        assert stop.value.code == 2 and words in capsys.readouterr().err
+    for folder, name, text in (("a", "thesis.tex", ""), ("b", "config.json", '{"model_type": "qwen3"}')):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text(text)
+        assert "deletes run directories only" in ended(2, capsys, tmp_path / folder, "--overwrite", steps=1)
+        assert (tmp_path / folder / name).exists()
+    error = ended(2, capsys, out, "--overwrite", "--model", str(out / "model" / ".." / "model"), steps=1)
+    assert "this run's own --model" in error and (out / "model" / "config.json").exists()
     with pytest.raises(CannotWrite, match="it is a folder that holds other things than a model"):
-        Policy.load(MODELS / "choice").save(tmp_path / "run")
-    assert (tmp_path / "run" / "log.jsonl").exists()
+        Policy.load(CHOICE).save(out)
 
 
 def test_a_run_that_goes_on_is_left_alone(tmp_path, capsys):
-    run(tmp_path / "run", "--checkpoint_every", "1", steps=1)
-    with session._lock(tmp_path / "run"):
+    run(tmp_path / "run", steps=1)
+    with runs.lock(tmp_path / "run"):
         for flag in ("--resume", "--overwrite"):
             assert "belongs to a run that is still going on" in ended(2, capsys, tmp_path / "run", flag, steps=1)
-    with pytest.raises(ValueError, match="was made by another run a moment ago"):
-        session.open_directory(parsed(), tmp_path / "run", {})
+        with pytest.raises(ValueError, match="belongs to a run"):  # one that was made since somebody looked
+            runs.make(parsed(), tmp_path / "run", {})
 
 
 def test_a_model_is_saved_by_its_whole_path_and_the_run_goes_on_elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(MODELS)
-    run(tmp_path / "run", "--model", "choice", "--checkpoint_every", "1", steps=1)
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["model"] == str(MODELS / "choice")
+    monkeypatch.chdir(CHOICE.parent)
+    run(tmp_path / "run", "--model", "choice", steps=1)
+    config = (tmp_path / "run" / "config.json").read_text()
+    assert json.loads(config)["model"] == str(CHOICE)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "choice").mkdir()
     vpd.main(["--out", "run", "--resume"])
+    assert (tmp_path / "run" / "config.json").read_text() == config  # as the run was started
 
 
 # ---- What a task or a model brings -------------------------------------------------------------------------------
@@ -124,120 +126,94 @@ def test_a_model_is_saved_by_its_whole_path_and_the_run_goes_on_elsewhere(tmp_pa
 OWN = """
 from tasks import Outcome, Problem, Task
 def load():
-    problems = [Problem(f"p{{i}}", {messages}, "r") for i in range({count})]
-    verify = lambda problems, texts: [Outcome({reward}, "v", "no") for _ in problems]
+    problems = [Problem(f"p{{i}}", [{{"role": "user", "content": f"{text}"}}], "r") for i in range(8)]
+    verify = lambda problems, texts: [Outcome({reward}, "v", "no") for i, _ in enumerate(problems)]
     return Task("t", problems, [], problems[:2], verify)
 """
 
 
-def own(path, messages='[{"role": "user", "content": f"start {i}"}]', count=8, reward=0):
+def own(path, text="start {i}", reward=0):
     """The flags of a small run of a task of one's own, on the toy model of choice."""
-    path.write_text(OWN.format(messages=messages, count=count, reward=reward))
-    return ["--task", "own", "--subset", "", "--data", str(path), "--model", str(MODELS / "choice"),
-            "--max_prompt_tokens", "64", "--max_response_tokens", "8"]  # fmt: skip
-
-
-def templated(folder, template):
-    """The flags for the toy model of choice with another chat template."""
-    Policy.load(MODELS / "choice").save(folder)
-    (folder / "chat_template.jinja").write_text(template)
-    return ["--model", str(folder)]
+    path.write_text(OWN.format(text=text, reward=reward))
+    return ["--task", "own", "--subset", "", "--data", str(path), "--model", str(CHOICE),
+            "--max_prompt_tokens", "10", "--max_response_tokens", "8"]  # fmt: skip; prompts of 10 tokens are not dropped
 
 
 LOOP = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + LOOP
-SYSTEM = '[{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]'
-TWICE = '[{"role": "user", "content": "a"}] * 2'
-ALTERNATE = "{% if messages[1] and messages[0].role == messages[1].role %}{{ raise_exception('roles must alternate') }}"
-ALTERNATE += "{% endif %}" + LOOP
 
 
 @pytest.mark.parametrize(
-    "messages, template, words",
-    [(SYSTEM, NO_SYSTEM, "cannot render problem p0 (TemplateError: no system role)"),
-     (TWICE, ALTERNATE, "cannot render problem p0 (TemplateError: roles must alternate)"),
-     ('[{"role": "assistant", "content": "a"}]', LOOP, "the last a user's"),
-     ('[{"role": "user", "content": "a " * 50}]', LOOP * 2, "problem p0: a prompt is ")],
+    "roles, template, blanks, words",
+    [(["system", "user"], NO_SYSTEM, False, r"cannot render problem p \(TemplateError: no system role\)"),
+     (["user", "assistant"], LOOP, False, "problem p: its last message is not the user's"),
+     (["user"], LOOP * 3, False, "problem p: a prompt is .*max_teacher_tokens"),
+     (["user"], LOOP, True, "adds blanks where the texts of a prompt are joined"), (["user"], LOOP, False, None)],
 )  # fmt: skip
-def test_prompts_that_cannot_be_built_are_one_line(messages, template, words, tmp_path, capsys):
-    flags = [*own(tmp_path / "own.py", messages), *templated(tmp_path / "m", template), "--max_prompt_tokens", "127",
-             "--max_teacher_tokens", "128"]  # fmt: skip
-    capsys.readouterr()
-    assert words in refused(capsys, tmp_path / "run", *flags)
-
-
-def test_a_tokenizer_that_adds_blanks_where_texts_are_joined_is_refused(byte_tokenizer):
-    class Blanks:
-        def __getattr__(self, name):
-            return getattr(byte_tokenizer, name)
-
-        def __call__(self, text, **how):
-            return byte_tokenizer(" " + text, **how)
-
-    problem = tasks.Problem("p", [{"role": "user", "content": "a"}])
-    assert feedback.check_prompts(byte_tokenizer, [problem], parsed()) == [len("<user\na>\n<assistant\n" + "<think></think>")]
-    with pytest.raises(ValueError, match="adds blanks where the texts of a prompt are joined"):
-        feedback.check_prompts(Blanks(), [problem], parsed())
+def test_prompts_that_cannot_be_built_are_one_line(roles, template, blanks, words, byte_tokenizer):
+    changed, messages = copy.deepcopy(byte_tokenizer), [{"role": role, "content": "a" * 40} for role in roles]
+    changed.chat_template, changed._tokenizer.pre_tokenizer = template, pre_tokenizers.ByteLevel(add_prefix_space=blanks)
+    asked = changed, [tasks.Problem("p", messages)], parsed("--max_teacher_tokens", "140")
+    if words is None:
+        assert feedback.check_prompts(*asked) == [len("<user\n" + "a" * 40 + ">\n")]
+    else:
+        with pytest.raises(ValueError, match=words):
+            feedback.check_prompts(*asked)
 
 
 @pytest.mark.parametrize("template", [None, LOOP, "<|pad|>" + LOOP])
 def test_a_tokenizer_that_begins_with_bos_gets_it_once_in_every_prompt(template, tokenizer):
-    import copy
-
-    messages, context = [{"role": "user", "content": "start 1"}], feedback.Context("", "one", "two", "three")
-    cfg, with_bos = parsed(), copy.deepcopy(tokenizer)
-    with_bos.bos_token, with_bos.chat_template = "<|pad|>", template
-    pad = with_bos.bos_token_id
-    plain = copy.deepcopy(with_bos)
-    with_bos._tokenizer.post_processor = processors.TemplateProcessing("<|pad|> $A", special_tokens=[("<|pad|>", pad)])
+    messages, C, words = [{"role": "user", "content": "start 1"}], feedback.Context("", "1", "2", "3"), parsed().templates()
+    plain, with_bos = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
+    plain.bos_token = with_bos.bos_token = "<|pad|>"
+    plain.chat_template = with_bos.chat_template = template
+    bos = plain.bos_token_id
+    with_bos._tokenizer.post_processor = processors.TemplateProcessing("<|pad|> $A", special_tokens=[("<|pad|>", bos)])
     prompts = lambda t: [feedback.student_prompt(t, messages),  # noqa: E731
-                         feedback.teacher_prompt(t, messages, context, cfg.templates(), 10**6)[0],
-                         feedback.critique_prompt(t, messages, "a", "b", cfg.templates(), 10**6)[0]]  # fmt: skip
-    own = template is not None and template.startswith("<|pad|>")
+                         feedback.teacher_prompt(t, messages, C, words, 10**6)[0],
+                         feedback.critique_prompt(t, messages, "a", "b", words, 10**6)[0]]  # fmt: skip
     for without, ids in zip(prompts(plain), prompts(with_bos)):
-        assert ids == (without if own else [pad, *without]) and ids.count(pad) == 1
+        assert ids == (without if without[0] == bos else [bos, *without]) and ids.count(bos) == 1
 
 
 @pytest.mark.parametrize("config", [CohereConfig, Gemma2Config, PhiConfig])  # scaled, capped, with a bias
-def test_a_head_that_is_no_plain_matrix_is_one_line(config, tmp_path, capsys, tokenizer):
+def test_a_head_that_is_no_plain_matrix_is_refused(config, tmp_path, tokenizer):
     network = AutoModelForCausalLM.from_config(config(
         vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, intermediate_size=64, num_attention_heads=2,
         num_key_value_heads=2, head_dim=16, pad_token_id=0, eos_token_id=2, bos_token_id=None,
     ))  # fmt: skip
-    network.save_pretrained(tmp_path / "m")
-    tokenizer.save_pretrained(tmp_path / "m")
-    assert "its head is not a plain matrix" in refused(capsys, tmp_path / "run", "--model", str(tmp_path / "m"))
+    network.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="its head is not a plain matrix"):
+        Policy.load(tmp_path)
 
 
 def test_a_generation_config_that_cannot_be_written_does_not_cost_the_trained_model(tmp_path):
-    Policy.load(MODELS / "choice").save(tmp_path / "m")
+    Policy.load(CHOICE).save(tmp_path / "m")
     eos = GenerationConfig.from_pretrained(tmp_path / "m").eos_token_id
     (tmp_path / "m" / "generation_config.json").write_text(json.dumps({"eos_token_id": [eos, 5], "temperature": 0.6}))
-    run(tmp_path / "run", "--model", str(tmp_path / "m"), steps=1)
-    assert GenerationConfig.from_pretrained(tmp_path / "run" / "model").eos_token_id == [eos, 5]
+    Policy.load(tmp_path / "m").save(tmp_path / "again")
+    assert GenerationConfig.from_pretrained(tmp_path / "again").eos_token_id == [eos, 5]
 
 
 def test_special_tokens_inside_a_response_are_graded(tokenizer):
-    policy = Policy.load(MODELS / "choice")
-    end, start = policy.eos_ids[0], tokenizer.convert_tokens_to_ids("<|im_start|>")
-    word = tokenizer("a").input_ids
-    assert policy.decode([*word, start, *word, end]) == policy.decode([*word, start, *word]) == "a<|im_start|>a"
+    policy, word, start = Policy.load(CHOICE), tokenizer("a").input_ids, tokenizer.convert_tokens_to_ids("<|im_start|>")
+    response = [*word, start, *word]
+    assert policy.decode([*response, policy.eos_ids[0]]) == policy.decode(response) == "a<|im_start|>a"
 
 
-@pytest.mark.parametrize("temperature", ["0.5", "2"])
-def test_the_trainer_scores_at_the_temperature_of_the_rollouts(temperature, tmp_path, capsys):
-    rows = run(tmp_path / "run", "--temperature", temperature, "--top_p", "0.9", steps=1)
+def test_the_trainer_scores_at_the_temperature_of_the_rollouts(tmp_path, capsys):
+    rows = run(tmp_path / "run", "--temperature", "2", "--top_p", "0.9", steps=1)
     assert "--top_p below 1: rollouts come from a cut distribution" in capsys.readouterr().out
     assert rows[0]["sampler_gap"] > 1e-4
-    rows = run(tmp_path / "whole", "--temperature", temperature, steps=1)
+    rows = run(tmp_path / "whole", "--temperature", "2", steps=1)
     assert rows[0]["sampler_gap"] < 1e-6  # the library samples in float32
 
 
 def test_a_sequence_that_is_too_long_is_refused_and_what_a_run_may_meet_is_noted(tmp_path, monkeypatch, capsys):
     """The longest sequence may be that of evaluation."""
-    load = tasks.load
 
-    def changed(*args):
+    def changed(*args, load=tasks.load):
         task = load(*args)
         long = replace(task.validation[-1], messages=[{"role": "user", "content": "start 1 " * 300}])
         return replace(task, validation=[*task.validation, long], test=[])
@@ -258,27 +234,23 @@ def test_a_sequence_that_is_too_long_is_refused_and_what_a_run_may_meet_is_noted
 
 def test_a_run_says_how_much_it_does_when_it_ends_and_what_its_task_is_called(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    flags = [*own(tmp_path / "own.py", reward="len(texts[0]) % 2"), "--prompts_per_batch", "4", "--minibatch_prompts", "2"]
-    flags = [*flags, "--eval_every", "3", "--e_step_every", "2", "--feedback", "environment", "--steps", "5"]
-    vpd.main([*SMALL, *flags, "--e_minibatch_prompts", "4"])
+    flags = [*own(tmp_path / "own.py", reward="i % 2"), "--method", "grpo", "--eval_every", "3", "--epochs", "2"]
+    vpd.main([*SMALL, *flags, "--steps", "0"])
     told = capsys.readouterr().out
     (out,) = (tmp_path / "runs").iterdir()
-    assert out.name.startswith("t-vpd-seed0-") and json.loads((out / "config.json").read_text())["task_name"] == "t"
-    assert f"{out.relative_to(tmp_path)}: vpd on t: 8 train" in told
-    # 5 batches of 2 updates; E-steps at batches 0, 2 and 4, of one update.
-    assert "5 batches make up to 10 updates of the student and 3 of the teacher; 2 test problems are watched every 3" in told
-    assert told.count("the run will end in about") == 1
+    assert out.name.startswith("t-grpo-seed0-") and json.loads((out / "config.json").read_text())["task_name"] == "t"
+    assert f"{out.relative_to(tmp_path)}: grpo on t: 8 train" in told
+    assert "\n4 batches; 2 test problems are watched every 3\n" in told and told.count("the run will end in about") == 1
 
 
 def test_the_end_of_a_run_is_what_is_left_of_batches_and_evaluations(monkeypatch):
-    cfg = parsed("--steps", "10", "--eval_every", "4")
     task = tasks.Task("t", [], [], [], None)
-    here = session.Run(cfg, None, None, task, Path(), {}, None, None, None)
+    here = session.Run(parsed("--steps", "10", "--eval_every", "4"), None, None, task, Path(), {}, None, None, None)
     here.eval_seconds = 100.0
     monkeypatch.setattr(session.time, "time", lambda: 0.0)
-    left = 9 * 20 + 3 * 100  # after batches 4, 8 and 10
+    left = 6 * 20 + 2 * 100  # after batches 8 and 10
     at = session.time.strftime("%a %H:%M", session.time.localtime(left))
-    assert here.outlook(20.0, 1) == f"a batch takes 20.0 s, an evaluation 100.0 s: the run will end in about 0:08:00, {at}"
+    assert here.outlook(20.0, 4) == f"a batch takes 20.0 s, an evaluation 100.0 s: the run will end in about 0:05:20, {at}"
 
 
 # ---- How a run ends ----------------------------------------------------------------------------------------------
@@ -296,10 +268,9 @@ def test_a_run_without_a_signal_ends_with_a_line_and_status_1(steps, words, tmp_
 def test_a_run_does_not_go_on_with_other_problems(tmp_path, capsys):
     flags = [*own(tmp_path / "own.py"), "--feedback", "environment", "--method", "sdpo"]
     run(tmp_path / "run", *flags, steps=1)
-    own(tmp_path / "own.py", messages='[{"role": "user", "content": f"start {i + 1}"}]')
-    with pytest.raises(SystemExit) as stop:
-        vpd.main(["--resume", "--out", str(tmp_path / "run")])
-    assert stop.value.code == 2 and "the training problems are not those that the run began with" in capsys.readouterr().err
+    own(tmp_path / "own.py", text="start {i + 1}")
+    error = ended(2, capsys, tmp_path / "run", *flags, "--resume", steps=1)
+    assert "the training problems are not those that the run began with" in error
 
 
 def interrupting(monkeypatch, interrupt):
@@ -336,10 +307,7 @@ def test_a_run_under_nohup_goes_on(tmp_path, monkeypatch):
 
 
 def test_ctrl_c_leaves_a_usable_directory(tmp_path, monkeypatch, capsys):
-    def interrupt():
-        raise KeyboardInterrupt
-
-    interrupting(monkeypatch, interrupt)
+    interrupting(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGINT))
     error = ended(130, capsys, tmp_path / "run", steps=5)
     assert "it has no checkpoint yet: --resume starts again" in error and len(read_log(tmp_path / "run")) == 1
     Policy.load(str(tmp_path / "run" / "model"))
@@ -357,60 +325,38 @@ def test_five_bad_updates_in_a_row_end_a_run_and_five_in_all_do_not(bad, lasts, 
     flags = ["--method", "sdpo", "--feedback", "solution_first"]  # an update for every batch
     if lasts < 9:
         assert "five updates in a row" in ended(1, capsys, tmp_path / "run", *flags, steps=9)
-        assert same(MODELS / "choice", tmp_path / "run" / "model")
+        assert same(CHOICE, tmp_path / "run" / "model")
     else:
         run(tmp_path / "run", *flags, steps=9)
     rows = read_log(tmp_path / "run")
     assert [row["updates_not_finite"] for row in rows] == [int(i in bad) for i in range(lasts)]
 
 
-def test_the_best_score_outlives_an_interruption(tmp_path, monkeypatch):
-    scores = iter([0.5, 0.9, 0.7, 0.8])
-    measure = evaluate.measure
+def test_the_best_score_outlives_an_interruption(tmp_path, monkeypatch, small_validation):
+    scores, measure = iter([0.5, 0.9, 0.7, 0.8]), evaluate.measure
     monkeypatch.setattr(evaluate, "measure", lambda *a, **k: measure(*a, **k) | {"avg": next(scores)})
-    flags = ["--eval_every", "1", "--checkpoint_every", "1", "--teacher_probe", "0", "--lr", "0.01"]
-    small = tasks.load
-    monkeypatch.setattr(tasks, "load", lambda *a: replace(task := small(*a), validation=task.validation[:4]))
     saved, save = [], Policy.save
     monkeypatch.setattr(Policy, "save", lambda self, folder: (saved.append(Path(folder).name), save(self, folder)))
-    run(tmp_path / "run", *flags, steps=1)
+    run(tmp_path / "run", "--eval_every", "1", "--teacher_probe", "0", steps=1)
     assert saved == ["best", "best", "model"]
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"steps": 3}))
-    vpd.main(["--resume", "--out", str(tmp_path / "run")])  # as if it had been asked for three: 0.7 and 0.8 are no better
+    resume(tmp_path / "run", steps=3)  # 0.7 and 0.8 are no better
     assert saved[3:] == ["model"]
 
 
-# ---- A disk that is full -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("what, goes_on", [("config.json", ""), ("log.jsonl", "no checkpoint yet: --resume starts again"),
+                                           ("model", "--resume goes on after 1 batches")])  # fmt: skip
+def test_a_disk_that_is_full_is_one_line_and_nothing_half_written(what, goes_on, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
 
-
-def full(*args, **kwargs):
-    raise OSError(28, "No space left on device")
-
-
-@pytest.mark.parametrize("what", ["config.json", "base_failures.json", "log.jsonl", "checkpoints/step-000001", "model"])
-def test_a_disk_that_is_full_is_one_line_and_nothing_half_written(what, tmp_path, monkeypatch, capsys):
-    import torch.distributed.checkpoint as dcp
-
-    flags, write, make = ["--eval_every", "1", "--teacher_probe", "2"], Path.write_bytes, session.open_directory
-    if what in ("config.json", "base_failures.json"):
-        half = lambda path, text: (write(path, b""), full()) if path.name == f"part-{what}" else write(path, text)  # noqa: E731
-        monkeypatch.setattr(Path, "write_bytes", half)
-    elif what == "log.jsonl":
-        link = lambda cfg, out, record: (make(cfg, out, record), (out / what).symlink_to("/dev/full"))[0]  # noqa: E731
-        monkeypatch.setattr(session, "open_directory", link)
-    elif what == "model":
-        flags = []  # of an evaluation the best weights would be the first to be saved
-        monkeypatch.setattr(type(Policy.load(str(MODELS / "choice")).model), "save_pretrained", full)
-    else:
-        flags = []
-        monkeypatch.setattr(dcp, "save", full)
-    error = ended(1, capsys, tmp_path / "run", *flags, steps=1)
-    *_, last = error.splitlines()
-    assert f"run/{what}: " in last and "No space left" in last
-    if not flags:
-        goes_on = "--resume goes on after 1 batches" if what == "model" else "no checkpoint yet: --resume starts again"
-        assert goes_on in last
+    write, make = Path.write_bytes, runs.make
+    half = lambda path, text: (write(path, b""), full()) if path.name == "part-config.json" else write(path, text)  # noqa: E731
+    link = lambda cfg, out, record: (make(cfg, out, record), (out / what).symlink_to("/dev/full"))[0]  # noqa: E731
+    network = type(Policy.load(CHOICE).model)
+    monkeypatch.setattr(*{"config.json": (Path, "write_bytes", half), "log.jsonl": (runs, "make", link),
+                          "model": (network, "save_pretrained", full)}[what])  # fmt: skip
+    *_, last = ended(1, capsys, tmp_path / "run", steps=1).splitlines()
+    assert f"run/{what}: " in last and "No space left" in last and goes_on in last
     assert not list((tmp_path / "run").rglob("part-*"))
 
 
@@ -419,11 +365,9 @@ def test_a_disk_that_is_full_is_one_line_and_nothing_half_written(what, tmp_path
 
 def test_tensorboard_holds_the_numbers_of_the_log_also_of_a_run_that_was_resumed(tmp_path):
     reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    flags = ["--track", "tensorboard", "--eval_every", "2", "--teacher_probe", "0", "--checkpoint_every", "1"]
-    run(tmp_path / "run", *flags, steps=2)
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"steps": 3}))
-    vpd.main(["--resume", "--out", str(tmp_path / "run"), "--track", "tensorboard"])
+    track = ["--track", "tensorboard"]
+    run(tmp_path / "run", *track, "--eval_every", "2", "--teacher_probe", "0", steps=2)
+    resume(tmp_path / "run", *track, steps=3)
     board = reading.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     told = lambda name: [(e.step, pytest.approx(e.value)) for e in board.Scalars(name)]  # noqa: E731
     assert told("train/reward") == [(row["step"] + 1, row["reward"]) for row in read_log(tmp_path / "run")]
@@ -431,7 +375,7 @@ def test_tensorboard_holds_the_numbers_of_the_log_also_of_a_run_that_was_resumed
     assert told("eval/avg") == [(row["step"], row["avg"]) for row in watched] and len(watched) == 3
 
 
-@pytest.mark.parametrize("fails", [0, 2])
+@pytest.mark.parametrize("fails", [0, 2, None])
 def test_a_tracker_that_fails_says_so_once_and_the_run_goes_on(fails, tmp_path, monkeypatch, capsys):
     given, wandb = [], ModuleType("wandb")
 
@@ -440,18 +384,17 @@ def test_a_tracker_that_fails_says_so_once_and_the_run_goes_on(fails, tmp_path, 
             raise RuntimeError("the network\nis gone")
         given.append((step, figures))
 
-    wandb.init = lambda **how: SimpleNamespace(log=log, finish=lambda: given.append("end")) if fails else log({}, 0)
+    wandb.init = lambda **how: SimpleNamespace(log=log, finish=lambda: given.append("end")) if fails != 0 else log({}, 0)
     wandb.__spec__ = ModuleSpec("wandb", None)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     assert len(run(tmp_path / "run", "--track", "wandb", steps=4)) == 4
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "--track" in line]
-    assert "wandb failed (RuntimeError: the network is gone)" in line and [step for step, _ in given] == [1, 2][:fails]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "--track" in line]
+    if fails is None:
+        assert given.pop() == "end" and not lines
+    else:
+        assert len(lines) == 1 and "wandb failed (RuntimeError: the network is gone)" in lines[0]
+    assert [step for step, _ in given] == [1, 2, 3, 4][:fails]
     assert all("train/seconds/rollout" in figures and "train/step" not in figures for _, figures in given)
-
-
-def test_a_tracker_that_is_not_installed_is_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "pip install wandb" in refused(capsys, tmp_path / "run", "--track", "wandb")
 
 
 # ---- The probe of the teacher ------------------------------------------------------------------------------------
@@ -461,7 +404,7 @@ def test_a_tracker_that_is_not_installed_is_refused(tmp_path, monkeypatch, capsy
 def test_the_teacher_is_tested_on_the_same_failures_at_every_evaluation(
     method, teacher, tmp_path, monkeypatch, small_validation
 ):
-    shown, measure = [], evaluate.measure
+    shown, measure, out = [], evaluate.measure, tmp_path / "run"
 
     def watched(policy, sampler, *args, prompts=None, **kwargs):
         if prompts:
@@ -471,39 +414,37 @@ def test_the_teacher_is_tested_on_the_same_failures_at_every_evaluation(
         return result | ({"avg": 0.125 * len(shown)} if prompts else {})
 
     monkeypatch.setattr(evaluate, "measure", watched)
-    probe = ["--teacher_probe", "3"] if teacher else []
-    moves = ["--ema_rate", "0.25"] if teacher == "ema" else []
-    run(tmp_path / "run", "--eval_every", "1", "--method", method, "--lr", "0.01", *probe, *moves)
-    rows = read_log(tmp_path / "run", "eval")
+    probe = [*["--teacher_probe", "3"] * bool(teacher), *["--ema_rate", "0.25"] * (teacher == "ema")]
+    run(out, "--eval_every", "1", "--method", method, "--lr", "0.01", *probe)
+    found = [row.get("teacher_avg") for row in read_log(out, "eval")]
     if not teacher:
-        assert not shown and all("teacher_avg" not in row for row in rows)
+        assert not shown and found == [None] * 3
         return
-    assert [row["teacher_avg"] for row in rows] == [0.125, 0.25, 0.375]
+    assert found == [0.125, 0.25, 0.375]
     (first, prompts), (second, again), (third, once_more) = shown
     assert prompts == again == once_more  # the contexts are those of the first weights
-    kept = json.loads((tmp_path / "run" / "base_failures.json").read_text())
+    kept = json.loads((out / "base_failures.json").read_text())
     assert 1 <= len(kept) <= 3 and len({row["id"] for row in kept}) == len(kept) == len(prompts)
     assert all(row["context"]["solution"] for row in kept)
     assert first != second != third  # the weights move between evaluations, the moving average's less
-    after = load_file(tmp_path / "run" / "model" / "model.safetensors")["model.embed_tokens.weight"].double().sum().item()
+    after = weights(out / "model")["model.embed_tokens.weight"].double().sum().item()
     assert (third == pytest.approx(after, rel=1e-12)) == (teacher == "live")
 
 
 @pytest.mark.parametrize("teacher, warned", [(0.125, True), (0.25, False)])
 def test_a_teacher_that_reads_no_better_than_the_student_is_told_once(teacher, warned, tmp_path, monkeypatch, capsys):
-    measure = evaluate.measure
+    measure, failures = evaluate.measure, lambda: json.loads((tmp_path / "run" / "base_failures.json").read_text())
 
     def measured(policy, sampler, verify, problems, **how):
         found = measure(policy, sampler, verify, problems, **how)
         if how["prompts"]:
             return found | {"avg": teacher}
-        right = {row["id"] for row in json.loads((tmp_path / "run" / "base_failures.json").read_text())[:1]}
-        return found | {"rewards": {p.id: [int(p.id in right)] for p in problems}}  # 1 of the 8, 1 of 64 in all
+        return found | {"rewards": {p.id: [int(p.id == failures()[0]["id"])] for p in problems}}  # 1 of the 8, 1 of 64 in all
 
     monkeypatch.setattr(evaluate, "measure", measured)
-    run(tmp_path / "run", "--eval_every", "1", "--teacher_probe", "8", "--group_size", "8")
-    assert len(json.loads((tmp_path / "run" / "base_failures.json").read_text())) == 8
+    run(tmp_path / "run", "--eval_every", "1", "--teacher_probe", "8", "--group_size", "8", steps=1)
     told = capsys.readouterr().out
+    assert len(failures()) == 8
     assert ("no more of them than the student without it (0.125)" in told) == warned == told.count("see teacher_avg in")
 
 
@@ -515,10 +456,10 @@ def test_rows_of_the_e_step_that_no_longer_pull_are_told_once(tmp_path, capsys):
 
 
 def test_base_failures_are_the_first_failure_with_a_context_of_each_problem(monkeypatch):
-    cfg = parsed("--subset", "choice", "--group_size", "3", "--teacher_probe", "4", "--feedback", "environment")
+    cfg = parsed("--subset", "choice", "--group_size", "3", "--teacher_probe", "4", "--feedback", "solution_first")
     problems = [tasks.Problem(name, [{"role": "user", "content": name}], "") for name in "abcde"]
-    right = {"a": (1, 1, 1), "b": (1, 0, 0), "c": (0, 0, 0), "d": (0, 1, 0), "e": (0, 0, 0)}
-    text = {("b", 1): "b1", ("b", 2): "b2", ("c", 0): "c0", ("d", 0): "", ("d", 2): "d2"}
+    right = {"a": (1, 1, 1), "b": (1, 0, 0), "c": (0, 0, 0), "d": (0, 1, 0)}
+    text = {("c", 1): "c1", ("c", 2): "c2"}  # b and d have a success to show
 
     def sample(prompts, n, seed, max_tokens, temperature, top_p):
         assert (len(prompts), n, temperature, top_p) == (4, 3, cfg.temperature, cfg.top_p)  # e is the fifth problem
@@ -530,7 +471,7 @@ def test_base_failures_are_the_first_failure_with_a_context_of_each_problem(monk
 
     policy = SimpleNamespace(tokenizer=None, decode=lambda tokens: f"y{tokens[0]}")
     monkeypatch.setattr(feedback, "student_prompt", lambda tokenizer, messages: [0])
-    task = tasks.Task("toy/none", [], problems, [], verify)
-    critic = feedback.Critic(cfg, policy)
+    task, critic = tasks.Task("toy/none", [], problems, [], verify), feedback.Critic(cfg, policy)
     found = session.Run(cfg, policy, SimpleNamespace(sample=sample), task, Path(), {}, None, critic, None)._base_failures()
-    assert [(row["id"], row["context"]["feedback"]) for row in found] == [("b", "b1"), ("c", "c0"), ("d", "d2")]
+    texts = [(id, context.solution, context.feedback) for id, context in found.items()]
+    assert texts == [("b", "y3", ""), ("c", "", "c1"), ("d", "y10", "")]

@@ -18,7 +18,7 @@ import pytest
 
 import tasks
 from harness import hub
-from tasks import Outcome, Problem, Task, livecodebench, own, tiny, toy
+from tasks import Outcome, Problem, Task, own, tiny, toy
 from tasks.sandbox import Sandbox
 
 
@@ -81,17 +81,21 @@ def test_a_task_is_found_by_name_and_its_first_subset_is_the_default(monkeypatch
     assert set(tasks.TASKS["toy"]) == set(toy.EVERY)
     monkeypatch.setattr(toy, "load", lambda subset: f"loaded {subset}")  # the code task takes seconds to build
     assert [tasks.load("toy", subset) for subset in tasks.TASKS["toy"]] == [f"loaded {s}" for s in tasks.TASKS["toy"]]
-    for names, choices in ((("poker",), tasks.TASKS), (("",), tasks.TASKS), (("toy", "chess"), tasks.TASKS["toy"])):
-        with refused(repr(names[-1]), "choose one of " + ", ".join(choices)):
-            tasks.load(*names)
-    for call, words in (
-        (lambda: tasks.load("math", data="no/such/place"), "--data no/such/place does not exist"),
-        (lambda: tasks.load("toy", data=str(tiny.FIXTURES)), "toy"),
-        (lambda: tasks.read("toy", str(tiny.FIXTURES / "lcb.jsonl")), "lcb, sciknoweval or math"),
-        (lambda: tasks.load("own", data=str(tiny.FIXTURES / "lcb.jsonl")), "FILE.py"),
-    ):
-        with refused(words):
-            call()
+
+
+LCB = str(tiny.FIXTURES / "lcb.jsonl")
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: tasks.load("poker"), f"'poker' has no loader: choose one of {', '.join(tasks.TASKS)}"),
+    (lambda: tasks.load("toy", "chess"), f"'chess': choose one of {', '.join(tasks.TASKS['toy'])}"),
+    (lambda: tasks.load("math", data="no/such/place"), "--data no/such/place does not exist"),
+    (lambda: tasks.load("toy", data=LCB), "toy"), (lambda: tasks.load("own", data=LCB), "FILE.py"),
+    (lambda: tasks.read("toy", LCB), "lcb, sciknoweval or math"),
+])  # fmt: skip
+def test_a_task_that_there_is_not_is_one_line(call, words):
+    with refused(words):
+        call()
 
 
 # ---- Reading files and the hub -----------------------------------------------------------------------------
@@ -114,67 +118,51 @@ def test_rows_are_the_same_from_every_file_format(tmp_path):
 
 @pytest.mark.parametrize("name, content, words", [
     ("x.jsonl", b'{"a": 1}\n\n{broken\n', "line 3"), ("x.jsonl", b"[1]\n", "line 1"), ("x.jsonl", b"[" * 200_000, "line 1"),
-    ("x.jsonl", b"", "empty"), ("x.jsonl", b"\xff\xfe\x00", "UTF-8"), ("x.parquet", b"PAR1 but no more", "cannot be read"),
-    ("x.arrow", b"no arrow", "cannot be read"), ("absent.jsonl", None, "does not exist"), ("", None, "holds no"),
+    ("x.jsonl", b"", "holds no row"), ("x.jsonl", b"{}\n\xff\xfe\x00", "line 2"), ("x.parquet", b"PAR1 but no", "cannot be read"),
+    ("x.arrow", b"no arrow", "cannot be read"), ("absent.jsonl", None, "does not exist"), ("", None, "holds no .jsonl"),
+    ("state.json", b"{", "cannot be read"),
 ])  # fmt: skip
 def test_files_that_cannot_be_read_are_refused_in_one_line(name, content, words, tmp_path):
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with refused(str(tmp_path / name), words):
-        list(tasks.rows(tmp_path / name))
+    path = str(tmp_path / name.removesuffix("state.json"))
+    with refused(path, words):
+        tasks.read("math", path)
 
 
 def test_half_of_a_surrogate_pair_in_a_file_becomes_text(tmp_path, tokenizer):
     (tmp_path / "x.jsonl").write_text('{"a": "x\\ud800y"}\n{"a": "\\uDE00"}\n{"a": "\\ud83d\\ude00"}\n{"a": "\\\\ud800"}\n')
     texts = [row["a"] for row in tasks.rows(tmp_path / "x.jsonl")]
     assert texts == ["x?y", "?", "\U0001f600", "\\ud800"] and all(tokenizer(text).input_ids for text in texts[:2])
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|pad|>")
 
 
-REPOS = {"lcb": "livecodebench/code_generation_lite", "sciknoweval": "hicai-zju/SciKnowEval"}
-
-
-@pytest.fixture
-def the_hub(monkeypatch):
-    """The hub as one that answers: what is asked of it is noted, with the offline flags, and fails."""
-    asked, answer = [], SimpleNamespace(reason="", cached=False, file=None)
+@pytest.mark.parametrize("reason", ["", "no way to the hub"])
+@pytest.mark.parametrize("task, repo, what", [
+    ("lcb", "livecodebench/code_generation_lite", ("test6.jsonl", {"repo_type": "dataset"})),
+    ("sciknoweval", "hicai-zju/SciKnowEval", ({"split": "test"},)),
+])  # fmt: skip
+def test_a_hub_out_of_reach_is_one_line_and_only_the_cache_is_asked(task, repo, what, reason, monkeypatch):
+    """Without a reason the hub answers, and fails later. For its load, and only for it, the library is told that it is offline."""
+    asked, flags = [], [(module, "HF_HUB_OFFLINE") for module in (huggingface_hub.constants, datasets.config)]
+    answers = {(repo, what[0] if task == "lcb" else "README.md", "dataset"): reason}
 
     def fail(*given, **settings):
-        asked.append((*given, settings, huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE))
-        if answer.file is None:
-            raise ConnectionError("no route\nto host")
-        return answer.file
+        asked.append((*given, settings, *(getattr(*flag) for flag in flags)))
+        raise ConnectionError("no route\nto host")
 
+    for flag in flags:
+        monkeypatch.setattr(*flag, False)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    monkeypatch.setattr(hub, "unreachable", lambda *of: answer.reason and f"{answer.reason} {of[0]}")
-    monkeypatch.setattr(hub, "cached", lambda *of: answer.cached and of == (*livecodebench.LCB_FILE, "dataset"))
-    for module in (huggingface_hub.constants, datasets.config):
-        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
-    return asked, answer
-
-
-def test_a_hub_out_of_reach_is_one_line_and_only_the_cache_is_asked(the_hub):
-    asked, answer = the_hub
-    for task, repo in REPOS.items():  # it answers, and fails later
-        with refused(repo, " cannot be fetched (ConnectionError: no route to host): give a local copy with --data"):
-            tasks.load(task)
-    answer.reason, asked[:] = "no way to", []
-    for task, repo in REPOS.items():
-        with refused(repo, " cannot be fetched (", f"no way to {repo}): give a local copy"):
-            tasks.load(task)
-    # lcb's file is not asked for; for the other's load, and only for it, the library is told that it is offline
-    assert asked == [(REPOS["sciknoweval"], {"split": "test"}, True, True)]
-    assert not huggingface_hub.constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE
-
-
-def test_lcb_comes_from_the_hub_as_one_file_and_from_the_cache_without_a_hub(the_hub):
-    asked, answer = the_hub
-    answer.file = str(tiny.FIXTURES / "lcb.jsonl")
-    for answer.reason, answer.cached in (("", False), ("no way", True)):
-        task = tasks.load("lcb")
-        assert len(task.test) == 4
-        task.close()
-    assert asked == [(REPOS["lcb"], "test6.jsonl", {"repo_type": "dataset"}, False, False)] * 2
+    monkeypatch.setattr(hub, "unreachable", lambda *of: answers[of])
+    with refused(f"{repo} cannot be fetched ({reason or 'ConnectionError: no route to host'}): give a local copy with --data"):
+        tasks.load(task)
+    assert asked == [(repo, *what, bool(reason), bool(reason))] and not any(getattr(*flag) for flag in flags)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: LCB)  # from the hub or from its cache
+    if task == "lcb":
+        (loaded := tasks.load("lcb")).close()
+        assert len(loaded.test) == 4
 
 
 # ---- A task file of one's own ------------------------------------------------------------------------------------
@@ -240,16 +228,12 @@ def test_text_of_other_kinds_becomes_plain_where_it_is_text(load_own, tokenizer)
 @pytest.mark.parametrize(
     "body, line, words",
     [
-        *((f'return [Outcome({value}, "v")]', "", "a reward and columns of 0 or 1") for value in (
-            "0.5", "2", "None", "'1'", "float('nan')", "numpy.array([0, 1])", "torch.tensor([])", "torch.tensor(0.3)", "[1]",
+        *((f"return [{value}]", "", "must return Outcomes with a reward and columns of 0 or 1, and a verdict") for value in (
+            *(f'Outcome({number}, "v")' for number in (
+                "0.5", "2", "None", "'1'", "float('nan')", "numpy.array([0, 1])", "torch.tensor([])", "torch.tensor(0.3)", "[1]")),
+            'Outcome(1, "v", columns={"c": 0.5})', 'Outcome(1, "v", columns=[1])', 'Outcome(1, "v", columns={3: 1})',
+            'Outcome(0, "v", b"text")', 'Outcome(0, "v", 0)', "Outcome(0, None)", "1",
         )),
-        ('return [Outcome(1, "v", columns={"c": 0.5})]', "", "a reward and columns of 0 or 1"),
-        ('return [Outcome(1, "v", columns=[1])]', "", "dict of columns"),
-        ('return [Outcome(1, "v", columns={3: 1})]', "", "dict of columns"),
-        ('return [Outcome(0, "v", b"text")]', "", "feedback that are text"),
-        ('return [Outcome(0, "v", 0)]', "", "feedback that are text"),
-        ('return [Outcome(0, None)]', "", "a verdict and feedback that are text"),
-        ("return [1]", "", "must return Outcomes, not 1"),
         ("return None", "", "a list with an Outcome for each of 1 responses, not None"),
         ("return []", "", "for each of 1 responses, not 0 outcomes"),
         ("sys.exit(0)", ", line 9", "verify() raised SystemExit: 0"),
@@ -271,8 +255,8 @@ def test_a_verifier_that_fails_later_is_one_line_that_names_the_files_line(body,
     ("raise GeneratorExit", "mine.py, line 2: GeneratorExit"),
     ("return 3", "must return a tasks.Task"),
     ("return Task('a', [Problem('p', [])], None, [], None)", "must return a tasks.Task"),
-    ("return Task('a', [Problem('p', [{'role': 'assistant', 'content': ''}])], [], [], None)", "the last a user's"),
-    ("return Task('a', [Problem('p', [{'role': 'user', 'content': ''}], 3)], [], [], None)", "reference must be text"),
+    ("return Task('a', [Problem('p', [{'role': x, 'content': ''} for x in ('user', '')])], [], [], None)", "the last a user's"),
+    ("return Task('a', [Problem('p', [{'role': 'user', 'content': ''}], 3)], [], [], None)", "the reference text"),
     ("return Task('a', [Problem(i, [{'role': 'user', 'content': ''}]) for i in (1, '1')], [], [], None)", "twice"),
     ("return Task('a', [Problem('p', [{'role': 'user', 'content': ''}])], [], [], None)", "'NoneType' object is not callable"),
 ])  # fmt: skip

@@ -58,28 +58,17 @@ REWARD, P = tensor(1, 0, 0, 1, 0), 0.1 + 0.15
 
 
 @pytest.mark.parametrize("beta", BETAS)
-def test_j_falls_below_beta_log_z_by_beta_times_the_kl_to_the_tilted_reference(beta):
-    """A.6, A.9, A.10: J(π) = β log Z − β KL(π‖π*), Z = 1 − p + p exp(1/β) for a reference that is right with p."""
-    (star, _), pi, ceiling = tilt(REF, REWARD, beta), draws(2000, 5, seed=1), beta * log(1 - P + P * exp(1 / beta))
+def test_j_and_the_elbo_fall_below_log_z_by_the_divergence_from_the_tilted_reference(beta):
+    """A.6, A.9, A.10: J(π) = β log Z − β KL(π‖π*), Z = 1 − p + p exp(1/β) for a reference that is right with p.
+    A.12, A.16, Eq. 4, Eq. 5: log Z = ELBO(q) + KL(q‖π*), ELBO(q) = J_E(q)/β.
+    A.17: KL(π‖π*) = KL(π‖q) + E_π[log q/π*]. Appendix B.2 takes the last term for constant in π: it is not."""
+    (star, Z), pi, ceiling = tilt(REF, REWARD, beta), draws(2000, 5, seed=1), beta * log(1 - P + P * exp(1 / beta))
     close(J(star, REF, REWARD, beta), ceiling)
-    assert (J(pi, REF, REWARD, beta) < ceiling).all()
     close(J(pi, REF, REWARD, beta), ceiling - beta * KL(pi, star))
     assert (J(pi, REF, REWARD, beta) - ceiling + beta * KL(star, pi)).abs().max() > 0.1  # not the other KL
-
-
-@pytest.mark.parametrize("beta", BETAS)
-def test_log_z_is_the_elbo_plus_the_teachers_divergence_from_the_optimum(beta):
-    """A.12, A.16, Eq. 4, Eq. 5: log Z = ELBO(q) + KL(q‖π*), ELBO(q) = log Z's Jensen bound = J_E(q)/β."""
-    (star, Z), q = tilt(REF, REWARD, beta), draws(200, 5, seed=3)
-    elbo = mean(q, (REF * (REWARD / beta).exp() / q).log())
-    assert (elbo < mean(q, REF * (REWARD / beta).exp() / q).log()).all()  # Jensen; the right side is log Z
-    close(elbo + KL(q, star), Z.log())
-    close(beta * elbo, J(q, REF, REWARD, beta))
-
-
-def test_the_global_divergence_is_the_m_steps_and_a_rest_that_is_not_constant():
-    """A.17: KL(π‖π*) = KL(π‖q) + E_π[log q/π*]. Appendix B.2 takes the last term for constant in π: it is not."""
-    (star, _), pi = tilt(REF, REWARD, 0.5), draws(200, 5, seed=4)
+    elbo = mean(pi, (REF * (REWARD / beta).exp() / pi).log())
+    close(elbo + KL(pi, star), Z.log())
+    close(beta * elbo, J(pi, REF, REWARD, beta))
     rest = mean(pi, (Q / star).log())
     close(KL(pi, star), KL(pi, Q) + rest)
     assert rest.max() - rest.min() > 0.5
@@ -99,25 +88,13 @@ def test_the_dynamic_target_is_the_static_one_times_the_students_ratio(beta):
     close(implicit, REWARD - beta * Z_dynamic.log())
 
 
-def test_the_dynamic_target_has_the_highest_reward_inside_its_trust_region():
-    """A.22: max E_q[r] subject to KL(q‖π) ≤ ε has the solution π*_dyn at the one ε = KL(π*_dyn‖π)."""
-    (dynamic, _), q = tilt(PI, REWARD, 0.5), (PI.log() + normal(5000, 5, seed=6)).softmax(-1)
-    inside = KL(q, PI) <= KL(dynamic, PI)
-    assert inside.sum() > 500 and (mean(q, REWARD)[inside] < mean(dynamic, REWARD)).all()
-    assert (mean(q, REWARD)[~inside] > mean(dynamic, REWARD)).any()  # the region is what stops them
-
-
 @pytest.mark.parametrize("shift", [-0.7, 0.0, 0.4])
 def test_bco_loss_bounds_the_paired_loss_and_the_midpoint_bounds_it_best(shift):
     """Eq. 8: −log σ(w − l) ≤ −log σ(w − δ) − log σ(−(l − δ)), from σ(u + v) ≥ σ(u) σ(v); Eq. 9's δ narrows the gap."""
-    wins, losses, outcome = 2 * normal(6, seed=7), 2 * normal(4, seed=8), tensor(1, 0)
-    paired = -logsigmoid(wins.unsqueeze(1) - losses).mean()
-    assert L.bco_loss(torch.cat([wins, losses]), torch.arange(10) < 6, shift) > paired
-    for pair in torch.cartesian_prod(wins, losses):
-        u, v = pair[0] - shift, shift - pair[1]
-        gap = (1 + ((-u).exp() + (-v).exp()) / (1 + (-u - v).exp())).log()
-        close(L.bco_loss(pair, outcome, shift), gap - logsigmoid(u + v))
-        assert L.bco_loss(pair, outcome, L.reward_shift(pair, outcome)) <= L.bco_loss(pair, outcome, shift)
+    outcome = tensor(1, 0)
+    for pair in 2 * normal(20, 2, seed=7):
+        bound = L.bco_loss(pair, outcome, shift)
+        assert -logsigmoid(pair[0] - pair[1]) < L.bco_loss(pair, outcome, L.reward_shift(pair, outcome)) <= bound
 
 
 @pytest.mark.parametrize("beta", [0.5, 1.0])
@@ -152,23 +129,6 @@ def test_exact_steps_with_the_fixed_prior_reach_the_ceiling_at_once_and_stay():
         teacher = nearest(teacher, tilt(REF, REWARD, 0.5)[0])
         student = nearest(student, teacher.softmax(-1).detach())
         close(J(student.softmax(-1), REF, REWARD, 0.5), 0.5 * log(1 - P + P * exp(2)), tol=1e-9)
-
-
-def test_j_falls_in_restricted_families_though_both_steps_are_globally_optimal():
-    """Second counterexample to Proposition 1, from π_ref, where both priors agree. Only the first response is right.
-    The teacher moves mass between the third and the first two, the student between the second and the others: the
-    teacher raises the first and, tied to it, the second, and the student can follow in the second alone."""
-    ref, reward, beta, grid = tensor(0.2, 0.3, 0.5), tensor(1, 0, 0), 0.5, torch.arange(1, 10_000, dtype=f64) / 10_000
-    teachers = torch.stack([0.4 * grid, 0.6 * grid, 1 - grid], -1)
-    students = torch.stack([2 / 7 * (1 - grid), grid, 5 / 7 * (1 - grid)], -1)
-    star, _ = tilt(ref, reward, beta)
-    q = teachers[KL(teachers, star).argmin()]  # the E-step's global minimum
-    pi = students[KL(students, q).argmin()]  # the M-step's
-    b, odds = 1 / (1 + exp(-0.4 / beta)), 3 / 7 * exp(5 / 7 * 0.4 / beta)  # the two minima in closed form
-    close(q, [0.4 * b, 0.6 * b, 1 - b], tol=1e-4)
-    close(pi, [2 / 7 / (1 + odds), odds / (1 + odds), 5 / 7 / (1 + odds)], tol=1e-4)
-    assert KL(q, star) < KL(ref, star) - 0.07 and KL(pi, q) < KL(ref, q) - 0.03
-    close(torch.stack([J(x, ref, reward, beta) for x in (ref, q, pi)]), [0.2, 0.2390, 0.1432], tol=1e-4)
 
 
 def test_an_m_step_lowers_j_by_at_most_2_beta_times_the_teachers_log_error():
@@ -226,6 +186,7 @@ def tree(vocab, max_tokens, eos, rewards):
 
 
 EQUAL = tree(3, 2, None, [0, 1, 0, 0, 0, 1, 1, 0, 0])  # nine responses of two tokens
+SHORT = tree(3, 2, 2, [0] * 7)  # seven of one or two tokens
 UNEQUAL = tree(3, 3, 2, [0, 1, 0, 0, 0, 1, 1, 0, 0, 1, 0, 0, 0, 0, 1])  # fifteen of one to three, eight without EOS
 
 
@@ -238,25 +199,6 @@ def groups(pi, group_size):
     """Every group that can be drawn, one after the other: its rows, and what each row weighs in the expected mean."""
     drawn = torch.cartesian_prod(*[torch.arange(len(pi))] * group_size).view(-1, group_size)  # (N^G, G)
     return drawn.flatten(), pi[drawn].prod(1).repeat_interleave(group_size) / group_size
-
-
-@pytest.mark.parametrize("kind", L.DIVERGENCES)
-@pytest.mark.parametrize("token_mean", [False, True])
-def test_distillation_loss_follows_the_divergence_with_the_visits_frozen(kind, token_mean):
-    """Eq. 10 and Eq. 2: Σ_s w(s) ∇D(π(·|s), q(·|s)), w(s) the sum over responses through s of π(y), or of π(y)/|y|."""
-    x = UNEQUAL
-    per_token = L.distillation_loss(x.z[x.states], x.teacher[x.states], kind)
-    loss = average(per_token, x.mask, x.pi if token_mean else x.pi * x.length)
-    share = (x.pi / x.length if token_mean else x.pi).unsqueeze(1) * x.mask
-    visits = torch.stack([share[x.states == s].sum() for s in range(len(x.z))]).unsqueeze(1)
-    S, T = x.z.detach().softmax(-1), x.teacher.softmax(-1)
-    log_ratio, log_mixed = (S / T).log(), (S / (0.5 * S + 0.5 * T)).log()
-    by_hand = {
-        "kl_student_teacher": S * (log_ratio - mean(S, log_ratio).unsqueeze(1)),
-        "kl_teacher_student": S - T,
-        "js": 0.5 * S * (log_mixed - mean(S, log_mixed).unsqueeze(1)),
-    }
-    close(gradient(loss, x.z), visits * by_hand[kind])
 
 
 def test_the_m_step_follows_the_sequence_kl_without_its_score_function_term():
@@ -295,52 +237,13 @@ def test_grpo_follows_g_minus_1_over_g_of_the_policy_gradient_at_equal_lengths(g
             assert torch.cosine_similarity(followed.flatten(), -exact.flatten(), dim=0) < 0.97
 
 
-def test_reshape_and_joint_follow_one_gradient_at_equal_lengths_only():
-    """B.23 and B.24 at ratio 1 with KL(π‖q) over all tokens: E_a[(log q − log π) ∇log π] = −∇KL(π‖q) at each prefix."""
-    for x in (EQUAL, UNEQUAL):
-        A = x.reward - mean(x.pi, x.reward)
-        reshape = L.grpo_loss(x.logp, x.logp, L.reshaped_advantages(A, x.teacher_logp, x.logp, w_rl=0.7, w_opd=0.4))
-        distilled = L.distillation_loss(x.z[x.states], x.teacher[x.states], "kl_student_teacher")
-        joint = 0.7 * L.grpo_loss(x.logp, x.logp, A) + 0.4 * distilled
-        gap = gradient(average(reshape - joint, x.mask, x.pi), x.z).abs().max()
-        assert gap < 1e-12 if x is EQUAL else gap > 0.02
-
-
-@pytest.mark.parametrize("one_class_too", [False, True])
-def test_bco_loss_at_a_fixed_shift_follows_the_enumerated_classifiers_loss(one_class_too):
-    """Eq. 9 over every batch of 3: Σ_y c ∇log q(y), c = −β π(y)/p σ(δ − r~) on successes, β π(y)/(1 − p) σ(r~ − δ) on
-    failures, exact over batches of both. Counting the others, a class loses those without it, (1 − p)³ or p³."""
-    x, beta, shift, total, weight = EQUAL, 0.5, 0.2, 0.0, 0.0
-    implicit = L.implicit_reward(x.logp, x.teacher_logp, x.mask, beta)  # here z is the E-step's teacher: it is live
-    sampler, p = x.log_q.exp(), mean(x.log_q.exp(), x.reward)
-    for rows in torch.cartesian_prod(*[torch.arange(9)] * 3):
-        if one_class_too or 0 < x.reward[rows].sum() < 3:
-            total = total + sampler[rows].prod() * L.bco_loss(implicit[rows], x.reward[rows], shift)
-            weight += sampler[rows].prod()
-    success, failure = (1 - (1 - p) ** 3, 1 - p**3) if one_class_too else (1.0, 1.0)
-    sigma = torch.sigmoid(implicit.detach() - shift)
-    c = beta * sampler * torch.where(x.reward == 1, -success / p * (1 - sigma), failure / (1 - p) * sigma)
-    close(gradient(total / weight, x.z), torch.einsum("n,ntsv->sv", c, x.score))
-
-
-@pytest.mark.parametrize("kind", L.DIVERGENCES)
-@pytest.mark.parametrize("k", [1, 2, 4])
-def test_the_divergence_with_a_tail_is_a_lower_bound_met_by_proportional_tails(kind, k):
-    """Eq. 2 and 10 with top_k, by the data processing inequality: pooled tokens lose what their ratios differ in."""
-    student, teacher = normal(1, 500, 6, seed=30), normal(1, 500, 6, seed=31)
-    assert (L.distillation_loss(student, teacher, kind, k) < L.distillation_loss(student, teacher, kind)).all()
-    top = student.topk(k).indices
-    teacher = (student - 0.7).scatter(-1, top, teacher.gather(-1, top))
-    close(L.distillation_loss(student, teacher, kind, k), L.distillation_loss(student, teacher, kind))
-
-
 # ---- DistIL (arXiv 2606.05152): a cross-entropy whose visits are not frozen ------------------------------
 #
 # L = E_{y~π} Σ_t CE_t,  CE_t = H(sg T(·|s_t, C), π(·|s_t)).  With advantages A_t = −(c_t − b_t), c_t = Σ_{i>t} CE_i,
 #     distil_norm=constant   row loss = (1/L) Σ_t (CE_t + PG_t(A_t)), L a constant (here 1)
 #     distil_norm=length     row loss = mean_t (CE_t + PG_t(A_t / |y|))
 # A group of one has no baseline. That b_t divides by G − 1 and counts a row that has ended as 0 moves no expectation
-# here, and i > t against i ≥ t moves few: tests/test_losses.py holds these by value.
+# here: tests/test_losses.py holds these by value, and that i > t is strict.
 
 
 def disagreement(x, teacher):
@@ -394,299 +297,151 @@ def test_a_student_equal_to_its_teacher_is_still_moved_to_shorter_responses():
     assert torch.cosine_similarity(pull.flatten(), longer.flatten(), dim=0) > 0.99  # and the step is against both
 
 
-def test_a_cost_to_go_that_includes_the_present_token_has_the_same_expectation():
-    """E[∇log π(y_t|s_t) CE_t] = 0: CE_t is known before y_t is drawn. i ≥ t is as exact as i > t, only noisier, and no such
-    expectation proves the code strict. (One does where a sampled CE_t depends on y_t: below.)"""
-    for x in (EQUAL, UNEQUAL):
-        cost, rows = disagreement(x, x.teacher[x.states]), torch.arange(len(x.pi))
-        later = L.cost_to_go(cost, x.mask)
-        for c in (later, later + cost.detach()):
-            close(followed(x, cost, -c, rows, x.pi), exact_gradient(x, cost))
-
-
-def with_samples(x, coupled):
-    """Every response of x with every draw of a_t ~ T(·|s_t) beside each of its tokens: rows, the draws, probabilities.
-    coupled: y_t and a_t are read off one uniform number by their distribution functions, as a shared seed would do."""
-    N, T = x.tokens.shape
-    rows = torch.arange(N).repeat_interleave(x.vocab**T)
-    samples = torch.cartesian_prod(*[torch.arange(x.vocab)] * T).repeat(N, 1)  # (N V^T, T)
-    pi, teacher = x.z.detach().softmax(-1), x.teacher.softmax(-1)
-    joint = pi.unsqueeze(-1) * teacher.unsqueeze(-2)  # (S, V, V) of (y_t, a_t), here independent
-    if coupled:  # the length of the piece of [0, 1] that gives both
-        y_end, a_end = pi.cumsum(-1).unsqueeze(-1), teacher.cumsum(-1).unsqueeze(-2)
-        y_start, a_start = y_end - pi.unsqueeze(-1), a_end - teacher.unsqueeze(-2)
-        joint = (torch.minimum(y_end, a_end) - torch.maximum(y_start, a_start)).clamp(min=0)
-        close(joint.sum(-1), pi)
-        close(joint.sum(-2), teacher)
-    states, tokens, mask = x.states[rows], x.tokens[rows], x.mask[rows]
-    on_padding = teacher[0].gather(0, samples.flatten()).view_as(samples)  # drawn there too, and to be ignored
-    return rows, samples, torch.where(mask, joint[states, tokens, samples], on_padding).prod(1)
-
-
-@pytest.mark.parametrize("coupled", [False, True])
-@pytest.mark.parametrize("group_size", [1, 2])
-def test_one_teacher_sample_per_position_keeps_the_gradient_exact(group_size, coupled):
-    """Black-box expert: −log π(a_t|s_t), a_t ~ T(·|s_t), in the place of CE_t everywhere. The expectation is
-    E_y[Σ_t E_a[−∇log π(a_t|s_t)] + Σ_t ∇log π(y_t|s_t) Σ_{i>t} E_a[−log π(a_i|s_i)]]: no two draws are multiplied, so
-    the same ones may serve both terms, and all that is asked of a_i is that its law given s_i is T. A shared random
-    number for y_i and a_i does no harm to i > t. It does to i ≥ t, 76 percent: then E[∇log π(y_t) log π(a_t)] ≠ 0."""
-    x = tree(3, 2, 2, [0] * 7)  # seven responses of one or two tokens
-    exact = exact_gradient(x, disagreement(x, x.teacher[x.states]))
-    row, samples, p = with_samples(x, coupled)
-    close(p.sum(), 1.0)
-    drawn = SimpleNamespace(z=x.z, logp=x.logp[row], mask=x.mask[row], length=x.length[row])
-    cost = -L.token_logp(x.z[x.states[row]], samples)
-    rows, weights = groups(p, group_size)
-    A = L.future_advantages(cost[rows], drawn.mask[rows], group_size)
-    close(followed(drawn, cost[rows], A, rows, weights), exact)
-    inclusive = followed(drawn, cost[rows], A - cost[rows].detach(), rows, weights)
-    if coupled:
-        assert off(inclusive, exact) == pytest.approx(0.76, abs=0.01)
-    else:
-        close(inclusive, exact)
-
-
 def with_places(x, m):
     """Every response of x with every choice of m of its |y| places (all of them where there are fewer), and at each chosen
     one every draw of a_t ~ T(·|s_t): rows, the draws, the weights |y| / m of the chosen places and 0, probabilities."""
     row, taken, share, p = [], [], [], []
     for n, length in enumerate(x.length.tolist()):
         subsets = list(combinations(range(length), min(m, length)))
-        for chosen in subsets:
-            for draw in product(range(x.vocab), repeat=len(chosen)):
-                tokens, weights, chance = [0] * x.tokens.shape[1], [0.0] * x.tokens.shape[1], x.pi[n] / len(subsets)
-                for t, token in zip(chosen, draw):
-                    tokens[t], weights[t] = token, length / len(chosen)
-                    chance = chance * x.teacher[x.states[n, t]].softmax(-1)[token]
-                row.append(n), taken.append(tokens), share.append(weights), p.append(chance)
+        for chosen, draw in product(subsets, product(range(x.vocab), repeat=min(m, length))):
+            tokens, weights, chance = [0] * x.tokens.shape[1], [0.0] * x.tokens.shape[1], x.pi[n] / len(subsets)
+            for t, token in zip(chosen, draw):
+                tokens[t], weights[t] = token, length / len(chosen)
+                chance = chance * x.teacher[x.states[n, t]].softmax(-1)[token]
+            for column, value in zip((row, taken, share, p), (n, tokens, weights, chance)):
+                column.append(value)
     return torch.tensor(row), torch.tensor(taken), torch.tensor(share, dtype=f64), torch.stack(p)
 
 
-@pytest.mark.parametrize("group_size", [1, 2])
-def test_an_expert_asked_at_m_random_places_of_a_response_keeps_the_gradient_exact(group_size):
-    """Served expert, constant norm: −log π(a_t|s_t) |y| / m at m of the |y| places, drawn without replacement, one token
-    at each, in local term and future costs alike. A place is chosen with probability m / |y| whatever the others are, and
-    no cost is multiplied by another, so both terms expect the full sums, the baseline's as well. Without the weights it
-    is off by 42 percent (one of at most two places), 59 (one of three) and 27 (two of three)."""
-    small = tree(3, 2, 2, [0] * 7)
-    cases = [(small, 1, 0.42)] + [(UNEQUAL, 1, 0.59), (UNEQUAL, 2, 0.27)] * (group_size == 1)
-    for x, m, unweighed in cases:
-        exact = exact_gradient(x, disagreement(x, x.teacher[x.states]))
-        row, taken, share, p = with_places(x, m)
-        close(p.sum(), 1.0)
-        asked = SimpleNamespace(z=x.z, logp=x.logp[row], mask=x.mask[row], length=x.length[row])
-        cost, (rows, weights) = -L.token_logp(x.z[x.states[row]], taken), groups(p, group_size)
+@pytest.mark.parametrize("x, m, group_size, unweighed", [
+    (SHORT, 1, 1, 0.42), (SHORT, 1, 2, 0.42), (SHORT, 2, 2, 0), (UNEQUAL, 1, 1, 0.59), (UNEQUAL, 2, 1, 0.27), (UNEQUAL, 3, 1, 0),
+])  # fmt: skip
+def test_an_expert_asked_for_one_token_at_m_random_places_keeps_the_gradient_exact(x, m, group_size, unweighed):
+    """Black-box expert: −log π(a_t|s_t) |y| / m, a_t ~ T(·|s_t), at m of the |y| places, drawn without replacement, in the
+    place of CE_t in local term and future costs alike. A place is chosen with probability m / |y| whatever the others are,
+    and no cost is multiplied by another, so both terms expect the full sums, the baseline's as well. With fewer places
+    than tokens it is far off without the weights."""
+    exact = exact_gradient(x, disagreement(x, x.teacher[x.states]))
+    row, taken, share, p = with_places(x, m)
+    close(p.sum(), 1.0)
+    asked = SimpleNamespace(z=x.z, logp=x.logp[row], mask=x.mask[row], length=x.length[row])
+    cost, (rows, weights) = -L.token_logp(x.z[x.states[row]], taken), groups(p, group_size)
 
-        def estimate(share):
-            A = L.future_advantages((cost * share)[rows], asked.mask[rows], group_size)
-            return followed(asked, (cost * share)[rows], A, rows, weights)
+    def estimate(share):
+        A = L.future_advantages((cost * share)[rows], asked.mask[rows], group_size)
+        return followed(asked, (cost * share)[rows], A, rows, weights)
 
-        close(estimate(share), exact)
-        assert off(estimate((share > 0).to(f64)), exact) == pytest.approx(unweighed, abs=0.01)
+    close(estimate(share), exact)
+    assert off(estimate((share > 0).to(f64)), exact) == pytest.approx(unweighed, abs=0.01)
 
 
 def test_the_length_norm_weighs_the_future_by_1_over_the_length():
-    """mean_t (CE_t + PG_t(A_t/|y|)) divides the local term by |y| and the future by |y|². Where every |y| is T that
-    follows (local + future/T)/T, no multiple of ∇L. At unequal lengths 1/|y| is besides a weight that depends on y,
-    also on the baseline, whose product with ∇log π then no longer has the mean 0.
+    """mean_t (CE_t + PG_t(A_t/|y|)) divides the local term by |y| and the future by |y|². Where every |y| is T that follows
+    (local + future/T)/T, no multiple of ∇L. At unequal lengths 1/|y| is besides a weight that depends on y: at its best
+    scale the estimate is 21 percent off the exact gradient, and 25 with the baseline, which 1/|y| makes move it."""
 
-    Off the exact gradient, each at its best scale:      two tokens    one to three, without and with the baseline
-        as it is, mean_t (CE_t + PG_t(A_t/|y|))              7 %           21 %    25 %
-        without the second 1/|y|, mean_t (CE_t + PG_t(A_t))  0 %            8 %    23 %
-        the local term alone, Σ_t CE_t                      13 %           30 %
-    """
+    def length_norm(x, cost, group_size):
+        rows, weights = groups(x.pi, group_size)
+        A = L.future_advantages(cost[rows], x.mask[rows], group_size) / x.length[rows].unsqueeze(1)
+        per_token = cost[rows] + L.grpo_loss(x.logp[rows], x.logp[rows].detach(), A)
+        return gradient(average(per_token, x.mask[rows], weights), x.z)
 
-    def direction_off(g, exact):  # the least of off(k g, exact) over k
-        return off(g * (g * exact).sum() / g.square().sum(), exact)
-
-    found = []
-    for x in (EQUAL, UNEQUAL):
-        cost = disagreement(x, x.teacher[x.states])
-        exact, zero = exact_gradient(x, cost), torch.zeros_like(cost)
-        local = followed(x, cost, zero, torch.arange(len(x.pi)), x.pi)
-        found.append([direction_off(local, exact)])
-        for G in (1, 2, 3):
-            rows, weights = groups(x.pi, G)
-            A, length = L.future_advantages(cost[rows], x.mask[rows], G), x.length[rows].unsqueeze(1)
-            for divided in (A / length, A):
-                per_token = cost[rows] + L.grpo_loss(x.logp[rows], x.logp[rows].detach(), divided)
-                g = gradient(average(per_token, x.mask[rows], weights), x.z)
-                if x is EQUAL:
-                    close(g, (local + (exact - local) / (1 if divided is A else 2)) / 2)
-                found[-1].append(direction_off(g, exact))
-    assert found[0] == pytest.approx([0.127, 0.067, 0, 0.067, 0, 0.067, 0], abs=0.005)
-    assert found[1] == pytest.approx([0.297, 0.214, 0.082, 0.246, 0.233, 0.246, 0.233], abs=0.005)
+    x, cost = EQUAL, disagreement(EQUAL, EQUAL.teacher[EQUAL.states])
+    local, exact = gradient(mean(x.pi, cost.sum(1)), x.z), exact_gradient(x, cost)
+    close(length_norm(x, cost, 1), (local + (exact - local) / 2) / 2)
+    close(length_norm(x, cost, 2), length_norm(x, cost, 1))
+    x, cost = UNEQUAL, disagreement(UNEQUAL, UNEQUAL.teacher[UNEQUAL.states])
+    exact = exact_gradient(x, cost)
+    for group_size, expected in ((1, 0.214), (2, 0.246)):
+        g = length_norm(x, cost, group_size)
+        assert off(g * (g * exact).sum() / g.square().sum(), exact) == pytest.approx(expected, abs=0.005)
 
 
-@pytest.mark.parametrize("told", ["failures", "both"])
-def test_feedback_on_the_response_itself_makes_past_disagreement_count(told):
+@pytest.mark.parametrize("told, share", [("failures", 0.071), ("both", 0.33)])
+def test_feedback_on_the_response_itself_makes_past_disagreement_count(told, share):
     """C = C(y): told of failures, T lowers the logits of a wrong y's own tokens by 2; told both, it also raises a right
     y's. Then CE_i for i ≤ t depends on y_t as well, through C, and the exact gradient charges a decision with the whole
-    Σ_i CE_i. Strict cost to go lacks E Σ_t ∇log π(y_t|s_t) Σ_{i≤t} CE_i: 7 percent off (failures), 33 (both). i ≥ t has
-    one term of that and is 6 and 29 off. The baseline, of rows with contexts of their own, does not change that."""
-    x = UNEQUAL
+    Σ_i CE_i. Strict cost to go lacks E Σ_t ∇log π(y_t|s_t) Σ_{i≤t} CE_i: 7 percent (failures), 33 (both)."""
+    x, rows = UNEQUAL, torch.arange(len(UNEQUAL.pi))
     sign = 2 * x.reward - 1 if told == "both" else x.reward - 1
     cost = disagreement(x, x.teacher[x.states] + 2 * sign.view(-1, 1, 1) * one_hot(x.tokens, 3))
-    exact, rows = exact_gradient(x, cost), torch.arange(len(x.pi))
-    later = L.cost_to_go(cost, x.mask)
     whole = (cost.detach() * x.mask).sum(1, keepdim=True).expand_as(cost)
-    strict, inclusive, full = (followed(x, cost, -c, rows, x.pi) for c in (later, later + cost.detach(), whole))
-    close(full, exact)
-    close(strict + torch.einsum("n,nt,ntsv->sv", x.pi, whole - later, x.score), exact)
-    expected = (0.33, 0.29) if told == "both" else (0.071, 0.058)
-    assert (off(strict, exact), off(inclusive, exact)) == pytest.approx(expected, abs=0.01)
-    pairs, weights = groups(x.pi, 2)
-    A = L.future_advantages(cost[pairs], x.mask[pairs], 2)
-    close(followed(x, cost[pairs], A, pairs, weights), strict)
+    exact, strict = exact_gradient(x, cost), followed(x, cost, -L.cost_to_go(cost, x.mask), rows, x.pi)
+    close(followed(x, cost, -whole, rows, x.pi), exact)
+    assert off(strict, exact) == pytest.approx(share, abs=0.01)
 
 
-@pytest.mark.parametrize("group_size", [2, 3])
-@pytest.mark.parametrize("successes_alone", [False, True])
-def test_a_siblings_response_as_context_is_exact_with_its_law_frozen(
-    successes_alone, group_size
-):
-    """Each row reads the row before it in its group, y': T raises the logits along y' by 1. Where right siblings alone
-    are read, a row without one is not counted. Without a baseline the strict estimate is exact for contexts of frozen
-    law, ∇E_{y'~sg π} E_{y~π} Σ_t CE_t(y, y'), as y' is independent of y. Two things are not in order. First, the
-    baseline of y' holds the cost of its reader, which depends on y'. Second, the whole gradient has besides
-    E[∇log π(y') Σ_t CE_t(y, y')], y' as somebody's context; for right siblings alone it mostly asks to have none.
-
-    Off, in percent:                                           any sibling, G = 2, 3    a right one, G = 2, 3
-        baseline against frozen law                               2, 1                    15, 7
-        frozen law against whole gradient                        14                       84
-        baseline against whole gradient                          17, 16                   88, 86
-    """
+@pytest.mark.parametrize("successes_alone, shares", [(False, (0.020, 0.144)), (True, (0.149, 0.841))])
+def test_a_siblings_response_as_context_is_exact_with_its_law_frozen(successes_alone, shares):
+    """Each row of a pair reads the other: T raises the logits along y' by 1. Where right siblings alone are read, a row
+    without one is not counted. Without a baseline the strict estimate is exact for contexts of frozen law,
+    ∇E_{y'~sg π} E_{y~π} Σ_t CE_t(y, y'), as y' is independent of y. Two things are not in order. First, the baseline of y'
+    holds the cost of its reader, which depends on y' (2 percent; 15 for right siblings). Second, the whole gradient has
+    besides E[∇log π(y') Σ_t CE_t(y, y')], y' as somebody's context (14 percent; 84)."""
     x, N = UNEQUAL, len(UNEQUAL.pi)
-    along = torch.stack(
-        [(one_hot(x.states[n], len(x.z)) * x.mask[n].unsqueeze(-1)).T @ one_hot(x.tokens[n], 3) for n in range(N)]
-    )
+    along = torch.stack([(one_hot(x.states[n], len(x.z)) * x.mask[n].unsqueeze(-1)).T @ one_hot(x.tokens[n], 3) for n in range(N)])
     cost = torch.stack([disagreement(x, (x.teacher + path)[x.states]) for path in along])  # (N of y', N of y, T)
     told = x.reward if successes_alone else torch.ones(N, dtype=f64)
     total, pi = (cost * x.mask).sum(2) * told.unsqueeze(1), x.log_pi.exp()
     frozen, exact = (gradient((law.unsqueeze(1) * pi * total).sum(), x.z) for law in (x.pi, pi))
 
-    rows, weights = groups(x.pi, group_size)
-    before = rows.view(-1, group_size).roll(1, dims=1).flatten()
+    rows, weights = groups(x.pi, 2)
+    before = rows.view(-1, 2).flip(1).flatten()
     cost, counted = cost[before, rows], told[before]
-    alone, others = (L.future_advantages(cost, x.mask[rows], n, counted) for n in (1, group_size))
+    alone, others = (L.future_advantages(cost, x.mask[rows], n, counted) for n in (1, 2))
     without, with_baseline = (followed(x, cost, A, rows, weights * counted) for A in (alone, others))
     close(without, frozen)
-    if group_size == 3:  # a baseline without the reader's row, of the row that is read, is exact again
-        c = L.cost_to_go(cost, x.mask[rows]) * counted.unsqueeze(1)
-        read = c.view(-1, 3, c.shape[1]).roll(1, dims=1).view_as(c)
-        close(followed(x, cost, (read - c) * x.mask[rows], rows, weights * counted), frozen)
-    reader = torch.einsum("c,n,cn,ctsv->sv", x.pi, x.pi, total.detach(), x.score)
-    close(frozen + reader, exact)
-    expected = {
-        (False, 2): (0.020, 0.144, 0.167),
-        (False, 3): (0.010, 0.144, 0.156),
-        (True, 2): (0.149, 0.841, 0.875),
-        (True, 3): (0.071, 0.841, 0.856),
-    }[successes_alone, group_size]
-    found = (off(with_baseline, frozen), off(frozen, exact), off(with_baseline, exact))
-    assert found == pytest.approx(expected, abs=0.005)
+    assert (off(with_baseline, frozen), off(frozen, exact)) == pytest.approx(shares, abs=0.005)
 
 
 # ---- OVD (arXiv 2601.21968, first version): responses that the teacher wrote ------------------------------
 
 
-def imitated(x, A, ratio, wide=True):
+def imitated(x, A, ratio, limits=(1.0, 1e9, 1e9)):
     """The gradient of the OVD objective Σ_t PG_t(A) (the loss's, with its sign turned) on demonstrations y ~ q. A: (N,).
-    ratio: teacher or one, --ovd_ratio. wide: with nothing clipped."""
+    ratio: teacher or one, --ovd_ratio. limits: of the ratio, here such that nothing is clipped."""
     before = x.teacher_logp if ratio == "teacher" else x.logp.detach()
-    limits = (1.0, 1e9, 1e9) if wide else ()
     return -gradient(average(L.grpo_loss(x.logp, before, A, *limits), x.mask, x.log_q.exp() * x.length), x.z)
 
 
-def apart(g, exact):
-    """The norm of the difference in percent of the exact one's, and the cosine in percent."""
-    return round(100 * off(g, exact)), round(100 * torch.cosine_similarity(g.flatten(), exact.flatten(), dim=0).item())
-
-
-def test_a_demonstration_of_one_token_has_the_students_policy_gradient():
-    """ρ = π/q: E_q[ρ A ∇log π] = E_π[A ∇log π]. With sg π in the place of q it is imitation by advantage, E_q[A ∇log π]:
-    193 percent off here (cosine .93). With ρ from 0.2 to 5.2 the limits .8, 1.28 and 3 undo it, 105 percent (.43)."""
-    x = tree(5, 1, None, [1, 0, 0, 1, 0])
-    A = x.reward - 0.4
-    exact = gradient(mean(x.log_pi.exp(), A), x.z)
-    close(imitated(x, A, "teacher"), exact)
-    close(imitated(x, A, "one"), gradient(mean(x.log_q.exp(), A * x.log_pi), x.z))
-    assert apart(imitated(x, A, "one"), exact) == (193, 93)
-    assert apart(imitated(x, A, "teacher", wide=False), exact) == (105, 43)
-
-
-def test_in_longer_demonstrations_prefix_and_continuation_stay_the_teachers():
+@pytest.mark.parametrize("x", [tree(5, 1, None, [1, 0, 0, 1, 0]), EQUAL, UNEQUAL], ids=["one token", "equal", "unequal"])
+def test_in_demonstrations_prefix_and_continuation_stay_the_teachers(x):
     """E_q[Σ_t ρ_t A ∇log π(y_t|s_t)] = Σ_t E_{s_t~q} Σ_a π(a|s_t) ∇log π(a|s_t) Q(s_t, a), Q the mean A where q goes on: exact
-    for a token, at prefixes and with continuations that are the teacher's, so that a constant in A adds nothing, as in the
-    policy gradient E_π[A ∇log π(y)], which the product of all ratios would give. With ratio one it is E_q[A ∇log π(y)],
-    to which a constant adds the whole E_q[∇log π]. Off the policy gradient in percent, and the cosine:
-                                       two tokens    one to three
-        ratio to the teacher              76, .65       162, .16
-        ratio one, A = r − 0.4           107, .36       196, .08
-        ratio one, A = r                 176, .11       138, .05"""
-    for x, expected in ((EQUAL, [(76, 65), (107, 36), (176, 11)]), (UNEQUAL, [(162, 16), (196, 8), (138, 5)])):
-        A, q, z = x.reward - 0.4, x.log_q.exp(), x.z.detach()
-        exact, by_hand = gradient(mean(x.log_pi.exp(), A), x.z), torch.zeros_like(z)
-        for s in range(len(z)):
-            here = ((x.states == s) & x.mask).any(1)  # responses through s, each of which stands on it once
-            taken = (x.tokens * ((x.states == s) & x.mask)).sum(1)
-            for a, p in enumerate(z[s].softmax(-1)):
-                after = q * here * (taken == a)
-                Q = mean(after, A) / after.sum()
-                by_hand[s] += (q * here).sum() * p * Q * (one_hot(torch.tensor(a), x.vocab) - z[s].softmax(-1))
-        close(imitated(x, A, "teacher"), by_hand)
-        close(imitated(x, x.reward, "teacher"), by_hand)
-        close(imitated(x, A, "one"), gradient(mean(q, A * x.log_pi), x.z))
-        close(imitated(x, A * (x.log_pi.detach() - x.log_q).exp(), "one"), exact)
-        estimates = imitated(x, A, "teacher"), imitated(x, A, "one"), imitated(x, x.reward, "one")
-        assert [apart(g, exact) for g in estimates] == expected
-
-
-def change_of_reward(loss, z, reward, natural):
-    """First-order change of E_π[r] by a descent step Δz on the loss, for each row of logits z (M, V), g = ∇_z loss.
-
-    Plain: Δz = −g. Natural: Δz = −F⁺ g, F = diag(π) − π πᵀ the Fisher matrix of softmax logits. As Σ g = 0,
-    F (−g/π) = −g + π Σ g = −g, so Δz = −g/π up to a constant. Log π moves by Δz less its mean, which is E_π[−g/π] = 0,
-    so by −g/π as well, and π by −g: ΔE[r] = −Σ_a r_a g_a.
-    """
-    pi, g = z.softmax(-1), gradient(loss.sum(), z)
-    step = -g / pi if natural else -g
-    if natural:
-        fisher = torch.diag_embed(pi) - pi.unsqueeze(-1) * pi.unsqueeze(-2)
-        close((fisher @ step.unsqueeze(-1)).squeeze(-1), -g, tol=1e-10)
-    return (gradient(mean(pi, reward).sum(), z) * step).sum(-1).detach()
-
-
-def bandit_losses(z, teacher):
-    log_pi, log_t = z.log_softmax(-1), teacher.log()
-    return {"ce": L.cross_entropy(log_t, log_pi)} | {kind: L.divergence(log_pi, log_t, kind) for kind in L.DIVERGENCES}
+    for a token, at prefixes and with continuations that are the teacher's, so that a constant in A adds nothing. For one
+    token that is the policy gradient E_π[A ∇log π(y)]; for more the product of all ratios would give it. With ratio one
+    it is imitation by advantage, E_q[A ∇log π(y)], to which a constant adds the whole E_q[∇log π]."""
+    A, q, z = x.reward - 0.4, x.log_q.exp(), x.z.detach()
+    exact, by_hand = gradient(mean(x.log_pi.exp(), A), x.z), torch.zeros_like(z)
+    for s in range(len(z)):
+        here = ((x.states == s) & x.mask).any(1)  # responses through s, each of which stands on it once
+        taken = (x.tokens * ((x.states == s) & x.mask)).sum(1)
+        for a, p in enumerate(z[s].softmax(-1)):
+            after = q * here * (taken == a)
+            Q = mean(after, A) / after.sum()
+            by_hand[s] += (q * here).sum() * p * Q * (one_hot(torch.tensor(a), x.vocab) - z[s].softmax(-1))
+    close(imitated(x, A, "teacher"), by_hand)
+    close(imitated(x, x.reward, "teacher"), by_hand)
+    close(imitated(x, A, "one"), gradient(mean(q, A * x.log_pi), x.z))
+    close(imitated(x, A * (x.log_pi.detach() - x.log_q).exp(), "one"), exact)
+    assert (off(by_hand, exact) < 1e-12) == (x.vocab == 5) and off(imitated(x, A, "one"), exact) > 1
+    assert off(imitated(x, A, "teacher", limits=()), by_hand) > 0.1  # the usual limits are felt
 
 
 def test_a_natural_step_on_cross_entropy_never_lowers_the_reward():
-    """DistIL's bandit: one state, r in {0, 1}, E_T[r] ≥ E_π[r]. For CE, and KL(T‖π) with the same gradient, g = π − T:
-    Δlog π = T/π − 1, ΔE[r] = E_T[r] − E_π[r] ≥ 0. For KL(π‖T) ΔE[r] = −Cov_π(r, log π/T), for JS −½ Cov_π(r, log π/M):
-    18 and 10 percent of these draws lose reward. All of them have several right actions: with one, log π/T ≤ 0 there,
-    and over the wrong ones its mean is ≥ 0 (Jensen). The claim is the natural gradient's alone: by a plain gradient
-    step on the logits CE loses reward in 18 percent of the draws, also where one action is right."""
+    """DistIL's bandit: one state, r in {0, 1}, E_T[r] ≥ E_π[r]. The gradient of CE in the logits is g = π − T. A natural step
+    −F⁺ g, F = diag(π) − π πᵀ the Fisher matrix, is −g/π up to a constant, as F (−g/π) = −g, moves π by −g to first order,
+    and ΔE[r] = −Σ_a r_a g_a = E_T[r] − E_π[r] ≥ 0. For KL(π‖T) it is −Cov_π(r, log π/T): 18 percent of these draws lose
+    reward. The claim is the natural gradient's alone: by a plain step −g CE loses it in 18 percent as well."""
     pi, teacher, reward = draws(20_000, 5, seed=40), draws(20_000, 5, seed=41), (normal(20_000, 5, seed=42) > 0).to(f64)
     better = mean(teacher, reward) >= mean(pi, reward)
     z, teacher, reward = pi[better].log().requires_grad_(), teacher[better], reward[better]
-    pi, one = pi[better], reward.sum(-1) == 1
-    natural, plain = (
-        {kind: change_of_reward(loss, z, reward, n) for kind, loss in bandit_losses(z, teacher).items()}
-        for n in (True, False)
-    )
-    assert len(z) > 10_000 and one.sum() > 1000
-    for kind in ("ce", "kl_teacher_student"):
-        close(natural[kind], mean(teacher, reward) - mean(pi, reward), tol=1e-10)
-        assert natural[kind].min() >= -1e-10
-        assert plain[kind][one].min() < -0.005 and plain[kind][~one].min() < -0.1
-        assert (plain[kind] < -1e-10).to(f64).mean() == pytest.approx(0.18, abs=0.01)
-    for kind, other, scale, share in (
-        ("kl_student_teacher", teacher, 1, 0.18),
-        ("js", 0.5 * (pi + teacher), 0.5, 0.10),
-    ):
-        ratio = (pi / other).log()
-        close(natural[kind], -scale * (mean(pi, reward * ratio) - mean(pi, reward) * mean(pi, ratio)), tol=1e-10)
-        assert natural[kind][one].min() >= -1e-10 and natural[kind][~one].min() < -0.05
-        assert (natural[kind] < -1e-10).to(f64).mean() == pytest.approx(share, abs=0.01)
+    pi, change, pair = pi[better], {}, (z.log_softmax(-1), teacher.log())
+    for name, loss in {"ce": L.cross_entropy(*pair[::-1]), "kl": L.divergence(*pair, "kl_student_teacher")}.items():
+        g, d_reward = gradient(loss.sum(), z), gradient(mean(z.softmax(-1), reward).sum(), z)
+        close(pi * (-g / pi) - pi * mean(pi, -g / pi).unsqueeze(-1), -g, tol=1e-10)  # F (−g/π)
+        change[name, "natural"], change[name, "plain"] = ((d_reward * step).sum(-1) for step in (-g / pi, -g))
+    close(change["ce", "natural"], mean(teacher, reward) - mean(pi, reward), tol=1e-10)
+    ratio = (pi / teacher).log()
+    close(change["kl", "natural"], mean(pi, reward) * mean(pi, ratio) - mean(pi, reward * ratio), tol=1e-10)
+    for case in (("ce", "plain"), ("kl", "natural")):
+        assert (change[case] < -1e-10).to(f64).mean() == pytest.approx(0.18, abs=0.01)

@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,11 +9,7 @@ import torch
 
 import losses
 import vpd
-
-ROOT = Path(__file__).parent.parent
-
-
-# ---- Pieces of a batch -------------------------------------------------------------------------------------
+from test_session import CHOICE, read_log, run, weights
 
 
 def test_batches_visit_every_problem_once_an_epoch_and_drop_the_incomplete_last():
@@ -50,62 +45,37 @@ def test_a_row_without_a_grade_has_an_advantage_of_0_and_not_of_a_rounding():
     assert not A[6:].any()
 
 
-# ---- Whole runs --------------------------------------------------------------------------------------------
-
-SMALL = ["--subset", "choice", "--prompts_per_batch", "4", "--minibatch_prompts", "4", "--group_size", "4",
-         "--max_response_tokens", "30", "--eval_samples", "1", "--dtype", "float64"]  # fmt: skip
-
-
-def run(out, *flags, steps=2):
-    method = flags[flags.index("--method") + 1] if "--method" in flags else "vpd"
-    vpd.main([*SMALL, *(["--e_minibatch_prompts", "4"] if method == "vpd" else []), "--steps", str(steps), "--out", str(out), *flags])
-    return read_log(out)
-
-
-def read_log(out):
-    def refuse(constant):
-        raise AssertionError(f"{constant} is not JSON")
-
-    return [json.loads(line, parse_constant=refuse) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-def weights(folder):
-    from safetensors.torch import load_file
-
-    return load_file(folder / "model.safetensors")
-
-
 @pytest.mark.parametrize("method", vpd.METHODS)
 def test_every_method_trains_and_writes_a_complete_run_directory(method, tmp_path, small_validation):
-    rows = run(tmp_path / "run", "--method", method, "--eval_every", "2", "--lr", "0.001")
-    assert [(row["kind"], row["step"]) for row in rows] == [("eval", 0), ("train", 0), ("train", 1), ("eval", 2)]
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["method"] == method and config["seed"] == 0 and "commit" in config and "command" in config
+    out, distils = tmp_path / "run", method in ("vpd", "sdpo", "joint")
+    trained = run(out, "--method", method, "--eval_every", "2", "--lr", "0.001")
+    rows = [(row["kind"], row["step"]) for row in read_log(out, None)]
+    assert rows == [("eval", 0), ("train", 0), ("train", 1), ("eval", 2)]
+    config = json.loads((out / "config.json").read_text())
+    assert config["method"] == method and config["seed"] == 0 and {"commit", "command"} <= config.keys()
     assert config["teacher"] == {"vpd": "live", "grpo": ""}.get(method, "ema")
-    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 2 * 8 and {"prompt", "response", "reward", "context"} <= samples[0].keys()
-    for row in (row for row in rows if row["kind"] == "train"):
+    for row in trained:
         assert math.isfinite(row["m_loss"]) and row["m_grad_norm"] > 0
         assert set(row["seconds"]) >= {"rollout", "verify", "freeze", "m_step", "sync"}
         assert row["sampler_gap"] < 1e-5 and row["mismatch_truncated"] is None  # transformers samples: no other engine
-        assert method != "grpo" or row["margin"] is None
-        assert method == "vpd" or row["e_loss"] is None
-        assert (row["divergence"] is not None) == (method in ("vpd", "sdpo", "joint"))
-        assert row["divergence"] is None or row["divergence"] > 1e-6  # the teacher does see something else
-    before, after = weights(ROOT / "tasks" / "toy_models" / "choice"), weights(tmp_path / "run" / "model")
+        assert (method != "grpo" or row["margin"] is None) and (method == "vpd" or row["e_loss"] is row["e_rows"] is None)
+        assert row["divergence"] > 1e-6 if distils else row["divergence"] is None  # the teacher does see something else
+    before, after = weights(CHOICE), weights(out / "model")
     assert any((before[k].double() - after[k].double()).abs().max() > 1e-6 for k in before)
-    assert (tmp_path / "run" / "best" / "config.json").exists()
+    assert (out / "best" / "config.json").exists()
 
 
 def test_a_delta_that_is_not_finite_skips_its_update_and_is_not_kept(tmp_path, monkeypatch):
     values = iter((math.inf, 2.0))
     monkeypatch.setattr(losses, "reward_shift", lambda *args: torch.tensor(next(values)))
-    rows = run(tmp_path / "run", "--e_step_every", "1", "--eval_every", "0", "--e_groups", "all")
+    rows = run(tmp_path / "run", "--e_step_every", "1", "--e_groups", "all")
     assert [(row["shift"], row["updates_not_finite"]) for row in rows] == [(None, 1), (2.0, 0)]
 
 
 def test_a_run_repeats_itself_and_another_seed_does_not(tmp_path):
-    logs = [run(tmp_path / out, "--eval_every", "0", "--seed", seed) for out, seed in (("a", "0"), ("b", "0"), ("c", "1"))]
+    logs = [run(tmp_path / out, "--seed", seed) for out, seed in (("a", "0"), ("b", "0"), ("c", "1"))]
     timed = ("seconds", "tokens_per_second")
     plain = [[{k: v for k, v in row.items() if k not in timed} for row in rows] for rows in logs]
     assert plain[0] == plain[1] != plain[2]
@@ -120,16 +90,13 @@ def test_a_smoke_run_of_a_real_task_walks_every_step(task, source, family, tmp_p
         pytest.importorskip(task)
     out = tmp_path / "run"
     vpd.main(["--task", task, "--smoke", family, "--feedback", source, "--out", str(out)])
-    rows = read_log(out)
-    trained = [row for row in rows if row["kind"] == "train"]
-    watched = [row for row in rows if row["kind"] == "eval"]
+    trained, watched = read_log(out), read_log(out, "eval")
     assert len(trained) == 2 and all(math.isfinite(row["m_loss"]) for row in trained)
     assert any(row["e_loss"] is not None for row in trained)  # random weights are right now and then
     assert sum(trained[0]["verdicts"].values()) == 32
     # Without validation problems the test problems are watched, and no weights are kept for doing well on them.
     split = "validation" if task == "reasoning_gym" else "test"
     assert [row["split"] for row in watched] == [split] * 2 and (out / "best").exists() == (split == "validation")
-    if task == "lcb":
-        assert set(watched[0]["columns"]) == {"held_out"}
-    elif task == "sciknoweval":
-        assert set(watched[0]["parts"]) == {"biology", "chemistry", "material", "physics"}
+    assert set(watched[0]["columns"]) == ({"held_out"} if task == "lcb" else set())
+    parts = {"biology", "chemistry", "material", "physics"} if task == "sciknoweval" else set()
+    assert set(watched[0]["parts"]) == parts
