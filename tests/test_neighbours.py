@@ -481,6 +481,11 @@ def test_ovd_s_updates_are_the_clipped_policy_gradient_over_the_mixed_groups(fla
                 shown[i] = grade
                 rows[i].response, rows[i].sampler_logp = demonstration.tokens, demonstration.logp
                 rows[i].reward = float(grade == "s")
+        with torch.no_grad():
+            off = [algorithm.logp(state.model, row.prompt, row.response) - f64(row.sampler_logp) for row in rows]
+        own, lent = (torch.cat([x for i, x in enumerate(off) if (i in shown) == which]) for which in (False, True))
+        assert row["sampler_gap"] == pytest.approx(own.abs().mean().item(), rel=1e-6)
+        assert row["demonstration_lacked"] == pytest.approx((lent.exp() < 0.5).double().mean().item())
         losses = ovd_batch(state, rows, shown, s, compare)
         assert updates == len(losses) and row["m_loss"] == pytest.approx(algorithm.mean(losses), rel=1e-9)
         # The log is about the student's rollouts; what was shown is told beside.
