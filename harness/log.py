@@ -40,7 +40,7 @@ class BatchLog:
     def __init__(self, step: int, world, beta: float, limit: float | None):
         self.step, self.world, self.beta, self.limit = step, world, beta, limit
         self.seconds, self.last, self.left_out = {}, time.perf_counter(), Counter()
-        self.figures = {"margin": None, "length_correlation": None, "shift": None}
+        self.figures = dict.fromkeys(("margin", "length_correlation", "shift", "entropy", "sampler_gap", "mismatch_truncated"))
         self.e_losses, self.e_norms, self.died, self.m_losses, self.m_norms = [], [], [], [], []
         self.samples: dict[int, dict] = {}  # what else samples.jsonl says of a row
         self.packing, self.sums = torch.zeros(2, dtype=torch.long), 0

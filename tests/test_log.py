@@ -83,6 +83,7 @@ def test_a_row_of_the_log_by_hand():
         log.e_update(loss, norm, T([5.0, -5.0, -5.0, 0.0]), T([1, 0, 1, 1]), T([[1.0], [1.0], [1.0], [0.5]]))
     log.m_losses, log.m_norms, log.D_sum, log.with_D = [0.5, math.nan], [2.0, math.nan], 0.25, True
     row = log.row(batch(), lr=0.01, distils=True)
+    assert row["entropy"] is row["sampler_gap"] is row["mismatch_truncated"] is None  # no row took part
     assert row["reward"] == 1 / 2 and row["verdicts"] == {"passed": 1, "wrong": 1, "internal": 1}  # the grader's fault is none
     assert (row["response_length"], row["truncated"], row["with_context"]) == (5 / 3, 1 / 3, 2 / 3)
     assert row["success_given_context"] == {"environment": 0.0, "sibling": 1.0}
