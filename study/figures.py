@@ -43,7 +43,7 @@ FIGURES = {  # file: panels of (subset, measure, variants)
     "progress": [(subset, "avg", ("vpd", "vpd likelier", "sdpo", "sdpo live", "grpo", "joint", "reshape", "reweight"))
                  for subset in ("trace", "code")],  # Fig. 2
     "long": [("trace-120", key, ("vpd likelier lr 1e-3", "vpd likelier", "vpd lr 1e-3", "vpd")) for key in ("avg", "teacher_avg", "entropy")],
-    "dialect": [("trace-dialect", key, ("vpd likelier", "vpd F=1", "vpd F=2", "vpd F=5", "sdpo no E-step"))
+    "dialect": [("trace-dialect", key, ("vpd likelier", "vpd F=1", "vpd F=5", "sdpo no E-step"))
                 for key in ("avg", "teacher_avg", "margin")],
 }  # fmt: skip
 
