@@ -148,7 +148,7 @@ def grade(task: tasks.Task, path: Path) -> tuple[list[str], list[dict]]:
             raise ValueError(f'{path}, row {number}: a response is {{"id": ..., "response": text}}')
         if str(row["id"]) not in problems:
             raise ValueError(f"{path}, row {number}: no problem of --data has the id {row['id']!r}")
-    if not rows:  # an arrow file can be empty, a JSONL file cannot
+    if not rows:
         raise ValueError(f"{path} holds no response")
     outcomes = task.verify([problems[str(row["id"])] for row in rows], [row["response"] for row in rows])
     for row, o in zip(rows, outcomes):

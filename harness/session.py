@@ -9,14 +9,13 @@ import json
 import math
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
 from itertools import islice
@@ -38,11 +37,17 @@ from model.policy import Policy
 from rollout import check_sampler, open_sampler, seed_for, weights_of
 
 
+def watch(task: tasks.Task) -> tuple[list, str]:
+    """The problems that training is watched by, and the name of their split."""
+    return (task.validation, "validation") if task.validation else (task.test, "test")
+
+
 def git_commit() -> str:
     """The commit of this code, marked when the tree differs from it; "unknown" outside a repository."""
-    here = shlex.quote(str(Path(__file__).parent))
-    found = subprocess.getoutput(f"git -C {here} describe --always --abbrev=40 '--exclude=*' --dirty=+changes 2>/dev/null")
-    return found or "unknown"
+    git = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+    with suppress(OSError):  # no git on this machine
+        return subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() or "unknown"
+    return "unknown"
 
 
 def check_model(cfg) -> None:
@@ -95,7 +100,7 @@ def open_run(cfg, world: World, also: Callable) -> "Run":
     lengths = feedback.check_prompts(policy.tokenizer, task.train, cfg)
     fits = [p for p, length in zip(task.train, lengths) if length <= cfg.max_prompt_tokens]
     dropped, task.train = len(task.train) - len(fits), fits
-    watched = (task.validation or task.test) if cfg.eval_every else []
+    watched = watch(task)[0] if cfg.eval_every else []
     if cfg.eval_every and not watched:
         raise ValueError(f"{task.name} has neither validation nor test problems to watch: --eval_every 0")
     # The longest sequence that is sampled, evaluation's included.
@@ -205,7 +210,7 @@ class Run:
         self.cfg, self.policy, self.sampler, self.task = cfg, policy, sampler, task
         self.out, self.record, self.lock, self.critic, self.also, self.signals = out, record, lock, critic, also, []
         self.steps = cfg.steps or cfg.epochs * (len(task.train) // cfg.prompts_per_batch)
-        self.watched, self.split = task.validation or task.test, "validation" if task.validation else "test"
+        self.watched, self.split = watch(task)
         problems = json.dumps([(p.id, p.messages, p.reference) for p in task.train])  # not to be resumed on others
         self.problems = hashlib.sha256(problems.encode("utf-8", "replace")).hexdigest()[:16]
         self.shift, self.bad_in_a_row, self.idle, self.made, self.best = None, 0, 0, 0, -1.0
@@ -275,17 +280,18 @@ class Run:
         print(f"going on after {self.first_step} batches; {dropped} later lines dropped from the logs")
         return kept is not None
 
-    def _write(self, name: str, row: dict) -> None:
+    def _write(self, name: str, *rows: dict) -> None:
         """Appends to log.jsonl or samples.jsonl, in one of several processes."""
         if self.policy.world.rank:
             return
         finite = lambda v: None if isinstance(v, float) and not math.isfinite(v) else v  # noqa: E731
         try:
             with (self.out / name).open("a") as file:
-                file.write(json.dumps({k: finite(v) for k, v in row.items()}) + "\n")  # JSON has no nan
+                for row in rows:
+                    file.write(json.dumps({k: finite(v) for k, v in row.items()}) + "\n")  # JSON has no nan
         except OSError as error:
             raise CannotWrite(f"{self.out / name}: {error.strerror}") from error
-        if name == "log.jsonl":
+        for row in rows if name == "log.jsonl" else ():
             self.tracker.write(row)
 
     # ---- A batch -----------------------------------------------------------------------------------------------
@@ -322,12 +328,14 @@ class Run:
         self.critic.missing.clear()
         row = log.row(batch, cfg.lr * self.rate(log.step), cfg.row().distils)
         self._write("log.jsonl", row)
+        samples = []
         for i in range(min(cfg.log_samples, len(batch.y))):
             context = asdict(batch.C[i]) if batch.C and batch.C[i] else None
             prompt = self.policy.tokenizer.decode(batch.x[i])
             sample = {"step": log.step, "id": batch.problems[i].id, "prompt": prompt, "response": batch.texts[i],
                       "finish": batch.rollouts[i].finish, **asdict(batch.outcomes[i]), "context": context}  # fmt: skip
-            self._write("samples.jsonl", sample | log.samples.get(i, {}))
+            samples.append(sample | log.samples.get(i, {}))
+        self._write("samples.jsonl", *samples)
         tqdm.write(terminal_line(row))
         if (row["e_died"] or 0) > DIED and not self.warned:
             self.warned = True
@@ -384,15 +392,16 @@ class Run:
         """Pass rate on the problems that training is watched by; the best weights on validation problems are kept."""
         start, cfg = time.perf_counter(), self.cfg
         result = self.measure(self.policy, self.watched, "validation")
-        rewards = dict(zip([p.id for p in self.watched], result["rewards"].values()))
+        rewards = result.pop("rewards").values()
         row = {"kind": "eval", "step": step, "split": self.split, **result}
-        del row["rewards"]
         line = f"{self.split} after {step:4d} batches: {evaluate.line(result)}"
         if self.probe:
             row["teacher_avg"] = teacher = self.teacher_pass_rate()
             line += f"  teacher on {len(self.probe)} base failures {teacher:.3f}"
-            student = sum(sum(rewards[id]) for id in self.probe) / (len(self.probe) * cfg.eval_samples)
-            if not step and teacher <= student:  # a teacher that cannot read has nothing to teach
+        if self.probe and not step:  # a teacher that cannot read has nothing to teach
+            by_id = dict(zip([p.id for p in self.watched], rewards))
+            student = sum(sum(by_id[id]) for id in self.probe) / (len(self.probe) * cfg.eval_samples)
+            if teacher <= student:
                 line += (f"\nwith the feedback the teacher passes no more of them than the student without it ({student:.3f}): see "
                          "teacher_avg in docs/log.md")  # fmt: skip
         self.eval_seconds = round(time.perf_counter() - start, 4)

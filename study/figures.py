@@ -42,7 +42,8 @@ FIGURES = {  # file: panels of (subset, measure, variants)
     "margin": [("trace", "margin", ("vpd", "sdpo", "sdpo live"))],  # Fig. 1
     "progress": [(subset, "avg", ("vpd", "vpd likelier", "sdpo", "sdpo live", "grpo", "joint", "reshape", "reweight"))
                  for subset in ("trace", "code")],  # Fig. 2
-    "long": [("trace-120", key, ("vpd likelier lr 1e-3", "vpd likelier", "vpd lr 1e-3", "vpd")) for key in ("avg", "teacher_avg", "entropy")],
+    "long": [("trace-120", key, ("vpd likelier lr 1e-3", "vpd likelier", "vpd lr 1e-3", "vpd"))
+             for key in ("avg", "teacher_avg", "entropy")],
     "dialect": [("trace-dialect", key, ("vpd likelier", "vpd F=1", "vpd F=5", "sdpo no E-step"))
                 for key in ("avg", "teacher_avg", "margin")],
 }  # fmt: skip
