@@ -261,8 +261,8 @@ def weights_of(model, sampler: "HFSampler | VLLMSampler", policy: Policy):
 
 def check_sampler(which: str) -> None:
     """Raises ValueError with one line for a sampler that is not installed."""
-    if which == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise ValueError("--sampler vllm: vllm is not installed; run.sh installs it where there is an NVIDIA GPU")
+    if which != "hf" and (which or torch.cuda.is_available()) and importlib.util.find_spec("vllm") is None:
+        raise ValueError("--sampler vllm, the default on a GPU: vllm is not installed; run.sh installs it there, --sampler hf is without")
 
 
 def open_sampler(

@@ -122,11 +122,14 @@ def placed(model: nn.Module, world: World, compute: torch.dtype | None = None, c
         return model.to(world.device)
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+    # A layer has a graph for one row and for several, with gradient and without, of student and moving average, recomputed: 10
+    # here, and at the ninth torch.compile would give up.
+    torch.compiler.config.recompile_limit = 64
     empty = model.device.type == "meta"
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=compute and torch.float32)
     for layer in model.base_model.layers:
         if compiled:
-            layer.compile()
+            layer.compile(dynamic=True)
         fully_shard(layer, mp_policy=precision)
     fully_shard(model, mp_policy=precision)
     # The head is used outside of forward, on the states that this method returns: as a method of the root it gathers the

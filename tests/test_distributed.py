@@ -120,8 +120,24 @@ def run_all(folder: str) -> None:
     assert sum(world.collect(empties, 2)) > 10  # shares were unequal, and filled up with empty ones
     check_compute_is_bfloat16_and_weights_gradients_and_optimizer_float32(out, world)
     check_choices_are_those_of_one_process(out, world)
+    check_every_pass_has_compiled_layers(out, world)
     for folder in sorted((out / "folders").iterdir()):
         check_shards_score_as_transformers_own_loading_or_are_refused_in_one_line(folder, world)
+
+
+def check_every_pass_has_compiled_layers(out: Path, world: World) -> None:
+    """Of one row and of several, with gradient and without, by student and moving average, recomputed."""
+    compile = torch.nn.Module.compile
+    torch.nn.Module.compile = lambda layer, **how: compile(layer, backend="eager", **how)  # what would be compiled, as it is
+    policy = Policy.load(str(out / "untied"), world=world, recompute=True, compiled=True)
+    twin = policy.frozen_copy()
+    torch.nn.Module.compile = compile
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for rows in (2, 1):
+            x, y = [[5, 6, 7]] * rows, [[10, 11, 2][:rows]] * rows
+            assert torch.equal(policy.score(x, y)[0], policy.score(x, y, model=twin)[0])
+            view = policy.view(x, y)
+            policy.backward(view.loss(lambda t: -t.logp, view.mask / 3)[0])
 
 
 def check_compute_is_bfloat16_and_weights_gradients_and_optimizer_float32(out: Path, world: World) -> None:
