@@ -26,8 +26,8 @@ REASONING_GYM = ONE_GPU | dict(
     model="Qwen/Qwen3-1.7B", lr=1e-6, steps=200, max_prompt_tokens=512, max_response_tokens=512, max_teacher_tokens=1024,
     feedback="sibling", eval_every=20,
 )  # fmt: skip
-# Chosen on validation problems: on trace by study/results/tuning.json (vpd: of its settings with a live teacher), on the others
-# with as many settings for each method of a subset at an earlier commit. The regimes of trace take its settings, then their own.
+# Chosen on validation problems: on trace (vpd: of its settings with a live teacher) and code by study/results/tuning.json, on the
+# others with as many settings for each method of a subset at an earlier commit. The regimes of trace take its settings, then their own.
 TOY_SUBSETS = {
     "code": {"model": "tasks/toy_models/code"},
     "choice": {"model": "tasks/toy_models/choice", "feedback": "sibling"},
@@ -38,12 +38,12 @@ TOY_SUBSETS = {
     ("trace", "joint"): {"lr": 2e-3, "ema_rate": 0.2, "divide_by_std": True, "w_opd": 3.0},
     ("trace", "reshape"): {"lr": 2e-3, "ema_rate": 0.2},
     ("trace", "reweight"): {"lr": 2e-3, "divide_by_std": True, "reweight_lam": 0.25},
-    ("code", "vpd"): {"lr": 6e-4, "e_lr": 1e-3, "e_step_every": 1},
-    ("code", "sdpo"): {"lr": 2e-3},
-    ("code", "grpo"): {"lr": 3e-3, "divide_by_std": True},
-    ("code", "joint"): {"lr": 2e-3, "divide_by_std": True},
-    ("code", "reshape"): {"lr": 2e-3, "divide_by_std": True, "w_opd": 0.1},
-    ("code", "reweight"): {"lr": 2e-3, "divide_by_std": True},
+    ("code", "vpd"): {"divergence": "kl_student_teacher", "e_lr": 1e-3, "teacher": "ema", "ema_rate": 0.5},
+    ("code", "sdpo"): {"lr": 2e-3, "divergence": "kl_student_teacher"},
+    ("code", "grpo"): {"lr": 3.5e-3},
+    ("code", "joint"): {"lr": 4e-3, "divergence": "kl_teacher_student", "w_opd": 0.3},
+    ("code", "reshape"): {"lr": 2e-3, "divide_by_std": True, "w_opd": 0.3},
+    ("code", "reweight"): {"lr": 4e-3, "ema_rate": 0.2, "reweight_lam": 1.0},
     ("trace", "distil"): {"lr": 2e-3},
     ("code", "distil"): {"lr": 2e-3},
     ("code", "ovd"): {"lr": 2e-3, "divide_by_std": True},
