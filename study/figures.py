@@ -9,7 +9,6 @@ to the highest seed. The grey line is the pass rate of the base model. Steps cou
 
 import io
 import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -133,10 +132,9 @@ def smooth(values: np.ndarray, width: int = 5) -> np.ndarray:
     return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
 
 
-def draw(panels: list[tuple], curves: dict[str, Curve], width: float) -> tuple[Figure, list[str], list[str]]:
-    """panels: (what to put before the title, measure, names of curves); width in inches. Returns the figure, what its legend
-    says of each curve, and a note for each curve that is not there or has no values."""
-    notes = [f"no row {name}" for *_, names in panels for name in names if name not in curves]
+def draw(panels: list[tuple], curves: dict[str, Curve], width: float) -> tuple[Figure, list[str]]:
+    """panels: (what to put before the title, measure, names of curves); width in inches. What is not there is left out. Returns
+    the figure and what its legend says of each curve."""
     panels = [panel for panel in panels if not curves.keys().isdisjoint(panel[2])]
     down = len(panels) // 4 + 1
     figure = Figure((width, 7.5 if len(panels) > 3 else 4.2), layout="constrained")
@@ -151,7 +149,6 @@ def draw(panels: list[tuple], curves: dict[str, Curve], width: float) -> tuple[F
             # Only steps that every seed has: a mean over a changing set of seeds would jump.
             steps = sorted(set.intersection(*map(set, found))) if found else []
             if not steps:
-                notes.append(f"no {measure} of {name}")
                 continue
             lines = np.array([[of_seed[step] for step in steps] for of_seed in found], float)  # (seeds, steps)
             lines = np.array([smooth(line) for line in lines]) if smoothed else lines
@@ -172,7 +169,7 @@ def draw(panels: list[tuple], curves: dict[str, Curve], width: float) -> tuple[F
     if legend:
         lines, texts = [*shown.values(), *base_lines[:1]], [*legend, "base model"]
         figure.legend(lines, texts[: len(lines)], loc="outside lower center", ncols=min(3, len(lines)), handlelength=3.5)
-    return figure, legend, [*dict.fromkeys(notes)]
+    return figure, legend
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -198,13 +195,11 @@ def main(argv: list[str] | None = None) -> None:
             pictures = {out / f"{file}.png": [(f"{subset}: ", measure, [f"{subset}/{variant}" for variant in variants])
                         for subset, measure, variants in panels] for file, panels in FIGURES.items()}  # fmt: skip
         for path, panels in pictures.items():
-            figure, legend, notes = draw(panels, curves, width=13 if args.runs or len(panels) > 2 else 9)
+            figure, legend = draw(panels, curves, width=13 if args.runs or len(panels) > 2 else 9)
             if legend:
                 figure.savefig(content := io.BytesIO(), format=path.suffix[1:], dpi=110 if args.runs else 200)
                 write(path, content.getvalue())
-                print(f"{path}: {', '.join(legend)}")
-            for note in notes if legend else [*notes, "not drawn, none of its rows is there"]:
-                print(f"figures.py: {path}: {note}", file=sys.stderr)
+            print(f"{path}: {', '.join(legend) or 'not drawn, none of its rows is there'}")
     except CannotWrite:
         raise
     except (ValueError, OSError) as error:

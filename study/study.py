@@ -131,9 +131,9 @@ def perform(flags: list[str], out: Path, test: bool) -> str:
     return ""
 
 
-def perform_all(jobs: dict[Path, list[str]], at_once: int, test: bool) -> tuple[dict[Path, dict], dict[Path, str]]:
-    """Makes the run of each folder's flags, unless it is finished with the settings that they mean now. Returns what came out of
-    each, in the order of `jobs`, and what went wrong where."""
+def perform_all(jobs: dict[Path, list[str]], at_once: int, test: bool) -> dict[Path, str]:
+    """Makes the run of each folder's flags, unless it is finished with the settings that they mean now. Returns what went
+    wrong where."""
     todo = {out: flags for out, flags in jobs.items() if not (out / "done.json").exists()
             or not settings_of(flags).items() <= load(out / "config.json").items()}  # fmt: skip
     print(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them finished before", flush=True)
@@ -155,7 +155,7 @@ def perform_all(jobs: dict[Path, list[str]], at_once: int, test: bool) -> tuple[
                 time.sleep(0.1)
             print("study.py: stopped; finished runs are kept", file=sys.stderr)
             sys.exit(130)
-    return {out: record(out) for out in jobs if out not in failed}, failed
+    return failed
 
 
 def rounded(value):
@@ -203,11 +203,12 @@ def tune(names: list[str], tuned: dict, folder: Path, at_once: int) -> dict[Path
               for seed in TUNING_SEEDS for name in names for flags in TRIED[name]
               if str(seed) not in tuned.get(name, {}).get(flags, {})}  # fmt: skip
     jobs = {out: [*task_of(name), *flags.split(), "--seed", seed] for out, (name, flags, seed) in wanted.items()}
-    found, failed = perform_all(jobs, at_once, test=False)
-    for out, run in found.items():
-        name, flags, seed = wanted[out]
-        kept = {key: run[key] for key in ("commit", "hardware", "seconds")} | {"avg": run["eval"]["avg"][-1]}
-        tuned.setdefault(name, {}).setdefault(flags, {})[seed] = kept
+    failed = perform_all(jobs, at_once, test=False)
+    for out, (name, flags, seed) in wanted.items():
+        if out not in failed:
+            run = record(out)
+            kept = {key: run[key] for key in ("commit", "hardware", "seconds")} | {"avg": run["eval"]["avg"][-1]}
+            tuned.setdefault(name, {}).setdefault(flags, {})[seed] = kept
     return failed
 
 
@@ -216,14 +217,14 @@ def report(names: list[str], rows: dict[str, list[str]], known: dict, folder: Pa
     what came out goes to `known`, the rows of study.json. Returns what went wrong where."""
     wanted = {path_of(folder, name, f"seed{seed}"): (name, str(seed))
               for seed in range(1, 11) for name in names if seed <= REPORTED[name][1]}  # fmt: skip
-    found, failed = perform_all({out: [*rows[name], "--seed", seed] for out, (name, seed) in wanted.items()}, at_once, test=True)
-    for out, run in found.items():
-        name, seed = wanted[out]
-        line = f"python vpd.py {' '.join(rows[name])} --seed N --out DIR"
-        row = known.setdefault(name, {"label": label_of(name), "command": line, "runs": {}})
-        if row["command"] != line:  # its settings have changed since
-            row.update(command=line, runs={})
-        row["runs"][seed] = run
+    failed = perform_all({out: [*rows[name], "--seed", seed] for out, (name, seed) in wanted.items()}, at_once, test=True)
+    for out, (name, seed) in wanted.items():
+        if out not in failed:
+            line = f"python vpd.py {' '.join(rows[name])} --seed N --out DIR"
+            row = known.setdefault(name, {"label": label_of(name), "command": line, "runs": {}})
+            if row["command"] != line:  # its settings have changed since
+                row.update(command=line, runs={})
+            row["runs"][seed] = record(out)
     return failed
 
 
