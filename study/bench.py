@@ -1,7 +1,7 @@
 """How fast, and in how much memory: training steps on the toy task and the loss head, each beside the matrix products
-that it cannot do without, and the graders.
+that it cannot do without.
 
-    python -m study.bench [--only steps head grader] [--out FILE]
+    python -m study.bench [--only steps head] [--out FILE]
 
 Measurements of steps and memory run in a process of their own.
 """
@@ -22,12 +22,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import losses
-import tasks
 import vpd
 from harness.command import Parser, check_out, run, write
 from model import head
-from tasks import livecodebench
-from tasks.sandbox import Sandbox
 
 HERE = Path(__file__).resolve().parents[1]
 HEAD = dict(tokens=8 * 256, vocabulary=151936, width=256, top_k=20)  # the vocabulary of Qwen3
@@ -162,45 +159,11 @@ def heads(**sizes) -> list[dict]:
     return [{**case, "times_the_products": case["cpu_seconds"] / found[0]["cpu_seconds"]} for case in found]
 
 
-# ---- Graders -------------------------------------------------------------------------------------------------
-
-
-def grader(count: int) -> list[dict]:
-    """Answers graded per second of wall clock, on all workers."""
-    rows, fixtures = [], HERE / "tasks" / "fixtures"
-
-    def timed(case, grade):
-        start = time.perf_counter()
-        right = sum(grade())
-        seconds = time.perf_counter() - start
-        assert right == count, f"{case}: {right} of {count} came out as they should"
-        rows.append({"case": case, "per_second": count / seconds})
-
-    with Sandbox(time_limit=livecodebench.TIME_LIMIT, memory_mb=2048, preamble=True, packages=True) as box:  # as for lcb
-        call = lambda i: box.call("def f(x):\n    return x + 1", "f", [i]).value == i + 1  # noqa: E731
-        script = lambda i: box.run("print(int(input()) + 1)", f"{i}\n").value == f"{i + 1}\n"  # noqa: E731
-        box.run_many(call, range(20))  # workers start at their own pace
-        timed("sandbox, a function called", lambda: box.run_many(call, range(count)))
-        timed("sandbox, a script", lambda: box.run_many(script, range(count)))
-    by_arithmetic = [tasks.Problem(f"{7 * i}/{2 * i}", [], r"\frac{7}{2}") for i in range(2, count + 2)]
-    for case, source, file, problems, answer in (
-        ("sciknoweval", "sciknoweval", "sciknoweval.jsonl", None, lambda p: f"<answer>{p.reference}</answer>"),
-        ("math, the reference itself", "math", "math500.jsonl", None, lambda p: rf"So \boxed{{{p.reference}}}."),
-        ("math, by math-verify", "math", "math500.jsonl", by_arithmetic, lambda p: rf"So \boxed{{{p.id}}}."),
-    ):
-        with contextlib.closing(tasks.read(source, str(fixtures / file))) as task:
-            asked = problems or [task.test[i % len(task.test)] for i in range(count)]
-            answers = [answer(problem) for problem in asked]
-            timed(case, lambda: [outcome.reward for outcome in task.verify(asked, answers)])
-    return rows
-
-
 # ---- The table -----------------------------------------------------------------------------------------------
 
 SECTIONS = {
     "steps": partial(fresh, steps, flags=["--steps", "3", "--e_step_every", "1"]),
     "head": partial(heads, **HEAD),
-    "grader": partial(grader, count=200),
 }
 
 
