@@ -9,7 +9,6 @@ to the highest seed. The grey line is the pass rate of the base model. Steps cou
 
 import io
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,10 +74,9 @@ def load(path: Path, missing: dict | None = None) -> dict:
     raise ValueError(f"{path} is no JSON object: {reason}")
 
 
-def series(rows: Iterable[dict]) -> dict[str, dict[str, list]]:
+def series(rows: list[dict]) -> dict[str, dict[str, list]]:
     """The rows of a log.jsonl as study.json has them: {"eval": {"step": [...], "avg": [...]}, "train": {"reward": [...]}}, None
     where a row has no value. Batches are numbered from 0, and each has a row."""
-    rows = list(rows)
     return {kind: {name: [row.get(key) for row in rows if row.get("kind") == kind] for name, key in keys.items()}
             for kind, keys in SERIES.items()}  # fmt: skip
 
@@ -99,17 +97,17 @@ def label_of(config: dict, all_configs: list[dict]) -> str:
     return " ".join([config["method"].upper(), *(f"{k}={config[k]}" for k in differ)])
 
 
-def of_runs(folders: list[Path]) -> dict[str, Curve]:
+def of_runs(folders: list[Path]) -> list[Curve]:
     """Run directories, those that differ only in their seed together. Raises ValueError with one line where one is none."""
     curves, spare, configs = {}, iter(SPARE * len(folders)), [config_of(folder, ("method",)) for folder in folders]
     for folder, config in zip(folders, configs):
-        run, label = series(json_rows(folder / "log.jsonl")), label_of(config, configs)
+        run, label = series([*json_rows(folder / "log.jsonl")]), label_of(config, configs)
         if not any(values(run, measure) for measure in MEASURES):
             raise ValueError(f"{folder}/log.jsonl has no batch and no evaluation yet: there is nothing to draw")
         if label not in curves:
             curves[label] = Curve(label, STYLES.get(label.lower()) or next(spare), str(config.get("model")), [])
         curves[label].runs.append(run)
-    return curves
+    return [*curves.values()]
 
 
 def of_study(path: Path) -> dict[str, Curve]:
@@ -132,19 +130,17 @@ def smooth(values: np.ndarray, width: int = 5) -> np.ndarray:
     return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
 
 
-def draw(panels: list[tuple], curves: dict[str, Curve], width: float) -> tuple[Figure, list[str]]:
-    """panels: (what to put before the title, measure, names of curves); width in inches. What is not there is left out. Returns
-    the figure and what its legend says of each curve."""
-    panels = [panel for panel in panels if not curves.keys().isdisjoint(panel[2])]
+def draw(panels: list[tuple[str, str, list[Curve]]], width: float) -> tuple[Figure, list[str]]:
+    """panels: what to put before the title, measure, curves; width in inches. Returns the figure and what its legend says of each
+    curve."""
     down = len(panels) // 4 + 1
     figure = Figure((width, 7.5 if len(panels) > 3 else 4.2), layout="constrained")
     axes = figure.subplots(down, max(1, -(-len(panels) // down)), squeeze=False)
     shown, counts, base_lines = {}, {}, []
-    for axis, (before, measure, names) in zip(axes.flat, panels):
+    for axis, (before, measure, curves) in zip(axes.flat, panels):
         title, _, smoothed = MEASURES[measure]
         bases: dict[str, list[float]] = {}
-        for name in (name for name in names if name in curves):
-            label, (colour, dash), base, runs = curves[name]
+        for label, (colour, dash), base, runs in curves:
             found = [of_seed for run in runs if (of_seed := values(run, measure))]
             # Only steps that every seed has: a mean over a changing set of seeds would jump.
             steps = sorted(set.intersection(*map(set, found))) if found else []
@@ -186,16 +182,18 @@ def main(argv: list[str] | None = None) -> None:
             if not out.suffix and not out.is_dir():
                 out = out.with_name(f"{out.name}.png")  # as the library names it
             check_out(out)
-            all_runs = [run for curve in curves.values() for run in curve.runs]
-            there = [m for m in ("avg", "reward", "margin", "teacher") if any(values(run, m) for run in all_runs)]
-            pictures = {out: [("", measure, [*curves]) for measure in there]}
+            measures = [m for m in ("avg", "reward", "margin", "teacher") if any(values(run, m) for c in curves for run in c.runs)]
+            pictures = {out: [("", measure, curves) for measure in measures]}
         else:
             out, curves = args.out or Path("study/results"), of_study(args.study or Path("study/results/study.json"))
             out.mkdir(parents=True, exist_ok=True)
-            pictures = {out / f"{file}.png": [(f"{subset}: ", measure, [f"{subset}/{variant}" for variant in variants])
-                        for subset, measure, variants in panels] for file, panels in FIGURES.items()}  # fmt: skip
+            pictures = {}
+            for file, panels in FIGURES.items():
+                there = [(f"{subset}: ", measure, [curves[name] for v in variants if (name := f"{subset}/{v}") in curves])
+                         for subset, measure, variants in panels]  # fmt: skip
+                pictures[out / f"{file}.png"] = [panel for panel in there if panel[2]]
         for path, panels in pictures.items():
-            figure, legend = draw(panels, curves, width=13 if args.runs or len(panels) > 2 else 9)
+            figure, legend = draw(panels, width=13 if args.runs or len(panels) > 2 else 9)
             if legend:
                 figure.savefig(content := io.BytesIO(), format=path.suffix[1:], dpi=110 if args.runs else 200)
                 write(path, content.getvalue())

@@ -78,12 +78,12 @@ def test_seeds_are_one_curve_settings_that_differ_are_named_and_so_is_the_pictur
 
 
 def test_measures_that_a_run_has_are_drawn_where_it_has_a_value(tmp_path, draw):
-    one, two = run(tmp_path / "a", "vpd", 1, [0.1, 0.2], [None, 0.5], 0.25), run(tmp_path / "b", "grpo", 1, [0.1])
+    one, two = run(tmp_path / "a", "vpd", 1, [0.1, 0.2], [None, 0.5], 0.25), run(tmp_path / "b", "grpo", 1, [0.0])
     assert list(draw(two, "--out", tmp_path / "x.png")) == [RATE, REWARD]
     panels = draw(one, two, "--out", tmp_path / "x.png")
     assert list(panels) == [RATE, REWARD, MARGIN, TEACHER]
     assert curves(panels[MARGIN]) == [([1], [0.5])] and curves(panels[TEACHER]) == [([0], [0.25])]
-    assert [len(curves(panels[title])) for title in (RATE, REWARD)] == [2, 2]
+    assert [curves(panels[title])[1] for title in (RATE, REWARD)] == [([0], [0.0])] * 2  # a rate of 0 is a value
 
 
 def test_the_base_model_is_a_line_at_its_mean_pass_rate_one_for_each_model(tmp_path, draw):
@@ -191,6 +191,9 @@ def test_method_looks_the_same_in_every_figure_and_no_two_look_alike(tmp_path, d
     assert len(set(every)) == len(every)
     panels = draw(run(tmp_path / "a", "sdpo", 1, [0.1]), run(tmp_path / "b", "vpd", 1, [0.1]), "--out", tmp_path / "x.png")
     assert [*map(looks, panels.values())] == [[two, one]] * 2  # pass rate, reward; no margins
+    runs = [run(tmp_path / name, "vpd", 1, [0.1], lr=name) for name in "cd"]
+    (first, second), _ = map(looks, draw(*runs, "--out", tmp_path / "x.png").values())
+    assert first != second
 
 
 # ---- The paper's tables ----------------------------------------------------------------------------------------
