@@ -214,7 +214,8 @@ def test_tuning_and_reporting_fill_their_files_and_keep_what_is_there(quick, tmp
     assert stop.value.code == 1
     tuned = json.loads((tmp_path / "tuning.json").read_text())
     assert tuned["trace/sdpo"] == old["trace/sdpo"] and list(tuned) == ["trace/vpd", "trace/sdpo"]
-    assert {seed: run["avg"] for seed, run in tuned["trace/vpd"]["--lr 1"].items()} == {"101": 0.75, "102": 0.75}
+    kept = {seed: (run["avg"], run["commit"]) for seed, run in tuned["trace/vpd"]["--lr 1"].items()}
+    assert kept == {"101": (0.75, "abcdefg+"), "102": (0.75, "abcdefg+")}  # +: with changes
     assert study.best("trace/sdpo", tuned) == "--lr 1" and study.best("trace/vpd", tuned) is None  # of --lr -1 nothing is known
     command = "python vpd.py --task toy --subset trace --method sdpo --lr 1 --seed N --out DIR"
     for before, kept in ((command, "old"), ("another command", None)):  # whose runs say nothing of these settings
