@@ -1,7 +1,7 @@
 """How fast, and in how much memory: training steps on the toy task and the loss head, each beside the matrix products
-that it cannot do without, and the graders.
+that it cannot do without.
 
-    python -m study.bench [--only steps head grader] [--out FILE]
+    python -m study.bench [--only steps head] [--out FILE]
 
 Measurements of steps and memory run in a process of their own.
 """
@@ -9,37 +9,31 @@ Measurements of steps and memory run in a process of their own.
 import contextlib
 import io
 import json
+import multiprocessing
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-import feedback
 import losses
-import tasks
 import vpd
 from harness.command import Parser, check_out, run, write
 from model import head
-from tasks import livecodebench
-from tasks.sandbox import Sandbox
 
 HERE = Path(__file__).resolve().parents[1]
 HEAD = dict(tokens=8 * 256, vocabulary=151936, width=256, top_k=20)  # the vocabulary of Qwen3
 
 
-def fresh(function: str, **settings):
-    """What `function(**settings)` of this file returns in a new process."""
-    call = f"bench.{function}(**json.loads(sys.argv[1]))"
-    code = f"from study import bench; import json, sys; print('\\n' + json.dumps({call}))"
-    command = [sys.executable, "-c", code, json.dumps(settings)]
-    done = subprocess.run(command, cwd=HERE, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def fresh(function, **settings):
+    """What `function(**settings)` returns in a new process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, **settings).result()
 
 
 # ---- Training steps of the toy task --------------------------------------------------------------------------
@@ -47,41 +41,37 @@ def fresh(function: str, **settings):
 
 def steps(flags: list[str]) -> list[dict]:
     """Median seconds of each phase of a step, and of its floor: the matrix products that it cannot do without."""
-    flags = ["--task", "toy", "--model", str(HERE / "tasks" / "toy_models" / "trace"), "--eval_every", "0", *flags]
-    cfg = vpd.settings(flags)
+    model, batches, roll_out = HERE / "tasks" / "toy_models" / "trace", [], vpd.roll_out
+
+    def noted(*args):
+        batches.append(roll_out(*args))
+        return batches[-1]
+
     with tempfile.TemporaryDirectory() as folder:
-        out, every = Path(folder) / "run", str(cfg.prompts_per_batch * cfg.group_size)
-        with contextlib.redirect_stdout(io.StringIO()):
-            vpd.main([*flags, "--log_samples", every, "--out", str(out)])  # each rollout goes to samples.jsonl
-        log, samples = ([json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
-                        for name in ("log", "samples"))  # fmt: skip
-        model, tokenizer = (auto.from_pretrained(out / "model") for auto in (AutoModelForCausalLM, AutoTokenizer))
-    products = [passes(row, [s for s in samples if s["step"] == row["step"]], cfg, tokenizer) for row in log]
+        flags = ["--task", "toy", "--model", str(model), "--eval_every", "0", *flags, "--out", f"{folder}/run"]
+        with contextlib.redirect_stdout(io.StringIO()), mock.patch.object(vpd, "roll_out", noted):
+            vpd.main(flags)
+        log = [json.loads(line) for line in Path(folder, "run", "log.jsonl").read_text().splitlines()]
+    network = AutoModelForCausalLM.from_pretrained(model)
+    products = [passes(batch, row["e_rows"] or 0) for batch, row in zip(batches, log, strict=True)]
     rows = [{"case": phase, "seconds": statistics.median(row["seconds"][phase] for row in log)} for phase in log[0]["seconds"]]
     for row in rows:
         if row["case"] in products[0]:
-            row["floor"] = statistics.median(floor(model, of_step[row["case"]]) for of_step in products)
+            row["floor"] = statistics.median(floor(network, of_step[row["case"]]) for of_step in products)
             row["times_the_floor"] = row["seconds"] / row["floor"]
     return [*rows, {"case": "together", "seconds": sum(row["seconds"] for row in rows)}]
 
 
-def passes(row: dict, samples: list[dict], cfg, tokenizer) -> dict[str, list[tuple[int, int, bool]]]:
+def passes(batch: vpd.Batch, e_rows: int) -> dict[str, list[tuple[int, int, bool]]]:
     """The passes that each phase of VPD's step needs at least: tokens through the layers, tokens through the head, and
-    whether there is a backward pass. Padding is left out; a prompt that rows share is counted in each."""
-    task, x, y, with_context = tasks.load(cfg.task, cfg.subset), [], [], []
-    task.close()
-    messages = {problem.id: problem.messages for problem in task.train}
-    for sample in samples:
-        asked = messages[sample["id"]]
-        x.append(len(feedback.student_prompt(tokenizer, asked)))
-        y.append(len(tokenizer(sample["response"]).input_ids) + (sample["finish"] == "stop"))
-        if sample["context"]:
-            context = feedback.Context(**sample["context"])
-            xC, _ = feedback.teacher_prompt(tokenizer, asked, context, cfg.templates(), cfg.max_teacher_tokens)
-            with_context.append((x[-1] + y[-1], len(xC) + y[-1], y[-1]))
-    student, teacher, scored = map(sum, zip((0, 0, 0), *with_context))
+    whether there is a backward pass. Padding is left out; a prompt that rows share is counted in each. e_rows: those that the
+    E-step took."""
+    x, y = [len(prompt) for prompt in batch.x], [len(tokens) for tokens in batch.y]
+    read = [i for i, has in enumerate(batch.has_C) if has]
+    scored = sum(y[i] for i in read)
+    student, teacher = sum(x[i] for i in read) + scored, sum(len(batch.xC[i]) for i in read) + scored
     alive = [sum(length > t for length in y) for t in range(max(y))]  # rows that draw a token t
-    share = (row["e_rows"] or 0) / max(1, len(with_context))
+    share = e_rows / max(1, len(read))
     return {
         "rollout": [(sum(x), alive[0], False), *((rows, rows, False) for rows in alive[1:])],
         "freeze": [(sum(x) + sum(y), sum(y), False), (teacher, scored, False)],
@@ -165,49 +155,15 @@ def head_case(case: str, tokens: int, vocabulary: int, width: int, top_k: int) -
 
 
 def heads(**sizes) -> list[dict]:
-    found = [fresh("head_case", case=case, **sizes) for case in CASES]
+    found = [fresh(head_case, case=case, **sizes) for case in CASES]
     return [{**case, "times_the_products": case["cpu_seconds"] / found[0]["cpu_seconds"]} for case in found]
-
-
-# ---- Graders -------------------------------------------------------------------------------------------------
-
-
-def grader(count: int) -> list[dict]:
-    """Answers graded per second of wall clock, on all workers."""
-    rows, fixtures = [], HERE / "tasks" / "fixtures"
-
-    def timed(case, grade):
-        start = time.perf_counter()
-        right = sum(grade())
-        seconds = time.perf_counter() - start
-        assert right == count, f"{case}: {right} of {count} came out as they should"
-        rows.append({"case": case, "per_second": count / seconds})
-
-    with Sandbox(time_limit=livecodebench.TIME_LIMIT, memory_mb=2048, preamble=True, packages=True) as box:  # as for lcb
-        call = lambda i: box.call("def f(x):\n    return x + 1", "f", [i]).value == i + 1  # noqa: E731
-        script = lambda i: box.run("print(int(input()) + 1)", f"{i}\n").value == f"{i + 1}\n"  # noqa: E731
-        box.run_many(call, range(20))  # workers start at their own pace
-        timed("sandbox, a function called", lambda: box.run_many(call, range(count)))
-        timed("sandbox, a script", lambda: box.run_many(script, range(count)))
-    by_arithmetic = [tasks.Problem(f"{7 * i}/{2 * i}", [], r"\frac{7}{2}") for i in range(2, count + 2)]
-    for case, source, file, problems, answer in (
-        ("sciknoweval", "sciknoweval", "sciknoweval.jsonl", None, lambda p: f"<answer>{p.reference}</answer>"),
-        ("math, the reference itself", "math", "math500.jsonl", None, lambda p: rf"So \boxed{{{p.reference}}}."),
-        ("math, by math-verify", "math", "math500.jsonl", by_arithmetic, lambda p: rf"So \boxed{{{p.id}}}."),
-    ):
-        with contextlib.closing(tasks.read(source, str(fixtures / file))) as task:
-            asked = problems or [task.test[i % len(task.test)] for i in range(count)]
-            answers = [answer(problem) for problem in asked]
-            timed(case, lambda: [outcome.reward for outcome in task.verify(asked, answers)])
-    return rows
 
 
 # ---- The table -----------------------------------------------------------------------------------------------
 
 SECTIONS = {
-    "steps": partial(fresh, "steps", flags=["--steps", "3", "--e_step_every", "1"]),
+    "steps": partial(fresh, steps, flags=["--steps", "3", "--e_step_every", "1"]),
     "head": partial(heads, **HEAD),
-    "grader": partial(grader, count=200),
 }
 
 

@@ -28,7 +28,9 @@ import numpy as np
 from scipy import stats
 
 from harness import command
-from study.figures import load, read
+from harness.runs import config_of
+from study.figures import load, series
+from tasks.base import json_rows
 
 HERE = Path(__file__).parents[1]
 README = HERE / "README.md"
@@ -99,7 +101,6 @@ def reported(known: dict) -> dict[str, list[str]]:
 # ---- Runs --------------------------------------------------------------------------------------------------------
 
 STARTED: list[subprocess.Popen] = []  # to be killed when the study is stopped
-SERIES = ("reward", "margin", "entropy", "divergence", "with_context", "response_length", "shift")  # that are kept of a run
 
 
 def settings_of(flags: list[str]) -> dict:
@@ -166,17 +167,16 @@ def rounded(value):
 
 def record(out: Path) -> dict:
     """What tables and figures need of a finished run."""
-    config, rows, done = read(out, "config.json", "log.jsonl", "done.json")
-    train, evals = ([row for row in rows if row["kind"] == kind] for kind in ("train", "eval"))
-    commit, changed, _ = config["commit"].partition("+")
-    seconds = float(np.median([sum(row["seconds"].values()) for row in train]))
-    result = {"commit": commit[:7] + changed, "hardware": hardware(), **done, "seconds_per_batch": round(seconds, 3)}
+    log = list(json_rows(out / "log.jsonl"))
+    commit, changed, _ = config_of(out, ["commit"])["commit"].partition("+")
+    seconds = float(np.median([sum(row["seconds"].values()) for row in log if row["kind"] == "train"]))
+    result = {"commit": commit[:7] + changed, "hardware": hardware(), **load(out / "done.json")}
+    result["seconds_per_batch"] = round(seconds, 3)
     for name, found in load(out / "evaluation.json", {}).items():
         kept = {key: rounded(found[key]) for key in ("avg", "low", "high")}
         result[name] = kept | {key: rounded(v["value"]) for key, v in found.items() if key.startswith("pass@")}
-    result["eval"] = {"step": [row["step"] for row in evals], "avg": [rounded(row["avg"]) for row in evals],
-                      "teacher": [rounded(row.get("teacher_avg")) for row in evals]}  # fmt: skip
-    result["train"] = {key: [rounded(row.get(key)) for row in train] for key in SERIES}
+    for kind, columns in series(log).items():
+        result[kind] = {name: [rounded(value) for value in column] for name, column in columns.items()}
     return result
 
 
@@ -217,8 +217,7 @@ def report(names: list[str], rows: dict[str, list[str]], known: dict, folder: Pa
     what came out goes to `known`, the rows of study.json. Returns what went wrong where."""
     wanted = {path_of(folder, name, f"seed{seed}"): (name, str(seed))
               for seed in range(1, 11) for name in names if seed <= REPORTED[name][1]}  # fmt: skip
-    jobs = {out: [*rows[name], "--seed", seed] for out, (name, seed) in wanted.items()}
-    failed = perform_all(jobs, at_once, test=True)
+    failed = perform_all({out: [*rows[name], "--seed", seed] for out, (name, seed) in wanted.items()}, at_once, test=True)
     for out, (name, seed) in wanted.items():
         if out not in failed:
             line = f"python vpd.py {' '.join(rows[name])} --seed N --out DIR"
@@ -274,7 +273,7 @@ def judge(claims: list[Claim], rows: dict) -> list[tuple[Claim, str, str]]:
     """(claim, its numbers, its verdict) for the claims of one family whose rows have two seeds or more. The rows are paired:
     the same seeds, the same problems. A verdict is the paired t test's at 5% after Holm's correction over the family, the claims
     that cannot be judged yet counted; the interval is of this claim alone."""
-    found = []
+    found, p = [], []
     for claim in claims:
         above, below = (of_seeds(rows, row, claim.quantity) for row in (claim.above, claim.below))
         if claim.below in ("0", "base"):
@@ -287,12 +286,13 @@ def judge(claims: list[Claim], rows: dict) -> list[tuple[Claim, str, str]]:
         low, high = test.confidence_interval()
         means = " against ".join(f"{mean:.3f}" for mean in pairs.mean(0))
         text = f"{means}: {np.mean(differences):+.3f} [{low:+.3f}, {high:+.3f}], {len(differences)} pairs"
-        found.append((claim, f"{QUANTITIES[claim.quantity]}{text}", test.pvalue, np.mean(differences)))
-    order, worst, corrected = np.argsort([p for *_, p, _ in found]), 0.0, {}
-    for rank, i in enumerate(order):  # Holm: the smallest p times the number of claims, the next times one less, ...
-        worst = corrected[i] = max(worst, min(1.0, found[i][2] * (len(claims) - rank)))
-    return [(claim, f"{text}, p {corrected[i]:.3g}", VERDICTS[2 if corrected[i] >= 0.05 else 0 if mean > 0 else 1])
-            for i, (claim, text, _, mean) in enumerate(found)]  # fmt: skip
+        found.append((claim, f"{QUANTITIES[claim.quantity]}{text}", np.mean(differences)))
+        p.append(test.pvalue)
+    # Holm: the smallest p times the number of claims, the next times one less, ...
+    order, corrected = np.argsort(p), np.array(p)
+    corrected[order] = np.maximum.accumulate(corrected[order] * (len(claims) - np.arange(len(p)))).clip(max=1)
+    return [(claim, f"{text}, p {p:.3g}", VERDICTS[2 if p >= 0.05 else 0 if mean > 0 else 1])
+            for (claim, text, mean), p in zip(found, corrected)]  # fmt: skip
 
 
 # ---- Tables ------------------------------------------------------------------------------------------------------

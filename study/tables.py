@@ -2,110 +2,91 @@
 
     python -m study.tables runs/*
 
-A run is in a cell only if it was trained and evaluated with the settings of that cell: its task's preset, which has the
-paper's settings, and what the row changes.
+study/paper.txt lists the paper's rows. A run is in a row only if it was trained and evaluated with the settings of that row: its
+task's preset, which has the paper's settings, and the row's flags.
 """
 
 import sys
-from dataclasses import asdict
+from functools import cache
+from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from harness.command import Parser, run
-from harness.settings import NOT_OF_THE_RUN
-from study.figures import load, read
-from study.study import interval
-from vpd import METHODS, PRESETS, Config
+from harness.runs import config_of
+from study.figures import load
+from study.study import interval, lines_of, settings_of
+from tasks.sciknoweval import DOMAINS
 
-PAPER = load(Path(__file__).parent / "results" / "paper.json")  # task, model, row, part: percent
-ALL = {
-    "Base": "base", "GRPO": "grpo", "SDPO": "sdpo", "SDPO+RL (Adv Reshape)": "reshape",
-    "SDPO+RL (Adv Reweight)": "reweight", "SDPO+RL (Joint Loss)": "joint", "VPD": "vpd",
-}  # fmt: skip
-TABLES = [  # title, task, models, rows: label and key in study/results/paper.json
-    ("Table 1: LiveCodeBench v6, avg@4", "lcb", ["Qwen3-8B"], ALL),
-    ("Table 2: SciKnowEval, feedback from siblings, avg@16", "sciknoweval",
-     ["Qwen3-1.7B", "Qwen3-8B", "Olmo-3-7B-Instruct"], ALL),
-    ("Table 3: SciKnowEval, feedback from self-critique, avg@16", "sciknoweval",
-     ["Qwen3-1.7B", "Qwen3-8B"], {"SDPO": "sdpo+critique", "VPD": "vpd+critique"}),
-    ("Table 4: SciKnowEval, an E-step on every F-th batch, avg@16", "sciknoweval",
-     ["Qwen3-1.7B"], {"VPD (F5)": "vpd", "VPD (F1)": "vpd F=1", "VPD (F10)": "vpd F=10"}),
-    ("Table 5: SciKnowEval, prior of the E-step, avg@16", "sciknoweval",
-     ["Qwen3-1.7B"], {"Dynamic": "vpd", "Fixed": "vpd fixed prior"}),
-    ("Table D.3: SciKnowEval, cold start, avg@16", "sciknoweval",
-     ["Qwen3-4B-Base"], {"Base": "base", "GRPO": "grpo", "VPD": "vpd"}),
-    ("Section 4.2: MATH-500, avg@4", "math", ["Qwen3-8B"], {"GRPO": "grpo"}),
-]  # fmt: skip
-DOMAINS = {"Bio.": "biology", "Chem.": "chemistry", "Mat.": "material", "Phys.": "physics"}
-COLUMNS = {"lcb": {"v6": "v6"}, "sciknoweval": {**DOMAINS, "AVG": "average"}, "math": {"MATH-500": "math500"}}
-CHANGED = {  # what a key changes of the preset; the other keys but base are methods
-    "sdpo+critique": {"method": "sdpo", "feedback": "critique"}, "vpd+critique": {"feedback": "critique"},
-    "vpd F=1": {"e_step_every": 1}, "vpd F=10": {"e_step_every": 10}, "vpd fixed prior": {"prior": "fixed"},
-}  # fmt: skip
 # Settings that change neither what a run trains on nor how; those of its evaluation are in evaluation.json.
-FREE = {*NOT_OF_THE_RUN, "seed", "subset", "model", "checkpoint_every", "log_samples", "micro_batch_tokens", "sampler",
-        "engine_memory", "server_timeout", "eval_every", "eval_samples", "eval_temperature", "eval_top_p", "teacher_probe"}  # fmt: skip
+FREE = {"seed", "subset", "checkpoint_every", "log_samples", "micro_batch_tokens", "sampler", "engine_memory", "server_timeout",
+        "eval_every", "eval_samples", "eval_temperature", "eval_top_p", "teacher_probe"}  # fmt: skip
 PROBLEMS = ("data", "since", "until", "train_tests", "smoke")  # the settings that matter to the weights before training
+NEEDED = ("model", "seed", "method", "feedback", "e_step_every", "prior")  # without them a run could be in another run's row
 
 
-def match(config: dict, result: dict, when: str) -> tuple[tuple, list[str]]:
-    """The row of a measurement of a run's weights, `when` "before" or "after" training: task, model, key in
-    study/results/paper.json, and whether one model was trained on all domains. And what keeps it out of the row: the
-    settings that differ from the nearest one's."""
-    task, subset = result["task"].split("/")
-    model = config["model"].rstrip("/").split("/")[-1].lower()
-    if task not in PAPER:
-        return (), [f"task={task}"]
-    if not {"method", "feedback", "e_step_every", "prior"} <= config.keys():
-        raise ValueError("config.json lacks a setting that tells the rows apart")
-    preset, differ = asdict(Config()) | PRESETS[task] | {"task": task}, {}
-    for key in ["base"] if when == "before" else [*list(ALL.values())[1:], *CHANGED]:
-        wanted = preset | CHANGED.get(key, {} if key == "base" else {"method": key})
-        wanted["teacher"] = METHODS[wanted["method"]].teacher
-        if model.startswith("olmo"):
-            wanted["lr"] = 5e-6  # Table D.2
-        if key == "grpo":
-            wanted.pop("feedback")  # it reads none
-        names = sorted(PROBLEMS if key == "base" else wanted.keys() - FREE)
-        differ[key] = [f"{name}={config[name]}" for name in names if config.get(name, wanted[name]) != wanted[name]]
-    key = min(differ, key=lambda key: (f"method={config['method']}" in differ[key], len(differ[key])))
-    asked = {"split": "test", "n": preset["eval_samples"], "temperature": preset["eval_temperature"],
-             "top_p": preset["eval_top_p"], "max_tokens": preset["max_response_tokens"]}  # fmt: skip
-    outside = differ[key] + [f"evaluated with {name}={result[name]}" for name in asked if result[name] != asked[name]]
-    if key not in PAPER[task].get(model, {}):
-        outside.append(f"the paper has no {key} of {model}")
-    return (task, model, key, subset == "all"), outside
+class Row(NamedTuple):
+    """A row of one of the paper's tables."""
+
+    table: str
+    task: str
+    columns: tuple[str, ...]
+    model: str
+    label: str
+    flags: str  # beside the task's preset; base: before training
+    paper: tuple[str, ...]  # percent, in the order of the columns
 
 
-def collect(runs: list[tuple[str, dict, dict]]) -> tuple[dict, list[str]]:
-    """runs: name, config.json and evaluation.json of each. Returns row -> column -> seed -> avg@n, and a note for each
-    run that is in no table. Raises ValueError with one line for files that are something else."""
+ROWS = [Row(title, task, tuple(columns.split()), model, label, flags, tuple(numbers.split()))
+        for heading, of_table in lines_of("paper.txt").items() for title, task, columns in [heading.split(" | ")]
+        for model, label, flags, numbers in of_table]  # fmt: skip
+settings = cache(lambda task, flags: settings_of(["--task", task, *flags.removeprefix("base").split()]))
+
+
+def outside(row: Row, config: dict, result: dict) -> list[str]:
+    """What keeps a run with this config.json and this measurement out of a row."""
+    wanted = settings(row.task, row.flags)
+    unread = {"feedback"} if not wanted["teacher"] else set()  # no teacher, no feedback
+    names = PROBLEMS if row.flags == "base" else sorted(wanted.keys() - FREE - unread)
+    asked = {"split": "test", "n": wanted["eval_samples"], "temperature": wanted["eval_temperature"],
+             "top_p": wanted["eval_top_p"], "max_tokens": wanted["max_response_tokens"]}  # fmt: skip
+    differ = [f"{name}={config[name]}" for name in names if config.get(name, wanted[name]) != wanted[name]]
+    return differ + [f"evaluated with {name}={result[name]}" for name in asked if result[name] != asked[name]]
+
+
+def collect(runs: dict[str, tuple[dict, dict]]) -> tuple[dict, list[str]]:
+    """runs: config.json and evaluation.json of each. Returns {(row, whether one model was trained on all domains): {column: {seed:
+    avg@n}}}, and a note for each run whose last weights are in no row: what differs from the nearest one. Raises ValueError with
+    one line for files that are something else."""
     found, notes = {}, []
-    for run, config, evaluation in runs:
-        outside = {}
+    for name, (config, evaluation) in runs.items():
         try:
+            model = config["model"].rstrip("/").split("/")[-1].lower()
             for when in ("before", "after"):
-                result = evaluation[when]
-                row, outside[when] = match(config, result, when)
-                if outside[when]:
-                    continue
+                result, reasons = evaluation[when], []  # for each row of this model
+                task, subset = result["task"].split("/")
                 seed = config["seed"] if when == "after" else result["seed"]  # all runs start from the same weights
-                for part, numbers in (result["parts"] or {result["task"].split("/")[1]: result}).items():
-                    seeds = found.setdefault(row, {}).setdefault(part, {})
-                    if when == "after" and seed in seeds:
-                        outside[when] = [f"seed {seed} of these settings is there already"]
-                    seeds.setdefault(seed, float(numbers["avg"]))
+                parts = {part: float(of["avg"]) for part, of in (result["parts"] or {subset: result}).items()}
+                for row in ROWS:
+                    if (row.task, row.model.lower(), row.flags == "base") != (task, model, when == "before"):
+                        continue
+                    reasons.append(outside(row, config, result))
+                    for part, avg in parts.items() if not reasons[-1] else ():
+                        seeds = found.setdefault((row, subset == "all"), {}).setdefault(part, {})
+                        if seed not in seeds:
+                            seeds[seed] = avg
+                        elif when == "after":
+                            reasons[-1] = [f"seed {seed} of these settings is there already"]
+            other_method = f"method={config['method']}"
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{run}: not a run and the evaluation of `evaluate.py --run`: {error!r}") from None
-        if reasons := outside["after"]:
-            more = f" and {len(reasons) - 3} more" if len(reasons) > 3 else ""
-            trained = "" if outside["before"] else ", after training (its base model is in one)"
-            notes.append(f"{run}: in no table{trained}: {', '.join(reasons[:3])}{more}")
-    if notes:
-        notes.append(f"{len(notes)} of {len(runs)} runs in no table")
+            raise ValueError(f"{name}: not a run and the evaluation of `evaluate.py --run`: {error!r}") from None
+        nearest = min(reasons, key=lambda of: (other_method in of, len(of)), default=[f"the paper has no {task} of {model}"])
+        if nearest:
+            notes.append(f"{name}: its last weights are in no table: {', '.join(nearest[:3])}{' ...' * (len(nearest) > 3)}")
     for columns in found.values():
-        domains = [columns.get(domain, {}) for domain in DOMAINS.values()]
+        domains = [columns.get(domain, {}) for domain in DOMAINS]
         seeds = set.intersection(*map(set, domains))
         columns["average"] = {seed: float(np.mean([of_domain[seed] for of_domain in domains])) for seed in seeds}
     return found, notes
@@ -121,35 +102,33 @@ def percent(values: list[float]) -> str:
 def lines(found: dict) -> list[str]:
     """The tables in which something was measured, as aligned text."""
     printed = []
-    for title, task, models, rows in TABLES:
-        columns = COLUMNS[task]
-        wanted = [(task, model.lower(), key, together) for model in models for key in rows.values() for together in (0, 1)]
-        if not any(found.get(row) for row in wanted):
+    for title, rows in groupby(ROWS, key=lambda row: row.table):
+        rows = [(row, together) for row in rows for together in (False, True)]
+        if found.keys().isdisjoint(rows):
             continue
+        columns = rows[0][0].columns
         grid = [["", *(text for column in columns for text in (column, "paper"))]]
-        for model in models:
-            grid.append([model, *[""] * 2 * len(columns)])
-            for label, key in rows.items():
-                paper = PAPER[task][model.lower()][key]
-                for together in (False, True):
-                    cells = found.get((task, model.lower(), key, together), {})
-                    pairs = [(percent(list(cells.get(c, {}).values())), f"{paper[c]:.2f}") for c in columns.values()]
-                    if cells or not together:
-                        grid.append([f"  {label}{', one model for all domains' * together}", *sum(pairs, ())])
+        for row, together in rows:
+            if (row, together) in found or not together:
+                ours = [percent([*found.get((row, together), {}).get(column, {}).values()]) for column in columns]
+                label = f"{row.model} {row.label}{', one model for all domains' * together}"
+                grid.append([label, *sum(zip(ours, row.paper), ())])
         first, *others = [max(map(len, column)) for column in zip(*grid)]
-        printed += ["", f"{title}, percent"]
-        printed += ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]).rstrip() for row in grid]
-    if printed:
-        printed += ["", "Several seeds: mean ± half of the 95% t interval over seeds (number of seeds)."]
-    return printed[1:]
+        printed += [f"{title}, percent"]
+        printed += ["  ".join([line[0].ljust(first), *map(str.rjust, line[1:], others)]).rstrip() for line in grid] + [""]
+    return [*printed, "Several seeds: mean ± half of the 95% t interval over seeds (number of seeds)."] if printed else []
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("tables.py", "The paper's tables, our numbers beside the paper's, from evaluated runs.")
     parser.add_argument("runs", nargs="+", type=Path, help="run directories that evaluate.py --run has measured")
+    folders, runs = parser.parse_args(argv).runs, {}
     try:
-        runs = parser.parse_args(argv).runs
-        found, notes = collect([(str(run), *read(run, "config.json", "evaluation.json")) for run in runs])
+        for folder in folders:
+            runs[str(folder)] = config_of(folder, NEEDED), load(folder / "evaluation.json", {})
+            if not runs[str(folder)][1]:
+                raise ValueError(f"{folder} has no evaluation.json: python evaluate.py --run {folder} makes it")
+        found, notes = collect(runs)
     except ValueError as error:
         parser.error(error)
     for note in notes:

@@ -1,14 +1,14 @@
-"""Figures and tables: what is averaged, what is grouped, which run is in which cell, and the one-line errors."""
+"""Figures and tables: what is averaged, what is grouped, which run is in which row, and the one-line errors."""
 
 import json
+import re
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import vpd
-from neighbours import distil
+from harness.settings import NOT_OF_THE_RUN
 from study import figures, tables
 from test_study import assert_refused, made
 
@@ -16,7 +16,7 @@ from test_study import assert_refused, made
 def run(folder, method, seed, rewards, margins=None, teacher=None, **settings):
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"method": method, "seed": seed, "out": str(folder), **settings}))
-    rows = [{"kind": "eval", "step": 0, "avg": rewards[0], "teacher_avg": teacher}]
+    rows = [{"kind": "eval", "step": 0, "avg": rewards[0], "teacher_avg": teacher}, {"kind": "resume", "avg": 1, "reward": 1}]
     for step, reward in enumerate(rewards):
         rows.append({"kind": "train", "step": step, "reward": reward, "margin": margins[step] if margins else None})
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -25,64 +25,80 @@ def run(folder, method, seed, rewards, margins=None, teacher=None, **settings):
 
 def study(tmp_path, rows):
     """study.json with rows {name: its runs}."""
-    path = tmp_path / "study.json"
     named = {name: {"label": name.split("/")[1].upper(), "runs": dict(enumerate(runs, 1))} for name, runs in rows.items()}
-    path.write_text(json.dumps({"hardware": "none", "rows": named}))
-    return path
+    (tmp_path / "study.json").write_text(json.dumps({"rows": named}))
+    return tmp_path / "study.json"
 
 
 @pytest.fixture
-def drawn(monkeypatch):
-    """What is drawn, (arguments, keywords) of every call by the method of an axis; no PNG is made."""
-    seen = {name: [] for name in ("plot", "axhline", "fill_between", "set_title", "set_ylabel", "set_ylim")}
-    for name, calls in seen.items():
+def draw(monkeypatch):
+    """Runs the command and returns the panels of what it drew, {title: axis}, of all figures; no PNG is made."""
+    drawn = []
 
-        def noted(self, *args, own=getattr(figures.plt.Axes, name), calls=calls, **keywords):
-            calls.append((args, keywords))
-            return own(self, *args, **keywords)
+    def saved(figure, file, **_):
+        drawn.extend(figure.axes)
+        file.write(b"picture")
 
-        monkeypatch.setattr(figures.plt.Axes, name, noted)
-    monkeypatch.setattr(figures.plt.Figure, "savefig", lambda self, file, **_: file.write(b"picture"))
-    return seen
+    def draw(*argv):
+        drawn.clear()
+        figures.main([str(word) for word in argv])
+        return {axis.get_title(): axis for axis in drawn}
+
+    monkeypatch.setattr(figures.Figure, "savefig", saved)
+    return draw
 
 
-def first(calls):
-    """The first arguments of calls."""
-    return [args[0] for args, _ in calls]
+def curves(axis):
+    """[(x, y)] of the curves."""
+    lines = [line for line in axis.get_lines() if line.get_color() != GREY]
+    return [([*map(float, line.get_xdata())], pytest.approx([*map(float, line.get_ydata())])) for line in lines]
 
+
+def looks(axis):
+    return [(line.get_color(), line.get_linestyle()) for line in axis.get_lines() if line.get_color() != GREY]
+
+
+def base(axis):
+    """The heights of the base models' lines."""
+    return [line.get_ydata()[0] for line in axis.get_lines() if line.get_color() == GREY]
+
+
+GREY = "#777777"
+RATE, TEACHER, REWARD, MARGIN = (figures.MEASURES[name][0] for name in ("avg", "teacher", "reward", "margin"))
 
 # ---- Curves of runs --------------------------------------------------------------------------------------------
 
 
-def test_seeds_are_one_curve_and_settings_that_differ_are_named(tmp_path):
+def test_seeds_are_one_curve_settings_that_differ_are_named_and_so_is_the_picture(tmp_path, capsys):
     runs = [run(tmp_path / str(i), method, seed, [0.3, 0.4], e_step_every=every)
             for i, (method, seed, every) in enumerate((("vpd", 1, 1), ("vpd", 2, 1), ("vpd", 1, 5), ("grpo", 1, 1)))]  # fmt: skip
-    names = figures.draw(runs, tmp_path / "out.png")
-    assert names == ["VPD e_step_every=1 (2 seeds)", "VPD e_step_every=5 (1 seed)", "GRPO (1 seed)"]
-    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    figures.main([*map(str, runs), "--out", str(tmp_path / "curves")])
+    says = f"{tmp_path}/curves.png: VPD e_step_every=1 (2 seeds), VPD e_step_every=5 (1 seed), GRPO (1 seed)\n"
+    assert capsys.readouterr() == (says, "") and (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_teachers_pass_rate_is_drawn_only_where_a_run_has_one(tmp_path, drawn):
-    one, two = run(tmp_path / "a", "vpd", 1, [0.1], [0.5], teacher=0.25), run(tmp_path / "b", "grpo", 1, [0.1])
-    for runs, measures in (([two], ["avg", "reward"]), ([one, two], ["avg", "reward", "margin", "teacher_avg"])):
-        drawn["set_title"].clear(), drawn["plot"].clear()
-        figures.draw(runs, tmp_path / "x.png")
-        assert first(drawn["set_title"]) == [figures.MEASURES[m][0] for m in measures]
-    assert drawn["plot"][-1][0] == ([0], [0.25]) and len(drawn["plot"]) == 2 + 2 + 1 + 1
+def test_measures_that_a_run_has_are_drawn_where_it_has_a_value(tmp_path, draw):
+    one, two = run(tmp_path / "a", "vpd", 1, [0.1, 0.2], [None, 0.5], 0.25), run(tmp_path / "b", "grpo", 1, [0.0])
+    assert list(draw(two, "--out", tmp_path / "x.png")) == [RATE, REWARD]
+    panels = draw(one, two, "--out", tmp_path / "x.png")
+    assert list(panels) == [RATE, REWARD, MARGIN, TEACHER]
+    assert curves(panels[MARGIN]) == [([1], [0.5])] and curves(panels[TEACHER]) == [([0], [0.25])]
+    assert [curves(panels[title])[1] for title in (RATE, REWARD)] == [([0], [0.0])] * 2  # a rate of 0 is a value
 
 
-def test_the_base_model_is_a_line_at_its_mean_pass_rate_one_for_each_model(tmp_path, drawn):
+def test_the_base_model_is_a_line_at_its_mean_pass_rate_one_for_each_model(tmp_path, draw):
     starts = (("vpd", 1, 0.1, "a"), ("vpd", 2, 0.3, "a"), ("grpo", 1, 0.2, "a"), ("grpo", 1, 0.8, "b"))
-    figures.draw([run(tmp_path / str(i), method, seed, [avg, 1.0], model=model)
-                  for i, (method, seed, avg, model) in enumerate(starts)], tmp_path / "x.png")  # fmt: skip
-    assert first(drawn["axhline"]) == pytest.approx([(0.1 + 0.3 + 0.2) / 3, 0.8])  # and none in the panel of rewards
+    runs = [run(tmp_path / str(i), method, seed, [avg, 1.0], model=model) for i, (method, seed, avg, model) in enumerate(starts)]
+    panels = draw(*runs, "--out", tmp_path / "x.png")
+    assert base(panels[RATE]) == pytest.approx([(0.1 + 0.3 + 0.2) / 3, 0.8]) and base(panels[REWARD]) == []
 
 
 @pytest.mark.parametrize("start, last", [(0.23, 0.31), (-0.2, -0.1), (-1, 2)])
-def test_zero_is_on_the_margins_axis_so_that_noise_is_no_rise(start, last, tmp_path, drawn):
-    figures.draw([run(tmp_path / "a", "vpd", 1, [0.1] * 10, [start] * 5 + [last] * 5)], tmp_path / "x.png")
-    rates, reward, (low, high) = first(call for call in drawn["set_ylim"] if not call[1])  # others are the library's
-    assert rates == reward == (0, 1) and low <= start < last <= high
+def test_zero_is_on_the_margins_axis_so_that_noise_is_no_rise(start, last, tmp_path, draw):
+    margins = [start] * 5 + [last] * 5
+    panels = draw(run(tmp_path / "a", "vpd", 1, [0.1] * 10, margins), "--out", tmp_path / "x.png")
+    low, high = panels[MARGIN].get_ylim()
+    assert panels[RATE].get_ylim() == panels[REWARD].get_ylim() == (0, 1) and low <= start < last <= high
     assert low == 0 if start > 0 else high == 0 if last < 0 else low < 0 < high
 
 
@@ -91,148 +107,108 @@ def test_smoothing_is_a_centred_mean_that_shrinks_at_the_ends():
     assert figures.smooth(np.array([1.0, 2.0, 6.0, 3.0, 3.0, 9.0])) == pytest.approx(expected)
 
 
-def test_steps_without_a_value_are_left_out_and_not_drawn_as_zero(tmp_path):
-    log = run(tmp_path / "a", "vpd", 1, [0.1, 0.2], margins=[None, 0.5]) / "log.jsonl"
-    log.write_text(log.read_text() + '{"kind": "end", "step": 9, "avg": 1}\n')  # of a kind that has no such measure
-    _, found = figures.measured(log.parent)
-    assert (found["margin"], found["avg"], found["entropy"]) == ({1: 0.5}, {0: 0.1}, {})
-
-
 VPD, ROW = '{"method": "vpd"}', '{"kind": "train", "step": 0, "reward": 0.5}'
 
 
 @pytest.mark.parametrize(
     "config, log, reason",
-    [(None, None, " is no run directory: it has no config.json and no log.jsonl"),
-     (VPD, None, " is no run directory: it has no log.jsonl"),
-     ("[]", ROW, "/config.json is no JSON object"), ("{}", ROW, "/config.json is not the configuration of a run"),
-     ("{", ROW, "/config.json is no JSON object"), (VPD, "", "/log.jsonl has no batch"),
-     (VPD, '{"kind": "resume", "step": 0}', "/log.jsonl has no batch"),
-     (VPD, f"{ROW}\n{ROW[:30]}", "/log.jsonl, line 2 is no JSON object"), (VPD, "\0\xff", "/log.jsonl is no JSON object"),
-     (VPD, '{"step": 0}', "/log.jsonl, line 1 is no row"), (VPD, "[]", "/log.jsonl, line 1 is no JSON object"),
-     (VPD, '{"kind": "train", "step": "one"}', "/log.jsonl, line 1 is no row"),
-     (VPD, ROW.replace("0.5", '"high"'), "/log.jsonl, line 1: reward is no number")],
+    [(None, ROW, "/config.json is not the configuration of a run: FileNotFoundError"), (VPD, None, "/log.jsonl'"),
+     ("[]", ROW, "/config.json is not the configuration of a run"), ("{}", ROW, "a run: it lacks method"),
+     (VPD, "", "/log.jsonl has no batch"), (VPD, '{"kind": "resume", "step": 0}', "/log.jsonl has no batch"),
+     (VPD, f"{ROW}\n{ROW[:30]}", "/log.jsonl, line 2 is no JSON object"), (VPD, "\0\xff", "/log.jsonl, line 1 is no JSON"),
+     (VPD, ROW.replace("0.5", '"high"'), "could not convert string to float: 'high'")],
 )  # fmt: skip
 def test_a_run_that_lacks_a_file_or_has_another_is_one_line_and_exit_2(config, log, reason, tmp_path, capsys):
     for name, text in (("config.json", config), ("log.jsonl", log)):
         if text is not None:
             (tmp_path / name).write_text(text, encoding="latin-1")
-    assert_refused(figures, [tmp_path, "--out", tmp_path / "x.png"], f"{tmp_path}{reason}", capsys)
+    assert_refused(figures, [tmp_path, "--out", tmp_path / "x.png"], reason, capsys)
     assert not (tmp_path / "x.png").exists()
 
 
 @pytest.mark.parametrize(
     "argv, reason",
-    [("{0}/nowhere", "/nowhere is no run directory: there is no such folder"),
-     ("{0}/study.json", "/study.json is no run directory: it is a file"),
-     ("{0}/a --out {0}/no/x.png", "there is no folder"), ("{0}/a --out {0}", "it is a folder"),
-     ("{0}/a --out {0}/x.foo", "foo"), ("--study {0}/study.json --out {0}/study.json", "go to a folder"),
-     ("a --study b", "--study goes without"), ("--nothing", "--nothing")],
+    [("{0}/nowhere", "/nowhere/config.json"), ("{0}/study.json", "Not a directory"), ("{0}/a --out {0}", "it is a folder"),
+     ("{0}/a --out {0}/no/x.png", "there is no folder"), ("{0}/a --out {0}/x.foo", "foo"), ("a --study b", "--study goes without"),
+     ("--study {0}/study.json --out {0}/study.json", "File exists"), ("--study {0}/none --out {0}/new", "none is no JSON object"),
+     ("--study {0}/a/log.jsonl --out {0}/new", "log.jsonl is no JSON object"), ("--study {0}/list --out {0}/new", "it is a list")],
 )  # fmt: skip
-def test_flags_that_cannot_be_are_one_line_exit_2_and_nothing_written(argv, reason, tmp_path, capsys):
+def test_arguments_that_cannot_be_are_one_line_exit_2_and_nothing_written(argv, reason, tmp_path, capsys):
     run(tmp_path / "a", "vpd", 1, [0.1])
     study(tmp_path, {"trace/vpd": [made()]})
+    (tmp_path / "list").write_text("[]")
     assert_refused(figures, argv.format(tmp_path).split(), reason, capsys)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "study.json"]
-    assert not tmp_path.with_suffix(".png").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "list", "study.json"]
 
 
-def test_a_picture_without_an_ending_is_named_as_it_is_written(tmp_path, capsys):
-    figures.main([str(run(tmp_path / "a", "vpd", 1, [0.1])), "--out", str(tmp_path / "curves")])
-    assert capsys.readouterr().out.startswith(f"{tmp_path}/curves.png: ") and (tmp_path / "curves.png").exists()
+# ---- The study's figures ---------------------------------------------------------------------------------------
 
 
-# ---- The paper's figures ---------------------------------------------------------------------------------------
-
-
-def test_every_figure_is_drawn_where_all_rows_are_there(tmp_path, monkeypatch, capsys):
+def test_what_is_there_of_the_figures_is_drawn(tmp_path, monkeypatch, capsys, draw):
     series = [0.1, 0.2, 0.3]
-    runs = [made(margin=series, reward=series, entropy=series, divergence=series)] * 2
+    run = made(margin=series, reward=series, entropy=series, divergence=series)
     names = {f"{subset}/{v}" for panels in figures.FIGURES.values() for subset, _, variants in panels for v in variants}
     monkeypatch.chdir(tmp_path)
     results = tmp_path / "study" / "results"
     results.mkdir(parents=True)
-    study(results, dict.fromkeys(sorted(names), runs))
-    figures.main([])  # no argument: study/results/study.json, into study/results
-    out, error = capsys.readouterr()
-    drawn = {path.stem: path.read_bytes() for path in results.glob("*.png")}
-    assert drawn.keys() == {"dialect", "long", "margin", "progress"} and error == ""
-    assert all(picture.startswith(b"\x89PNG") for picture in drawn.values())
-    assert "study/results/margin.png: VPD (2 seeds), SDPO (2 seeds), SDPO LIVE (2 seeds)\n" in out
+    study(results, {name: [run] * 2 for name in names})
+    draw()  # no argument: study/results/study.json, into study/results
+    assert {path.stem for path in results.glob("*.png")} == {"dialect", "long", "margin", "progress"}
+    assert "study/results/margin.png: VPD (2 seeds), SDPO (2 seeds), SDPO LIVE (2 seeds)\n" in capsys.readouterr().out
+    path = study(tmp_path, {"trace/vpd": [made(margin=series, teacher=None)], "code/vpd": [made()] * 3, "trace-120/vpd": [made()]})
+    draw("--study", path, "--out", tmp_path / "new" / "folder")
+    said = capsys.readouterr().out.replace(f"{tmp_path}/new/folder/", "").splitlines()
+    assert said == ["margin.png: VPD (1 seed)", "progress.png: VPD (1 and 3 seeds)",  # where panels differ
+                    "long.png: VPD (1 seed)", "dialect.png: not drawn, none of its rows is there"]  # fmt: skip
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == ["long.png", "margin.png", "progress.png"]
 
 
-def test_study_curve_is_the_mean_over_seeds_and_its_band_their_extremes(tmp_path, drawn):
+def test_a_curve_is_the_mean_over_seeds_and_its_band_their_extremes(tmp_path, draw):
     runs = [made(evals=evals, teacher=None) for evals in ([0.1, 0.3], [0.1, 0.4], [0.4, 0.8])]
-    lines, _ = figures.draw_study(study(tmp_path, {"code/vpd": runs}), tmp_path)
-    assert lines == [f"{tmp_path}/progress.png: VPD (3 seeds)"]
-    assert first(drawn["axhline"]) == pytest.approx([(0.1 + 0.1 + 0.4) / 3])
-    assert drawn["plot"][0][0] == ([0, 10], pytest.approx([(0.1 + 0.1 + 0.4) / 3, (0.3 + 0.4 + 0.8) / 3]))
-    assert [[*low, *high] for (_, low, high), _ in drawn["fill_between"]] == [[0.1, 0.3, 0.4, 0.8]]
+    (axis,) = draw("--study", study(tmp_path, {"code/vpd": runs}), "--out", tmp_path).values()
+    assert axis.get_title() == f"code: {RATE}" and axis.get_ylabel() == ""
+    first = (0.1 + 0.1 + 0.4) / 3
+    assert curves(axis) == [([0, 10], [first, (0.3 + 0.4 + 0.8) / 3])] and base(axis) == pytest.approx([first])
+    assert {tuple(point) for point in axis.collections[0].get_paths()[0].vertices} == {(0, 0.1), (0, 0.4), (10, 0.3), (10, 0.8)}
 
 
-def test_margin_is_smoothed_for_each_seed_before_the_mean_and_says_so(tmp_path, drawn):
+def test_margin_is_smoothed_for_each_seed_before_the_mean_and_says_so(tmp_path, draw):
     """Batch 1 has no margin on the second seed, so it is left out of both."""
     path = study(tmp_path, {"trace/vpd": [made(margin=[1, 9, 2, 6]), made(margin=[3, None, 4, 5])]})
-    figures.draw_study(path, tmp_path)
+    axis = draw("--study", path, "--out", tmp_path)[f"trace: {MARGIN}"]
     # three batches each, less than the width of 5: their mean everywhere
-    assert drawn["plot"][0][0] == ([0, 2, 3], pytest.approx([((1 + 2 + 6) / 3 + (3 + 4 + 5) / 3) / 2] * 3))
-    assert [*map(list, drawn["fill_between"][0][0][1:])] == [[(1 + 2 + 6) / 3] * 3, [(3 + 4 + 5) / 3] * 3]
-    labelled = dict(zip(first(drawn["set_title"]), first(drawn["set_ylabel"])))
-    assert labelled["trace: reward margin of the teacher"] == "mean of 5 batches"
-    assert labelled["trace: pass rate on validation problems"] == ""  # evaluations are not smoothed
+    assert curves(axis) == [([0, 2, 3], [((1 + 2 + 6) / 3 + (3 + 4 + 5) / 3) / 2] * 3)] and axis.get_ylabel() == "mean of 5 batches"
+    assert {y for _, y in axis.collections[0].get_paths()[0].vertices} == {(1 + 2 + 6) / 3, (3 + 4 + 5) / 3}
 
 
-def test_rows_and_values_that_are_not_there_are_named_and_what_is_there_is_drawn(tmp_path, drawn, capsys):
-    run, out, dialect = made(margin=[0.1], teacher=None), tmp_path / "new" / "folder", "trace-dialect/vpd F=1"
-    path = study(tmp_path, {"trace/vpd": [run], dialect: [run], "code/vpd": [run] * 3})
-    figures.main(["--study", str(path), "--out", str(out)])
-    printed, errors = capsys.readouterr()
-    assert f"{out}/progress.png: VPD (1 and 3 seeds)\n" in printed  # where panels differ
-    said = [line.removeprefix(f"figures.py: {out}/") for line in errors.splitlines()]
-    assert said[:1] == ["margin.png: no row trace/sdpo"]
-    assert {"progress.png: no row code/sdpo", f"dialect.png: no teacher_avg of {dialect}"} <= set(said)
-    assert said.count("dialect.png: no row trace-dialect/vpd F=5") == 1  # once, for its panels
-    assert sorted(path.name for path in out.iterdir()) == ["dialect.png", "margin.png", "progress.png"]
-    lines, notes = figures.draw_study(study(tmp_path, {"code/vpd": [run]}), tmp_path)
-    assert len(lines) == 1 and f"{tmp_path}/dialect.png: not drawn, {path} has none of its rows" in notes
-
-
-def test_method_looks_the_same_in_every_figure_and_no_two_look_alike(tmp_path, drawn):
-    looks = lambda: [(k["color"], k["linestyle"]) for _, k in drawn["plot"]]  # noqa: E731
+def test_method_looks_the_same_in_every_figure_and_no_two_look_alike(tmp_path, draw):
     seed = made(margin=[0.5], teacher=None)
     rows = "code/grpo trace/vpd trace/sdpo trace/grpo trace/new".split()
-    figures.draw_study(study(tmp_path, {name: [seed] for name in rows}), tmp_path)
+    panels = draw("--study", study(tmp_path, {name: [seed] for name in rows}), "--out", tmp_path)
     one, two, three = (figures.STYLES[method] for method in ("vpd", "sdpo", "grpo"))
-    assert looks() == [one, two, one, two, three, three]  # margin, progress on trace and on code
+    assert [*map(looks, panels.values())] == [[one, two], [one, two, three], [three]]  # margin, progress on trace and on code
     every = [*figures.STYLES.values(), *figures.SPARE]
     assert len(set(every)) == len(every)
-    drawn["plot"].clear()  # curves of runs as well
-    figures.draw([run(tmp_path / "a", "sdpo", 1, [0.1]), run(tmp_path / "b", "vpd", 1, [0.1])], tmp_path / "x.png")
-    assert looks() == [two, one] * 2  # pass rate, reward; no margins
-
-
-@pytest.mark.parametrize("text", [None, "{", "[]"])
-def test_a_study_that_is_no_json_object_is_one_line_and_draws_nothing(text, tmp_path, capsys):
-    if text:
-        (tmp_path / "study.json").write_text(text)
-    assert_refused(figures, ["--study", tmp_path / "study.json", "--out", tmp_path / "out"], "study.json is no JSON object", capsys)
-    assert not (tmp_path / "out").exists()
+    panels = draw(run(tmp_path / "a", "sdpo", 1, [0.1]), run(tmp_path / "b", "vpd", 1, [0.1]), "--out", tmp_path / "x.png")
+    assert [*map(looks, panels.values())] == [[two, one]] * 2  # pass rate, reward; no margins
+    runs = [run(tmp_path / name, "vpd", 1, [0.1], lr=name) for name in "cd"]
+    (first, second), _ = map(looks, draw(*runs, "--out", tmp_path / "x.png").values())
+    assert first != second
 
 
 # ---- The paper's tables ----------------------------------------------------------------------------------------
 
 
-def evaluated(argv, after, before=0.3, parts=None, **differs):
-    """(name, config.json, evaluation.json) of a run started with these flags; `differs`: changes of its evaluation."""
-    flags = [flag for flag in argv.replace("--method distil", "").split()]
-    cfg = (distil if "distil" in argv else vpd).settings(flags)
+def evaluated(argv, after=0.5, before=0.3, parts=None, **differs):
+    """config.json and evaluation.json of a run started with these flags; `differs`: changes of its evaluation."""
+    cfg = vpd.settings(argv.split())
     config = asdict(cfg) | {"out": "x", "teacher": cfg.reader(), "commit": "c"}
     subset = cfg.subset or {"lcb": "v6", "sciknoweval": "biology", "math": "dapo", "toy": "trace"}[cfg.task]
     result = {"task": f"{cfg.task}/{subset}", "split": "test", "seed": 0, "temperature": cfg.eval_temperature,
               "top_p": cfg.eval_top_p, "max_tokens": cfg.max_response_tokens, "n": cfg.eval_samples}  # fmt: skip
     result |= differs | {"parts": {}}
     of = {part: {"avg": avg} for part, avg in (parts or {}).items()}
-    return "run", config, {"before": result | {"avg": before}, "after": result | {"avg": after, "parts": of}}
+    return config, {"before": result | {"avg": before}, "after": result | {"avg": after, "parts": of}}
 
 
 SMALL = "--task sciknoweval --model Qwen/Qwen3-1.7B"
@@ -242,17 +218,13 @@ TABLE_2 = "64.75 81.88 77.06 73.67 74.34"  # VPD of Qwen3-1.7B where nothing was
 
 
 def rows(*runs):
-    """The printed tables, {"title/model/row": its other cells, joined by one blank}, and the notes."""
-    found, notes = tables.collect(list(runs))
-    printed, table, model = {}, "", ""
-    for line in tables.lines(found):
-        if line.startswith(("Table", "Section")):
-            table, model = line.split(":")[0], ""
-        elif line.startswith("  ") and model:
-            label, *cells = [cell for cell in line.split("  ") if cell]
-            printed[f"{table}/{model}/{label}"] = " ".join(cell.strip() for cell in cells)
-        elif not line.startswith(" "):
-            model = line
+    """The printed tables, {"title/row": its other cells, joined by one blank}, and the notes."""
+    found, notes = tables.collect({f"run{i}": run for i, run in enumerate(runs)})
+    printed, table = {}, ""
+    for line in filter(None, tables.lines(found)):
+        label, *cells = re.split(r" {2,}", line)
+        table = label.split(":")[0] if not cells else table
+        printed |= {f"{table}/{label}": " ".join(cells)} if label and cells else {}
     return printed, notes
 
 
@@ -260,112 +232,95 @@ def rows(*runs):
     "runs, expected",
     [  # ours, then the paper's, typed from it; what was not measured is empty
         # the base is measured once: both runs start from it, evaluated with one seed
-        (["--task lcb --seed 1"], {"1/Qwen3-8B/Base": "30.00 28.05", "1/Qwen3-8B/VPD": "50.00 49.62", "1/Qwen3-8B/GRPO": "45.61"}),
-        (["--task lcb --method reweight --model a/folder/qwen3-8b/"], {"1/Qwen3-8B/SDPO+RL (Adv Reweight)": "50.00 44.85"}),
-        (["--task lcb --method joint"], {"1/Qwen3-8B/SDPO+RL (Joint Loss)": "50.00 47.52", "1/Qwen3-8B/SDPO": "47.33"}),
-        (["--task sciknoweval --subset chemistry --method sdpo"], {"2/Qwen3-8B/SDPO": "61.62 50.00 82.26 79.59 74.30 74.44"}),
+        (["--task lcb --seed 1"], {"1/Qwen3-8B Base": "30.00 28.05", "1/Qwen3-8B VPD": "50.00 49.62", "1/Qwen3-8B GRPO": "45.61"}),
         ([f"{SMALL} --subset physics --feedback critique --method sdpo"],
-         {"3/Qwen3-1.7B/SDPO": "62.12 78.66 71.21 50.00 58.13 67.53", "2/Qwen3-1.7B/SDPO": "61.50 72.41 71.54 59.92 66.34"}),
+         {"3/Qwen3-1.7B SDPO": "62.12 78.66 71.21 50.00 58.13 67.53", "2/Qwen3-1.7B SDPO": "61.50 72.41 71.54 59.92 66.34"}),
         # GRPO reads no feedback, so that it is in Table 2 whatever the source is
         ([f"{SMALL} --subset physics --feedback critique --method grpo"],
-         {"2/Qwen3-1.7B/GRPO": "61.25 75.65 74.93 50.00 67.42 69.81"}),
-        ([f"{SMALL} --subset physics {flags}" for flags in ("--e_step_every 1", "--e_step_every 10", "--prior fixed")],
-         {"2/Qwen3-1.7B/VPD": TABLE_2, "4/Qwen3-1.7B/VPD (F5)": TABLE_2, "5/Qwen3-1.7B/Dynamic": TABLE_2,
-          "4/Qwen3-1.7B/VPD (F1)": "61.12 78.51 72.47 50.00 68.75 70.21",
-          "4/Qwen3-1.7B/VPD (F10)": "59.50 79.50 71.61 50.00 66.48 69.27",
-          "5/Qwen3-1.7B/Fixed": "55.87 76.34 72.81 50.00 66.33 67.84"}),
+         {"2/Qwen3-1.7B GRPO": "61.25 75.65 74.93 50.00 67.42 69.81"}),
+        ([f"{SMALL} --subset physics {flags}" for flags in ("--e_step_every 1", "--prior fixed")],
+         {"2/Qwen3-1.7B VPD": TABLE_2, "4/Qwen3-1.7B VPD (F5)": TABLE_2, "5/Qwen3-1.7B Dynamic": TABLE_2,
+          "4/Qwen3-1.7B VPD (F1)": "61.12 78.51 72.47 50.00 68.75 70.21",
+          "5/Qwen3-1.7B Fixed": "55.87 76.34 72.81 50.00 66.33 67.84"}),
         (["--task sciknoweval --model Qwen/Qwen3-4B-Base --subset physics"],
-         {"D.3/Qwen3-4B-Base/Base": "29.37 32.71 50.84 30.00 51.33 41.06",
-          "D.3/Qwen3-4B-Base/GRPO": "58.63 77.98 81.12 80.23 74.49",
-          "D.3/Qwen3-4B-Base/VPD": "48.50 70.45 64.03 50.00 72.81 63.95"}),
-        ([f"{OLMO} --lr 5e-6"], {"2/Olmo-3-7B-Instruct/VPD": "55.62 80.33 76.06 50.00 71.17 70.80"}),
-        # settings of the machine keep no run out
-        (["--task lcb --micro_batch_tokens 99 --sampler hf --checkpoint_every 3 --eval_every 7 --seed 5 --engine_memory 0.3"],
-         {"1/Qwen3-8B/VPD": "50.00 49.62"}),
+         {"D.3/Qwen3-4B-Base Base": "29.37 32.71 50.84 30.00 51.33 41.06",
+          "D.3/Qwen3-4B-Base VPD": "48.50 70.45 64.03 50.00 72.81 63.95"}),
     ],
 )  # fmt: skip
-def test_a_run_is_in_the_cell_of_its_settings_beside_the_papers_number(runs, expected):
-    printed, notes = rows(*[evaluated(flags, 0.5) for flags in runs])
+def test_a_run_is_in_the_row_of_its_settings_beside_the_papers_number(runs, expected):
+    printed, notes = rows(*map(evaluated, runs))
     assert notes == [] and {key: printed.get(f"Table {key}") for key in expected} == expected
     assert ("Table 3" in str(printed)) == any(key.startswith("3") for key in expected)
 
 
+def test_every_row_of_the_paper_is_that_of_a_run_with_its_flags():
+    for row in (row for row in tables.ROWS if row.flags != "base"):
+        found, notes = tables.collect({"run": evaluated(f"--task {row.task} --model a/folder/{row.model}/ {row.flags}")})
+        assert {(of.model, of.flags) for of, _ in found} - {(row.model, "base")} == {(row.model, row.flags)} and notes == []
+        assert len(row.paper) == len(row.columns)
+
+
+def test_all_settings_count_but_those_of_the_machine_and_the_log():
+    free = {"seed", "subset", "checkpoint_every", "log_samples", "micro_batch_tokens", "sampler", "engine_memory", "server_timeout",
+            "eval_every", "eval_samples", "eval_temperature", "eval_top_p", "teacher_probe"}  # fmt: skip
+    config, evaluation = evaluated("--task lcb")
+    assert free | {"method", "teacher", "steps", "lr", "top_k"} < config.keys()
+    for name in config.keys() - {"model", "commit", *NOT_OF_THE_RUN}:
+        found, notes = tables.collect({"run": (config | {name: "another"}, evaluation)})
+        assert notes == ([] if name in free else [f"run: its last weights are in no table: {name}=another"])
+        # what training changes keeps no base out, what changes the problems does
+        assert bool(found) == (name not in ("data", "since", "until", "train_tests", "smoke"))
+
+
 @pytest.mark.parametrize(
     "flags, reason",
-    [(f"--task lcb {flags}", f"{flags.split()[0].removeprefix('--').removeprefix('no_')}=") for flags in (
-        "--feedback environment", "--feedback sibling", "--lr 2e-6", "--steps 10", "--teacher ema", "--shift_rate 1",
-        "--beta 0.2", "--group_size 4", "--no_borrow", "--top_k 0", "--divergence js", "--e_groups all",
-        "--train_tests public", "--since 2025-01-01")]
-    + [("--task lcb --e_step_every 10", "the paper has no vpd F=10 of qwen3-8b"),
-       ("--task lcb --prior fixed", "the paper has no vpd fixed prior of qwen3-8b"),
-       ("--task lcb --model Qwen/Qwen3-1.7B", "the paper has no vpd of qwen3-1.7b"),
-       (f"{SMALL} --e_step_every 10 --prior fixed", "="), (f"{SMALL} --feedback critique --method reshape", "feedback=critique"),
-       (OLMO, "lr=1e-05"), ("--task lcb --method distil", "method=distil"), ("--task math", "the paper has no vpd of qwen3-8b"),
-       ("--task toy", "task=toy")],
+    [("--task lcb --model Qwen/Qwen3-1.7B", "the paper has no lcb of qwen3-1.7b"), ("--task toy", "the paper has no toy of trace"),
+     (f"{SMALL} --feedback critique --method reshape", "feedback=critique"), (OLMO, "lr=1e-05"),
+     ("--task lcb --beta 0.2 --lr 2e-6 --steps 10", "beta=0.2, lr=2e-06, steps=10"),
+     ("--task lcb --beta 0.2 --lr 2e-6 --steps 10 --top_k 0", "beta=0.2, lr=2e-06, steps=10 ...")],
 )  # fmt: skip
-def test_a_run_with_settings_of_no_cell_is_in_no_table_and_told_why(flags, reason):
-    run = evaluated(flags, 0.9)
-    found, notes = tables.collect([run])
-    assert not any(key != "base" for _, _, key, _ in found)
-    assert len(notes) == 2 and notes[0].startswith("run: in no table") and notes[1] == "1 of 1 runs in no table"
-    assert reason in notes[0]
+def test_a_run_with_settings_of_no_row_is_in_no_table_and_told_why(flags, reason):
+    found, (note,) = tables.collect({"run": evaluated(flags)})
+    assert all(row.flags == "base" for row, _ in found) and note == f"run: its last weights are in no table: {reason}"
 
 
 @pytest.mark.parametrize("name, value", [("n", 1), ("temperature", 0.0), ("top_p", 1.0), ("split", "train"), ("max_tokens", 9)])
 def test_evaluation_with_other_settings_is_in_no_table(name, value):
-    found, notes = tables.collect([evaluated("--task lcb", 0.5, **{name: value})])
-    assert found == {} and f"evaluated with {name}=" in notes[0]
-
-
-@pytest.mark.parametrize(
-    "flags, keys", [("--task lcb --e_groups all", {"base"}), ("--task lcb --until 2025-04-01", set()),
-                    (f"{SMALL} --subset biology --feedback critique --lr 1", {"base"})])  # fmt: skip
-def test_what_training_changes_keeps_no_base_out_and_what_changes_the_problems_does(flags, keys):
-    found, notes = tables.collect([evaluated(flags, 0.5)])
-    assert {key for _, _, key, _ in found} == keys and ("its base model is in one" in notes[0]) == bool(keys)
+    found, (note,) = tables.collect({"run": evaluated("--task lcb", **{name: value})})
+    assert found == {} and note.endswith(f": evaluated with {name}={value}")
 
 
 def test_columns_are_under_each_other():
-    lines = tables.lines(tables.collect([evaluated("--task lcb", 0.5)])[0])
-    end = lines[1].index("paper") + len("paper")
-    assert all(len(line) == end for line in lines[3:10]) and lines[9][:6] == "  VPD " and lines[9][end - 12 : end - 7] == "50.00"
-
-
-def test_note_gives_the_first_three_reasons_and_the_number_of_the_others():
-    _, notes = rows(evaluated("--task lcb --beta 0.2 --lr 2e-6", 0.5, n=1))
-    assert notes[0] == "run: in no table: beta=0.2, lr=2e-06, evaluated with n=1"
-    _, notes = rows(evaluated("--task lcb --beta 0.2 --lr 2e-6 --steps 10 --top_k 0", 0.5, n=1))
-    assert notes == ["run: in no table: beta=0.2, lr=2e-06, steps=10 and 2 more", "1 of 1 runs in no table"]
+    lines = tables.lines(tables.collect({"run": evaluated("--task lcb")})[0])
+    assert lines[0] == "Table 1: LiveCodeBench v6, avg@4, percent" and len({len(line) for line in lines[1:9]}) == 1
+    assert lines[1].endswith("     v6  paper") and lines[8].endswith("  50.00  49.62")
 
 
 def test_seeds_are_averaged_and_the_average_has_only_seeds_with_every_domain():
     printed, _ = rows(*[evaluated(f"--task lcb --seed {seed}", after) for seed, after in ((1, 0.48), (2, 0.52))])
-    assert printed["Table 1/Qwen3-8B/VPD"] == "50.00 ± 25.41 (2) 49.62" and printed["Table 1/Qwen3-8B/Base"] == "30.00 28.05"
-    runs, vpd = [evaluated(f"{SMALL} --subset {d} --seed 1", avg) for d, avg in PARTS.items()], "Table 2/Qwen3-1.7B/VPD"
+    assert printed["Table 1/Qwen3-8B VPD"] == "50.00 ± 25.41 (2) 49.62" and printed["Table 1/Qwen3-8B Base"] == "30.00 28.05"
+    runs, vpd = [evaluated(f"{SMALL} --subset {d} --seed 1", avg) for d, avg in PARTS.items()], "Table 2/Qwen3-1.7B VPD"
     assert rows(*runs)[0][vpd].endswith(f"{100 * (0.6 + 0.7 + 0.5 + 0.8) / 4:.2f} 74.34")
     printed, _ = rows(*runs, evaluated(f"{SMALL} --subset physics --seed 2", 0.6))
     assert printed[vpd].endswith("70.00 ± 127.06 (2) 73.67 65.00 74.34")  # 12.706 x 0.1
     assert rows(*runs[1:])[0][vpd] == "64.75 70.00 81.88 50.00 77.06 80.00 73.67 74.34"
+    printed, (note,) = rows(evaluated("--task lcb --seed 1"), evaluated("--task lcb --seed 1", 0.7))  # a seed twice
+    assert printed["Table 1/Qwen3-8B VPD"] == "50.00 49.62" and note.startswith("run1: ")
+    assert note.endswith("no table: seed 1 of these settings is there already")
 
 
 def test_one_model_for_all_domains_is_a_row_of_its_own_and_mathematics_has_a_table():
     printed, notes = rows(evaluated(f"{SMALL} --subset all", 0.99, parts=PARTS))
-    assert notes == [] and printed["Table 2/Qwen3-1.7B/VPD"] == TABLE_2
-    together = printed["Table 2/Qwen3-1.7B/VPD, one model for all domains"]
+    assert notes == [] and printed["Table 2/Qwen3-1.7B VPD"] == TABLE_2
+    together = printed["Table 2/Qwen3-1.7B VPD, one model for all domains"]
     assert together == "60.00 64.75 70.00 81.88 50.00 77.06 80.00 73.67 65.00 74.34"
-    printed, notes = rows(evaluated("--task math --method grpo", 0.5, parts={"math500": 0.8, "aime24": 0.2}))
-    assert notes == [] and printed == {"Section 4.2/Qwen3-8B/GRPO": "80.00 83.80"}
-
-
-def test_seed_that_is_there_already_is_named_and_not_averaged():
-    printed, notes = rows(evaluated("--task lcb --seed 1", 0.5), evaluated("--task lcb --seed 1", 0.7))
-    assert printed["Table 1/Qwen3-8B/VPD"] == "50.00 49.62"
-    assert "seed 1 of these settings is there already" in notes[0] and notes[1] == "1 of 2 runs in no table"
+    printed, notes = rows(evaluated("--task math --method grpo", parts={"math500": 0.8, "aime24": 0.2}))
+    assert notes == [] and printed == {"Section 4.2/Qwen3-8B GRPO": "80.00 83.80"}
 
 
 def write_run(folder, flags):
     folder.mkdir(exist_ok=True)
-    for name, content in zip(("config.json", "evaluation.json"), evaluated(flags, 0.5)[1:]):
+    for name, content in zip(("config.json", "evaluation.json"), evaluated(flags)):
         (folder / name).write_text(json.dumps(content))
     return str(folder)
 
@@ -375,18 +330,17 @@ def test_the_command_prints_tables_and_names_the_runs_that_are_in_none(tmp_path,
     for runs in ([lcb, toy], [toy]):
         tables.main(runs)
         out, error = capsys.readouterr()
-        assert error.splitlines() == [
-            f"tables.py: {toy}: in no table: task=toy", f"tables.py: 1 of {len(runs)} runs in no table"]  # fmt: skip
+        assert error == f"tables.py: {toy}: its last weights are in no table: the paper has no toy of trace\n"
         assert out.startswith("Table 1: LiveCodeBench v6, avg@4, percent\n") if lcb in runs else out == ""
 
 
 @pytest.mark.parametrize(
     "name, text",
-    [("evaluation.json", None), ("evaluation.json", "[]"), ("evaluation.json", "{}"), ("config.json", "{}"),
+    [("evaluation.json", None), ("evaluation.json", "[]"), ("evaluation.json", '{"after": {}}'), ("config.json", "{}"),
      ("config.json", '{"model": "Qwen/Qwen3-8B", "task": "lcb", "seed": 1}')],
 )  # fmt: skip
 def test_run_that_was_not_evaluated_or_is_none_is_one_line_and_exit_2(name, text, tmp_path, capsys):
     write_run(tmp_path, "--task lcb")
     (tmp_path / name).write_text(text) if text else (tmp_path / name).unlink()
-    reason = f"{tmp_path} is no run directory: it has no evaluation.json; python evaluate.py --run {tmp_path} makes it"
+    reason = f"{tmp_path} has no evaluation.json: python evaluate.py --run {tmp_path} makes it"
     assert_refused(tables, [tmp_path], str(tmp_path) if text else reason, capsys)

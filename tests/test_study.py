@@ -27,11 +27,11 @@ TUNED = json.loads((RESULTS / "tuning.json").read_text())
 
 
 def test_every_row_tried_as_many_different_settings_and_they_work_together():
-    meant = {row: [study.settings_of([*study.task_of(row), *flags.split()]) for flags in of] for row, of in study.TRIED.items()}
     for row, of in study.TRIED.items():
-        for flags in of:
-            vpd.check(vpd.settings([*study.task_of(row), *flags.split()]))
-        assert len({json.dumps(settings) for settings in meant[row]}) == len(of) == 16, row
+        commands = [[*study.task_of(row), *flags.split()] for flags in of]
+        assert len({json.dumps(study.settings_of(command)) for command in commands}) == len(of) == 16, row
+        for command in commands:
+            vpd.check(vpd.settings(command))
 
 
 def test_reported_rows_are_those_of_the_best_settings_and_work_together():
@@ -71,8 +71,8 @@ def made(avg=0.5, margin=(), teacher=(0.25, 0.25, 0.5), evals=(0.1, 0.3, 0.2), *
 
 
 def rows_of(**averages):
-    return {f"trace/{name}": {"label": study.LABELS[name], "command": f"python {name}", "runs": {str(i): made(avg) for i, avg in enumerate(values, 1)}}
-            for name, values in averages.items()}  # fmt: skip
+    runs = {name: {str(i): made(avg) for i, avg in enumerate(values, 1)} for name, values in averages.items()}
+    return {f"trace/{name}": {"label": study.LABELS[name], "command": f"python {name}", "runs": runs[name]} for name in runs}
 
 
 def test_quantities_of_a_run():
@@ -106,17 +106,18 @@ def test_pairs_are_of_the_same_seed_and_holm_corrects_over_the_family():
     assert found[0][1].startswith("0.650 against 0.550: +0.100 [") and ", 2 pairs" in found[0][1]
 
 
-@pytest.mark.parametrize("above, below, so", [([0.8, 0.82, 0.84, 0.8], [0.2, 0.21, 0.25, 0.3], "yes"),
-                                              ([0.2, 0.21, 0.25, 0.3], [0.8, 0.82, 0.84, 0.8], "no, the opposite")])  # fmt: skip
-def test_a_claim_holds_one_way_round(above, below, so):
-    ((_, _, verdict),) = study.judge([Claim("", "avg", "trace/vpd", "trace/grpo")], rows_of(vpd=above, grpo=below))
-    assert verdict == so
+def test_a_claim_holds_one_way_round():
+    high, low = [0.8, 0.82, 0.84, 0.8], [0.2, 0.21, 0.25, 0.3]
+    for above, below, so in ((high, low, "yes"), (low, high, "no, the opposite")):
+        ((_, _, verdict),) = study.judge([Claim("", "avg", "trace/vpd", "trace/grpo")], rows_of(vpd=above, grpo=below))
+        assert verdict == so
 
 
 # ---- Tables ------------------------------------------------------------------------------------------------
 
 
-def test_the_report_names_seeds_hours_commits_commands_and_what_was_tried(tmp_path, monkeypatch):
+def test_the_report_by_hand(tmp_path, monkeypatch):
+    """Whatever else it says, and that all of it is between the marks, is seen on the shipped tables."""
     rows = rows_of(vpd=[0.8, 0.82, 0.84], grpo=[0.2, 0.22, 0.25])
     rows["trace/vpd"]["runs"]["1"]["eval"]["avg"] = [0.1, 0.5, 0.3]
     run = {"commit": "def", "hardware": "another", "seconds": 36.0}
@@ -124,20 +125,16 @@ def test_the_report_names_seeds_hours_commits_commands_and_what_was_tried(tmp_pa
                            for lr, avg in (("1e-3", 0.4), ("2e-3", 0.6))}}  # fmt: skip
     (tmp_path / "study.json").write_text(json.dumps({"rows": rows}))
     (tmp_path / "tuning.json").write_text(json.dumps(tried))
-    readme, own = tmp_path / "MAIN.md", tmp_path / "README.md"
-    readme.write_text("\n".join(["above", study.SUMMARY[0], "old", study.SUMMARY[1], "below", ""]))
-    monkeypatch.setattr(study, "README", readme)
-    for before in ("", "an introduction\n"):  # again gives the same, and what is above the marks stays
-        own.write_text(before + own.read_text()) if own.exists() else None
-        study.main(["--tables", "--results", str(tmp_path)])
-        text, page = readme.read_text(), own.read_text()
-        assert text.startswith("above\n") and "old" not in text and text.endswith("\nbelow\n")
-        assert "| VPD | 0.820 [0.770, 0.870] |  |" in text and "| SDPO |  |  |" in text
-        assert page.startswith(before + study.MARKS[0]) and "10 runs, tuning included, 0.1 CPU hours" in page
-        assert "a machine; another; commits abc; def." in page and "\npython vpd\n" in page
-        assert "| VPD | 3 | 0.820 [0.770, 0.870] | 0.80 0.82 0.84 |  | 0.25 to 0.50 | 1 | 2.0 |" in page
-        assert "| trace/vpd | **lr 2e-3: 0.60 0.60**; lr 1e-3: 0.40 0.40 |" in page
-        assert "| VPD beats GRPO (Tables 1, 2) | trace | 0.820 against 0.223: +0.597 [" in page
+    (tmp_path / "MAIN.md").write_text("\n".join(["above", *study.SUMMARY, "below", ""]))
+    monkeypatch.setattr(study, "README", tmp_path / "MAIN.md")
+    study.main(["--tables", "--results", str(tmp_path)])
+    text, page = ((tmp_path / name).read_text() for name in ("MAIN.md", "README.md"))
+    assert "| VPD | 0.820 [0.770, 0.870] |  |" in text and "| SDPO |  |  |" in text  # of which nothing is there
+    assert page.startswith(study.MARKS[0]) and "10 runs, tuning included, 0.1 CPU hours" in page
+    assert "a machine; another; commits abc; def." in page and "\npython vpd\n" in page
+    assert "| VPD | 3 | 0.820 [0.770, 0.870] | 0.80 0.82 0.84 |  | 0.25 to 0.50 | 1 | 2.0 |" in page
+    assert "| trace/vpd | **lr 2e-3: 0.60 0.60**; lr 1e-3: 0.40 0.40 |" in page
+    assert "| VPD beats GRPO (Tables 1, 2) | trace | 0.820 against 0.223: +0.597 [" in page
 
 
 def test_the_shipped_tables_are_those_of_the_shipped_numbers(tmp_path, monkeypatch):
@@ -217,7 +214,8 @@ def test_tuning_and_reporting_fill_their_files_and_keep_what_is_there(quick, tmp
     assert stop.value.code == 1
     tuned = json.loads((tmp_path / "tuning.json").read_text())
     assert tuned["trace/sdpo"] == old["trace/sdpo"] and list(tuned) == ["trace/vpd", "trace/sdpo"]
-    assert {seed: run["avg"] for seed, run in tuned["trace/vpd"]["--lr 1"].items()} == {"101": 0.75, "102": 0.75}
+    kept = {seed: (run["avg"], run["commit"]) for seed, run in tuned["trace/vpd"]["--lr 1"].items()}
+    assert kept == {"101": (0.75, "abcdefg+"), "102": (0.75, "abcdefg+")}  # +: with changes
     assert study.best("trace/sdpo", tuned) == "--lr 1" and study.best("trace/vpd", tuned) is None  # of --lr -1 nothing is known
     command = "python vpd.py --task toy --subset trace --method sdpo --lr 1 --seed N --out DIR"
     for before, kept in ((command, "old"), ("another command", None)):  # whose runs say nothing of these settings
