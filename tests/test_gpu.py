@@ -290,9 +290,10 @@ def test_the_head_beside_whole_logits_and_its_products(case, world, table, monke
         monkeypatch.setattr(head, "tokens_per_chunk", lambda *_: 5)
 
     def in_chunks(n: int):
-        weights = torch.full((n,), 1 / n, device=world.device)
-        how = {**compared, "teacher": (teacher[:n], matrix.detach())} if compared else {}
-        total, _ = head.loss(objective, weights, states[:n], matrix, tokens[:n], **how)
+        mask = torch.ones(1, n, device=world.device)
+        view = lambda states, matrix: head.View(states[None, :n], tokens[None, :n], mask, matrix)  # noqa: E731
+        how = {**compared, "teacher": view(teacher, matrix.detach())} if compared else {}
+        total, _ = view(states, matrix).loss(objective, mask / n, **how)
         return total, *torch.autograd.grad(total, [states, matrix])
 
     def on_whole_logits(n: int):
