@@ -30,10 +30,10 @@ class Scores:
     teacher; 0 without a teacher; overlap: the share of the student's top k that is in the teacher's, nan where nobody looked."""
 
     logp: Tensor
-    entropy: Tensor | None = None
-    D: Tensor | None = None
-    teacher_logp: Tensor | None = None
-    overlap: Tensor | None = None
+    entropy: Tensor | None
+    D: Tensor
+    teacher_logp: Tensor
+    overlap: Tensor | None
 
 
 @dataclass
@@ -50,14 +50,14 @@ class View:
     filled: int = 0
     padded: int = 0
 
-    def score(self) -> Scores:
-        """log p of each token and the entropy of the distribution it comes from, no gradient."""
+    def score(self) -> tuple[Tensor, Tensor]:
+        """log p of each token and the entropy of the distribution it comes from, (B, T) each, no gradient."""
 
         def read(logits: Tensor, tokens: Tensor) -> Tensor:
             total = _logsumexp(logits)
             return torch.cat([logits.gather(-1, tokens[:, None]) - total, _entropy(logits, total)], -1)
 
-        return Scores(*self._read(read, self.tokens).unbind(-1))
+        return self._read(read, self.tokens).unbind(-1)
 
     def choices(self, ids: Tensor) -> Tensor:
         """log p of each of a few tokens, (k,) ids, at each place, no gradient. Returns (B, T, k)."""

@@ -10,7 +10,6 @@ import sys
 from functools import cache, partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -56,21 +55,19 @@ def fresh(make_model):
 
 
 @pytest.mark.parametrize("steps", [0, 3])
-def test_weights_moments_numbers_and_random_states_come_back_exactly(fresh, make_model, tmp_path, steps):
+def test_weights_moments_and_numbers_come_back_exactly(fresh, make_model, tmp_path, steps):
     """With no step made yet, an optimizer has no state, and neither saving nor loading may make one up: AdamW's bias
     correction would then start at its second step."""
-    draw = lambda: (random.random(), np.random.rand(), torch.rand(1).item())  # noqa: E731
     (model, optimizer), teacher = fresh(), make_model("qwen3-untied", dtype=torch.float32)
     train(model, optimizer, steps)
     state = {"shift": -0.25, "best": 0.5, "bad_in_a_row": 2}
     checkpoint.save(tmp_path, 7, {"policy": model, "teacher": teacher}, {"shared": (model, optimizer)}, state, ALONE)
-    drawn = draw()
     (again, other_optimizer), other = fresh(), make_model("qwen3-untied", dtype=torch.float32)
     with torch.no_grad():
         for p in [*again.parameters(), *other.parameters()]:
             p.mul_(-2)
     kept = checkpoint.restore(tmp_path, {"policy": again, "teacher": other}, {"shared": (again, other_optimizer)}, ALONE)
-    assert kept == {"step": 7, **state} and draw() == drawn != draw()
+    assert kept == {"step": 7, **state}
     assert torch.equal(flat(again), flat(model)) and torch.equal(flat(other), flat(teacher))
     assert bool(optimizer.state) == bool(other_optimizer.state) == (steps > 0)
     for each in ((model, optimizer), (again, other_optimizer)):
@@ -90,25 +87,6 @@ def test_a_place_where_no_checkpoint_can_be_made_is_named(fresh, tmp_path):
     (tmp_path / "checkpoints").write_text("in the way")
     with pytest.raises(CannotWrite, match=f"^{tmp_path}/checkpoints/step-000001: "):
         checkpoint.save(tmp_path / "checkpoints", 1, {"policy": fresh()[0]}, {}, {}, ALONE)
-
-
-@pytest.mark.parametrize("renames", [1, 2, 3])  # the library makes one of its own
-def test_the_only_checkpoint_outlives_its_replacement(fresh, tmp_path, monkeypatch, renames):
-    """The same step written again, as after a second SIGTERM, and stopped before, between or after the two renames."""
-    models, rename, left = {"policy": fresh()[0]}, Path.rename, [renames]
-    checkpoint.save(tmp_path, 3, models, {}, {}, ALONE)
-
-    def killed(*args, **_):
-        if not left[0]:
-            raise KeyboardInterrupt
-        left[0] -= 1
-        return rename(*args)
-
-    monkeypatch.setattr(Path, "rename", killed)
-    monkeypatch.setattr(shutil, "rmtree", killed)
-    with pytest.raises(KeyboardInterrupt):
-        checkpoint.save(tmp_path, 3, models, {}, {}, ALONE)
-    assert checkpoint.restore(tmp_path, models, {}, ALONE) == {"step": 3}
 
 
 def flip_a_bit(folder):
