@@ -1,7 +1,6 @@
 """The processes of a run: what each does of a batch, and the network in shards (FSDP2)."""
 
 import os
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,9 @@ from types import MethodType
 import torch
 import torch.distributed as dist
 from torch import nn
+
+# What torchrun would say of one process. At port 0 the system takes a free one.
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,7 @@ class World:
         if "RANK" not in os.environ:
             if not cuda:
                 return cls()
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = str(free.getsockname()[1])
-            alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            os.environ |= alone
+            os.environ |= ALONE
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
         if cuda:
             if device.index >= torch.cuda.device_count():

@@ -202,7 +202,7 @@ QUERIES = "model.layers.1.self_attn.q_proj.weight"
 
 
 def spoil(folder, damage):
-    """Makes of a saved model one whose weights are not its config's. test_distributed.py loads the same ones into shards."""
+    """Makes of a saved model one whose weights are not its config's."""
     file, config = folder / "model.safetensors", json.loads((folder / "config.json").read_text())
     weights = load_file(file)
     if damage == "missing":
