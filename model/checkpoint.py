@@ -55,7 +55,7 @@ def save(folder: Path, step: int, models: dict[str, nn.Module], optimizers: Opti
         for sums in parts:
             files |= sums
         (part / "manifest.json").write_text(json.dumps(files))
-        shutil.rmtree(final, ignore_errors=True)  # one that `restore` found damaged
+        shutil.rmtree(final, ignore_errors=True)  # one that was damaged: no run saves a step twice
         part.rename(final)
         for old in sorted(folder.glob("step-*"))[:-KEPT]:
             shutil.rmtree(old)  # a half of it is seen by its manifest

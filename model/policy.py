@@ -197,8 +197,8 @@ class Policy:
         for batch in self.micro_batches(range(len(responses)) if rows is None else rows, lengths):
             some = [responses[i] for i in batch]
             views = [self.view([prompts[i] for i in batch], some, model) for prompts, model in read]
-            for whole, part in zip(found, of(batch, *views)) if batch else ():
-                whole[batch, : part.shape[1]] = part.to(whole.dtype)
+            for out, part in zip(found, of(batch, *views)) if batch else ():
+                out[batch, : part.shape[1]] = part.to(out.dtype)
         reshard(self.model, *(model for _, model in read if model is not None))
         return self.world.sum(found)
 

@@ -71,7 +71,7 @@ def script(what: str, folder: Path) -> subprocess.CompletedProcess:
     (folder / "script.py").write_text(SCRIPT)
     command = [*TORCHRUN, str(folder / "script.py"), what, str(folder), str(ROOT / "tests"), str(ROOT)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=env, cwd=ROOT)
+    return subprocess.run(command, capture_output=True, text=True, timeout=1800, env=env, cwd=ROOT)
 
 
 def play(out: Path, name: str, drawn: dict, replay: bool) -> None:

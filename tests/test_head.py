@@ -163,6 +163,13 @@ def test_no_tensor_as_large_as_the_logits_exists_forward_or_backward(kind, top_k
     assert seen.elements == V * H  # the head's own gradient; 2 V of logits are less
 
 
+def test_what_is_known_beforehand_takes_the_place_of_the_passs_own():
+    hidden, weight, tokens, weights, A, _ = inputs()
+    known = {"teacher_logp": A[None]}
+    found, _ = view(hidden, weight, tokens).loss(lambda t: t.teacher_logp + 0 * t.logp, weights[None], known)
+    close(found, (weights * A).sum())
+
+
 def test_a_second_backward_is_refused():
     loss, _ = chunked(*inputs())
     loss.backward(retain_graph=True)
