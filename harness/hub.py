@@ -44,12 +44,9 @@ def cached(repo: str, file: str, kind: str = "model") -> bool:
 
 def missing(model: str) -> bool:
     """Are weights of this model of the hub still to be downloaded?"""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index = library().try_to_load_from_cache(model, f"{name}.index.json")
-        files = set(json.loads(Path(index).read_text())["weight_map"].values()) if isinstance(index, str) else {name}
-        if all(cached(model, file) for file in files):
-            return False
-    return True
+    index = library().try_to_load_from_cache(model, "model.safetensors.index.json")
+    files = set(json.loads(Path(index).read_text())["weight_map"].values()) if isinstance(index, str) else {"model.safetensors"}
+    return not all(cached(model, file) for file in files)
 
 
 def unreachable(repo: str, file: str, kind: str = "model") -> str:

@@ -273,7 +273,7 @@ class Run:
         if kept:
             if kept.get("problems") != self.problems:
                 raise checkpoint.Damaged("the training problems are not those that the run began with: start a new run")
-            self.first_step = kept["step"]
+            self.first_step = self.saved = kept["step"]
             vars(self).update({name: kept[name] for name in self.STATE})
         logs, last = [self.out / "log.jsonl", self.out / "samples.jsonl"], self.first_step if kept else -1
         dropped = self.policy.world.first(lambda: sum(checkpoint.cut_log(log, last) for log in logs))

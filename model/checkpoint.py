@@ -3,11 +3,11 @@
 A checkpoint is a folder `step-N`, the state after N rollout batches. It is written under a temporary name and renamed when
 all of it is there, so a run that is killed at any moment leaves whole checkpoints only. Tensors are written by
 torch.distributed.checkpoint, in shards, and may be read by another number of processes. `manifest.json` holds size and
-CRC-32 of every file: what a disk or a hand has damaged since is found before it is loaded.
+CRC-32 of every file: what a disk or a hand has damaged since is found before it is loaded. No generator's state is kept: every
+random number is a function of seed, batch and row (rollout.py).
 """
 
 import json
-import random
 import shutil
 import sys
 import warnings
@@ -15,13 +15,13 @@ import zlib
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
 from harness.command import CannotWrite, write
 from model.parallel import World
 
+warnings.filterwarnings("ignore", "torch.distributed is ")  # that one process by itself has no group is no news
 KEPT = 2
 
 
@@ -50,28 +50,21 @@ def save(folder: Path, step: int, models: dict[str, nn.Module], optimizers: Opti
         part.mkdir(parents=True)
 
     def finish() -> None:
-        numbers = {"step": step, "stepped": stepped, "random": [each for _, each in parts], **state}
-        (part / "state.json").write_text(json.dumps(numbers))
+        (part / "state.json").write_text(json.dumps({"step": step, "stepped": stepped, **state}))
         files = {name: _sum(part / name) for name in (".metadata", "state.json")}
-        for sums, _ in parts:
+        for sums in parts:
             files |= sums
         (part / "manifest.json").write_text(json.dumps(files))
-        # Renamed before they are removed: half of a checkpoint must not look like one.
-        away = lambda old: old.rename(old.with_name(f"part-gone-{old.name}"))  # noqa: E731
-        if final.exists():
-            away(final)  # `restore` finds it there if the next line is never reached
+        shutil.rmtree(final, ignore_errors=True)  # one that was damaged: no run saves a step twice
         part.rename(final)
         for old in sorted(folder.glob("step-*"))[:-KEPT]:
-            away(old)
-        for gone in folder.glob("part-gone-*"):
-            shutil.rmtree(gone)
+            shutil.rmtree(old)  # a half of it is seen by its manifest
 
     try:
         world.first(begin)
-        with warnings.catch_warnings(action="ignore"):  # that one process by itself has no group is no news
-            dcp.save(tensors, checkpoint_id=part)
+        dcp.save(tensors, checkpoint_id=part)
         mine = {path.name: _sum(path) for path in part.glob(f"__{world.rank}_*")}
-        parts = world.collect([(mine, _random_state())], world.size)
+        parts = world.collect([mine], world.size)
         world.first(finish)
     except BaseException as error:  # the library's own is no Exception
         first = causes(error)[0]
@@ -101,7 +94,7 @@ def restore(folder: Path, models: dict[str, nn.Module], optimizers: Optimizers, 
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-    found = world.first(lambda: sorted(folder.glob("step-*"), reverse=True) or sorted(folder.glob("part-gone-*")))
+    found = world.first(lambda: sorted(folder.glob("step-*"), reverse=True))
     for checkpoint in found:
         if damage := world.first(lambda: _damage(checkpoint)):
             if world.rank == 0:
@@ -109,15 +102,12 @@ def restore(folder: Path, models: dict[str, nn.Module], optimizers: Optimizers, 
             continue
         state = json.loads((checkpoint / "state.json").read_text())
         tensors = {f"model.{name}": model.state_dict() for name, model in models.items()}  # the weights themselves
-        stepped = [name for name in optimizers if name in state["stepped"]]
+        stepped = [name for name in state.pop("stepped") if name in optimizers]
         tensors |= {f"optimizer.{name}": get_optimizer_state_dict(*optimizers[name]) for name in stepped}
-        with warnings.catch_warnings(action="ignore"):
-            dcp.load(tensors, checkpoint_id=checkpoint)
+        dcp.load(tensors, checkpoint_id=checkpoint)
         for name in stepped:
             set_optimizer_state_dict(*optimizers[name], tensors[f"optimizer.{name}"])
-        if world.rank < len(state["random"]):
-            _set_random_state(state["random"][world.rank])
-        return {key: value for key, value in state.items() if key not in ("stepped", "random")}
+        return state
     if found:
         raise Damaged(f"every checkpoint in {folder} is damaged: --overwrite starts the run again")
     return None
@@ -155,19 +145,3 @@ def _damage(checkpoint: Path) -> str:
     except (OSError, ValueError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return f"{wrong[0]} is not what was written" if wrong else ""
-
-
-def _random_state() -> dict:
-    name, words, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None
-    numpy = [name, words.tolist(), *rest]
-    return {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state().tolist(), "cuda": cuda}
-
-
-def _set_random_state(state: dict) -> None:
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    np.random.set_state(tuple(state["numpy"]))
-    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
-    if state.get("cuda") and torch.cuda.is_available():
-        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))

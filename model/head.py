@@ -30,10 +30,10 @@ class Scores:
     teacher; 0 without a teacher; overlap: the share of the student's top k that is in the teacher's, nan where nobody looked."""
 
     logp: Tensor
-    entropy: Tensor | None = None
-    D: Tensor | None = None
-    teacher_logp: Tensor | None = None
-    overlap: Tensor | None = None
+    entropy: Tensor | None
+    D: Tensor
+    teacher_logp: Tensor
+    overlap: Tensor | None
 
 
 @dataclass
@@ -50,14 +50,14 @@ class View:
     filled: int = 0
     padded: int = 0
 
-    def score(self) -> Scores:
-        """log p of each token and the entropy of the distribution it comes from, no gradient."""
+    def score(self) -> tuple[Tensor, Tensor]:
+        """log p of each token and the entropy of the distribution it comes from, (B, T) each, no gradient."""
 
         def read(logits: Tensor, tokens: Tensor) -> Tensor:
             total = _logsumexp(logits)
             return torch.cat([logits.gather(-1, tokens[:, None]) - total, _entropy(logits, total)], -1)
 
-        return Scores(*self._read(read, self.tokens).unbind(-1))
+        return self._read(read, self.tokens).unbind(-1)
 
     def choices(self, ids: Tensor) -> Tensor:
         """log p of each of a few tokens, (k,) ids, at each place, no gradient. Returns (B, T, k)."""
@@ -69,18 +69,45 @@ class View:
         return self._read(lambda logits, uniform: invert(logits.double().softmax(-1), uniform).squeeze(-1), uniform)
 
     def loss(
-        self, objective: Callable, weights: Tensor, known: dict[str, Tensor] | None = None, teacher: "View | None" = None,
-        divergence: Callable | None = None, top_k: int | None = None, expert: Tensor | None = None, entropy: bool = False,
+        self, objective: Callable[[SimpleNamespace], Tensor], weights: Tensor, known: dict[str, Tensor] | None = None,
+        teacher: "View | None" = None, divergence: Callable[[Tensor, Tensor], Tensor] | None = None, top_k: int | None = None,
+        expert: Tensor | None = None, entropy: bool = False,
     ) -> tuple[Tensor, Scores]:  # fmt: skip
-        """L = Σ weights · objective(t) over response tokens, as `loss` below, with tensors of (B, T): weights, each of `known`,
-        expert. teacher: the same responses in the teacher's view. Returns L () and the pass's scores."""
-        kept = self.mask.bool()
-        known = {name: x[kept] for name, x in (known or {}).items()}
-        taught = (teacher.hidden[kept], teacher.head) if teacher else None
-        expert = None if expert is None else expert[kept]
-        student = weights[kept], self.hidden[kept], self.head, self.tokens[kept]
-        total, scores = loss(objective, *student, known, taught, divergence, top_k, expert, entropy)
-        return total, Scores(*(None if x is None else self._spread(x) for x in vars(scores).values()))
+        """L = Σ weights · objective(t) over response tokens, differentiable in hidden and head, at O(chunk · V) memory.
+
+        objective: a function of each token by itself. It gets t with t.logp and t.D, (1, c) and live, t.teacher_logp, and each of
+        `known` by name, (1, c) without gradient; it returns (1, c). weights and each of `known`: (B, T). teacher: the same
+        responses in the teacher's view, without gradient. divergence: D as a function of (log_s, log_t), a sum over the last
+        axis such as `losses.divergence` of a kind; None: D is 0. top_k: D over the student's top k tokens and a tail bucket
+        (`losses.top_k_with_tail`); None: over all of V. expert: (B, T) ids, one token that a black box took at each place, in
+        the teacher's place: D is −log p of it. entropy: whether to measure it. Returns L () and the pass's scores.
+
+        The gradients of a chunk are taken while its logits are in the buffer, in the forward pass, so no product is done
+        twice; backward only scales them. It can therefore run once.
+        """
+        kept, head = self.mask.bool(), self.head
+        hidden, of_teacher = self.hidden[kept], teacher.hidden[kept] if teacher else None
+        places = {"weights": weights, "tokens": self.tokens, **(known or {})} | ({} if expert is None else {"expert": expert})
+        places = {name: x[kept] for name, x in places.items()}
+        need = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
+        with torch.no_grad():
+            buffer, *other = _buffers(hidden, head, 2 if teacher else 1)
+            d_hidden, d_head = (torch.zeros_like(hidden), torch.zeros_like(head)) if need else (None, None)
+            total, parts = buffer.new_zeros(()), []
+            for first in range(0, max(len(hidden), 1), len(buffer)):  # without tokens one chunk of none
+                at = slice(first, first + len(buffer))
+                taught = _project(of_teacher[at], teacher.head, other[0]) if teacher else None
+                logits = _project(hidden[at], head, buffer)
+                here = {name: x[at] for name, x in places.items()}
+                value, scores = _chunk(objective, logits, taught, divergence, top_k, entropy, need, **here)
+                total += value.detach().to(total.dtype)
+                parts.append(vars(scores).values())
+                if need:
+                    d_logits = logits.to(head.dtype)
+                    torch.mm(d_logits, head, out=d_hidden[at])
+                    d_head.addmm_(d_logits.T, hidden[at])
+            scores = Scores(*(None if x[0] is None else self._spread(torch.cat(x)) for x in zip(*parts)))
+        return _Known.apply(total, hidden, head, [d_hidden, d_head]) if need else total, scores
 
     @torch.no_grad()
     def _read(self, read: Callable[..., Tensor], *places: Tensor) -> Tensor:
@@ -153,49 +180,7 @@ def _entropy(logits: Tensor, total: Tensor) -> Tensor:
 # ---- The loss --------------------------------------------------------------------------------------------------
 
 
-def loss(
-    objective: Callable[[SimpleNamespace], Tensor], weights: Tensor, hidden: Tensor, head: Tensor, tokens: Tensor,
-    known: dict[str, Tensor] | None = None, teacher: tuple[Tensor, Tensor] | None = None,
-    divergence: Callable[[Tensor, Tensor], Tensor] | None = None, top_k: int | None = None, expert: Tensor | None = None,
-    entropy: bool = False,
-) -> tuple[Tensor, Scores]:  # fmt: skip
-    """L = Σ_i weights_i · objective(t_i), differentiable in hidden and head, at O(chunk · V) memory.
-
-    objective: a function of each token by itself. It gets t with t.logp and t.D, (1, c) and live, t.teacher_logp, and each of
-    `known` by name, (1, c) without gradient; it returns (1, c). weights: (n,); hidden: (n, H) of the student; head: (V, H);
-    tokens: (n,) ids; known: tensors of (n,). teacher: hidden states (n, H') and head (V, H') without gradient. divergence: D as
-    a function of (log_s, log_t), a sum over the last axis such as `losses.divergence` of a kind; None: D is 0. top_k: D over
-    the student's top k tokens and a tail bucket (`losses.top_k_with_tail`); None: over all of V. expert: (n,) ids, one token
-    that a black box took at each place, in the teacher's place: D is −log p of it. entropy: whether to measure it.
-    Returns L () and the scores (n,).
-
-    The gradients of a chunk are taken while its logits are in the buffer, in the forward pass, so no product is done
-    twice; backward only scales them. It can therefore run once.
-    """
-    need = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
-    with torch.no_grad():
-        buffer, *other = _buffers(hidden, head, 2 if teacher else 1)
-        d_hidden, d_head = (torch.zeros_like(hidden), torch.zeros_like(head)) if need else (None, None)
-        total, parts = buffer.new_zeros(()), []
-        for first in range(0, max(len(hidden), 1), len(buffer)):  # without tokens one chunk of none
-            at = slice(first, first + len(buffer))
-            taught = _project(teacher[0][at], teacher[1], other[0]) if teacher else None
-            logits = _project(hidden[at], head, buffer)
-            taken = None if expert is None else expert[at]
-            here = {name: x[at].unsqueeze(0) for name, x in (known or {}).items()}
-            part = weights[at], logits, tokens[at], here, taught, divergence, top_k, taken
-            value, scores = _chunk(objective, *part, entropy, need)
-            total += value.detach().to(total.dtype)
-            parts.append(vars(scores).values())
-            if need:
-                d_logits = logits.to(head.dtype)
-                torch.mm(d_logits, head, out=d_hidden[at])
-                d_head.addmm_(d_logits.T, hidden[at])
-        scores = Scores(*(None if x[0] is None else torch.cat(x) for x in zip(*parts)))
-    return _Known.apply(total, hidden, head, [d_hidden, d_head]) if need else total, scores
-
-
-def _chunk(objective, weights, logits, tokens, known, taught, divergence, top_k, expert, entropy, need):
+def _chunk(objective, logits, taught, divergence, top_k, entropy, need, *, weights, tokens, expert=None, **known):
     """Loss () and scores (c,) of one chunk. logits: (c, V), left holding dL / d logits if `need`; taught: the teacher's, which
     are lost. D is formed of a leaf: D itself over all of V, else log p of the top k and the tail, where k may be 0."""
     named = [ids.unsqueeze(-1) for ids in (expert, tokens) if ids is not None]  # (c, 1) each
@@ -226,7 +211,8 @@ def _chunk(objective, weights, logits, tokens, known, taught, divergence, top_k,
             D = -logp[:1]
         elif compares:
             D = (leaf if dense else divergence(leaf, log_t)).unsqueeze(0)
-        t = SimpleNamespace(**{"teacher_logp": teacher_logp.T} | known, logp=logp[-1:], D=D)
+        known = {"teacher_logp": teacher_logp.squeeze(-1)} | known
+        t = SimpleNamespace(**{name: x.unsqueeze(0) for name, x in known.items()}, logp=logp[-1:], D=D)
         value = (weights * objective(t).squeeze(0)).sum()
         scores = Scores(logp[-1].detach(), H, D[0].detach(), teacher_logp.squeeze(-1), overlap)
         if not need:

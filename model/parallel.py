@@ -1,7 +1,6 @@
 """The processes of a run: what each does of a batch, and the network in shards (FSDP2)."""
 
 import os
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,9 @@ from types import MethodType
 import torch
 import torch.distributed as dist
 from torch import nn
+
+# What torchrun would say of one process. At port 0 the system takes a free one.
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,7 @@ class World:
         if "RANK" not in os.environ:
             if not cuda:
                 return cls()
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = str(free.getsockname()[1])
-            alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            os.environ |= alone
+            os.environ |= ALONE
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
         if cuda:
             if device.index >= torch.cuda.device_count():
@@ -116,26 +114,27 @@ class Shared:
 def placed(model: nn.Module, world: World, compute: torch.dtype | None = None, compiled: bool = False) -> nn.Module:
     """The network on this process's device, and where there is a group in shards (FSDP2): every decoder layer a unit, and the
     root with embedding, norm and head. The shards stay in the model's dtype, gradients are averaged in it, and compute is in
-    `compute` (None: the same). compiled: each layer by torch.compile. Of a network on the meta device only the shards get
-    memory, and whoever asked fills them."""
-    if not world.sharded:
-        return model.to(world.device)
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-
-    # A layer has a graph for one row and for several, with gradient and without, of student and moving average, recomputed: 10
-    # here, and at the ninth torch.compile would give up.
-    torch.compiler.config.recompile_limit = 64
+    `compute` (None: the same). compiled: each layer by torch.compile. Of a network on the meta device only what this process
+    keeps gets memory, and whoever asked fills it."""
     empty = model.device.type == "meta"
-    precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=compute and torch.float32)
-    for layer in model.base_model.layers:
-        if compiled:
-            layer.compile(dynamic=True)
-        fully_shard(layer, mp_policy=precision)
-    fully_shard(model, mp_policy=precision)
-    # The head is used outside of forward, on the states that this method returns: as a method of the root it gathers the
-    # root's weights, which stay gathered until the backward pass is over.
-    model.states = MethodType(_states, model)
-    register_fsdp_forward_method(model, "states")
+    if world.sharded:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+        # A layer has a graph for one row and for several, with gradient and without, of student and moving average, recomputed:
+        # 10 here, and at the ninth torch.compile would give up.
+        torch.compiler.config.recompile_limit = 64
+        precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=compute and torch.float32)
+        for layer in model.base_model.layers:
+            if compiled:
+                layer.compile(dynamic=True)
+            fully_shard(layer, mp_policy=precision)
+        fully_shard(model, mp_policy=precision)
+        # The head is used outside of forward, on the states that this method returns: as a method of the root it gathers the
+        # root's weights, which stay gathered until the backward pass is over.
+        model.states = MethodType(_states, model)
+        register_fsdp_forward_method(model, "states")
+    elif not empty:
+        model.to(world.device)
     if empty:
         model.to_empty(device=world.device)
         model.tie_weights()

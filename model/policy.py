@@ -5,12 +5,11 @@ in as token ids, and what comes out is already shifted, so that place t of a (B,
 Nothing after this file shifts anything. Only response places are projected on the vocabulary.
 """
 
-import copy
 import json
 import math
 import shutil
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,22 +63,22 @@ class Policy:
 
     @classmethod
     def load(cls, path: str, dtype: torch.dtype = torch.float32, world: World = World(), **kwargs) -> "Policy":
-        """From a Hugging Face folder or hub id. Over shards each process reads its own slices of the weights' files. Raises
-        ValueError with one line when there is no model to be read, or one that cannot be trained here."""
-        from transformers import AutoTokenizer
+        """From a Hugging Face folder or hub id, whose weights are safetensors. Raises ValueError with one line when there is no
+        model to be read, or one that cannot be trained here."""
+        from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
         try:
             hub.look(str(path))
             tokenizer = AutoTokenizer.from_pretrained(path)
             if not tokenizer("a").input_ids:  # what transformers makes of a folder without tokenizer files
                 raise ValueError("there is no tokenizer")
-            folder = hub.folder(str(path)) if world.sharded else None
-            files = _weight_files(folder) if folder else []
-            model = _empty(folder, dtype) if files else _read(path, dtype)
+            folder = hub.folder(str(path))
+            model = _empty(AutoConfig.from_pretrained(folder), dtype)
+            if (folder / "generation_config.json").exists():
+                model.generation_config = GenerationConfig.from_pretrained(folder)
             _mend_generation_config(model)
             policy = cls(model, tokenizer, world=world, **kwargs)
-            if files:
-                _fill(policy.model, folder, files)
+            _fill(policy.model, folder)
             policy._check_head()
         except Exception as error:  # whatever the libraries make of a damaged folder
             reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -129,8 +128,6 @@ class Policy:
 
     def frozen_copy(self) -> nn.Module:
         """A copy of the network that never trains: the EMA teacher, or the fixed prior. Sharded like the network."""
-        if not self.world.sharded:
-            return copy.deepcopy(self.model).requires_grad_(False)
         # A sharded model cannot be copied whole. An empty twin takes no memory before it is cut to shards, which are filled.
         twin = placed(_empty(self.model.config, self.dtype).eval(), self.world, self.compute, self.compiled).requires_grad_(False)
         reshard(self.model)
@@ -185,67 +182,70 @@ class Policy:
         filled = sum(map(len, prompts)) + sum(map(len, responses))
         return View(hidden, tokens, mask, model.get_output_embeddings().weight, filled, ids.numel())
 
-    def _views(self, read: Sequence[tuple], responses: Sequence[Ids], rows: Iterable[int] | None = None):
-        """(rows, places, views) of each of this process's micro-batches, for passes without gradients over the rows asked for.
-        read: (prompts, whose weights read them, None for our own) of each view."""
+    @torch.no_grad()
+    def _passes(
+        self, count: int, of: Callable, read: Sequence[tuple], responses: Sequence[Ids], rows: Iterable[int] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """(count, N, T) for all N responses, 0 on padding and on rows not asked for: what of(rows, *views) says of each
+        micro-batch, `count` tensors of (rows, T of the micro-batch), put together from all processes. read: (prompts, whose
+        weights read them, None for our own) of each view."""
         longest = [max(map(len, row)) for row in zip(*(prompts for prompts, _ in read))]
         lengths = [prompt + len(r) for prompt, r in zip(longest, responses)]
+        shape = count, *self.mask(responses).shape
+        found = torch.zeros(shape, dtype=dtype or self.score_dtype, device=self.device)
         for batch in self.micro_batches(range(len(responses)) if rows is None else rows, lengths):
             some = [responses[i] for i in batch]
             views = [self.view([prompts[i] for i in batch], some, model) for prompts, model in read]
-            if batch:
-                yield batch, slice(views[0].mask.shape[1]), views
+            for out, part in zip(found, of(batch, *views)) if batch else ():
+                out[batch, : part.shape[1]] = part.to(out.dtype)
         reshard(self.model, *(model for _, model in read if model is not None))
+        return self.world.sum(found)
 
-    @torch.no_grad()
     def score(
         self, prompts: Sequence[Ids], responses: Sequence[Ids], rows: Iterable[int] | None = None, model=None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Frozen log p(y_t | prompt, y_<t) and the entropy of the distribution it was drawn from, both (N, T) for all N
         responses, 0 on padding and on rows not asked for."""
-        logp, entropy = torch.zeros(2, *self.mask(responses).shape, dtype=self.score_dtype, device=self.device)
-        for batch, t, (view,) in self._views([(prompts, model)], responses, rows):
-            scores = view.score()
-            logp[batch, t], entropy[batch, t] = scores.logp.to(logp.dtype), scores.entropy.to(logp.dtype)
-        return self.world.sum(logp), self.world.sum(entropy)
+        return self._passes(2, lambda _, view: view.score(), [(prompts, model)], responses, rows).unbind()
 
-    @torch.no_grad()
     def compare(
         self, prompts: Sequence[Ids], with_C: Sequence[Ids], responses: Sequence[Ids], rows: Iterable[int], model=None,
         expert: torch.Tensor | None = None, **how,
     ) -> torch.Tensor:  # fmt: skip
         """D of each token between student and teacher at these weights, (N, T), 0 on padding and on rows not asked for.
         prompts, with_C: the student's and the teacher's; model: the teacher's weights, None for our own; how: divergence and
-        top_k as in `head.loss`, or expert: (N, T) ids in the teacher's place."""
-        D = torch.zeros_like(self.mask(responses), dtype=self.score_dtype)
-        read = [(prompts, None)] if expert is not None else [(with_C, model), (prompts, None)]
-        for batch, t, (*teacher, view) in self._views(read, responses, rows):
-            how |= {"teacher": teacher[0]} if teacher else {"expert": expert[batch, t]}
-            D[batch, t] = view.loss(lambda token: token.D, view.mask, **how)[1].D.to(D.dtype)
-        return self.world.sum(D)
+        top_k as in `View.loss`, or expert: (N, T) ids in the teacher's place."""
 
-    @torch.no_grad()
+        def D(rows: list[int], view: View, teacher: View | None = None) -> list[torch.Tensor]:
+            taken = None if expert is None else expert[rows, : view.mask.shape[1]]
+            return [view.loss(lambda token: token.D, view.mask, teacher=teacher, expert=taken, **how)[1].D]
+
+        read = [(prompts, None)] + [(with_C, model)] * (expert is None)
+        return self._passes(1, D, read, responses, rows)[0]
+
     def draw(
         self, prompts: Sequence[Ids], responses: Sequence[Ids], rows: Iterable[int], model, seeds: Sequence[int]
     ) -> torch.Tensor:
         """A token that `model` takes after (prompt, y_<t) at each place, (N, T) ids, 0 on padding and on rows not asked for.
         seeds: one for each of the N rows."""
-        taken = torch.zeros_like(self.mask(responses))
-        for batch, t, (view,) in self._views([(prompts, model)], responses, rows):
-            draws = [torch.Generator().manual_seed(seeds[i]) for i in batch]
-            uniform = torch.stack([torch.rand(t.stop, generator=g, dtype=torch.float64) for g in draws])
-            taken[batch, t] = view.draw(uniform.to(self.device))
-        return self.world.sum(taken)
 
-    @torch.no_grad()
+        def taken(rows: list[int], view: View) -> list[torch.Tensor]:
+            draws, T = [torch.Generator().manual_seed(seeds[i]) for i in rows], view.mask.shape[1]
+            uniform = torch.stack([torch.rand(T, generator=g, dtype=torch.float64) for g in draws])
+            return [view.draw(uniform.to(self.device))]
+
+        return self._passes(1, taken, [(prompts, model)], responses, rows, torch.long)[0]
+
     def choose(self, prompts: Sequence[Ids], ids: Ids) -> torch.Tensor:
         """log p of each of `ids` as the token after each prompt, (N, len(ids)), at temperature 1."""
-        logp = torch.zeros(len(prompts), len(ids), dtype=self.score_dtype, device=self.device)
-        of = torch.tensor(ids, device=self.device)
-        for batch, _, (view,) in self._views([(prompts, None)], [ids[:1]] * len(prompts)):
+
+        def of(_, view: View) -> torch.Tensor:
             view.hidden = view.hidden * self.temperature
-            logp[batch] = view.choices(of)[:, 0].to(logp.dtype)
-        return self.world.sum(logp)
+            return view.choices(torch.tensor(ids, device=self.device)).movedim(-1, 0)  # (k, rows, 1)
+
+        found = self._passes(len(ids), of, [(prompts, None)], [ids[:1]] * len(prompts))
+        return found.reshape(len(ids), len(prompts)).T
 
     def mask(self, responses: Sequence[Ids]) -> torch.Tensor:
         """(N, T): 1 on response tokens, as `score` returns them."""
@@ -304,36 +304,24 @@ def ema_update(teacher: nn.Module, student: nn.Module, rate: float) -> None:
 # ---- Loading ---------------------------------------------------------------------------------------------------
 
 
-def _read(path: str, dtype: torch.dtype) -> nn.Module:
+def _empty(config, dtype: torch.dtype) -> nn.Module:
+    """The network of a configuration, which takes no memory before it is `placed`."""
     from transformers import AutoModelForCausalLM
 
-    how = dict(output_loading_info=True, ignore_mismatched_sizes=True)
-    model, found = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **how)
-    # What the file lacks, or has in another size, the library makes up at random.
-    if wrong := [*sorted(found["mismatched_keys"]), *sorted(found["missing_keys"])]:
-        raise ValueError(f"its weights are not those of its config.json: {len(wrong)} tensors, {wrong[0]} among them")
-    return model
-
-
-def _empty(of, dtype: torch.dtype) -> nn.Module:
-    """The network of a folder or a config, which takes no memory before it is cut to shards."""
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-
-    config = AutoConfig.from_pretrained(of) if isinstance(of, Path) else of
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    if isinstance(of, Path) and (of / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(of)
-    return model
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def _fill(model: nn.Module, folder: Path, files: list[str]) -> None:
+def _fill(model: nn.Module, folder: Path) -> None:
     """Each process reads its own slices of the files into its shards: nobody holds the whole of the network."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
+    files, index = ["model.safetensors"], folder / "model.safetensors.index.json"
+    if index.exists() and not (folder / files[0]).exists():
+        files = sorted({*json.loads(index.read_text())["weight_map"].values()})
     reader = HuggingFaceStorageReader(folder)
-    reader.fs.ls = lambda _: files  # it would take every file in the folder, a variant's too
+    reader.fs.ls = lambda _: [str(folder / name) for name in files]  # it would take every file in the folder, a variant's too
     try:
         reader.read_metadata()  # of a damaged file dcp.load would print a traceback
         dcp.load(dict(model.named_parameters()), storage_reader=reader)
@@ -341,25 +329,15 @@ def _fill(model: nn.Module, folder: Path, files: list[str]) -> None:
         raise causes(error)[0] from None
 
 
-def _weight_files(folder: Path) -> list[str]:
-    """The safetensors files that transformers would read; none where it would read others."""
-    one, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if one.exists() or not index.exists():
-        return [str(one)] * one.exists()
-    return sorted({str(folder / name) for name in json.loads(index.read_text())["weight_map"].values()})
-
-
 def _mend_generation_config(model: nn.Module) -> None:
     """Some checkpoints' generation_config.json is one that transformers will not write (a temperature without do_sample,
     say), so that the trained model could not be saved. Its token ids are kept."""
-    from transformers import GenerationConfig
-
     own = model.generation_config
     try:
         own.validate(strict=True)
     except ValueError:
         kept = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        model.generation_config = GenerationConfig(**kept)
+        model.generation_config = type(own)(**kept)
 
 
 def _turn_end(tokenizer) -> int | None:

@@ -139,10 +139,12 @@ def head_case(case: str, tokens: int, vocabulary: int, width: int, top_k: int) -
     def forward_and_backward(ids, hidden, matrix, *teacher):
         if not CASES[case]:
             return products(hidden, matrix, *teacher)
-        (kind, over_top_k), weights = CASES[case], torch.full((len(ids),), 1 / len(ids))
-        divergence = (None, teacher, partial(losses.divergence, kind=kind), top_k if over_top_k else None) if kind else ()
+        (kind, over_top_k), mask = CASES[case], torch.ones(1, len(ids))
+        view = lambda hidden, matrix: head.View(hidden[None], ids[None], mask, matrix)  # noqa: E731
+        divergence = (view(*teacher), partial(losses.divergence, kind=kind), top_k if over_top_k else None) if kind else ()
         objective = (lambda t: t.D) if kind else (lambda t: -t.logp)
-        head.loss(objective, weights, hidden.requires_grad_(), matrix.requires_grad_(), ids, *divergence)[0].backward()
+        student = view(hidden.requires_grad_(), matrix.requires_grad_())
+        student.loss(objective, mask / len(ids), None, *divergence)[0].backward()
 
     torch.set_num_threads(1)
     forward_and_backward(*drawn(2, max(top_k, 64)))  # libraries load at first use

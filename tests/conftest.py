@@ -25,6 +25,7 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "ignore:torch.distributed is ")  # pytest forgets the product's own filter
     config.addinivalue_line("markers", "slow: time-outs, throughput, whole data sets; run by `bash run.sh test-slow`")
     config.addinivalue_line("markers", "gpu: what only a CUDA device tells; run by `bash run.sh test-gpu`")
     config.addinivalue_line("markers", "vllm: the real engine; run by `bash run.sh test-vllm`")
@@ -65,21 +66,19 @@ def byte_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=CHAT, **tokens)
 
 
-@pytest.fixture(scope="session")
-def make_model():
-    """make_model(family, vocabulary, dtype): 2 layers, hidden size 32, random weights, EOS 2; the same at every call."""
+def tiny_network(family: str = "qwen3-tied", vocabulary: int = 40, dtype: torch.dtype = torch.float64, **changes):
+    """2 layers, hidden size 32, random weights, EOS 2; the same at every call. changes: other settings of the configuration."""
+    config, network, extra = FAMILIES[family]
+    torch.manual_seed(0)
+    settings = dict(
+        vocab_size=vocabulary, hidden_size=32, num_hidden_layers=2, intermediate_size=64, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.15, pad_token_id=0, eos_token_id=2,
+        bos_token_id=None,
+    )  # fmt: skip
+    return network(config(**settings | extra | changes)).to(dtype)
 
-    def make(family: str = "qwen3-tied", vocabulary: int = 40, dtype: torch.dtype = torch.float64):
-        config, network, extra = FAMILIES[family]
-        torch.manual_seed(0)
-        settings = config(
-            vocab_size=vocabulary, hidden_size=32, num_hidden_layers=2, intermediate_size=64, num_attention_heads=2,
-            num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.15, pad_token_id=0, eos_token_id=2,
-            bos_token_id=None, **extra,
-        )  # fmt: skip
-        return network(settings).to(dtype)
 
-    return make
+make_model = pytest.fixture(scope="session")(lambda: tiny_network)
 
 
 @pytest.fixture(scope="session")

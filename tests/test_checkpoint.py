@@ -3,23 +3,20 @@
 import json
 import multiprocessing
 import os
-import random
 import shutil
 import signal
-import sys
 from functools import cache, partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.api import CheckpointException
 
-import rollout
 import vpd
 from conftest import fewer_validation_problems
+from harness import session
 from harness.command import CannotWrite
 from model import checkpoint
 from model.parallel import World
@@ -56,21 +53,19 @@ def fresh(make_model):
 
 
 @pytest.mark.parametrize("steps", [0, 3])
-def test_weights_moments_numbers_and_random_states_come_back_exactly(fresh, make_model, tmp_path, steps):
+def test_weights_moments_and_numbers_come_back_exactly(fresh, make_model, tmp_path, steps):
     """With no step made yet, an optimizer has no state, and neither saving nor loading may make one up: AdamW's bias
     correction would then start at its second step."""
-    draw = lambda: (random.random(), np.random.rand(), torch.rand(1).item())  # noqa: E731
     (model, optimizer), teacher = fresh(), make_model("qwen3-untied", dtype=torch.float32)
     train(model, optimizer, steps)
     state = {"shift": -0.25, "best": 0.5, "bad_in_a_row": 2}
     checkpoint.save(tmp_path, 7, {"policy": model, "teacher": teacher}, {"shared": (model, optimizer)}, state, ALONE)
-    drawn = draw()
     (again, other_optimizer), other = fresh(), make_model("qwen3-untied", dtype=torch.float32)
     with torch.no_grad():
         for p in [*again.parameters(), *other.parameters()]:
             p.mul_(-2)
     kept = checkpoint.restore(tmp_path, {"policy": again, "teacher": other}, {"shared": (again, other_optimizer)}, ALONE)
-    assert kept == {"step": 7, **state} and draw() == drawn != draw()
+    assert kept == {"step": 7, **state}
     assert torch.equal(flat(again), flat(model)) and torch.equal(flat(other), flat(teacher))
     assert bool(optimizer.state) == bool(other_optimizer.state) == (steps > 0)
     for each in ((model, optimizer), (again, other_optimizer)):
@@ -92,23 +87,68 @@ def test_a_place_where_no_checkpoint_can_be_made_is_named(fresh, tmp_path):
         checkpoint.save(tmp_path / "checkpoints", 1, {"policy": fresh()[0]}, {}, {}, ALONE)
 
 
-@pytest.mark.parametrize("renames", [1, 2, 3])  # the library makes one of its own
-def test_the_only_checkpoint_outlives_its_replacement(fresh, tmp_path, monkeypatch, renames):
-    """The same step written again, as after a second SIGTERM, and stopped before, between or after the two renames."""
-    models, rename, left = {"policy": fresh()[0]}, Path.rename, [renames]
-    checkpoint.save(tmp_path, 3, models, {}, {}, ALONE)
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device"), RuntimeError("a\nb")])
+def test_what_comes_between_a_save_is_one_line_and_leaves_no_part(fresh, error, tmp_path, monkeypatch):
+    """As torch wraps it: in an exception that is none of Exception's."""
 
-    def killed(*args, **_):
-        if not left[0]:
-            raise KeyboardInterrupt
-        left[0] -= 1
-        return rename(*args)
+    def broken(*_, checkpoint_id, **__):
+        (checkpoint_id / "__0_0.distcp").write_text("half")
+        raise CheckpointException("save", {0: (error, None)})
 
-    monkeypatch.setattr(Path, "rename", killed)
-    monkeypatch.setattr(shutil, "rmtree", killed)
-    with pytest.raises(KeyboardInterrupt):
-        checkpoint.save(tmp_path, 3, models, {}, {}, ALONE)
-    assert checkpoint.restore(tmp_path, models, {}, ALONE) == {"step": 3}
+    monkeypatch.setattr(dcp, "save", broken)
+    interrupted = isinstance(error, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt if interrupted else CannotWrite) as stop:
+        checkpoint.save(tmp_path, 1, {"policy": fresh()[0]}, {}, {}, ALONE)
+    assert interrupted or str(stop.value) == f"{tmp_path}/step-000001: {' '.join(str(error).split())}"
+    assert not list(tmp_path.iterdir())
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def in_child(*steps):
+    """The exit status of a child that takes these steps. A fork has everything imported."""
+    child = multiprocessing.get_context("fork").Process(target=lambda: [step() for step in steps])
+    child.start()
+    child.join()
+    return child.exitcode
+
+
+def die_at(moment):
+    """Kills this process at the n-th call of those that a save is made of."""
+    places = (dcp, "save"), (checkpoint, "_sum"), (shutil, "rmtree"), (os, "unlink"), (Path, "write_text"), (Path, "rename")
+    calls = []
+    for module, name in places:
+
+        def dying(*args, plain=getattr(module, name), **kwargs):
+            calls.append(1)
+            return kill() if len(calls) == moment else plain(*args, **kwargs)
+
+        setattr(module, name, dying)
+
+
+def test_a_save_that_is_killed_at_any_moment_leaves_the_checkpoint_before_it(fresh, tmp_path):
+    """The third, which also removes the first."""
+    model, optimizer = fresh()
+    save = lambda folder, step: checkpoint.save(folder, step, {"policy": model}, {"one": (model, optimizer)}, {}, ALONE)  # noqa: E731
+    weights, seen = {}, []
+    for step in (1, 2, 3):
+        train(model, optimizer, 1)
+        weights[step] = flat(model)
+        if step < 3:
+            save(tmp_path / "before", step)
+    while not seen or seen[-1][0]:
+        folder = shutil.copytree(tmp_path / "before", tmp_path / str(len(seen)))
+        status = in_child(lambda: die_at(1 + len(seen)), lambda: save(folder, 3))
+        again, other = fresh()
+        step = checkpoint.restore(folder, {"policy": again}, {"one": (again, other)}, ALONE)["step"]
+        assert status in (0, -signal.SIGKILL) and torch.equal(flat(again), weights[step])
+        seen.append((status, step))
+        save(folder, 4)
+        assert sorted(path.name for path in folder.iterdir()) == [f"step-00000{step}", "step-000004"]
+    steps = [step for _, step in seen]
+    assert len(steps) > 10 and steps == sorted(steps) and {*steps} == {2, 3}
 
 
 def flip_a_bit(folder):
@@ -206,25 +246,6 @@ def unbroken(tmp_path_factory):
     return run
 
 
-def status_of(out, *flags, before):
-    """The exit status of a child that runs the settings SMALL, after `before()`; its messages go to a file beside `out`. A fork
-    has everything imported."""
-
-    def run():
-        sys.stdout = sys.stderr = out.with_suffix(".err").open("w")
-        before()
-        vpd.main([*small(*flags), "--out", str(out)])
-
-    child = multiprocessing.get_context("fork").Process(target=run)
-    child.start()
-    child.join()
-    return child.exitcode
-
-
-def kill(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 @pytest.mark.parametrize(
     "flags, when",
     [((), 1), ((), 2), (("--method", "sdpo"), 4), (("--prior", "fixed", "--e_optimizer", "shared"), 4)],
@@ -233,18 +254,11 @@ def kill(*_):
 def test_a_resumed_run_is_the_unbroken_run(unbroken, tmp_path, flags, when):
     """Stopped at the end of a batch, as by a kill: nothing is tidied up. Optimizers, delta, moving average and the fixed prior
     all have to come back for the losses to be the same."""
-    out, sync, seen = tmp_path / "run", rollout.HFSampler.sync, []
-
-    def dying(self, policy):
-        sync(self, policy)
-        # An evaluation pushes a moving average, and then the student again; neither ends a batch.
-        learns = next(policy.model.parameters()).requires_grad
-        seen.append("batch" if learns and seen[-1:] != ["teacher"] else "back" if learns else "teacher")
-        if seen.count("batch") == when + 2:  # the first one hands over the weights the run starts with
-            kill()
-
-    assert status_of(out, *flags, before=lambda: setattr(rollout.HFSampler, "sync", dying)) == -signal.SIGKILL
-    vpd.main([*small(*flags), "--out", str(out), "--resume"])
+    out, end = tmp_path / "run", session.Run.end_of_batch
+    dying = lambda self, log, batch: kill() if log.step == when else end(self, log, batch)  # noqa: E731
+    command = [*small(*flags), "--out", str(out)]
+    assert in_child(lambda: setattr(session.Run, "end_of_batch", dying), lambda: vpd.main(command)) == -signal.SIGKILL
+    vpd.main([*command, "--resume"])
     same_run(out, unbroken(*flags))
     assert [row["step"] for row in log_of(out) if row["kind"] == "resume"] == ([] if when < 2 else [when - when % 2])
 
@@ -261,49 +275,3 @@ def test_a_finished_run_is_resumed_if_its_checkpoints_are_whole(unbroken, tmp_pa
         vpd.main(["--out", str(out), "--resume"])
     error = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and [("damaged" in line) for line in error] == [True] * 3 and "--overwrite" in error[-1]
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device"), RuntimeError("a\nb")])
-def test_what_comes_between_a_save_is_one_line_and_leaves_no_part(error, tmp_path, monkeypatch, capsys):
-    """As torch wraps it: in an exception that is none of Exception's."""
-
-    def broken(*_, checkpoint_id, **__):
-        (checkpoint_id / "__0_0.distcp").write_text("half")
-        raise CheckpointException("save", {0: (error, None)})
-
-    monkeypatch.setattr(dcp, "save", broken)
-    out = tmp_path / "run"
-    with pytest.raises(SystemExit) as stop:
-        vpd.main([*small(), "--checkpoint_every", "1", "--out", str(out)])
-    said = capsys.readouterr().err.splitlines()
-    assert len([line for line in said if line and "batch" not in line.split("[")[-1]]) <= 1
-    assert not list((out / "checkpoints").glob("part-*"))
-    if isinstance(error, KeyboardInterrupt):
-        assert stop.value.code == 130 and (out / "model" / "config.json").exists()
-    else:
-        told = [line for line in said if "cannot write" in line]
-        assert stop.value.code == 1 and "checkpoints/step-000001" in told[0]
-
-
-def die_at(moment):
-    """Kills this process at the n-th call of those that a save is made of."""
-    places = (dcp, "save"), (checkpoint, "_sum"), (shutil, "rmtree"), (Path, "write_text"), (Path, "rename")
-    calls = []
-    for module, name in places:
-
-        def dying(*args, plain=getattr(module, name), **kwargs):
-            calls.append(1)
-            return kill() if len(calls) == moment else plain(*args, **kwargs)
-
-        setattr(module, name, dying)
-
-
-@pytest.mark.parametrize("seeds", [1, pytest.param(4, marks=pytest.mark.slow)])  # a run of five batches has no more kills in it
-def test_kills_in_the_middle_of_saves_change_nothing(unbroken, tmp_path, seeds):
-    flags = ("--checkpoint_every", "1", "--resume")
-    for seed in range(seeds):
-        out, rng = tmp_path / f"run{seed}", random.Random(seed)
-        ends = [status_of(out, *flags, before=partial(die_at, rng.randrange(1, 16))) for _ in range(4)]
-        assert ends.count(-signal.SIGKILL) >= 3 and {*ends} <= {-signal.SIGKILL, 0}, out.with_suffix(".err").read_text()
-        vpd.main([*small(*flags), "--out", str(out)])
-        same_run(out, unbroken("--checkpoint_every", "1"))

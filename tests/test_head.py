@@ -122,19 +122,19 @@ def test_scores_and_choices_are_the_log_softmax_on_response_tokens_and_0_on_padd
     mask, ids = torch.ones(1, N, dtype=torch.long), torch.tensor([36, 0, 11, 11])  # in any order, both ends, a token twice
     mask[0, 9:] = 0
     padded = head.View(hidden[None], tokens[None], mask, weight)
-    log_p, scores, choices = (hidden @ weight.T).log_softmax(-1)[None], padded.score(), padded.choices(ids)
-    close(scores.logp, log_p[:, range(N), tokens] * mask)
-    close(scores.entropy, entropy_of(log_p) * mask)
+    log_p, (logp, entropy), choices = (hidden @ weight.T).log_softmax(-1)[None], padded.score(), padded.choices(ids)
+    close(logp, log_p[:, range(N), tokens] * mask)
+    close(entropy, entropy_of(log_p) * mask)
     close(choices, log_p[..., ids] * mask[..., None])
-    assert not scores.logp.requires_grad and not choices.requires_grad
+    assert not logp.requires_grad and not choices.requires_grad
     none = head.View(hidden[None][:0], tokens[None][:0], mask[:0], weight)
-    assert none.score().logp.shape == (0, N) and none.choices(ids).shape == (0, N, 4)
+    assert none.score()[0].shape == (0, N) and none.choices(ids).shape == (0, N, 4)
 
 
 def test_entropy_counts_a_token_of_probability_0_as_0():
     hidden, weight = torch.tensor([[100.0]]), torch.tensor([[0.0], [0.0], [-3e38]])  # logits 0, 0, -inf
-    scores = view(hidden, weight, torch.tensor([0])).score()
-    assert -scores.logp.item() == scores.entropy.item() == pytest.approx(torch.tensor(2.0).log().item())
+    logp, entropy = view(hidden, weight, torch.tensor([0])).score()
+    assert -logp.item() == entropy.item() == pytest.approx(torch.tensor(2.0).log().item())
 
 
 class Largest(TorchDispatchMode):
@@ -163,6 +163,13 @@ def test_no_tensor_as_large_as_the_logits_exists_forward_or_backward(kind, top_k
     assert seen.elements == V * H  # the head's own gradient; 2 V of logits are less
 
 
+def test_what_is_known_beforehand_takes_the_place_of_the_passs_own():
+    hidden, weight, tokens, weights, A, _ = inputs()
+    known = {"teacher_logp": A[None]}
+    found, _ = view(hidden, weight, tokens).loss(lambda t: t.teacher_logp + 0 * t.logp, weights[None], known)
+    close(found, (weights * A).sum())
+
+
 def test_a_second_backward_is_refused():
     loss, _ = chunked(*inputs())
     loss.backward(retain_graph=True)
@@ -186,7 +193,7 @@ def test_bfloat16_keeps_the_softmax_in_float32_and_the_gradients_in_its_own(top_
     hidden, weight, tokens, weights, A, teacher = inputs(torch.bfloat16)
     logits, taught = ((h @ w.T).float()[None] for h, w in ((hidden.detach(), weight.detach()), teacher))
     loss, scores = chunked(hidden, weight, tokens, weights, A, teacher, "js", top_k)
-    assert scores.logp.dtype == scores.D.dtype == view(hidden, weight, tokens).score().logp.dtype == torch.float32
+    assert scores.logp.dtype == scores.D.dtype == view(hidden, weight, tokens).score()[0].dtype == torch.float32
     close(scores.logp, losses.token_logp(logits, tokens[None])[0], 1e-6)
     close(scores.D, losses.distillation_loss(logits, taught, "js", top_k)[0], 1e-6)
     loss.backward()

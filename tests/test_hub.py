@@ -84,7 +84,7 @@ def test_weights_are_missing_until_every_file_is_there(hub_at, closed):
     cache, _ = hub_at(closed)
     index = json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}})
     for name, files, missing in (
-        ("single", {}, True), ("single", {"model__safetensors": ""}, False), ("old", {"pytorch_model__bin": ""}, False),
+        ("single", {}, True), ("single", {"model__safetensors": ""}, False), ("old", {"pytorch_model__bin": ""}, True),
         ("cut", {"model__safetensors__index__json": index}, True), ("cut", {"one__safetensors": ""}, True),
         ("cut", {"two__safetensors": ""}, False),
     ):  # fmt: skip

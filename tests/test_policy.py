@@ -78,8 +78,8 @@ def test_compare_is_d_between_both_prompts_before_any_update(make_model, plain_l
     expert, other = (policy.draw(told, Y, rows, teacher, range(seed, seed + len(Y))) for seed in (10, 50))
     drawn, scored = policy.compare(X, told, Y, rows, teacher, expert=expert), policy.score(told, Y, rows, teacher)[0]
     assert not torch.equal(expert, other)
-    for batch, _, views in policy._views([(told, teacher), (X, None)], Y):  # the longer prompt counts
-        assert len(batch) == 1 or max(view.padded for view in views) <= budget
+    padded = lambda batch, *views: [torch.full((1, 1), max(v.padded for v in views) * (len(batch) > 1))]  # noqa: E731
+    assert policy._passes(1, padded, [(X, None), (XC, teacher)], Y).max() <= budget  # the longer prompt counts
     assert all((x[others] == 0).all() for x in (cost, expert, drawn, scored))
     for i in rows:
         places = range(len(Y[i]))
@@ -202,7 +202,7 @@ QUERIES = "model.layers.1.self_attn.q_proj.weight"
 
 
 def spoil(folder, damage):
-    """Makes of a saved model one whose weights are not its config's. test_distributed.py loads the same ones into shards."""
+    """Makes of a saved model one whose weights are not its config's."""
     file, config = folder / "model.safetensors", json.loads((folder / "config.json").read_text())
     weights = load_file(file)
     if damage == "missing":
@@ -218,7 +218,8 @@ def spoil(folder, damage):
 DAMAGES = {"missing": QUERIES, "size": QUERIES, "config": "model.layers.2."}  # and the tensor that is named
 
 
-@pytest.mark.parametrize("damage", [*DAMAGES, "no folder", "config.json", "model.safetensors", "tokenizer.json", "no tokenizer"])
+@pytest.mark.parametrize("damage", [*DAMAGES, "no folder", "config.json", "model.safetensors", "tokenizer.json", "no tokenizer",
+                                    "no model.safetensors"])  # fmt: skip
 def test_a_folder_that_holds_no_whole_model_is_one_line_of_value_error(make_model, tokenizer, tmp_path, damage):
     """Of weights that are not the config's, transformers would make up some at random and say so in a report that nobody reads."""
     folder = tmp_path / "model"
@@ -227,8 +228,8 @@ def test_a_folder_that_holds_no_whole_model_is_one_line_of_value_error(make_mode
         spoil(folder, damage)
     elif damage == "no folder":
         shutil.rmtree(folder)
-    elif damage == "no tokenizer":
-        for file in folder.glob("tokenizer*"):
+    elif damage.startswith("no "):
+        for file in folder.glob(f"{damage[3:]}*"):
             file.unlink()
     else:
         (folder / damage).write_text("{")

@@ -21,21 +21,22 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 import torch
-from transformers import Olmo3Config, Olmo3ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the script; under pytest conftest.py has done it
-import evaluate  # noqa: E402
-import feedback  # noqa: E402
-import rollout  # noqa: E402
-import tasks  # noqa: E402
-import vpd  # noqa: E402
-from harness import command  # noqa: E402
-from model.parallel import Shared, World  # noqa: E402
-from model.policy import Policy  # noqa: E402
-from neighbours import distil, ovd  # noqa: E402
-from rollout import HFSampler, StaleEngine, VLLMSampler  # noqa: E402
-from tasks import tiny, toy  # noqa: E402
-from test_rollout import nucleus, same  # noqa: E402
+from conftest import tiny_network  # first: it puts the sources on the path, for the script too
+
+# isort: split
+import evaluate
+import feedback
+import rollout
+import tasks
+import vpd
+from harness import command
+from model.parallel import Shared, World
+from model.policy import Policy
+from neighbours import distil, ovd
+from rollout import HFSampler, StaleEngine, VLLMSampler
+from tasks import tiny, toy
+from test_rollout import nucleus, same
 
 pytestmark = pytest.mark.vllm
 torch.set_num_threads(1)
@@ -43,24 +44,18 @@ ROOT = Path(__file__).resolve().parents[1]
 JUDGE = ROOT / "tasks" / "toy_models" / "code-judge"
 EOS, LIMIT = 2, 384
 # A float64 trainer gets a float32 engine. vLLM runs OLMo3 by way of transformers' own classes, which it changes.
-FAMILIES = {"tied": torch.float32, "untied": torch.float64, "olmo3": torch.float32}
+FAMILIES = {"qwen3-tied": torch.float32, "qwen3-untied": torch.float64, "olmo3": torch.float32}
 # The engine on a CPU caches prefixes in blocks of 128 tokens, so the long prompt is cached and the short ones are not.
 PROMPTS = [[3 + 7 * i % 300 for i in range(300)], [12, 3], [5, 5, 13, 4, 6]]
 MIXED = dict(n=4, seed=3, max_tokens=24)
 
 
 def network(family: str, vocabulary: int = 320):
-    torch.manual_seed(0)
-    settings = dict(
-        vocab_size=vocabulary, hidden_size=64, num_hidden_layers=2, intermediate_size=64, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=1024, initializer_range=0.15, pad_token_id=0,
-        eos_token_id=EOS, bos_token_id=None,
-    )  # fmt: skip
-    if family == "olmo3":
-        layers = ["sliding_attention", "full_attention"]
-        settings |= dict(architectures=["Olmo3ForCausalLM"], sliding_window=128, layer_types=layers)
-        return Olmo3ForCausalLM(Olmo3Config(**settings))
-    return Qwen3ForCausalLM(Qwen3Config(**settings, architectures=["Qwen3ForCausalLM"], tie_word_embeddings=family == "tied"))
+    window = {"sliding_window": 128} if family == "olmo3" else {}
+    sizes = dict(hidden_size=64, head_dim=32, max_position_embeddings=1024)
+    model = tiny_network(family, vocabulary, torch.float32, **sizes, **window)
+    model.config.architectures = [type(model).__name__]
+    return model
 
 
 def make(family: str, folder: Path, world: World = World(), dtype: torch.dtype | None = None) -> Policy:
@@ -262,7 +257,7 @@ def test_a_push_that_does_not_arrive_or_leaves_keys_and_values_stops_the_run(pai
 
 
 def test_an_engine_in_bfloat16_is_near_and_has_a_limit_of_its_own(tmp_path, monkeypatch):
-    policy = make("untied", tmp_path, dtype=torch.bfloat16)
+    policy = make("qwen3-untied", tmp_path, dtype=torch.bfloat16)
     sampler = engine_of(policy, tmp_path)
     sampler.sync(policy)
     assert 0 < sampler.gap < 0.1 < sampler.gap_limit == 0.5
@@ -280,7 +275,7 @@ def run(tmp_path, monkeypatch):
     """run(out, *flags): batches of a random model on the toy task `choice`, with outcomes and feedback made up from the
     response's length, so that groups are mixed. Returns the log."""
     tokenizer, load = tiny.build_tokenizer(), tasks.load
-    Policy(network("tied", len(tokenizer)), tokenizer).save(tmp_path / "model")
+    Policy(network("qwen3-tied", len(tokenizer)), tokenizer).save(tmp_path / "model")
 
     def graded(*args, **kwargs):
         task = load(*args, **kwargs)
@@ -435,7 +430,7 @@ def script(out: Path) -> None:
 def fail_in_one(out: Path) -> None:
     """The others wait for it in a push, with an engine whose end waits for everybody."""
     world = World.start()
-    policy = make("tied", out / "tied", world, torch.float32)
+    policy = make("qwen3-tied", out / "tied", world, torch.float32)
     sampler = engine_of(policy, out / "tied")
     sampler.sync(policy)
     if world.rank == 1:
