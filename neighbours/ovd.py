@@ -205,16 +205,14 @@ def train(cfg: Config, run: session.Run) -> None:
             A = vpd.advantages(cfg, batch)  # (B,)
             takes_part = A != 0
             log.skip("m_step: no signal", int((~takes_part).sum()))
+            batch.old_logp = batch.sampler_logp.where(demonstrated, batch.old_logp)
             on_policy = torch.where(by_student, size == len(batch.y), cfg.ovd_ratio == "one")  # pi_old = sg pi
-            mismatch = torch.ones_like(batch.old_logp)
-            if limit is not None:
-                mismatch = losses.truncated_ratio(batch.old_logp, batch.sampler_logp, limit).where(~demonstrated, mismatch)
-            known = {"old_logp": batch.sampler_logp.where(demonstrated, batch.old_logp), "mismatch": mismatch}
-            known |= {name: x[:, None].expand_as(mismatch) for name, x in {"A": A, "on_policy": on_policy}.items()}
+            known = batch.known(A) | {"on_policy": on_policy[:, None].expand_as(batch.mask)}
 
             def per_token(t):
+                mismatch = 1.0 if limit is None else losses.truncated_ratio(t.old_logp, t.sampler_logp, limit)
                 t.old_logp = torch.where(t.on_policy, t.logp.detach(), t.old_logp)
-                return vpd.grpo(t, cfg) * t.mismatch
+                return vpd.grpo(t, cfg) * mismatch
 
             for first in range(0, len(batch.y), size):
                 rows = [i for i in range(first, first + size) if takes_part[i]]
