@@ -1,22 +1,21 @@
-"""DistIL, OVD and models behind a server: the loops against plain references, and a server on this machine."""
+"""OVD and models behind a server: the loop against the reference of test_algorithm.py, which has DistIL's as well, and a server
+on this machine."""
 
 import json
 import time
 from collections import Counter
 from contextlib import nullcontext
-from functools import partial
 from types import SimpleNamespace
 
 import algorithm
 import pytest
 import torch
-from test_algorithm import SCRIPT, G, Sampler, config, reference, rows_of, trained
+from test_algorithm import SCRIPT, Sampler, config, reference, rows_of, trained
 from test_algorithm import text as words_of
 
 import vpd
 from model.parallel import World
-from model.policy import Policy
-from neighbours import distil, ovd
+from neighbours import ovd
 from neighbours import served as served_models
 from neighbours.served import Served, ServerSilent, find_digit
 from tasks import Outcome, Problem
@@ -242,111 +241,7 @@ def test_a_judges_figures_by_hand():
         assert ovd.judge_figures([3.0, None, 7.0], outcomes, 5.0)["judge_auc"] is None
 
 
-# ---- The loops, update by update -----------------------------------------------------------------------------
-
-
-f64 = partial(torch.tensor, dtype=torch.float64)
-
-
-@torch.no_grad()
-def end_of_batch(state, s):
-    for mine, theirs in zip(state.teacher.parameters(), state.model.parameters()) if state.teacher else ():
-        mine.copy_((1 - s.ema_rate) * mine + s.ema_rate * theirs)
-    state.step += 1
-
-
-def distil_batch(state, rows, taken, s, compare):
-    """DistIL on one batch, a row at a time. taken: of each row what a black box took at its tokens, (T,), or None where the
-    teacher tells its probabilities. Returns the losses of the updates."""
-
-    def cost(i):  # CE_t, (T,)
-        z = algorithm.logits(state.model, rows[i].prompt, rows[i].response)
-        if taken[i] is not None:
-            return -algorithm.chosen_logp(z, taken[i].tolist())
-        with torch.no_grad():
-            q = algorithm.logits(state.teacher, rows[i].teacher_prompt, rows[i].response).log_softmax(-1)
-        log_s = z.log_softmax(-1)
-        if s.top_k:
-            top = z.detach().topk(s.top_k).indices
-            log_s, q = algorithm.with_tail(log_s, top), algorithm.with_tail(q, top)
-        return -(q.exp() * log_s).sum(-1)
-
-    part = [i for i, row in enumerate(rows) if row.has_context]
-    with torch.no_grad():
-        old = [algorithm.logp(state.model, row.prompt, row.response) for row in rows]
-        costs = {i: cost(i).tolist() for i in part}
-    A = {}
-    for i in part:
-        others = [costs[j] for j in part if j // G == i // G and j != i]
-        later = lambda c: f64([sum(c[t + 1 :]) for t in range(len(costs[i]))])  # noqa: E731, B023  0 where c has ended
-        A[i] = (sum(map(later, others)) / max(1, len(others)) - later(costs[i])) * s.future
-        A[i] = A[i] / (len(costs[i]) if s.distil_norm == "length" else 1)
-    size, losses = s.minibatch_prompts * G, []
-    for first in range(0, len(rows), size):
-        loss = 0.0
-        for i in (i for i in part if first <= i < first + size):
-            now = algorithm.logp(state.model, rows[i].prompt, rows[i].response)
-            before = now.detach() if len(rows) == size else old[i]
-            ratio = (now.detach() - before).exp().clamp(max=s.ratio_limit)
-            tokens = ratio * cost(i) + algorithm.grpo(now, before, A[i], s)
-            tokens = tokens * (old[i] - f64(rows[i].sampler_logp)).exp().clamp(max=s.mismatch_limit)
-            loss = loss + (tokens.mean() if s.distil_norm == "length" else tokens.sum() / s.max_response_tokens) / size
-        if not isinstance(loss, float):
-            algorithm.update(state, "m", loss, s, compare)
-            losses.append(loss.item())
-    return losses
-
-
-DISTIL = {
-    "probabilities": dict(top_k=3),
-    "probabilities, many updates": dict(minibatch_prompts=1, distil_norm="constant", ratio_limit=1.05, clip_high=0.1),
-    "samples": dict(expert="samples", distil_norm="constant", feedback="sibling"),
-    "samples, two updates": dict(expert="samples", minibatch_prompts=2),
-    "probabilities, no future": dict(future=False, temperature=1.5),
-}
-
-
-@pytest.mark.parametrize("case", DISTIL)
-def test_distil_s_updates_are_those_of_the_formulas(case, tmp_path, monkeypatch):
-    cfg = config("distil", distil, **DISTIL[case])
-    drawn, draw = [], Policy.draw
-    monkeypatch.setattr(Policy, "draw", lambda self, *args: drawn.append((args, draw(self, *args))) or drawn[-1][1])
-    done = trained(cfg, tmp_path / "run", distil.train)
-    s, state, compare = reference(cfg, done.after)
-    for k, ((batch, _, updates, row), call) in enumerate(zip(done.batches, done.calls)):
-        rows = rows_of(batch, *call, cfg)
-        taken = [None] * len(rows)
-        if cfg.expert == "samples":
-            (xC, y, asked, teacher, seeds), ids = drawn[k]
-            assert xC == batch.xC and y == batch.y and asked == [i for i, row in enumerate(rows) if row.has_context]
-            assert teacher not in (None, done.sampler.drawn[0][2])
-            assert len({*seeds, *drawn[k - 1][0][4]}) == 2 * len(rows)  # others in each batch
-            taken = [ids[i, : len(row.response)] for i, row in enumerate(rows)]
-        losses = distil_batch(state, rows, taken, s, compare)
-        assert updates == len(losses) and row["m_loss"] == pytest.approx(algorithm.mean(losses), rel=1e-9)
-        end_of_batch(state, s)
-
-
-def ovd_batch(state, rows, shown, s, compare):
-    """OVD's updates on the mixed groups: the rows `shown` hold demonstrations, with their log-probs."""
-    A, size, losses = algorithm.advantages(rows, s), s.minibatch_prompts * G, []
-    with torch.no_grad():
-        old = [algorithm.logp(state.model, row.prompt, row.response) for row in rows]
-    for first in range(0, len(rows), size):
-        loss = 0.0
-        for i in (i for i in range(first, first + size) if A[i]):
-            now, drawn = algorithm.logp(state.model, rows[i].prompt, rows[i].response), f64(rows[i].sampler_logp)
-            if i in shown:  # the teacher's own probability, or none
-                before, mismatch = (drawn if s.ovd_ratio == "teacher" else now.detach()), 1.0
-            else:
-                before = now.detach() if len(rows) == size else old[i]
-                mismatch = (old[i] - drawn).exp().clamp(max=s.mismatch_limit)
-            tokens = algorithm.grpo(now, before, torch.full_like(now, A[i]), s) * mismatch
-            loss = loss + tokens.mean() / size
-        if not isinstance(loss, float):
-            algorithm.update(state, "m", loss, s, compare)
-            losses.append(loss.item())
-    return losses
+# ---- The loop, update by update ------------------------------------------------------------------------------
 
 
 OVD_SCRIPT = [letters for batch in SCRIPT for letters in (batch, ["sfsxfssfsfsfsxsf"])]  # rollouts, demonstrations, ...
@@ -380,15 +275,16 @@ def test_ovd_s_updates_are_the_clipped_policy_gradient_over_the_mixed_groups(fla
         shown = {}
         for i, demonstration, grade in zip(asked, demonstrations, grades, strict=True):
             if grade == "s" or grade == "f" and cfg.ovd_failed:
-                shown[i] = grade
+                shown[i], rows[i].shown = grade, True
                 rows[i].response, rows[i].sampler_logp = demonstration.tokens, demonstration.logp
                 rows[i].reward = float(grade == "s")
         with torch.no_grad():
-            off = [algorithm.logp(state.model, row.prompt, row.response) - f64(row.sampler_logp) for row in rows]
-        own, lent = (torch.cat([x for i, x in enumerate(off) if (i in shown) == which]) for which in (False, True))
+            old = [algorithm.logp(state.model, row.prompt, row.response) for row in rows]
+        off = [logp - torch.tensor(row.sampler_logp) for logp, row in zip(old, rows)]
+        own, lent = (torch.cat([x for x, row in zip(off, rows) if row.shown == which]) for which in (False, True))
         assert row["sampler_gap"] == pytest.approx(own.abs().mean().item(), rel=1e-6)
         assert row["demonstration_lacked"] == pytest.approx((lent.exp() < 0.5).double().mean().item())
-        losses = ovd_batch(state, rows, shown, s, compare)
+        losses, *_ = algorithm.m_step(state, rows, old, algorithm.advantages(rows, s), old, s, compare)
         assert updates == len(losses) and row["m_loss"] == pytest.approx(algorithm.mean(losses), rel=1e-9)
         # The log is about the student's rollouts; what was shown is told beside.
         graded = [letter for letter in letters if letter != "x"]
@@ -402,7 +298,7 @@ def test_ovd_s_updates_are_the_clipped_policy_gradient_over_the_mixed_groups(fla
             text = words_of(t for t in rows[i].response if t != 2) if i in shown else None
             told = (SCORES[i], text, rows[i].reward if i in shown else None)
             assert (sample["score"], sample["demonstration"], sample["demonstration_reward"]) == told
-        end_of_batch(state, s)
+        algorithm.end_of_batch(state, s)
     assert len({seed for _, seed, _ in done.sampler.drawn}) == 2 * 3
 
 
