@@ -27,17 +27,13 @@ WANTED = {  # what a server may refuse to be asked
 }
 
 
-class ServerSilent(Stopped):
-    """A server does not answer any more."""
-
-
 class Served:
     """A model behind any OpenAI-compatible server, as a run of several processes asks it. who: critic or judge.
 
-    `reply` and `score` ask one thing of many. One process asks; all get the answers in order, None where three
-    attempts failed, which is counted in `missing` and told on standard error. What the server refuses to be asked is left out.
-    The key comes from the environment variable OPENAI_API_KEY only. Raises ValueError at once if the server does not answer a
-    first question, later ServerSilent in every process."""
+    `reply` and `score` ask one thing of many. One process asks; all get the answers in order, None where three attempts failed,
+    which is counted in `missing` and told on standard error. What the server refuses to be asked is left out. The key comes from
+    the environment variable OPENAI_API_KEY only. Raises ValueError at once if the server does not answer a first question,
+    Stopped in every process when it has not answered for SILENT batches."""
 
     def __init__(self, who: str, url: str, model: str, timeout: float, world, missing: Counter):
         try:
@@ -97,7 +93,7 @@ class Served:
                 print(f"{self.who}: {why} ({count} times)", file=sys.stderr)
         self.silent = self.silent + 1 if failures and all(answer is None for answer in answers) else 0
         if self.silent == SILENT:
-            raise ServerSilent(f"the {self.who} at {self.url} has not answered for {SILENT} batches: {next(iter(failures))}")
+            raise Stopped(f"the {self.who} at {self.url} has not answered for {SILENT} batches: {next(iter(failures))}")
         return answers
 
     def _at_once(self, ask: Callable, questions: list, seed: int) -> tuple[list, dict[str, int]]:

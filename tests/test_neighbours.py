@@ -14,10 +14,11 @@ from test_algorithm import SCRIPT, Sampler, config, reference, rows_of, trained
 from test_algorithm import text as words_of
 
 import vpd
+from harness.command import Stopped
 from model.parallel import World
 from neighbours import ovd
 from neighbours import served as served_models
-from neighbours.served import Served, ServerSilent, find_digit
+from neighbours.served import Served, find_digit
 from tasks import Outcome, Problem
 
 # ---- A served model -----------------------------------------------------------------------------------------
@@ -93,7 +94,7 @@ def test_a_server_without_an_answer_for_three_batches_in_a_row_ends_the_run(serv
     asks("0"), asks("0")
     assert [asks() for _ in range(4)] == [[]] * 4  # nobody asked
     asks("0"), asks("0")
-    with pytest.raises(ServerSilent, match=f"the critic at {server.url} has not answered for 3 batches: BadRequestError"):
+    with pytest.raises(Stopped, match=f"the critic at {server.url} has not answered for 3 batches: BadRequestError"):
         asks("0")
 
 

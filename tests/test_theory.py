@@ -315,8 +315,7 @@ def test_the_length_norm_weighs_the_future_by_1_over_the_length():
     def length_norm(x, cost, group_size):
         rows, weights = groups(x.pi, group_size)
         A = L.future_advantages(cost[rows], x.mask[rows], group_size) / x.length[rows].unsqueeze(1)
-        per_token = cost[rows] + L.grpo_loss(x.logp[rows], x.logp[rows].detach(), A)
-        return gradient(average(per_token, x.mask[rows], weights), x.z)
+        return followed(x, cost[rows], A, rows, weights / x.length[rows])
 
     x, cost = EQUAL, disagreement(EQUAL, EQUAL.teacher[EQUAL.states])
     local, exact = gradient(mean(x.pi, cost.sum(1)), x.z), exact_gradient(x, cost)
