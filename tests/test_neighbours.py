@@ -70,17 +70,18 @@ def test_what_three_attempts_do_not_bring_is_missing_and_told_by_the_first_proce
         if said == "slow":
             time.sleep(1.0)
         fails = said == "never" or said == "third time" and attempt < 3
-        return (200, "[]") if said == "no protocol" else (500, "busy") if fails else server.reply_with("fine")
+        fine = server.reply_with("" if said == "empty" else "fine")
+        return (200, "[]") if said == "no protocol" else (500, "busy") if fails else fine
 
     server.answer = answer
     critic = served("critic", world=SimpleNamespace(rank=rank, first=lambda ask: ask()))
-    replies = critic.reply(ask("good", "never", "third time", "no protocol"), 0, 5, 1.0, 1.0)
-    assert replies == ["fine", None, "fine", None] and (server.attempts["never"], server.attempts["third time"]) == (3, 3)
+    replies = critic.reply(ask("good", "never", "third time", "no protocol", "empty"), 0, 5, 1.0, 1.0)
+    assert replies == ["fine", None, "fine", None, None] and (server.attempts["never"], server.attempts["third time"]) == (3, 3)
     critic.client = critic.client.with_options(timeout=0.2)
     assert critic.reply(ask("slow"), 0, 5, 1.0, 1.0) == [None] and server.attempts["slow"] == 3
-    assert critic.missing == {"critic: the server failed": 3}
+    assert critic.missing == {"critic: the server failed": 4}
     told = capsys.readouterr().err.splitlines()
-    assert len(told) == (0 if rank else 3) and all(line.startswith("critic: ") and line.endswith(" (1 times)") for line in told)
+    assert len(told) == (0 if rank else 4) and all(line.startswith("critic: ") and line.endswith(" (1 times)") for line in told)
 
 
 def test_a_server_without_an_answer_for_three_batches_in_a_row_ends_the_run(served, server, monkeypatch):
