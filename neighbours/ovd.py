@@ -125,7 +125,8 @@ def judge_figures(scores: list, outcomes: list, threshold: float) -> dict:
 
 def demonstrate(cfg: Config, run: session.Run, teacher, batch, scores: list, log) -> dict:
     """{row: (Rollout, Outcome)}: one response of the teacher to (x, C), verified like a rollout, for each row that the judge
-    rejects and that has a context. Rejected rows whose own rollout stays are counted by reason."""
+    rejects and that has a context. It takes its row's place in the batch, whose `rollouts` and `outcomes` remain the student's.
+    Rejected rows whose own rollout stays are counted by reason."""
     rejected = [i for i, score in enumerate(scores) if score is not None and score < cfg.ovd_threshold]
     asked = [i for i in rejected if batch.has_C[i]]
     log.skip("rejected without a context, kept", len(rejected) - len(asked))
@@ -141,17 +142,13 @@ def demonstrate(cfg: Config, run: session.Run, teacher, batch, scores: list, log
             log.skip("demonstration failed, rollout kept")
         else:
             shown[i] = rollout, outcome
-    return shown
-
-
-def replace(batch, shown: dict, policy: Policy) -> None:
-    """Puts the demonstrations in their rows' places; `batch.rollouts` and `batch.outcomes` remain the student's."""
     rollouts = [shown[i][0] if i in shown else rollout for i, rollout in enumerate(batch.rollouts)]
     batch.y = [rollout.tokens for rollout in rollouts]
-    batch.mask = policy.mask(batch.y)
+    batch.mask = run.policy.mask(batch.y)
     batch.sampler_logp = pad_sequence([batch.sampler_logp.new_tensor(rollout.logp) for rollout in rollouts], batch_first=True)
     for i, (_, outcome) in shown.items():
         batch.r[i] = outcome.reward
+    return shown
 
 
 # ---- The loop --------------------------------------------------------------------------------------------------
@@ -180,7 +177,6 @@ def train(cfg: Config, run: session.Run) -> None:
             log.left_out.update(judge.missing)
             judge.missing.clear()
             shown = demonstrate(cfg, run, teacher, batch, scores, log)
-            replace(batch, shown, policy)
             by_student = torch.tensor([i not in shown for i in range(len(batch.y))], device=policy.device)  # (B,)
             for i, score in enumerate(scores):
                 rollout, outcome = shown.get(i, (None, None))
@@ -205,16 +201,14 @@ def train(cfg: Config, run: session.Run) -> None:
             A = vpd.advantages(cfg, batch)  # (B,)
             takes_part = A != 0
             log.skip("m_step: no signal", int((~takes_part).sum()))
+            batch.old_logp = batch.sampler_logp.where(demonstrated, batch.old_logp)
             on_policy = torch.where(by_student, size == len(batch.y), cfg.ovd_ratio == "one")  # pi_old = sg pi
-            mismatch = torch.ones_like(batch.old_logp)
-            if limit is not None:
-                mismatch = losses.truncated_ratio(batch.old_logp, batch.sampler_logp, limit).where(~demonstrated, mismatch)
-            known = {"old_logp": batch.sampler_logp.where(demonstrated, batch.old_logp), "mismatch": mismatch}
-            known |= {name: x[:, None].expand_as(mismatch) for name, x in {"A": A, "on_policy": on_policy}.items()}
+            known = batch.known(A) | {"on_policy": on_policy[:, None].expand_as(batch.mask)}
 
             def per_token(t):
+                mismatch = 1.0 if limit is None else losses.truncated_ratio(t.old_logp, t.sampler_logp, limit)
                 t.old_logp = torch.where(t.on_policy, t.logp.detach(), t.old_logp)
-                return vpd.grpo(t, cfg) * t.mismatch
+                return vpd.grpo(t, cfg) * mismatch
 
             for first in range(0, len(batch.y), size):
                 rows = [i for i in range(first, first + size) if takes_part[i]]

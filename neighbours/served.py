@@ -1,4 +1,4 @@
-"""Models behind a server that speaks OpenAI's protocol: a critic (feedback.py), a judge (ovd.py), an expert (distil.py).
+"""Models behind a server that speaks OpenAI's protocol: a critic (feedback.py), a judge (ovd.py).
 
 What cannot be had is missing, never invented, and counted; a server that says nothing for SILENT batches ends the run.
 """
@@ -22,24 +22,18 @@ SILENT = 3  # batches in a row without a single answer
 AT_ONCE = 16  # questions; where none of the first so many had an answer the others are not asked
 WANTED = {  # what a server may refuse to be asked
     "logprobs": {"logprobs": True, "top_logprobs": 20},
-    # Beyond OpenAI's protocol, for servers that know them: no thought before an answer, and no truncation of the distribution,
-    # which some take from the model's own generation settings.
+    # Beyond OpenAI's protocol, for servers that know it: no thought before an answer.
     "thinking_off": {"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}},
-    "plain": {"extra_body": {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "add_special_tokens": False}},
 }
 
 
-class ServerSilent(Stopped):
-    """A server does not answer any more."""
-
-
 class Served:
-    """A model behind any OpenAI-compatible server, as a run of several processes asks it. who: critic, judge or expert.
+    """A model behind any OpenAI-compatible server, as a run of several processes asks it. who: critic or judge.
 
-    `reply`, `score` and `next_piece` ask one thing of many. One process asks; all get the answers in order, None where three
-    attempts failed, which is counted in `missing` and told on standard error. What the server refuses to be asked is left out.
-    The key comes from the environment variable OPENAI_API_KEY only. Raises ValueError at once if the server does not answer a
-    first question, later ServerSilent in every process."""
+    `reply` and `score` ask one thing of many. One process asks; all get the answers in order, None where three attempts failed,
+    which is counted in `missing` and told on standard error. What the server refuses to be asked is left out. The key comes from
+    the environment variable OPENAI_API_KEY only. Raises ValueError at once if the server does not answer a first question,
+    Stopped in every process when it has not answered for SILENT batches."""
 
     def __init__(self, who: str, url: str, model: str, timeout: float, world, missing: Counter):
         try:
@@ -53,8 +47,7 @@ class Served:
         self.who, self.url, self.model, self.world, self.missing = who, url, model, world, missing
         self.without: set[str] = set()  # names of WANTED that the server refuses
         self.silent, self.lock = 0, threading.Lock()
-        chat = partial(self._chat, max_tokens=8), [{"role": "user", "content": "1 +"}]
-        ask, question = (self._piece, "1 +") if who == "expert" else chat
+        ask, question = partial(self._chat, max_tokens=8), [{"role": "user", "content": "1 +"}]
         why = next(iter(world.first(lambda: self._at_once(ask, [question], 0)[1])), "")
         if why and not why.startswith("ValueError"):  # an empty reply is an answer
             raise ValueError(f"--{who}_url {url} with --{who}_model {model} does not answer: {why}")
@@ -72,33 +65,13 @@ class Served:
         self.missing["judge: no digit, kept"] += scores.count((None,))
         return [score and score[0] for score in scores]
 
-    def next_piece(self, prompts: list[str], seed: int) -> list[str | None]:
-        """A draw of the token after each text, as text at temperature 1; "" where the model ends there."""
-        return self._each(self._piece, prompts, seed)
-
-    def _piece(self, prompt: str, seed: int) -> str:
-        choice = self._insisting(
-            self.client.completions.create, ["plain"], prompt=prompt, seed=seed, max_tokens=1, temperature=1.0, top_p=1.0
-        )
-        if not choice.text and choice.finish_reason != "stop":
-            raise ValueError("a token without a text")
-        return choice.text or ""
-
     def _chat(self, messages: list[dict], seed: int, *wanted: str, **how):
-        choice = self._insisting(
-            self.client.chat.completions.create, ["thinking_off", *wanted], messages=messages, seed=seed, **how
-        )
-        if not choice.message.content:
-            raise ValueError("an empty reply")
-        return choice
-
-    def _insisting(self, create: Callable, wanted: list[str], **how):
-        """An answer's first choice, asked for with all of `wanted`, or with as many as the server takes, which is told once."""
-        wanted, refusal = [name for name in wanted if name not in self.without], None
+        """A reply, asked for with thinking off and all of `wanted`, or with as many as the server takes, which is told once."""
+        wanted, refusal = [name for name in ("thinking_off", *wanted) if name not in self.without], None
         for left_out in itertools.chain(*(itertools.combinations(wanted, n) for n in range(len(wanted) + 1))):
             settings = ChainMap(*(WANTED[name] for name in wanted if name not in left_out))
             try:
-                answer = create(model=self.model, **how, **settings)
+                answer = self.client.chat.completions.create(model=self.model, messages=messages, seed=seed, **how, **settings)
             except self.refusals as error:
                 refusal = error
                 continue
@@ -106,6 +79,8 @@ class Served:
                 if new := set(left_out) - self.without:
                     self.without |= new
                     print(f"{self.url} does without {', '.join(sorted(new))}: {refusal}", file=sys.stderr)
+            if not answer.choices[0].message.content:
+                raise ValueError("an empty reply")
             return answer.choices[0]
         raise refusal
 
@@ -118,7 +93,7 @@ class Served:
                 print(f"{self.who}: {why} ({count} times)", file=sys.stderr)
         self.silent = self.silent + 1 if failures and all(answer is None for answer in answers) else 0
         if self.silent == SILENT:
-            raise ServerSilent(f"the {self.who} at {self.url} has not answered for {SILENT} batches: {next(iter(failures))}")
+            raise Stopped(f"the {self.who} at {self.url} has not answered for {SILENT} batches: {next(iter(failures))}")
         return answers
 
     def _at_once(self, ask: Callable, questions: list, seed: int) -> tuple[list, dict[str, int]]:

@@ -1,4 +1,4 @@
-"""Algorithm 1 and its baselines once more, written from the paper: a reference for the real loop to be compared with.
+"""Algorithm 1, its baselines and its neighbours once more, written from the papers: a reference for the real loops.
 
 float64, whole logits, torch's own AdamW, one row at a time: no padding, no batching, nothing imported from the project.
 Equation numbers are those of arXiv 2605.15113v1. Shapes: T response tokens of one row, V vocabulary, K top-k.
@@ -25,6 +25,8 @@ class Row:  # one rollout; the rows of a group are adjacent
     reward: float  # r, 0.0 or 1.0
     sampler_logp: list  # (T,) the sampler's own log-probs
     graded: bool = True
+    shown: bool = False  # OVD: the response is a demonstration
+    taken: list | None = None  # (T,) DistIL: the tokens that a black-box teacher took in the places of y_t
 
     @property
     def has_context(self):
@@ -97,9 +99,20 @@ def divergence(student_logits, teacher_logits, kind, top_k=0):
         return kl(log_s, log_t)
     if kind == "kl_teacher_student":
         return kl(log_t, log_s)
+    if kind == "cross_entropy":  # DistIL's CE_t
+        return -(log_t.exp() * log_s).sum(-1)
     assert kind == "js", kind
     log_m = torch.logaddexp(log_s, log_t) - math.log(2)  # M = (S + T) / 2
     return 0.5 * kl(log_s, log_m) + 0.5 * kl(log_t, log_m)
+
+
+def row_divergence(state, row, student, s):
+    """(T,): D of a row with a context. student: its logits (T, V)."""
+    if row.taken is not None:
+        return -chosen_logp(student, row.taken)
+    with torch.no_grad():
+        teacher = logits(teacher_of(state, s), row.teacher_prompt, row.response)  # (T, V)
+    return divergence(student, teacher, s.divergence, s.top_k)
 
 
 # ---- Advantages and what the M-step minimises
@@ -119,6 +132,24 @@ def advantages(rows, s):
     return result
 
 
+@torch.no_grad()
+def future_advantages(state, rows, s):
+    """DistIL's A_t = -(c_t - b_t) of each row: c_t the costs after t, b_t their mean over the group's other rows, in which one
+    that has ended counts 0. Rows without a context have no cost: 0."""
+    costs, A = {}, [0.0] * len(rows)
+    for i, row in enumerate(rows):
+        if row.has_context:
+            costs[i] = row_divergence(state, row, logits(state.model, row.prompt, row.response), s).tolist()
+    for i, own in costs.items():
+        others = [costs[j] for j in costs if j // s.group_size == i // s.group_size and j != i]
+        for_t = []
+        for t in range(len(own)):
+            baseline = sum(sum(cost[t + 1 :]) for cost in others) / max(1, len(others))
+            for_t.append((baseline - sum(own[t + 1 :])) / (len(own) if s.distil_norm == "length" else 1))
+        A[i] = torch.tensor(for_t, dtype=torch.float64) * s.future  # (T,)
+    return A
+
+
 def grpo(logp, old_logp, A, s):
     """(T,): -min(rho A, clip(rho) A), and for A < 0 at most dual_clip |A|. A: (T,)."""
     rho = (logp - old_logp).exp()
@@ -128,15 +159,17 @@ def grpo(logp, old_logp, A, s):
 
 def m_step_tokens(logp, D, old_logp, A, A_sdpo, step, s):
     """(T,): what the M-step minimises at every token of one row. logp, D (T,) carry gradients (D is 0 without a context);
-    old_logp, A_sdpo (T,) are constants; A is a number, step the batch's index."""
+    old_logp, A_sdpo (T,) are constants; A is a number (DistIL: (T,)), step the batch's index."""
     ratio = (logp.detach() - old_logp).exp().clamp(max=s.ratio_limit)
-    A = torch.full_like(old_logp, A)  # (T,)
+    A = torch.zeros_like(old_logp) + A  # (T,)
     if s.method == "vpd":
         return D  # Eq. 10
     if s.method == "sdpo":
         return ratio * D  # Eq. 2
-    if s.method == "grpo":
+    if s.method in ("grpo", "ovd"):
         return grpo(logp, old_logp, A, s)
+    if s.method == "distil":
+        return ratio * D + grpo(logp, old_logp, A, s)
     if s.method == "joint":
         return s.w_opd * ratio * D + s.w_rl * grpo(logp, old_logp, A, s)  # Eq. B.23
     if s.method == "reshape":
@@ -217,33 +250,33 @@ def e_step(state, rows, old_logp, s, after_update):
 # ---- M-step: distil into the student, or a baseline's objective
 
 
-def m_step(state, rows, old_logp, A_sdpo, s, after_update):
+def m_step(state, rows, old_logp, A, A_sdpo, s, after_update):
     """One update for every minibatch_prompts prompts; returns the losses, every distilled row's mean divergence, and how many
     rows took part."""
-    A, size = advantages(rows, s), s.minibatch_prompts * s.group_size
-    losses, divergences, count = [], [], 0
+    size, losses, divergences, count = s.minibatch_prompts * s.group_size, [], [], 0
     for start in range(0, len(rows), size):
         row_losses = []
         for i in range(start, min(start + size, len(rows))):
             row = rows[i]
-            by_teacher = row.has_context and s.method in ("vpd", "sdpo", "joint", "reshape")
-            by_reward = A[i] != 0 and s.method in ("grpo", "reweight", "joint", "reshape")
+            by_teacher = row.has_context and s.method in ("vpd", "sdpo", "joint", "reshape", "distil")
+            by_reward = s.method in ("grpo", "reweight", "joint", "reshape", "ovd") and A[i] != 0
             if not (by_teacher or by_reward):
                 continue
             student = logits(state.model, row.prompt, row.response)  # (T, V)
             now = chosen_logp(student, row.response)  # (T,)
             D = torch.zeros_like(now)  # (T,), without a context
-            if row.has_context and s.method in ("vpd", "sdpo", "joint"):
-                with torch.no_grad():
-                    teacher = logits(teacher_of(state, s), row.teacher_prompt, row.response)  # (T, V)
-                D = divergence(student, teacher, s.divergence, s.top_k)
+            if row.has_context and s.method in ("vpd", "sdpo", "joint", "distil"):
+                D = row_divergence(state, row, student, s)
                 divergences.append(D.mean().item())
             old = now.detach() if len(rows) <= size else old_logp[i]  # with one update, pi_old is the student as it is
+            sampler = torch.tensor(row.sampler_logp, dtype=torch.float64)
+            if row.shown:  # the teacher's own probability, or none
+                old = sampler if s.ovd_ratio == "teacher" else now.detach()
             tokens = m_step_tokens(now, D, old, A[i], A_sdpo[i], state.step, s)  # (T,)
-            if s.mismatch_limit is not None:
-                sampler = torch.tensor(row.sampler_logp, dtype=torch.float64)
+            if s.mismatch_limit is not None and not row.shown:
                 tokens = (old_logp[i] - sampler).exp().clamp(max=s.mismatch_limit) * tokens
-            row_losses.append(tokens.mean())
+            constant = s.method == "distil" and s.distil_norm == "constant"
+            row_losses.append(tokens.sum() / s.max_response_tokens if constant else tokens.mean())
         if row_losses:
             loss = sum(row_losses) / size  # rows left out count in the divisor
             update(state, "m", loss, s, after_update)
@@ -258,6 +291,14 @@ def teacher_of(state, s):
 
 
 # ---- Algorithm 1
+
+
+@torch.no_grad()
+def end_of_batch(state, s):
+    """teacher <- (1 - tau) teacher + tau student, and the next batch."""
+    for mine, theirs in zip(state.teacher.parameters(), state.model.parameters()) if state.teacher else ():
+        mine.copy_((1 - s.ema_rate) * mine + s.ema_rate * theirs)
+    state.step += 1
 
 
 def one_batch(state, rows, s, after_update=lambda kind, model: None):
@@ -275,13 +316,10 @@ def one_batch(state, rows, s, after_update=lambda kind, model: None):
     # 4. E-step, on every F-th batch
     e_due = s.method == "vpd" and state.step % s.e_step_every == 0
     e_losses, died = e_step(state, rows, old_logp, s, after_update) if e_due else ([], [])
-    # 5. M-step, then the moving average: teacher <- (1 - tau) teacher + tau student
-    m_losses, divergences, m_rows = m_step(state, rows, old_logp, A_sdpo, s, after_update)
-    if state.teacher is not None:
-        with torch.no_grad():
-            for mine, theirs in zip(state.teacher.parameters(), state.model.parameters()):
-                mine.copy_((1 - s.ema_rate) * mine + s.ema_rate * theirs)
-    state.step += 1
+    # 5. M-step, then the moving average
+    A = future_advantages(state, rows, s) if s.method == "distil" else advantages(rows, s)
+    m_losses, divergences, m_rows = m_step(state, rows, old_logp, A, A_sdpo, s, after_update)
+    end_of_batch(state, s)
     return {"margin": margin, "shift": state.delta, "e_loss": mean(e_losses), "m_loss": mean(m_losses),
             "divergence": mean(divergences), "e_updates": len(e_losses), "m_updates": len(m_losses),
             "e_rows": len(died) or None, "e_died": mean(died), "m_rows": m_rows}  # fmt: skip

@@ -93,36 +93,27 @@ def plain_logits():
     return forward
 
 
-def answer_with(**choice):
-    choices = [{"index": 0, "logprobs": None} | choice]
-    return 200, {"id": "1", "object": "", "created": 0, "model": "m", "choices": choices}
-
-
 def reply_with(text, told=()):
     """An answer to a conversation. told: (token, its probability, {other token: its probability}) of each token, where the
     server tells them."""
     one = lambda token, p, **more: {"token": token, "logprob": math.log(p), "bytes": None, **more}  # noqa: E731
     content = [one(token, p, top_logprobs=[one(*other) for other in top.items()]) for token, p, top in told]
-    message = {"role": "assistant", "content": text}
-    return answer_with(message=message, finish_reason="stop", logprobs={"content": content} if told else None)
-
-
-def complete_with(text, finish="length"):
-    """An answer to a text that is to be continued."""
-    return answer_with(text=text, finish_reason=finish)
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+    choice["logprobs"] = {"content": content} if told else None
+    return 200, {"id": "1", "object": "", "created": 0, "model": "m", "choices": [choice]}
 
 
 @pytest.fixture
 def server(monkeypatch):
     """An OpenAI-compatible server. A test sets `answer(body, attempt)`, which gives (status, JSON or text); `seen` holds
-    (path, authorization, body) of the requests; reply_with(text) and complete_with(text) are answers of the protocol."""
+    (path, authorization, body) of the requests; reply_with(text) is an answer of the protocol."""
     seen, attempts = [], Counter()
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01, raising=False)  # half a second
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            said = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
+            said = body["messages"][-1]["content"]
             attempts[said] += 1
             seen.append((self.path, self.headers["Authorization"], body))
             status, answer = handle.answer(body, attempts[said])
@@ -139,9 +130,8 @@ def server(monkeypatch):
 
     listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     handle = SimpleNamespace(
-        url=f"http://127.0.0.1:{listening.server_port}/v1", seen=seen, attempts=attempts, reply_with=reply_with,
-        complete_with=complete_with,
-    )  # fmt: skip
+        url=f"http://127.0.0.1:{listening.server_port}/v1", seen=seen, attempts=attempts, reply_with=reply_with
+    )
     threading.Thread(target=listening.serve_forever, args=(0.01,), daemon=True).start()  # shutdown waits so long
     yield handle
     listening.shutdown()

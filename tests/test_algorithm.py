@@ -1,12 +1,11 @@
-"""The loop of vpd.py, update by update, against a plain reference of Algorithm 1 (algorithm.py); what the two share, the
-losses and their gradients, is in test_losses.py by hand.
+"""The loops of vpd.py and DistIL, update by update, against a plain reference of Algorithm 1 (algorithm.py); what the two
+share, the losses and their gradients, is in test_losses.py by hand.
 
 The task, its grader and the sampler are scripts: groups with both outcomes and with one, rows that the grader failed
 on, failures without a text, rows of one token, cut rows, and a sampler whose log-probs are not the trainer's.
 """
 
 import json
-import math
 import random
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ import vpd
 from harness import session
 from harness.settings import parse
 from model.policy import Policy
+from neighbours import distil
 from rollout import Rollout
 from tasks import Outcome, Problem, Task
 
@@ -118,7 +118,8 @@ def config(method, of=vpd, **changes):
     base = dict(
         task="own", method=method, steps=3, prompts_per_batch=4, group_size=G, minibatch_prompts=4,
         e_minibatch_prompts=4, e_step_every=1, max_response_tokens=6, lr=0.01, top_k=0, feedback="environment",
-        eval_every=0, checkpoint_every=0, ema_rate=0.2, solution_template="{solution}", feedback_template="{feedback}", closing_line="w5",
+        eval_every=0, checkpoint_every=0, ema_rate=0.2, solution_template="{solution}", feedback_template="{feedback}",
+        closing_line="w5",
     )  # fmt: skip
     cfg = of.Config(**(base | changes))
     cfg.given, cfg.preset = set(), {}
@@ -128,20 +129,21 @@ def config(method, of=vpd, **changes):
 
 def trained(cfg, out, train=vpd.train, script=SCRIPT, also=None, **how):
     """What a loop did. after: the weights after each update; batches: of each the batch, its numbers of E- and M-updates
-    and the row of the log; calls: the letters and texts of the grader's calls; and the sampler."""
-    calls, ended, after, sampler = [], [], [], Sampler()
+    and the row of the log; calls: the letters and texts of the grader's calls; drawn: a black box's; and the sampler."""
+    calls, ended, after, drawn, sampler = [], [], [], [], Sampler()
     policy = Policy(tiny(), tokenizer(), micro_batch_tokens=40, temperature=cfg.temperature, **how)
     task, record = scripted(script, calls), {"teacher": cfg.reader(), "commit": ""}
     out.mkdir()
     run = session.Run(cfg, policy, sampler, task, out, record, None, feedback.Critic(cfg, policy), also)
-    step, end = policy.step, run.end_of_batch
+    step, end, draw = policy.step, run.end_of_batch, policy.draw
     policy.step = lambda *args, **kwargs: (step(*args, **kwargs), after.append(weights(policy.model)))[0]
+    policy.draw = lambda *args: drawn.append((args, draw(*args))) or drawn[-1][1]
     run.end_of_batch = lambda log, batch: (ended.append((batch, len(log.e_norms), len(log.m_norms))), end(log, batch))
     run.save_state = lambda step: None
     train(cfg, run)
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     batches = [(*batch, row) for batch, row in zip(ended, rows, strict=True)]
-    return SimpleNamespace(after=after, batches=batches, calls=calls, sampler=sampler)
+    return SimpleNamespace(after=after, batches=batches, calls=calls, drawn=drawn, sampler=sampler)
 
 
 def reference(cfg, after):
@@ -207,18 +209,32 @@ CASES = {
     "reshape, many updates": SEVERAL | dict(w_opd=0.7, w_rl=1.3, clip_high=0.05, teacher="live", temperature=0.8),
     "reweight": dict(reweight_lam=0.9, reweight_steps=1, feedback="solution_first"),
     "reweight, many updates": SEVERAL | dict(reweight_clip=0.5, reweight_steps=4, dual_clip=1.2, ema_rate=0.5),
+    "distil": dict(top_k=3),
+    "distil, many updates": SEVERAL | dict(distil_norm="constant", ratio_limit=1.05, clip_high=0.1, mismatch_limit="1.2"),
+    "distil, black box": dict(expert="samples", distil_norm="constant", feedback="sibling"),
+    "distil, black box, two updates": dict(expert="samples", minibatch_prompts=2),
+    "distil, no future": dict(future=False, temperature=1.5),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_loop_makes_the_updates_of_the_reference(case, tmp_path):
-    cfg = config(case.split(",")[0], **CASES[case])
-    done = trained(cfg, tmp_path / "run", recompute=0 if "recomputed" in case else None)
+    loop = distil if "distil" in case else vpd
+    cfg = config(case.split(",")[0], loop, **CASES[case])
+    done = trained(cfg, tmp_path / "run", loop.train, recompute=0 if "recomputed" in case else None)
     s, state, compare = reference(cfg, done.after)
     total = 0
     for (batch, e_updates, m_updates, row), (letters, told) in zip(done.batches, done.calls, strict=True):
         lr = algorithm.learning_rate(s.lr, state.step, s)
-        expected = algorithm.one_batch(state, rows_of(batch, letters, told, cfg), s, compare) | {"lr": lr}
+        rows = rows_of(batch, letters, told, cfg)
+        if "black box" in case:  # the moving average, at the same weights as our own of the batch
+            (*asked, model, seeds), ids = done.drawn[state.step]
+            assert asked == [batch.xC, batch.y, [i for i, row in enumerate(rows) if row.has_context]]
+            assert model not in (None, done.sampler.drawn[0][2])
+            assert len({*seeds, *done.drawn[state.step - 1][0][4]}) == 2 * len(rows)  # others in each batch
+            for one, taken in zip(rows, ids.tolist()):
+                one.taken = taken[: len(one.response)]
+        expected = algorithm.one_batch(state, rows, s, compare) | {"lr": lr}
         assert (e_updates, m_updates) == (expected.pop("e_updates"), expected.pop("m_updates"))
         left_out = row["left_out"]
         assert left_out.get("grader failed", 0) == letters.count("x")
@@ -227,7 +243,7 @@ def test_the_loop_makes_the_updates_of_the_reference(case, tmp_path):
         # weights that sampled the batch, or (reweight, one update) where it is over the rows with an advantage only.
         if not e_updates:
             expected["shift"] = None
-        if cfg.minibatch_prompts < 4 and not e_updates and cfg.row().distils:
+        if cfg.minibatch_prompts < 4 and not e_updates and cfg.row().distils and loop is vpd:
             expected["margin"] = None
         if case == "reweight":
             expected["margin"] = row["margin"]
@@ -258,32 +274,3 @@ def test_a_new_method_is_a_row_and_an_objective(tmp_path, monkeypatch):
     same = trained(config("joint", steps=2, w_opd=0.5, w_rl=0.5), tmp_path / "joint")
     assert len(mine.after) == 2 and all(map(torch.equal, mine.after, same.after))
     assert [row["divergence"] for *_, row in mine.batches] == [row["divergence"] for *_, row in same.batches]
-
-
-# ---- The reference by hand -----------------------------------------------------------------------------------
-
-
-def test_advantages_and_tokens_of_every_method_by_hand():
-    settings = lambda method="vpd", **changes: SimpleNamespace(**vars(vpd.Config(method=method, group_size=G)) | changes)  # noqa: E731
-    rewards = [1, 0, 0, 0, 1, 1, 0, 0]
-    rows = [algorithm.Row([], None, [], float(r), [], graded=i != 3) for i, r in enumerate(rewards)]
-    expected = [2 / 3, -1 / 3, -1 / 3, 0, 0.5, 0.5, -0.5, -0.5]
-    assert algorithm.advantages(rows, settings()) == pytest.approx(expected)
-    std = math.sqrt(4 * 0.5**2 / 3) + 1e-6
-    divided = algorithm.advantages(rows, settings(divide_by_std=True))
-    assert divided[4:] == pytest.approx([a / std for a in expected[4:]])
-
-    numbers = lambda *x: torch.tensor(x, dtype=torch.float64)  # noqa: E731
-    old, D, A_sdpo = numbers(-1.0, -2.0), numbers(0.3, 0.4), numbers(0.1, -0.5)
-    now = old + numbers(1.1, 3.0).log()  # the ratios
-    token = lambda method, A, step=0: algorithm.m_step_tokens(  # noqa: E731
-        now, D, old, A, A_sdpo, step, settings(method, w_rl=2.0, w_opd=0.5)
-    ).tolist()
-    assert token("vpd", 1.0) == [0.3, 0.4]
-    assert token("sdpo", 1.0) == pytest.approx([1.1 * 0.3, 2 * 0.4])
-    assert token("grpo", 1.0) == pytest.approx([-1.1, -1.28])
-    assert token("joint", 1.0) == pytest.approx([0.5 * 1.1 * 0.3 - 2 * 1.1, 0.5 * 2 * 0.4 - 2 * 1.28])
-    assert token("reshape", 0.1) == pytest.approx([-1.1 * (0.2 + 0.05), 3 * (0.25 - 0.2)])
-    for step, lam in [(0, 0.5), (25, 0.25), (60, 0.0)]:
-        A = [-0.5 * (1 - lam + lam * w) for w in (math.exp(-0.1), 1.2)]  # sign(A) = -1; exp(0.5) is over 1.2
-        assert token("reweight", -0.5, step) == pytest.approx([-1.1 * A[0], -3 * A[1]])

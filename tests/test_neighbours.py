@@ -1,23 +1,24 @@
-"""DistIL, OVD and models behind a server: the loops against plain references, and a server on this machine."""
+"""OVD and models behind a server: the loop against the reference of test_algorithm.py, which has DistIL's as well, and a server
+on this machine."""
 
 import json
 import time
 from collections import Counter
-from functools import partial
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import algorithm
 import pytest
 import torch
-from test_algorithm import SCRIPT, G, Sampler, config, reference, rows_of, trained
+from test_algorithm import SCRIPT, Sampler, config, reference, rows_of, trained
 from test_algorithm import text as words_of
 
 import vpd
+from harness.command import Stopped
 from model.parallel import World
-from model.policy import Policy
-from neighbours import distil, ovd
+from neighbours import ovd
 from neighbours import served as served_models
-from neighbours.served import Served, ServerSilent, find_digit
+from neighbours.served import Served, find_digit
 from tasks import Outcome, Problem
 
 # ---- A served model -----------------------------------------------------------------------------------------
@@ -29,7 +30,7 @@ def served(server):
 
     def opened(who="judge", timeout=5, world=World()):
         answer = getattr(server, "answer", None)
-        server.answer = lambda body, _: server.complete_with("a") if "prompt" in body else server.reply_with("a")
+        server.answer = lambda body, _: server.reply_with("a")
         one = Served(who, server.url, "m", timeout, world, Counter())
         server.answer = answer
         server.seen.clear()
@@ -44,7 +45,7 @@ def ask(*texts):
 
 def bodies(server):
     """The requests so far, by what they asked."""
-    return {body["prompt"] if "prompt" in body else body["messages"][-1]["content"]: body for _, _, body in server.seen}
+    return {body["messages"][-1]["content"]: body for _, _, body in server.seen}
 
 
 def test_replies_come_in_order_to_the_environments_key_each_with_a_seed_of_its_own(served, server, monkeypatch):
@@ -69,17 +70,18 @@ def test_what_three_attempts_do_not_bring_is_missing_and_told_by_the_first_proce
         if said == "slow":
             time.sleep(1.0)
         fails = said == "never" or said == "third time" and attempt < 3
-        return (200, "[]") if said == "no protocol" else (500, "busy") if fails else server.reply_with("fine")
+        fine = server.reply_with("" if said == "empty" else "fine")
+        return (200, "[]") if said == "no protocol" else (500, "busy") if fails else fine
 
     server.answer = answer
     critic = served("critic", world=SimpleNamespace(rank=rank, first=lambda ask: ask()))
-    replies = critic.reply(ask("good", "never", "third time", "no protocol"), 0, 5, 1.0, 1.0)
-    assert replies == ["fine", None, "fine", None] and (server.attempts["never"], server.attempts["third time"]) == (3, 3)
+    replies = critic.reply(ask("good", "never", "third time", "no protocol", "empty"), 0, 5, 1.0, 1.0)
+    assert replies == ["fine", None, "fine", None, None] and (server.attempts["never"], server.attempts["third time"]) == (3, 3)
     critic.client = critic.client.with_options(timeout=0.2)
     assert critic.reply(ask("slow"), 0, 5, 1.0, 1.0) == [None] and server.attempts["slow"] == 3
-    assert critic.missing == {"critic: the server failed": 3}
+    assert critic.missing == {"critic: the server failed": 4}
     told = capsys.readouterr().err.splitlines()
-    assert len(told) == (0 if rank else 3) and all(line.startswith("critic: ") and line.endswith(" (1 times)") for line in told)
+    assert len(told) == (0 if rank else 4) and all(line.startswith("critic: ") and line.endswith(" (1 times)") for line in told)
 
 
 def test_a_server_without_an_answer_for_three_batches_in_a_row_ends_the_run(served, server, monkeypatch):
@@ -93,18 +95,17 @@ def test_a_server_without_an_answer_for_three_batches_in_a_row_ends_the_run(serv
     asks("0"), asks("0")
     assert [asks() for _ in range(4)] == [[]] * 4  # nobody asked
     asks("0"), asks("0")
-    with pytest.raises(ServerSilent, match=f"the critic at {server.url} has not answered for 3 batches: BadRequestError"):
+    with pytest.raises(Stopped, match=f"the critic at {server.url} has not answered for 3 batches: BadRequestError"):
         asks("0")
 
 
-@pytest.mark.parametrize("who, path", [("critic", "chat/completions"), ("judge", "chat/completions"), ("expert", "completions")])
-def test_a_server_is_asked_before_the_run_and_one_that_is_not_there_is_named(server, who, path, capsys):
-    server.answer = lambda body, _: server.complete_with("", "length") if "prompt" in body else server.reply_with("")
-    Served(who, server.url, "m", 5, World(), Counter())  # an empty reply is an answer
-    assert [path for path, _, _ in server.seen] == [f"/v1/{path}"]
+def test_a_server_is_asked_before_the_run_and_one_that_is_not_there_is_named(server, capsys):
+    server.answer = lambda body, _: server.reply_with("")
+    Served("judge", server.url, "m", 5, World(), Counter())  # an empty reply is an answer
+    assert len(server.seen) == 1
     server.answer = lambda body, _: (404, "no such model")
-    with pytest.raises(ValueError, match=f"--{who}_url {server.url} with --{who}_model m does not answer: .*404"):
-        Served(who, server.url, "m", 5, World(), Counter())
+    with pytest.raises(ValueError, match=f"--judge_url {server.url} with --judge_model m does not answer: .*404"):
+        Served("judge", server.url, "m", 5, World(), Counter())
     assert not capsys.readouterr().err
 
 
@@ -180,25 +181,6 @@ def test_a_score_is_the_first_digit_that_stands_alone_outside_of_thoughts(reply)
     assert (None if place is None else reply[place:]) == REPLIES[reply]
 
 
-# ---- A served expert's next token --------------------------------------------------------------------------
-
-
-def test_the_next_piece_of_a_text_is_drawn_from_the_plain_distribution_and_empty_at_its_end(served, server, capsys):
-    said = {"ends": ("", "stop"), "nothing": ("", "length"), "goes on": (" then", "length"), "done": (".", "stop")}
-    server.answer = lambda body, _: server.complete_with(*said[body["prompt"]])
-    expert = served("expert")
-    assert expert.next_piece(list(said), seed=3) == ["", None, " then", "."]
-    assert capsys.readouterr().err == "expert: ValueError: a token without a text (1 times)\n"
-    plain = {"top_k": -1, "min_p": 0, "repetition_penalty": 1, "add_special_tokens": False}
-    asked = plain | dict(model="m", max_tokens=1, temperature=1.0, top_p=1.0)
-    assert {path for path, _, _ in server.seen} == {"/v1/completions"}
-    assert all(asked.items() <= body.items() for _, _, body in server.seen)
-    assert len({body["seed"] for _, _, body in server.seen}) == 4
-    server.answer = lambda body, _: (400, "top_k?") if "top_k" in body else server.complete_with("a", "length")
-    assert expert.next_piece(["x", "y"], seed=3) == ["a", "a"] and expert.without == {"plain"}
-    assert not plain.keys() & bodies(server)["y"].keys()
-
-
 # ---- OVD's judge ---------------------------------------------------------------------------------------------
 
 PROBLEMS = [Problem(str(i), [{"role": "user", "content": f"question {i}"}], reference="secret") for i in range(5)]
@@ -261,190 +243,7 @@ def test_a_judges_figures_by_hand():
         assert ovd.judge_figures([3.0, None, 7.0], outcomes, 5.0)["judge_auc"] is None
 
 
-# ---- DistIL's served expert ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def expert(byte_tokenizer, served, server):
-    """expert(prompts, responses, rows, step, places, seed): what was asked, ids and weights, by server.answer."""
-
-    def take(prompts, responses, rows, step=0, places=100, seed=0, **policy):
-        asked = served("expert")
-        x, y = ([byte_tokenizer(text).input_ids for text in texts] for texts in (prompts, responses))
-        policy = SimpleNamespace(**{"tokenizer": byte_tokenizer, "eos_ids": [3, 9]} | policy)
-        mask = torch.tensor([[t < len(row) for t in range(max(map(len, y)))] for row in y]).long()
-        has_C = torch.tensor([i in rows for i in range(len(y))])
-        batch = SimpleNamespace(xC=x, y=y, step=step, mask=mask, has_C=has_C, sampler_logp=mask.double())
-        return asked, *distil.served_tokens(SimpleNamespace(seed=seed, expert_places=places), policy, asked, batch)
-
-    return take
-
-
-X = ["<|im_start|>user\nadd 1<|im_end|>\n", "two: ", "é three: "]
-Y = ["abcdefgh", "never asked", "xyz<|im_end|>"]
-
-
-def test_the_expert_reads_up_to_a_place_and_ours_is_its_answers_first_token(expert, server, byte_tokenizer):
-    server.answer = lambda body, _: server.complete_with(body["prompt"][-1].upper() + "zz")
-    asked, taken, weight = expert(X, Y, rows=[2, 0], places=3)
-    texts = []
-    for i, n in {0: 8, 2: 4}.items():
-        places = weight[i].nonzero().flatten().tolist()
-        assert len(places) == 3 and max(places) < n
-        assert weight[i, places].tolist() == [pytest.approx(n / 3)] * 3  # the sum is that over all places, expected
-        for t in places:
-            texts.append(X[i] + Y[i][:t])
-            assert byte_tokenizer.decode(taken[i, t]) == texts[-1][-1].upper()
-    assert sorted(bodies(server)) == sorted(texts) and len({body["seed"] for body in bodies(server).values()}) == 6
-    assert (weight[1] == 0).all() and (taken[weight == 0] == 0).all() and not +asked.missing
-
-
-def test_places_are_random_and_a_function_of_seed_step_and_row(expert, server):
-    server.answer = lambda body, _: server.complete_with(chr(97 + body["seed"] % 26))
-    take = lambda **settings: expert(["p"] * 2, ["abcdefgh"] * 2, **dict(places=2, rows=[0, 1]) | settings)[1:]  # noqa: E731
-    tokens, places = take()
-    asked = {body["seed"] for _, _, body in server.seen}
-    assert all(map(torch.equal, take(), (tokens, places)))
-    assert torch.equal(take(rows=[1])[1][1], places[1])  # the other rows have no say in a row's places
-    others = [take(step=step)[1] for step in range(1, 9)]
-    assert len(asked | {body["seed"] for _, _, body in server.seen}) == 2 * 2 * 2  # draws of their own at another step
-    assert sum(not torch.equal(weight[0], weight[1]) for weight in others) > 3
-    assert (sum(others).sum(0) > 0).all() and not torch.equal(take(seed=1)[1], places)
-    assert take(rows=[0], places=9)[1].tolist() == [[1.0] * 8, [0.0] * 8]  # all places of a shorter response
-
-
-def test_a_place_without_an_experts_token_has_no_loss_and_the_others_stand_for_it(expert, server, byte_tokenizer):
-    said = {
-        ">": server.complete_with("", "stop"),  # it ends there
-        ">a": (400, {"error": {"message": "no"}}),
-        ">aé": server.complete_with("<|im_end|>"),  # text that spells a special token
-        ">aéb": server.complete_with("\ufffd"),  # a part of a character
-        ">aébc": server.complete_with("", "length"),  # a token that is no text
-    }
-    server.answer = lambda body, _: said[body["prompt"]]
-    asked, taken, weight = expert([">"], ["aébcd"], rows=[0])  # six tokens: é is two, and no text ends inside
-    eos, less = byte_tokenizer.eos_token_id, byte_tokenizer("<").input_ids[0]
-    assert taken.tolist() == [[eos, 0, 0, less, 0, 0]] and weight.tolist() == [[6 / 2, 0, 0, 6 / 2, 0, 0]]
-    assert asked.missing == {"expert: no token": 2, "expert: the server failed": 2}
-    without = SimpleNamespace(eos_token_id=None, decode=lambda ids: ">")  # it ends with an EOS of the policy
-    assert expert([">"], ["ab"], rows=[0], tokenizer=without)[1].tolist() == [[3, 3]]
-    said = dict.fromkeys(said, (400, "no"))
-    assert not expert([">"], ["aébcd"], rows=[0])[2].any()
-
-
-# ---- The loops, update by update -----------------------------------------------------------------------------
-
-
-f64 = partial(torch.tensor, dtype=torch.float64)
-
-
-@torch.no_grad()
-def end_of_batch(state, s):
-    for mine, theirs in zip(state.teacher.parameters(), state.model.parameters()) if state.teacher else ():
-        mine.copy_((1 - s.ema_rate) * mine + s.ema_rate * theirs)
-    state.step += 1
-
-
-def distil_batch(state, rows, asked, s, compare):
-    """DistIL on one batch, a row at a time. asked: of each row (T,) what D counts for at its tokens, and what a black box
-    took there, or None where the teacher tells its probabilities. Returns the losses of the updates."""
-
-    def cost(i):  # CE_t, (T,)
-        weight, taken = asked[i]
-        z = algorithm.logits(state.model, rows[i].prompt, rows[i].response)
-        if taken is not None:
-            return -weight * algorithm.chosen_logp(z, taken.tolist())
-        with torch.no_grad():
-            q = algorithm.logits(state.teacher, rows[i].teacher_prompt, rows[i].response).log_softmax(-1)
-        log_s = z.log_softmax(-1)
-        if s.top_k:
-            top = z.detach().topk(s.top_k).indices
-            log_s, q = algorithm.with_tail(log_s, top), algorithm.with_tail(q, top)
-        return -weight * (q.exp() * log_s).sum(-1)
-
-    part = [i for i in range(len(rows)) if asked[i][0].any()]
-    with torch.no_grad():
-        old = [algorithm.logp(state.model, row.prompt, row.response) for row in rows]
-        costs = {i: cost(i).tolist() for i in part}
-    A = {}
-    for i in part:
-        others = [costs[j] for j in part if j // G == i // G and j != i]
-        later = lambda c: f64([sum(c[t + 1 :]) for t in range(len(costs[i]))])  # noqa: E731, B023  0 where c has ended
-        A[i] = (sum(map(later, others)) / max(1, len(others)) - later(costs[i])) * s.future
-        A[i] = A[i] / (len(costs[i]) if s.distil_norm == "length" else 1)
-    size, losses = s.minibatch_prompts * G, []
-    for first in range(0, len(rows), size):
-        loss = 0.0
-        for i in (i for i in part if first <= i < first + size):
-            now = algorithm.logp(state.model, rows[i].prompt, rows[i].response)
-            before = now.detach() if len(rows) == size else old[i]
-            ratio = (now.detach() - before).exp().clamp(max=s.ratio_limit)
-            tokens = ratio * cost(i) + algorithm.grpo(now, before, A[i], s)
-            tokens = tokens * (old[i] - f64(rows[i].sampler_logp)).exp().clamp(max=s.mismatch_limit)
-            loss = loss + (tokens.mean() if s.distil_norm == "length" else tokens.sum() / s.max_response_tokens) / size
-        if not isinstance(loss, float):
-            algorithm.update(state, "m", loss, s, compare)
-            losses.append(loss.item())
-    return losses
-
-
-DISTIL = {
-    "probabilities": dict(top_k=3),
-    "probabilities, many updates": dict(minibatch_prompts=1, distil_norm="constant", ratio_limit=1.05, clip_high=0.1),
-    "samples": dict(expert="samples", distil_norm="constant", feedback="sibling"),
-    "served": dict(expert="served", expert_url="http://x/v1", expert_model="m", expert_places=2, minibatch_prompts=2),
-    "probabilities, no future": dict(future=False, temperature=1.5),
-}
-
-
-@pytest.mark.parametrize("case", DISTIL)
-def test_distil_s_updates_are_those_of_the_formulas(case, tmp_path, monkeypatch):
-    cfg = config("distil", distil, **DISTIL[case])
-    drawn, served, draw, tokens = [], [], Policy.draw, distil.served_tokens
-    monkeypatch.setattr(Policy, "draw", lambda self, *args: drawn.append((args, draw(self, *args))) or drawn[-1][1])
-    monkeypatch.setattr(distil, "served_tokens", lambda *args: served.append(tokens(*args)) or served[-1])
-    piece = lambda texts, seed: [f"w{3 + len(text) % 30}" if len(text) % 5 else None for text in texts]  # noqa: E731
-    expert = SimpleNamespace(missing=Counter(), next_piece=piece)
-    done = trained(cfg, tmp_path / "run", distil.train, also=expert)
-    s, state, compare = reference(cfg, done.after)
-    for k, ((batch, _, updates, row), call) in enumerate(zip(done.batches, done.calls)):
-        cfg_C = SimpleNamespace(**vars(cfg) | {"reader": lambda: True})  # a served expert reads contexts as well
-        rows = rows_of(batch, *call, cfg_C)
-        weight = [f64([float(row.has_context)] * len(row.response)) for row in rows]
-        taken = [None] * len(rows)
-        if case == "samples":
-            (xC, y, asked, teacher, seeds), ids = drawn[k]
-            assert xC == batch.xC and y == batch.y and asked == [i for i, row in enumerate(rows) if row.has_context]
-            assert teacher not in (None, done.sampler.drawn[0][2])
-            assert len({*seeds, *drawn[k - 1][0][4]}) == 2 * len(rows)  # others in each batch
-            taken = [ids[i, : len(row.response)] for i, row in enumerate(rows)]
-        if case == "served":
-            taken, weight = ([x[i, : len(row.response)] for i, row in enumerate(rows)] for x in served[k])
-        losses = distil_batch(state, rows, list(zip(weight, taken)), s, compare)
-        assert updates == len(losses) and row["m_loss"] == pytest.approx(algorithm.mean(losses), rel=1e-9)
-        end_of_batch(state, s)
-
-
-def ovd_batch(state, rows, shown, s, compare):
-    """OVD's updates on the mixed groups: the rows `shown` hold demonstrations, with their log-probs."""
-    A, size, losses = algorithm.advantages(rows, s), s.minibatch_prompts * G, []
-    with torch.no_grad():
-        old = [algorithm.logp(state.model, row.prompt, row.response) for row in rows]
-    for first in range(0, len(rows), size):
-        loss = 0.0
-        for i in (i for i in range(first, first + size) if A[i]):
-            now, drawn = algorithm.logp(state.model, rows[i].prompt, rows[i].response), f64(rows[i].sampler_logp)
-            if i in shown:  # the teacher's own probability, or none
-                before, mismatch = (drawn if s.ovd_ratio == "teacher" else now.detach()), 1.0
-            else:
-                before = now.detach() if len(rows) == size else old[i]
-                mismatch = (old[i] - drawn).exp().clamp(max=s.mismatch_limit)
-            tokens = algorithm.grpo(now, before, torch.full_like(now, A[i]), s) * mismatch
-            loss = loss + tokens.mean() / size
-        if not isinstance(loss, float):
-            algorithm.update(state, "m", loss, s, compare)
-            losses.append(loss.item())
-    return losses
+# ---- The loop, update by update ------------------------------------------------------------------------------
 
 
 OVD_SCRIPT = [letters for batch in SCRIPT for letters in (batch, ["sfsxfssfsfsfsxsf"])]  # rollouts, demonstrations, ...
@@ -478,15 +277,16 @@ def test_ovd_s_updates_are_the_clipped_policy_gradient_over_the_mixed_groups(fla
         shown = {}
         for i, demonstration, grade in zip(asked, demonstrations, grades, strict=True):
             if grade == "s" or grade == "f" and cfg.ovd_failed:
-                shown[i] = grade
+                shown[i], rows[i].shown = grade, True
                 rows[i].response, rows[i].sampler_logp = demonstration.tokens, demonstration.logp
                 rows[i].reward = float(grade == "s")
         with torch.no_grad():
-            off = [algorithm.logp(state.model, row.prompt, row.response) - f64(row.sampler_logp) for row in rows]
-        own, lent = (torch.cat([x for i, x in enumerate(off) if (i in shown) == which]) for which in (False, True))
+            old = [algorithm.logp(state.model, row.prompt, row.response) for row in rows]
+        off = [logp - torch.tensor(row.sampler_logp) for logp, row in zip(old, rows)]
+        own, lent = (torch.cat([x for x, row in zip(off, rows) if row.shown == which]) for which in (False, True))
         assert row["sampler_gap"] == pytest.approx(own.abs().mean().item(), rel=1e-6)
         assert row["demonstration_lacked"] == pytest.approx((lent.exp() < 0.5).double().mean().item())
-        losses = ovd_batch(state, rows, shown, s, compare)
+        losses, *_ = algorithm.m_step(state, rows, old, algorithm.advantages(rows, s), old, s, compare)
         assert updates == len(losses) and row["m_loss"] == pytest.approx(algorithm.mean(losses), rel=1e-9)
         # The log is about the student's rollouts; what was shown is told beside.
         graded = [letter for letter in letters if letter != "x"]
@@ -500,37 +300,40 @@ def test_ovd_s_updates_are_the_clipped_policy_gradient_over_the_mixed_groups(fla
             text = words_of(t for t in rows[i].response if t != 2) if i in shown else None
             told = (SCORES[i], text, rows[i].reward if i in shown else None)
             assert (sample["score"], sample["demonstration"], sample["demonstration_reward"]) == told
-        end_of_batch(state, s)
+        algorithm.end_of_batch(state, s)
     assert len({seed for _, seed, _ in done.sampler.drawn}) == 2 * 3
 
 
 # ---- Whole runs ----------------------------------------------------------------------------------------------
 
-CHOICE = ["--subset", "choice", "--prompts_per_batch", "4", "--minibatch_prompts", "4", "--group_size", "4",
-          "--max_response_tokens", "30", "--eval_every", "0"]  # fmt: skip
+
+@pytest.fixture
+def criticised(server, tmp_path):
+    """criticised(steps): a small run of SDPO with a critic behind the server; the rows of its log when it has ended."""
+
+    def run(steps, ends=nullcontext()):
+        flags = (
+            "--subset choice --prompts_per_batch 4 --minibatch_prompts 4 --group_size 4 --max_response_tokens 30 --eval_every 0 "
+            "--method sdpo --feedback critique --no_borrow --critic_model m --log_samples 16"
+        )
+        argv = [*flags.split(), "--critic_url", server.url, "--out", str(tmp_path / "run"), "--steps", steps]
+        with ends:
+            vpd.main(argv)
+        return [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+
+    return run
 
 
-def log_of(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-def test_where_the_expert_s_server_goes_down_the_run_ends_after_three_batches(server, tmp_path, capfd):
-    there = server.complete_with("7")
-    server.answer = lambda body, _: there if body["prompt"] == "1 +" else (400, {"error": {"message": "no"}})
-    flags = ["--expert", "served", "--expert_url", server.url, "--expert_model", "big", "--expert_places", "2"]
-    with pytest.raises(SystemExit) as stop:
-        distil.main([*CHOICE, *flags, "--steps", "9", "--out", str(tmp_path / "run")])
-    assert stop.value.code == 1
-    rows = log_of(tmp_path / "run")
-    assert [row["step"] for row in rows] == [0, 1]
-    for row in rows:
-        assert row["left_out"]["expert: the server failed"] == 2 * round(16 * row["with_context"]) > 0
-        assert row["left_out"]["m_step: no expert's token"] == 16 and row["m_loss"] is None
+def test_where_a_server_goes_down_the_run_ends_after_three_batches(criticised, server, capfd):
+    server.answer = lambda body, _: server.reply_with("7") if body["messages"][0]["content"] == "1 +" else (400, "no")
+    rows = criticised("9", pytest.raises(SystemExit, check=lambda stop: stop.code == 1))
+    assert [row["step"] for row in rows] == [0, 1] and all(row["m_loss"] is None for row in rows)
+    assert all(row["left_out"]["critic: the server failed"] == round(16 * (1 - row["reward"])) > 0 for row in rows)
     error = capfd.readouterr().err
-    assert "expert: BadRequestError" in error and f"the expert at {server.url} has not answered for 3 batches" in error
+    assert "critic: BadRequestError" in error and f"the critic at {server.url} has not answered for 3 batches" in error
 
 
-def test_a_served_critic_reaches_the_teacher_and_the_key_stays_out_of_the_run(server, tmp_path, monkeypatch):
+def test_a_served_critic_reaches_the_teacher_and_the_key_stays_out_of_the_run(criticised, server, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
 
     def answer(body, _):
@@ -539,10 +342,7 @@ def test_a_served_critic_reaches_the_teacher_and_the_key_stays_out_of_the_run(se
         return server.reply_with("look again") if fine else (400, "no")
 
     server.answer = answer
-    flags = ["--critic_url", server.url, "--critic_model", "judge", "--feedback", "critique", "--no_borrow"]
-    flags += ["--method", "sdpo", "--steps", "1", "--log_samples", "16", "--out", str(tmp_path / "run")]
-    vpd.main([*CHOICE, *flags])
-    (row,) = log_of(tmp_path / "run")
+    (row,) = criticised("1")
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     seen = [sample["context"] and sample["context"]["critique"] for sample in samples if not sample["reward"]]
     assert set(seen) == {"look again", None} and row["left_out"]["critic: the server failed"] == seen.count(None)

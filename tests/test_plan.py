@@ -229,7 +229,7 @@ def test_the_papers_models_fit_their_gpus_and_8b_does_not_fit_one():
         assert 36e9 < found.training < most and found.sequences > 20
 
 
-def test_ovds_teacher_writes_and_scores_nothing_and_a_served_expert_is_nobodys_weights():
+def test_ovds_teacher_writes_and_scores_nothing_and_distil_reads_contexts_with_its_own():
     """OVD's loss is GRPO's, without the teacher's logits; its demonstrations follow the teacher's prompt, so the sequences
     sampled are longer."""
     on_one = lambda flags, program=vpd: planned(QWEN3_2B, f"--task sciknoweval {flags}", 1, 80e9, program)  # noqa: E731
@@ -239,11 +239,7 @@ def test_ovds_teacher_writes_and_scores_nothing_and_a_served_expert_is_nobodys_w
     assert on_one("--teacher ema", ovd)[0].state == sdpo.state
 
     own, cfg = on_one("", distil)
-    served, asking = on_one("--expert served --expert_url http://host/v1 --expert_model m", distil)
-    assert own.state == served.state | {"EMA teacher": 4 * served.parameters} and served.training < own.training
-    assert plan.tokens(cfg, cfg.row()) == (2048 + 8192, 10240 + 8192, 2048 + 8192)
-    assert plan.tokens(asking, asking.row()) == (2048 + 8192, 0, 2048 + 8192)
-    assert not any("a teacher's" in line for line in plan.lines(served, asking, asking.row()))
+    assert own.state == sdpo.state and plan.tokens(cfg, cfg.row()) == (2048 + 8192, 10240 + 8192, 2048 + 8192)
 
 
 def test_a_refusal_names_what_would_help():

@@ -85,7 +85,6 @@ def test_the_regimes_of_trace_take_its_settings_and_their_own_model():
 
 # ---- What is refused ---------------------------------------------------------------------------------------------
 
-SERVED = "--expert served --expert_url http://localhost:1 --expert_model m"
 LCB, SCIENCE = "--task lcb --smoke qwen3", "--task sciknoweval --smoke qwen3"
 IMPOSSIBLE = [  # the loop, the flags, and a word of the line
     (vpd, "--group_size 1 --method grpo", "--group_size 1 gives no advantage"),
@@ -100,8 +99,7 @@ IMPOSSIBLE = [  # the loop, the flags, and a word of the line
     (vpd, "--critic_url http://localhost:1 --feedback critique", "--critic_model"),
     (ovd, "--group_size 1", "gives no advantage"), (ovd, "--judge_request nohole", "judge"),
     (ovd, "--judge_url http://localhost:1", "--judge_model"),
-    (ovd, "--judge_url localhost:8000/v1 --judge_model m", "http://"), (distil, "--expert served", "--expert_url"),
-    (distil, f"{SERVED} --expert_places 0", "--expert_places must be above 0"), (distil, f"{SERVED} --teacher ema", "--teacher"),
+    (ovd, "--judge_url localhost:8000/v1 --judge_model m", "http://"),
     (vpd, "--method grpo --ema_rate 0.5", "--ema_rate is for an EMA teacher"),
     (vpd, "--method sdpo --teacher live --ema_rate 0.5", "--ema_rate is for an EMA teacher"),
     # What the model, the problems, a server or the machine tell.
@@ -145,9 +143,9 @@ def test_impossible_settings_are_one_line_exit_2_and_nothing_written(loop, flags
 
 
 @pytest.mark.parametrize("url", ["me:hunter2@host/v1", "hunter2@host/v1", "host/v1?key=hunter2", "host/v1#hunter2"])
-@pytest.mark.parametrize("loop, who", [(vpd, "critic"), (ovd, "judge"), (distil, "expert")])
+@pytest.mark.parametrize("loop, who", [(vpd, "critic"), (ovd, "judge")])
 def test_a_secret_in_a_url_is_refused_and_not_repeated(loop, who, url, tmp_path, capsys):
-    also = {"critic": ["--feedback", "critique"], "judge": [], "expert": ["--expert", "served"]}[who]
+    also = {"critic": ["--feedback", "critique"], "judge": []}[who]
     argv = [*also, f"--{who}_url", f"http://{url}", f"--{who}_model", "m"]
     error = refusal(loop, argv, tmp_path / "run", capsys)
     assert f"--{who}_url" in error and "OPENAI_API_KEY" in error and "hunter2" not in error
@@ -164,7 +162,7 @@ UNREAD = {  # flags by who reads them, typed out: a new field has to be thought 
     "e_step": "e_step_every e_minibatch_prompts e_lr e_optimizer e_groups e_failures shift_rate prior",
     "gradient": "divide_by_std clip_low clip_high dual_clip", "hybrid": "w_opd w_rl",
     "reweight": "reweight_lam reweight_steps reweight_clip", "its own": "divergence divide_by_std",
-    "served expert": "expert_url expert_model expert_places", "served judge": "judge_model max_judge_tokens",
+    "served judge": "judge_model max_judge_tokens",
 }  # fmt: skip
 REFUSED = {
     "vpd": ["solution", "ema", "ratio", "gradient", "hybrid", "reweight"],
@@ -173,7 +171,7 @@ REFUSED = {
     "joint": ["solution", "e_step", "reweight"],
     "reshape": ["solution", "e_step", "distils", "ratio", "reweight"],
     "reweight": ["solution", "e_step", "distils", "ratio", "hybrid"],
-    "distil": ["solution", "its own", "e_step", "hybrid", "reweight", "served expert"],
+    "distil": ["solution", "its own", "e_step", "hybrid", "reweight"],
     "ovd": ["solution", "ema", "e_step", "distils", "ratio", "hybrid", "reweight", "served judge"],
 }  # fmt: skip
 

@@ -21,7 +21,6 @@ from tasks import Outcome, Problem, tiny, toy
 from tasks.sandbox import Sandbox
 
 MODELS = tiny.FIXTURES.parent / "toy_models"
-every_subset = pytest.mark.parametrize("subset", toy.SUBSETS)
 
 
 @pytest.fixture(scope="module")
@@ -58,45 +57,29 @@ def respond(subset, problem, right: bool) -> str:
     return reference if right else near
 
 
-@every_subset
-def test_the_problems_are_those_of_the_study_and_a_reference_solves_its_own(loaded, subset):
-    """Other problems than these would be another task by the same name."""
-    task, sizes = loaded[subset], {"trace": (720, 64, 64), "code": (219, 70, 70), "choice": (480, 64, 64)}[subset]
-    known = {"trace": 3135832785, "code": 3391565572, "choice": 1778744473}[subset]
-    assert zlib.crc32(json.dumps([(p.id, p.messages, p.reference, p.data) for p in problems(task)]).encode()) == known
+# Sizes of the splits, and of each subset a checksum of its problems: others would be another task by the same name.
+SIZES = {"trace": (720, 64, 64), "code": (219, 70, 70), "choice": (480, 64, 64)}
+KNOWN = {"trace": 3135832785, "code": 3391565572, "choice": 1778744473, "trace-often": 3135832785, "trace-dialect": 3926406966,
+         "code-judge": 3391565572}  # fmt: skip
+
+
+@pytest.mark.parametrize("subset", toy.EVERY)
+def test_the_problems_are_those_of_the_study(loaded, subset):
+    task = loaded.get(subset) or toy.load(subset)
+    told = json.dumps([(p.id, p.messages, p.reference, p.data) for p in problems(task)])
+    assert zlib.crc32(told.encode()) == KNOWN[subset]
+    sizes = SIZES[subset.split("-")[0]]
     assert task.splits() == "toy/{}: {} train, {} validation, {} test problems".format(subset, *sizes)
     assert len({p.messages[-1]["content"] for p in problems(task)}) == len({p.id for p in problems(task)}) == sum(sizes)
+
+
+@pytest.mark.parametrize("subset", toy.SUBSETS)
+def test_a_reference_solves_its_own_problem_and_a_near_miss_does_not(loaded, subset):
+    task = loaded[subset]
     chosen = problems(task)[:: 12 if subset == "code" else 1]  # each code answer runs in up to six processes
     assert task.verify(chosen, [respond(subset, p, True) for p in chosen]) == [Outcome(1, "passed")] * len(chosen)
     outcomes = task.verify(chosen, [respond(subset, p, False) for p in chosen])
     assert all(outcome.reward == 0 and outcome.feedback for outcome in outcomes) and task.verify([], []) == []
-
-
-def test_the_regimes_are_trace_and_code_but_for_what_their_models_know_and_read(loaded):
-    """In trace-often nothing is sure and nothing unlikely; a program of trace-dialect meets one unknown entry at most."""
-    for name in ("trace-often", "code-judge"):
-        task = toy.load(name)
-        assert task.name == f"toy/{name}" and problems(task) == problems(loaded[name.split("-")[0]])
-    beliefs = list(toy.EVERY["trace-often"]().firmware.belief.values())
-    assert len(beliefs) == 60 and 0.5 < min(beliefs) and max(beliefs) < 1
-    dialect, machine, met = toy.load("trace-dialect"), toy.Trace().firmware, set()
-    assert dialect.splits() == "toy/trace-dialect: 720 train, 64 validation, 64 test problems"
-    for problem in problems(dialect):
-        (x, program), unknown = problem.data, 0
-        for line in program:
-            unknown += machine.belief.get((line, x)) == 0.02
-            x = machine.step(line, x)
-        met.add(unknown)
-    assert met == {0, 1}
-    (outcome,) = toy.EVERY["trace-dialect"]().verify([TRACE], ["1 add 3 : 8"])
-    assert outcome.feedback == "expected\n1 add 3 7\ngot 8"
-
-
-def test_a_program_run_by_hand():
-    machine = toy.Firmware((1.0,) * 10, seed=0)
-    machine.true.update({("zig", 7): 2, ("fog", 9): 0})
-    # 4 + 3 = 7, zig makes 2 of 7, 2 - 3 = -1 = 9 (mod 10), fog makes 0 of 9, 0 + 9 = 9
-    assert machine.run(4, ["add 3", "zig", "sub 3", "fog", "add 9"]) == [7, 2, 9, 0, 9]
 
 
 # ---- Verifiers -------------------------------------------------------------------------------------------
@@ -122,6 +105,8 @@ CHOICES = {  # response -> verdict: the last answer tag counts, and nothing but 
 def test_trace_names_the_first_wrong_line_and_choice_reads_the_last_answer_tag():
     outcomes = toy.Trace().verify([TRACE] * len(TRACE_FEEDBACK), list(TRACE_FEEDBACK))
     assert outcomes == [Outcome(0, "wrong line", text) for text in TRACE_FEEDBACK.values()]
+    (outcome,) = toy.EVERY["trace-dialect"]().verify([TRACE], ["1 add 3 : 8"])
+    assert outcome.feedback == "expected\n1 add 3 7\ngot 8"  # without the colon
     texts = {"passed": "", "wrong answer": "wrong answer", "no answer": "no answer given"}
     for response, outcome in zip(CHOICES, toy.Choice().verify([Problem("p", [], "2")] * len(CHOICES), list(CHOICES))):
         verdict = CHOICES[response]

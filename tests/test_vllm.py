@@ -33,7 +33,7 @@ import vpd
 from harness import command
 from model.parallel import Shared, World
 from model.policy import Policy
-from neighbours import distil, ovd
+from neighbours import ovd
 from rollout import HFSampler, StaleEngine, VLLMSampler
 from tasks import tiny, toy
 from test_rollout import nucleus, same
@@ -361,7 +361,7 @@ def url(tmp_path):
         process.wait()
 
 
-def test_a_served_judge_and_a_served_expert_say_what_the_same_weights_say_here(url):
+def test_a_served_judge_says_what_the_same_weights_say_here(url):
     policy, task = Policy.load(str(JUDGE), micro_batch_tokens=4096), toy.load("code-judge")
     problems = [problem for problem in task.train[:8] for _ in range(4)]
     x = [feedback.student_prompt(policy.tokenizer, problem.messages) for problem in problems]
@@ -372,24 +372,6 @@ def test_a_served_judge_and_a_served_expert_say_what_the_same_weights_say_here(u
     here, judge = ask().scores(problems, texts, 0), ask(judge_url=url, judge_model="judge")
     assert judge.scores(problems, texts, 0) == pytest.approx(here, abs=1e-4) and max(here) - min(here) > 3
     assert not +judge.missing and not judge.server.without
-
-    cfg = distil.Config(expert="served", expert_url=url, expert_model="judge", expert_places=12)
-    expert, mask = distil.open_expert(cfg, policy, task), policy.mask(y)
-    batch = SimpleNamespace(step=0, has_C=torch.ones(len(y), dtype=torch.bool), y=y, xC=x, mask=mask, sampler_logp=mask.float())
-    taken, weight = distil.served_tokens(cfg, policy, expert, batch)
-    p, at = policy.score(x, y)[0].exp(), weight > 0
-    sampled = torch.nn.utils.rnn.pad_sequence([torch.tensor(tokens) for tokens in y], batch_first=True)
-    # The server draws y_t itself with probability p(y_t): four standard deviations of the count.
-    count, spread = (p[at]).sum(), (p * (1 - p))[at].sum().sqrt()
-    assert not +expert.missing and at.sum() > 200 and spread > 1
-    assert abs((taken == sampled)[at].sum() - count) < 4 * spread and not expert.without
-
-    # At the least certain place of all, draw after draw has the distribution there.
-    i, t = divmod(int(policy.score(x, y)[1].argmax()), sampled.shape[1])
-    p = policy.choose([x[i] + y[i][:t]], list(range(policy.vocabulary)))[0].exp()
-    text = policy.tokenizer.decode(x[i] + y[i][:t])
-    drawn = expert.next_piece([text] * 300, seed=1).count(policy.decode([int(p.argmax())]))
-    assert p.max() < 0.9 and abs(drawn - 300 * p.max()) < 4 * (300 * p.max() * (1 - p.max())).sqrt()
 
 
 # ---- Processes -------------------------------------------------------------------------------------------------
