@@ -257,10 +257,6 @@ def main(argv: list[str] | None = None) -> None:
         return
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
-    from transformers.utils import logging as hf_logging
-
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
     problems, results, sampler, verify = getattr(task, args.split), {}, None, Shared(world, task.verify, task.threads)
     settings = {"task": task.name, **{key: getattr(args, key) for key in ("split", "seed", "temperature", "top_p", "max_tokens")}}
     print("\n".join(task.notes + [f"{task.name}, {len(problems)} {args.split} problems, {args.n} samples each, temperature "

@@ -45,7 +45,7 @@ import losses
 from evaluate import PROTOCOLS
 from feedback import SOURCES, TEXTS, Templates
 from harness import command, machine, presets, session
-from harness.settings import Group, check_fields, parse, read_by
+from harness.settings import Group, check, parse, read_by
 from losses import DIVERGENCES
 from model.policy import Policy, ema_update
 from rollout import Rollout, grading, seed_for
@@ -111,7 +111,7 @@ METHODS = {
 
 # ---- Settings ----------------------------------------------------------------------------------------------------
 
-LCB, WORDS, SERVED = PROTOCOLS["lcb"], Templates(), ("critic", "judge", "expert")
+LCB, WORDS, SERVED = PROTOCOLS["lcb"], Templates(), ("critic", "judge")
 RUN, PLAN, WATCH = Group("Run"), Group("Plan"), Group("Evaluation on validation problems")
 PROBE = Group(WATCH.title, "a method with a teacher, and --eval_every", lambda c: c.row().teacher and c.eval_every)
 MODEL, ROLLOUTS, ADAMW = Group("Model"), Group("Rollouts"), Group("Optimizer (AdamW)")
@@ -503,34 +503,6 @@ def train(cfg: Config, run: session.Run) -> None:
 
 
 # ---- The command -------------------------------------------------------------------------------------------------
-
-
-def check(cfg: Config) -> None:
-    """Raises ValueError with one line for settings that cannot work together."""
-    check_fields(cfg)
-    method = cfg.row()
-    if cfg.steps == 0 and cfg.epochs == 0:
-        raise ValueError("--steps and --epochs are both 0: there is nothing to do")
-    for name in ("minibatch_prompts", "e_minibatch_prompts") if method.e_step else ("minibatch_prompts",):
-        if cfg.prompts_per_batch % getattr(cfg, name):
-            raise ValueError(f"--{name} {getattr(cfg, name)} does not divide --prompts_per_batch {cfg.prompts_per_batch}")
-    alone = cfg.group_size < 2
-    if alone and method.reinforces:
-        raise ValueError(f"--method {cfg.method} compares rollouts of one prompt: --group_size 1 gives no advantage")
-    if alone and method.teacher and cfg.feedback == "sibling":
-        raise ValueError("--feedback sibling needs a second rollout of the prompt: --group_size must be at least 2")
-    if method.e_step and cfg.e_groups == "mixed" and (alone or not cfg.borrow and not cfg.passed_text and cfg.feedback in TEXTS):
-        raise ValueError("no success would ever have a context, so the E-step would never run: drop --no_borrow, raise "
-                         "--group_size, or take --method sdpo --teacher live for the M-step only")  # fmt: skip
-    if method.e_step and cfg.feedback == "both" and not cfg.borrow:
-        raise ValueError("--feedback both with --no_borrow gives failures a text and successes none: the label is given away")
-    if method.teacher and cfg.max_teacher_tokens <= cfg.max_prompt_tokens:
-        raise ValueError("--max_teacher_tokens must exceed --max_prompt_tokens: the context needs room")
-    number = cfg.mismatch_limit.replace(".", "", 1)
-    if cfg.mismatch_limit != "none" and not (number.isdecimal() and float(cfg.mismatch_limit) > 0):
-        raise ValueError(f"--mismatch_limit must be a number above 0, or none, not {cfg.mismatch_limit}")
-    feedback.check_server("critic", cfg.critic_url, cfg.critic_model)
-    cfg.templates()  # raises ValueError for a template without its hole
 
 
 def settings(argv: list[str] | None = None) -> Config:

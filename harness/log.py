@@ -84,16 +84,15 @@ class BatchLog:
         self.e_norms.append(norm)
         self.died.append((torch.where(r == 1, torch.sigmoid(-u), torch.sigmoid(u)) < 0.01) | (c == 0).all(1))
 
-    def m_pass(self, rows: list[int], view, loss: torch.Tensor, scores, weight: torch.Tensor, measures: bool) -> None:
-        """A pass over `rows`, a part of an update. weight: of D, (B,) or (B, T), 0 where there is none; measures: the pass is at
-        the weights that sampled the batch."""
+    def m_pass(self, rows: list[int], view, loss: torch.Tensor, scores, has_C: torch.Tensor, measures: bool) -> None:
+        """A pass over `rows`, a part of an update. has_C: (B,), rows that have a D; measures: the pass is at the weights that
+        sampled the batch."""
         self.passed(view)
-        weight = weight if weight.ndim == 2 else weight[:, None]
-        here = weight[rows, : scores.D.shape[1]]
-        D = losses.sequence_mean(scores.D * here, view.mask, max(1, int(weight.any(1).sum())))
-        self.with_D = self.with_D or bool(weight.any())
+        here = has_C[rows, None]
+        D = losses.sequence_mean(scores.D * here, view.mask, max(1, int(has_C.sum())))
+        self.with_D = self.with_D or bool(has_C.any())
         if scores.overlap is not None:
-            seen = scores.overlap[view.mask.bool() & (here > 0) & scores.overlap.isfinite()]
+            seen = scores.overlap[view.mask.bool() & here & scores.overlap.isfinite()]
             self.overlaps.append(torch.stack([seen.sum(), seen.new_tensor(len(seen))]).double())
         self.sums = self.sums + torch.stack([loss.detach(), D]).double()
         if measures:

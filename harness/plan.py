@@ -62,7 +62,10 @@ class Plan:
 def read(path: str):
     """The config of a folder or hub id; ValueError with one line when there is none."""
     from transformers import AutoConfig
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # for all that follows
+    logging.disable_progress_bar()
     try:
         hub.look(path)
         return AutoConfig.from_pretrained(path)

@@ -156,10 +156,6 @@ def launch(cfg, check: Callable, train: Callable, also: Callable = lambda *_: No
             for note in [*notes, *machine.check(cfg, found)]:
                 print(note)
             return
-        from transformers.utils import logging as hf_logging
-
-        hf_logging.set_verbosity_error()
-        hf_logging.disable_progress_bar()
         run = open_run(cfg, World.start(), also)
     except CannotWrite as error:
         fail(f"cannot write {error}", status=1)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
+import feedback
 from harness.command import Parser
 from harness.runs import config_of
 
@@ -113,8 +114,9 @@ def _resumed(out: Path, config: type, given: dict, parser: Parser) -> dict | Non
     return {name: kept[name] for name in names}
 
 
-def check_fields(cfg) -> None:
-    """Raises ValueError with one line for a number out of its range, and for a flag that this run does not read."""
+def check(cfg) -> None:
+    """Raises ValueError with one line for a number out of its range, a flag that this run does not read, and settings that cannot
+    work together."""
     for field in dataclasses.fields(cfg):
         value, limits = getattr(cfg, field.name), field.metadata["limits"]
         inside = all(LIMITS[name][0](value, limit) for name, limit in limits.items())
@@ -123,6 +125,29 @@ def check_fields(cfg) -> None:
             raise ValueError(f"--{field.name} must be {need or 'a finite number'}, not {value}")
         if field.name in cfg.given and value != "" and not field.metadata["reads"](cfg):
             raise ValueError(f"--{field.name} is for {field.metadata['need']}: this run would ignore it, so leave it out")
+    method = cfg.row()
+    if cfg.steps == 0 and cfg.epochs == 0:
+        raise ValueError("--steps and --epochs are both 0: there is nothing to do")
+    for name in ("minibatch_prompts", "e_minibatch_prompts") if method.e_step else ("minibatch_prompts",):
+        if cfg.prompts_per_batch % getattr(cfg, name):
+            raise ValueError(f"--{name} {getattr(cfg, name)} does not divide --prompts_per_batch {cfg.prompts_per_batch}")
+    alone = cfg.group_size < 2
+    if alone and method.reinforces:
+        raise ValueError(f"--method {cfg.method} compares rollouts of one prompt: --group_size 1 gives no advantage")
+    if alone and method.teacher and cfg.feedback == "sibling":
+        raise ValueError("--feedback sibling needs a second rollout of the prompt: --group_size must be at least 2")
+    if method.e_step and cfg.e_groups == "mixed" and (alone or not cfg.borrow and not cfg.passed_text and cfg.feedback in feedback.TEXTS):
+        raise ValueError("no success would ever have a context, so the E-step would never run: drop --no_borrow, raise "
+                         "--group_size, or take --method sdpo --teacher live for the M-step only")  # fmt: skip
+    if method.e_step and cfg.feedback == "both" and not cfg.borrow:
+        raise ValueError("--feedback both with --no_borrow gives failures a text and successes none: the label is given away")
+    if method.teacher and cfg.max_teacher_tokens <= cfg.max_prompt_tokens:
+        raise ValueError("--max_teacher_tokens must exceed --max_prompt_tokens: the context needs room")
+    number = cfg.mismatch_limit.replace(".", "", 1)
+    if cfg.mismatch_limit != "none" and not (number.isdecimal() and float(cfg.mismatch_limit) > 0):
+        raise ValueError(f"--mismatch_limit must be a number above 0, or none, not {cfg.mismatch_limit}")
+    feedback.check_server("critic", cfg.critic_url, cfg.critic_model)
+    cfg.templates()  # raises ValueError for a template without its hole
 
 
 def differing(cfg) -> dict:

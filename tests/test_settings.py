@@ -178,7 +178,7 @@ REFUSED = {
 
 def refusal_of(cfg) -> str:
     try:
-        settings.check_fields(cfg)
+        settings.check(cfg)
     except ValueError as error:
         return str(error)
     return ""
