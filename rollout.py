@@ -262,7 +262,7 @@ def weights_of(model, sampler: "HFSampler | VLLMSampler", policy: Policy):
 def check_sampler(which: str) -> None:
     """Raises ValueError with one line for a sampler that is not installed."""
     if which != "hf" and (which or torch.cuda.is_available()) and importlib.util.find_spec("vllm") is None:
-        raise ValueError("--sampler vllm, the default on a GPU: vllm is not installed; run.sh installs it there, --sampler hf is without")
+        raise ValueError("--sampler vllm, the default on a GPU: vllm is not installed; run.sh installs it there (or --sampler hf)")
 
 
 def open_sampler(

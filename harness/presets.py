@@ -27,7 +27,8 @@ REASONING_GYM = ONE_GPU | dict(
     feedback="sibling", eval_every=20,
 )  # fmt: skip
 # Chosen on validation problems: on trace (vpd: of its settings with a live teacher) and code by study/results/tuning.json, on the
-# others with as many settings for each method of a subset at an earlier commit. The regimes of trace take its settings, then their own.
+# others with as many settings for each method of a subset at an earlier commit. The regimes of trace take its settings, then
+# their own.
 TOY_SUBSETS = {
     "code": {"model": "tasks/toy_models/code"},
     "choice": {"model": "tasks/toy_models/choice", "feedback": "sibling"},

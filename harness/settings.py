@@ -136,7 +136,8 @@ def check(cfg) -> None:
         raise ValueError(f"--method {cfg.method} compares rollouts of one prompt: --group_size 1 gives no advantage")
     if alone and method.teacher and cfg.feedback == "sibling":
         raise ValueError("--feedback sibling needs a second rollout of the prompt: --group_size must be at least 2")
-    if method.e_step and cfg.e_groups == "mixed" and (alone or not cfg.borrow and not cfg.passed_text and cfg.feedback in feedback.TEXTS):
+    unlent = not cfg.borrow and not cfg.passed_text and cfg.feedback in feedback.TEXTS
+    if method.e_step and cfg.e_groups == "mixed" and (alone or unlent):
         raise ValueError("no success would ever have a context, so the E-step would never run: drop --no_borrow, raise "
                          "--group_size, or take --method sdpo --teacher live for the M-step only")  # fmt: skip
     if method.e_step and cfg.feedback == "both" and not cfg.borrow:
