@@ -5,11 +5,13 @@ Tiny random models with small vocabularies; expected distributions come from pla
 """
 
 import itertools
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import rollout
 from model import head
 from model.policy import Policy
 from rollout import HFSampler, seed_for
@@ -146,3 +148,11 @@ def test_seed_for_is_a_known_63_bit_number_that_keeps_its_parts_apart():
     parts = [*itertools.product((0, 1, 11), (1, 10, 111), ("rollouts", "contexts", "order"), range(30))]
     parts += [(1, 23), (12, 3), (123,), (1, 2, 3), (3, 12), (23, 1)]
     assert len({seed_for(*p) for p in parts}) == len(parts)
+
+
+@pytest.mark.parametrize("which, gpu, lacks", [("", True, True), ("", False, False), ("hf", True, False), ("vllm", False, True)])
+def test_vllm_is_missed_at_once_where_it_would_sample(which, gpu, lacks, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(rollout.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="vllm is not installed") if lacks else nullcontext():
+        rollout.check_sampler(which)
