@@ -117,6 +117,11 @@ def of_study(path: Path) -> dict[str, Curve]:
     looks = STYLES | dict(zip(others, SPARE * len(others)))
     for name, row in rows.items():
         subset, _, variant = name.partition("/")
+        evals = [run["eval"] for run in row["runs"].values()]
+        end = max(of_run["step"][-1] for of_run in evals)
+        for of_run in evals:  # one that ended early, since it made no update any more, stays where it ended
+            if of_run["step"][-1] < end:
+                of_run.update({key: [*of_run[key], end if key == "step" else of_run[key][-1]] for key in of_run})
         curves[name] = Curve(row["label"], looks[variant], subset, [*row["runs"].values()])
     return curves
 
@@ -164,7 +169,8 @@ def draw(panels: list[tuple[str, str, list[Curve]]], width: float) -> tuple[Figu
     legend = [f"{label} ({' and '.join(seeds)} seed{'s' if [*seeds] != ['1'] else ''})" for label, seeds in counts.items()]
     if legend:
         lines, texts = [*shown.values(), *base_lines[:1]], [*legend, "base model"]
-        figure.legend(lines, texts[: len(lines)], loc="outside lower center", ncols=min(3, len(lines)), handlelength=3.5)
+        figure.legend(lines, texts[: len(lines)], loc="outside lower center", ncols=min(3, len(lines)), handlelength=3.5,
+                      fontsize="medium" if width > 9 else "small")  # fmt: skip
     return figure, legend
 
 

@@ -172,6 +172,13 @@ def test_a_curve_is_the_mean_over_seeds_and_its_band_their_extremes(tmp_path, dr
     assert {tuple(point) for point in axis.collections[0].get_paths()[0].vertices} == {(0, 0.1), (0, 0.4), (10, 0.3), (10, 0.8)}
 
 
+def test_a_run_of_the_study_that_ended_early_stays_where_it_ended(tmp_path, draw):
+    runs = [made(evals=(0.1, 0.3, 0.5)), made(evals=(0.1, 0.2, 0.3)), made(evals=(0.1, 0.2))]
+    runs[1]["eval"]["step"][2] = 17
+    axis = draw("--study", study(tmp_path, {"code/vpd": runs}), "--out", tmp_path)[f"code: {RATE}"]
+    assert curves(axis) == [([0, 10, 20], pytest.approx([0.1, 0.7 / 3, 1.0 / 3]))]
+
+
 def test_margin_is_smoothed_for_each_seed_before_the_mean_and_says_so(tmp_path, draw):
     """Batch 1 has no margin on the second seed, so it is left out of both."""
     path = study(tmp_path, {"trace/vpd": [made(margin=[1, 9, 2, 6]), made(margin=[3, None, 4, 5])]})
