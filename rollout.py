@@ -259,17 +259,22 @@ def weights_of(model, sampler: "HFSampler | VLLMSampler", policy: Policy):
     sampler.sync(policy)
 
 
+def by_vllm(which: str, gpu: bool) -> bool:
+    """Whether vLLM is the sampler of this name; "" is vLLM on a GPU and transformers' own on a CPU."""
+    return which == "vllm" or not which and gpu
+
+
 def check_sampler(which: str) -> None:
     """Raises ValueError with one line for a sampler that is not installed."""
-    if which != "hf" and (which or torch.cuda.is_available()) and importlib.util.find_spec("vllm") is None:
+    if by_vllm(which, torch.cuda.is_available()) and importlib.util.find_spec("vllm") is None:
         raise ValueError("--sampler vllm, the default on a GPU: vllm is not installed; run.sh installs it there (or --sampler hf)")
 
 
 def open_sampler(
     which: str, policy: Policy, path: str, longest: int, memory_share: float, probes: list[Ids] = ()
 ) -> "HFSampler | VLLMSampler":
-    """The sampler by name; "" is vLLM on a GPU and transformers' own on a CPU. path: of the model's configuration; longest:
-    tokens of prompt and response together; memory_share: the engine's part of the GPU; probes: a few prompts."""
-    if which == "vllm" or not which and policy.device.type == "cuda":
+    """The sampler by name, see `by_vllm`. path: of the model's configuration; longest: tokens of prompt and response together;
+    memory_share: the engine's part of the GPU; probes: a few prompts."""
+    if by_vllm(which, policy.device.type == "cuda"):
         return VLLMSampler(policy, path, longest, memory_share, probes=probes)
     return HFSampler(policy)

@@ -19,7 +19,7 @@ import torch
 import losses
 import vpd
 from harness import command, presets, session
-from harness.settings import Group, parse
+from harness.settings import Group, check, parse
 from model.policy import ema_update
 from rollout import seed_for
 
@@ -47,9 +47,6 @@ class Config(vpd.Config):
 
     def row(self) -> vpd.Method:
         return vpd.Method(distil, "ema", "context", distils=True, reinforces=True)
-
-
-check = vpd.check
 
 
 def train(cfg: Config, run: session.Run) -> None:
