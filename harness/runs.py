@@ -10,17 +10,20 @@ from pathlib import Path
 from harness.command import write
 from tasks.base import one_line
 
+TEXTS = ("task", "model", "method", "commit")  # what readers of a config.json look up, split and join
 
 def config_of(out: Path, needed: Iterable[str]) -> dict:
-    """What the config.json of a run directory holds. Raises ValueError with one line where it lacks one of `needed`."""
+    """What the config.json of a run directory holds. Raises ValueError with one line where it lacks one of `needed`, or
+    has no text where readers need one."""
     path = out / "config.json"
     try:
         config = json.loads(path.read_text())
-        lacks = [f"it lacks {name}" for name in needed if name not in config]
+        wrong = [f"it lacks {name}" for name in needed if name not in config]
+        wrong += [f"its {name} is no text" for name in TEXTS if not isinstance(dict(config).get(name, ""), str)]
     except (OSError, ValueError, TypeError) as error:
-        lacks = [one_line(error)]
-    if lacks:
-        raise ValueError(f"{path} is not the configuration of a run: {lacks[0]}")
+        wrong = [one_line(error)]
+    if wrong:
+        raise ValueError(f"{path} is not the configuration of a run: {wrong[0]}")
     return config
 
 

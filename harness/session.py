@@ -86,7 +86,7 @@ def open_run(cfg, world: World, also: Callable) -> "Run":
             from tasks import tiny
 
             world.first(lambda: tiny.smoke_model(cfg.task, cfg.smoke, Path(path)))
-        found = plan.show(cfg, method, path, world.size)
+        found = plan.show(cfg, path, world.size)
         task.notes += notes + world.first(lambda: machine.check(cfg, found))
         policy = Policy.load(
             path, getattr(torch, cfg.dtype), world, micro_batch_tokens=cfg.micro_batch_tokens, temperature=cfg.temperature,
@@ -129,7 +129,6 @@ def open_run(cfg, world: World, also: Callable) -> "Run":
               "processes": world.size, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
               "torch": torch.__version__, "command": " ".join(["python", *sys.argv]), "prompts_dropped": dropped,
               "model_files": "" if making else runs.fingerprint(path)}  # fmt: skip
-    world.wait()  # everybody has looked
     lock = runs.make(cfg, out, record) if world.rank == 0 else None
     world.wait()
     if making:
@@ -152,13 +151,11 @@ def launch(cfg, check: Callable, train: Callable, also: Callable = lambda *_: No
             raise ValueError("--plan is for the task's own model, which --smoke replaces by a tiny one")
         if cfg.plan:
             notes = machine.check_driver(cfg)
-            found = plan.show(cfg, cfg.row(), cfg.model, torch.cuda.device_count() or 1)
+            found = plan.show(cfg, cfg.model, torch.cuda.device_count() or 1)
             for note in [*notes, *machine.check(cfg, found)]:
                 print(note)
             return
         run = open_run(cfg, World.start(), also)
-    except CannotWrite as error:
-        fail(f"cannot write {error}", status=1)
     except (ValueError, OSError, ImportError) as error:
         fail(error)
     out, world = run.out, run.policy.world
@@ -183,7 +180,7 @@ def launch(cfg, check: Callable, train: Callable, also: Callable = lambda *_: No
     except (checkpoint.Damaged, tasks.BadTask) as error:
         fail(error)
     except CannotWrite as error:
-        fail(f"cannot write {error}; {checkpoint.last(out)}", status=1)
+        fail(CannotWrite(f"{error}; {checkpoint.last(out)}"))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -4,7 +4,6 @@ written whole; Ctrl-C is quiet."""
 import errno
 import importlib
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -123,14 +122,3 @@ def test_one_of_several_processes_leaves_at_once_with_its_status(ends, status, o
         assert (done.returncode, done.stdout) == (status, told)
         assert said in done.stderr and bool(said) == bool(done.stderr)
     os.close(closed)
-
-
-def test_ctrl_c_is_130_and_no_traceback():
-    code = "from harness import command; import time; command.run(lambda: (print('running', flush=True), time.sleep(60)))"
-    program = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert program.stdout.readline() == "running\n"
-    program.send_signal(signal.SIGINT)
-    out, error = program.communicate(timeout=30)
-    assert (program.returncode, out, error) == (130, "", "")
