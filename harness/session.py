@@ -48,7 +48,7 @@ def git_commit() -> str:
 def check_model(cfg) -> None:
     """Raises ValueError with one line where the model is no folder and this machine cannot train one of the hub's."""
     here = Path(cfg.model), Path(__file__).parents[1] / cfg.model  # a toy run may be started from another folder
-    if folder := next((path for path in here if path.is_dir()), None):
+    if folder := next((path for path in here if cfg.model and path.is_dir()), None):
         cfg.model = str(folder.resolve())  # so may --resume and evaluation
     elif not torch.cuda.is_available() and not cfg.smoke:
         raise ValueError(f"--model {cfg.model} is no folder here, and to train a model of the hub needs CUDA GPUs: name a folder "
@@ -156,13 +156,13 @@ def launch(cfg, check: Callable, train: Callable, also: Callable = lambda *_: No
         Path(where).write_text(str(out))
     changed = " ".join(f"--{name} {value!r}" for name, value in differing(cfg).items())
     watched = f"{len(run.watched)} {run.split} problems are watched every {cfg.eval_every}"
-    print(f"{out}: {cfg.method} on {run.task.splits()}\nbeside the preset: {changed or 'nothing'}")
-    print("\n".join([f"{run.steps} batches" + f"; {watched}" * bool(cfg.eval_every), *run.task.notes]))
     # Of several processes none can save by itself, so that Ctrl-C is taken there like SIGTERM: they stop together.
     signals = [signal.SIGTERM, signal.SIGHUP] + [signal.SIGINT] * (world.size > 1)
     signals = [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]  # nohup
     before = {number: signal.signal(number, lambda *_: run.signals.append(1)) for number in signals}
     try:
+        print(f"{out}: {cfg.method} on {run.task.splits()}\nbeside the preset: {changed or 'nothing'}")
+        print("\n".join([f"{run.steps} batches" + f"; {watched}" * bool(cfg.eval_every), *run.task.notes]))
         train(cfg, run)
     except KeyboardInterrupt:
         run.end(f"stopped; the log and the weights so far are in {out}; {checkpoint.last(out)}", 130)
@@ -170,7 +170,7 @@ def launch(cfg, check: Callable, train: Callable, also: Callable = lambda *_: No
         run.end(f"{error}; the log and the last finite weights are in {out}", 1)
     except (checkpoint.Damaged, tasks.BadTask) as error:
         fail(error)
-    except CannotWrite as error:
+    except (CannotWrite, BrokenPipeError) as error:  # a pipe: of standard output, whose reader has gone
         fail(CannotWrite(f"{error}; {checkpoint.last(out)}"))
     finally:
         for number, handler in before.items():
@@ -330,7 +330,7 @@ class Run:
         self.idle = 0 if log.e_norms or log.m_norms else self.idle + 1
         if log.step == self.first_step and done < self.steps:
             tqdm.write(self.outlook(sum(row["seconds"].values()), done))
-        if self.watches(done) or self.idle == 3 and cfg.eval_every:
+        if cfg.eval_every and (done % cfg.eval_every == 0 or done == self.steps or self.idle == 3):
             self.validate(done)
         if done == self.steps or cfg.checkpoint_every and done % cfg.checkpoint_every == 0:
             self.save_state(done)
@@ -338,13 +338,10 @@ class Run:
             raise Stopped(f"three batches in a row made no update: {row['left_out']}")
         self.leave_if_told(done)
 
-    def watches(self, done: int) -> bool:
-        """Whether an evaluation follows so many batches."""
-        return bool(self.cfg.eval_every) and (done % self.cfg.eval_every == 0 or done == self.steps)
-
     def outlook(self, batch_seconds: float, done: int) -> str:
         """When the run will end, by its first batch and evaluation."""
-        evaluations = sum(map(self.watches, range(done + 1, self.steps + 1)))
+        every = self.cfg.eval_every
+        evaluations = -(-self.steps // every) - done // every if every else 0  # the last batch's is not at a multiple
         left = batch_seconds * (self.steps - done) + self.eval_seconds * evaluations
         end = time.strftime("%a %H:%M", time.localtime(time.time() + left))
         times = f"a batch takes {batch_seconds:.1f} s" + f", an evaluation {self.eval_seconds:.1f} s" * (self.eval_seconds > 0)

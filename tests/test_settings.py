@@ -109,7 +109,7 @@ IMPOSSIBLE = [  # the loop, the flags, and a word of the line
     # What the model, the problems, a server or the machine tell.
     (ovd, "--judge_url http://127.0.0.1:9/v1 --judge_model m --server_timeout 1",
      "--judge_url http://127.0.0.1:9/v1 with --judge_model m does not answer"),
-    (vpd, "--model no/such/folder", "--model no/such/folder is no folder here"),
+    (vpd, "--model=", "--model is no folder here"), (vpd, "--model no/such/folder", "--model no/such/folder is no folder here"),
     (vpd, "--model Qwen/Qwen3-8 --task lcb", "is no folder here"),
     (vpd, "--top_k 100000", "--top_k 100000 exceeds the vocabulary of"),
     (vpd, "--max_prompt_tokens 3", "0 problems do not fill a batch of --prompts_per_batch 12: 480 training prompts over 3"),
