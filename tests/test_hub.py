@@ -69,6 +69,8 @@ def test_what_is_in_the_cache_needs_no_hub_and_weights_are_missing_until_every_f
     keep("name", refs="abc", config__json="{}")
     hub.look("owner/name")
     assert waits == []
+    (cache / "models--owner--old" / ".no_exist" / "abc").mkdir(parents=True)  # the library's note that there is no such file
+    (cache / "models--owner--old" / ".no_exist" / "abc" / "model.safetensors.index.json").touch()
     index = json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}})
     for name, files, missing in (
         ("single", {}, True), ("single", {"model__safetensors": ""}, False), ("old", {"pytorch_model__bin": ""}, True),

@@ -216,7 +216,8 @@ def test_a_sequence_that_is_too_long_is_refused_and_what_a_run_may_meet_is_noted
     def changed(*args, load=tasks.load):
         task = load(*args)
         long = replace(task.validation[-1], messages=[{"role": "user", "content": "start 1 " * 300}])
-        return replace(task, validation=[*task.validation, long], test=[])
+        train = [replace(p, reference=p.reference * known) for p in task.train]
+        return replace(task, train=train, validation=[*task.validation, long], test=[])
 
     def refuse(found, cfg):
         if found.longest > 2100:
@@ -224,8 +225,10 @@ def test_a_sequence_that_is_too_long_is_refused_and_what_a_run_may_meet_is_noted
 
     monkeypatch.setattr(tasks, "load", changed)
     monkeypatch.setattr(plan, "refuse", refuse)
-    flags = ["--max_prompt_tokens", "2000", "--max_teacher_tokens", "3000"]
+    flags, known = ["--max_prompt_tokens", "2000", "--max_teacher_tokens", "3000"], False
     assert "too long a sequence" in refused(capsys, tmp_path / "run", "--eval_every", "1", *flags)
+    assert "a reference answer for every problem of toy/choice" in refused(capsys, tmp_path / "run", "--feedback", "critique")
+    known = True
     run(tmp_path / "run", *flags, steps=1)
     told = capsys.readouterr().out
     assert "prompt and response may take 2030 tokens; the model was made for 1024" in told
