@@ -10,16 +10,21 @@ from pathlib import Path
 from harness.command import write
 from tasks.base import one_line
 
-TEXTS = ("task", "model", "method", "commit")  # what readers of a config.json look up, split and join
+# What readers of a config.json look up, split and count by.
+KINDS = dict.fromkeys(("task", "model", "method", "commit"), str)
+KINDS |= dict.fromkeys(("eval_samples", "max_response_tokens", "steps", "epochs", "prompts_per_batch", "prompts_dropped"), int)
+KINDS |= dict.fromkeys(("eval_temperature", "eval_top_p"), int | float)
+
 
 def config_of(out: Path, needed: Iterable[str]) -> dict:
     """What the config.json of a run directory holds. Raises ValueError with one line where it lacks one of `needed`, or
-    has no text where readers need one."""
+    one is of another kind."""
     path = out / "config.json"
     try:
         config = json.loads(path.read_text())
         wrong = [f"it lacks {name}" for name in needed if name not in config]
-        wrong += [f"its {name} is no text" for name in TEXTS if not isinstance(dict(config).get(name, ""), str)]
+        kept = [(name, kind, config[name]) for name, kind in KINDS.items() if name in config]
+        wrong += [f"its {name} is {value!r}" for name, kind, value in kept if not isinstance(value, kind)]
     except (OSError, ValueError, TypeError) as error:
         wrong = [one_line(error)]
     if wrong:
