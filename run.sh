@@ -72,7 +72,10 @@ case $word in
     exec python -m pytest -q -m ${word#test-} tests "$@" ;;
   study|figures|tables|bench) exec python -m study.$word "$@" ;;
   eval) exec $launch evaluate.py "$@" ;;
-  check) task=${1:-lcb}; [ $# -eq 0 ] || shift; exec python $program --task "$task" --plan "$@" ;;
+  check)
+    task=lcb
+    if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then task=$1; shift; fi
+    exec python $program --task "$task" --plan "$@" ;;
 esac
 case " $* " in *" --help "*|*" -h "*|*" --plan "*) exec python $program --task "$word" "$@" ;; esac
 
@@ -95,8 +98,8 @@ if [ "$launch" != python ] && [[ " $* " != *" --smoke"* ]]; then
 fi
 VPD_OUT_FILE=$(mktemp)
 export VPD_OUT_FILE
+trap 'rm -f "$VPD_OUT_FILE"' EXIT
 attended $launch $program --task "$word" "$@"
 out=$(cat "$VPD_OUT_FILE")
-rm -f "$VPD_OUT_FILE"
 attended $launch evaluate.py --run "$out"
 python -m study.figures "$out" --out "$out/curves.png"

@@ -55,9 +55,7 @@ def run(main: Callable[[], None], *refused: type[Exception]) -> None:
         status = 130
     except SystemExit as error:
         status = say(error.code, status=1) if isinstance(error.code, str) else error.code or 0
-    except CannotWrite as error:
-        status = say(f"cannot write {error}", status=1)
-    except refused as error:
+    except (CannotWrite, *refused) as error:
         status = say(error)
     except BaseException:
         if not at_once():
@@ -75,6 +73,8 @@ def run(main: Callable[[], None], *refused: type[Exception]) -> None:
 
 def say(message: object, command: str = "", status: int = 2) -> int:
     """One line on what was wrong. Returns the exit status."""
+    if isinstance(message, CannotWrite):
+        message, status = f"cannot write {message}", 1
     rank = os.environ.get("RANK", "0")
     process = f"process {rank}: " if rank != "0" else ""
     print(f"{command or Path(sys.argv[0]).name}: error: {process}{' '.join(str(message).split())}", file=sys.stderr)

@@ -37,15 +37,16 @@ def look(path: str) -> None:
         raise ValueError(f"{none}, and {reason}")
 
 
-def cached(repo: str, file: str, kind: str = "model") -> bool:
-    """Is the file in the library's cache? (Which also notes the files that a repository has not.)"""
-    return isinstance(library().try_to_load_from_cache(repo, file, repo_type=kind), str)
+def cached(model: str, file: str) -> str:
+    """Where the file is in the library's cache, which also notes the files that a repository has not; "" where it is not."""
+    found = library().try_to_load_from_cache(model, file)
+    return found if isinstance(found, str) else ""
 
 
 def missing(model: str) -> bool:
     """Are weights of this model of the hub still to be downloaded?"""
-    index = library().try_to_load_from_cache(model, "model.safetensors.index.json")
-    files = set(json.loads(Path(index).read_text())["weight_map"].values()) if isinstance(index, str) else {"model.safetensors"}
+    index = cached(model, "model.safetensors.index.json")
+    files = {*json.loads(Path(index).read_text())["weight_map"].values()} if index else {"model.safetensors"}
     return not all(cached(model, file) for file in files)
 
 

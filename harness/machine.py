@@ -13,7 +13,7 @@ import torch
 
 import tasks
 from harness import hub
-from harness.plan import Plan, size
+from harness.plan import Plan, show, size
 from tasks.base import one_line
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -43,13 +43,15 @@ def gpus() -> int:
     return 0
 
 
-def check(cfg, plan: Plan) -> list[str]:
-    """Notes on this machine. Raises ValueError with one line where the run is certain to fail."""
+def check(cfg, path: str, processes: int) -> tuple[Plan, list[str]]:
+    """What a run of the model in `path` needs, which is printed, and notes on this machine. Raises ValueError with one line where
+    the run is certain to fail."""
+    plan = show(cfg, path, processes)
     if cfg.plan and cfg.gpu_memory:  # planned for another machine
-        return []
+        return plan, []
     if cfg.plan:  # a run loads its problems itself
         tasks.load(cfg.task, cfg.subset, cfg.data, cfg.train_tests, cfg.since, cfg.until).close()
-    return judged(*compiler(cfg), *disk(cfg, plan), *memory(cfg, plan), *shared_memory(plan), *sandbox(cfg))
+    return plan, judged(*compiler(cfg), *disk(cfg, plan), *memory(cfg, plan), *shared_memory(plan), *sandbox(cfg))
 
 
 def judged(*found: tuple[str, bool]) -> list[str]:

@@ -88,25 +88,25 @@ def skeleton(config) -> torch.nn.Module:
     return model
 
 
-def writes_responses(method) -> bool:
+def writes_responses(cfg) -> bool:
     """Whether the teacher writes whole responses and scores none (OVD)."""
-    return getattr(method, "replaces", False)
+    return getattr(cfg.row(), "replaces", False)
 
 
-def tokens(cfg, method) -> tuple[int, int, int]:
+def tokens(cfg) -> tuple[int, int, int]:
     """At most: of a student's row, of a teacher's (0 without one), of a sequence that is sampled."""
     student = cfg.max_prompt_tokens + cfg.max_response_tokens
-    reviewed = method.teacher and cfg.feedback == "critique" and not cfg.critic_url
+    reviewed = cfg.row().teacher and cfg.feedback == "critique" and not cfg.critic_url
     review = cfg.max_teacher_tokens + cfg.max_critique_tokens if reviewed else 0
     taught = cfg.max_teacher_tokens + cfg.max_response_tokens if cfg.reader() else 0
-    writes = writes_responses(method) or cfg.teacher_probe and cfg.eval_every
+    writes = writes_responses(cfg) or cfg.teacher_probe and cfg.eval_every
     return student, taught, max(student, review, taught if writes else 0)
 
 
-def memory(config, cfg, method, processes: int, gpu_bytes: float = 0) -> Plan:
-    """The plan of a run. config: of transformers; cfg, method: vpd.Config and its row of vpd.METHODS; processes: one a
-    GPU; gpu_bytes: memory of each GPU, 0 for a CPU. Raises ValueError for a model that policy.py cannot train."""
-    model = skeleton(config)
+def memory(config, cfg, processes: int, gpu_bytes: float = 0) -> Plan:
+    """The plan of a run. config: of transformers; cfg: vpd.Config; processes: one a GPU; gpu_bytes: memory of each GPU, 0 for a
+    CPU. Raises ValueError for a model that policy.py cannot train."""
+    model, method = skeleton(config), cfg.row()
     layers = [sum(p.numel() for p in layer.parameters()) for layer in model.base_model.layers]
     whole = sum(p.numel() for p in model.parameters())  # a tied head counts once
     root_size, layer_size = whole - sum(layers), max(layers)
@@ -126,7 +126,7 @@ def memory(config, cfg, method, processes: int, gpu_bytes: float = 0) -> Plan:
     inner = getattr(text, "intermediate_size", None) or 4 * H
     d = getattr(text, "head_dim", None) or H // heads
     queries, keys = heads * d, (getattr(text, "num_key_value_heads", None) or heads) * d
-    student, taught, longest = tokens(cfg, method)
+    student, taught, longest = tokens(cfg)
     # A micro-batch fills micro_batch_tokens or is one longer row. Only the E-step goes backward through the teacher's rows.
     n = max(cfg.micro_batch_tokens, taught if e_step else student)
     activations = (  # of a layer and token
@@ -141,7 +141,7 @@ def memory(config, cfg, method, processes: int, gpu_bytes: float = 0) -> Plan:
         + F32 * 3 * H  # a norm's backward pass, in float32
         + (F32 + 2 * BF16) * queries  # attention's: of queries in float32, of keys and values for every head
     )
-    compares = bool(teacher) and not writes_responses(method)  # the teacher's states meet the student's
+    compares = bool(teacher) and not writes_responses(cfg)  # the teacher's states meet the student's
     full = method.distils and not cfg.top_k  # all of V is compared, in six blocks of columns
     chunk = min(n, head.tokens_per_chunk(V, compute, "cuda", 1 + compares))
     # Of the student: the last norm's input in float32 and normalised, the responses' states, those without padding, their
@@ -230,11 +230,11 @@ def operations(config, prompt: float, response: float) -> float:
     return 2 * weights * length + square * len(layers) * length**2 + 2 * text.vocab_size * text.hidden_size * response
 
 
-def seconds(plan: Plan, config, cfg, method) -> dict[str, float]:
+def seconds(plan: Plan, config, cfg) -> dict[str, float]:
     """An estimate for GPUs as fast as an H100: seconds of a batch by phase, with a batch's share of the evaluations."""
     N, rows, R = plan.processes, cfg.prompts_per_batch * cfg.group_size, cfg.max_response_tokens
     x, xC, y = (FILLED * n for n in (cfg.max_prompt_tokens, cfg.max_teacher_tokens, R))
-    updates, writes = cfg.prompts_per_batch // cfg.minibatch_prompts, writes_responses(method)
+    updates, writes = cfg.prompts_per_batch // cfg.minibatch_prompts, writes_responses(cfg)
     each = rows / updates / N  # rows of an update on one GPU
     rate = N * PRODUCT * REACHED[min(cfg.micro_batch_tokens, each * (x + y)) > plan.stored]
     student, teacher = (rows * operations(config, prompt, y) / rate for prompt in (x, xC))
@@ -245,7 +245,8 @@ def seconds(plan: Plan, config, cfg, method) -> dict[str, float]:
         cached = count / N * y * (prompt + y / 2) * plan.cache_token
         return (steps * BF16 * plan.parameters + cached) / MEMORY + steps * STEP
 
-    grading, due = PROGRAMS * (cfg.task == "lcb"), method.e_step / cfg.e_step_every
+    grading, method = PROGRAMS * (cfg.task == "lcb"), cfg.row()
+    due = method.e_step / cfg.e_step_every
     frozen = 1.0 if updates > 1 else due
     reads = bool(cfg.reader()) and not writes and (method.distils or method.scores and updates == 1)
     watched = PROBLEMS.get(cfg.task, (0, 0))[1] * cfg.eval_samples
@@ -260,9 +261,9 @@ def seconds(plan: Plan, config, cfg, method) -> dict[str, float]:
     }
 
 
-def hours(plan: Plan, config, cfg, method) -> str:
+def hours(plan: Plan, config, cfg) -> str:
     """The estimate in one line."""
-    batch = seconds(plan, config, cfg, method)
+    batch = seconds(plan, config, cfg)
     steps, whole = cfg.steps or cfg.epochs * (PROBLEMS.get(cfg.task, (0, 0))[0] // cfg.prompts_per_batch), sum(batch.values())
     total = f"{steps * whole / 3600:.2g} hours, {steps} batches" if steps else "a batch"
     parts = ", ".join(f"{name} {value:.3g}" for name, value in batch.items() if value)
@@ -274,30 +275,30 @@ def size(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-def show(cfg, method, path: str, processes: int) -> Plan:
+def show(cfg, path: str, processes: int) -> Plan:
     """Prints what a run of the model in `path` needs, with the GPUs that the settings name or those here. Raises ValueError
     where it does not fit them."""
     gpu = cfg.gpu_memory * 1e9 or (torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 0)
     if cfg.plan and not gpu and cfg.task != "toy":
         raise ValueError("there is no GPU here to plan for: say --gpus N --gpu_memory GB")
     config = read(path)
-    plan = memory(config, cfg, method, cfg.gpus or processes, gpu)
-    estimate = [hours(plan, config, cfg, method)] if cfg.plan and gpu else []
-    print("\n".join(lines(plan, cfg, method) + estimate), flush=True)
+    plan = memory(config, cfg, cfg.gpus or processes, gpu)
+    estimate = [hours(plan, config, cfg)] if cfg.plan and gpu else []
+    print("\n".join(lines(plan, cfg) + estimate), flush=True)
     refuse(plan, cfg)
     return plan
 
 
-def lines(plan: Plan, cfg, method) -> list[str]:
+def lines(plan: Plan, cfg) -> list[str]:
     """The plan as text, three lines on a CPU."""
     B, G = cfg.prompts_per_batch, cfg.group_size
     m_rows, e_rows = cfg.minibatch_prompts * G, cfg.e_minibatch_prompts * G
-    student, taught, _ = tokens(cfg, method)
-    micro_batch = max(cfg.micro_batch_tokens, student, 0 if writes_responses(method) else taught)
+    student, taught, _ = tokens(cfg)
+    micro_batch = max(cfg.micro_batch_tokens, student, 0 if writes_responses(cfg) else taught)
     rows = f"{B * G} rollouts per batch; M-step: {B // cfg.minibatch_prompts} updates per batch, {m_rows} sequences each"
     most = f"tokens at most: {student} a student's row" + f", {taught} a teacher's" * bool(taught)
     most += f", {micro_batch} a micro batch, {m_rows * student} an M-step update"
-    if method.e_step:
+    if cfg.row().e_step:
         rows += f"; E-step: {B // cfg.e_minibatch_prompts} every {cfg.e_step_every} batches, {e_rows} sequences each"
         most += f", {e_rows * taught} an E-step update"
     end = f"host memory {size(plan.host)} in the process that gathers the weights to save them (each loads only its shard); "

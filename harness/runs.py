@@ -10,17 +10,25 @@ from pathlib import Path
 from harness.command import write
 from tasks.base import one_line
 
+# What readers of a config.json look up, split and count by.
+KINDS = dict.fromkeys(("task", "model", "method", "commit"), str)
+KINDS |= dict.fromkeys(("eval_samples", "max_response_tokens", "steps", "epochs", "prompts_per_batch", "prompts_dropped"), int)
+KINDS |= dict.fromkeys(("eval_temperature", "eval_top_p"), int | float)
+
 
 def config_of(out: Path, needed: Iterable[str]) -> dict:
-    """What the config.json of a run directory holds. Raises ValueError with one line where it lacks one of `needed`."""
+    """What the config.json of a run directory holds. Raises ValueError with one line where it lacks one of `needed`, or
+    one is of another kind."""
     path = out / "config.json"
     try:
         config = json.loads(path.read_text())
-        lacks = [f"it lacks {name}" for name in needed if name not in config]
+        wrong = [f"it lacks {name}" for name in needed if name not in config]
+        kept = [(name, kind, config[name]) for name, kind in KINDS.items() if name in config]
+        wrong += [f"its {name} is {value!r}" for name, kind, value in kept if not isinstance(value, kind)]
     except (OSError, ValueError, TypeError) as error:
-        lacks = [one_line(error)]
-    if lacks:
-        raise ValueError(f"{path} is not the configuration of a run: {lacks[0]}")
+        wrong = [one_line(error)]
+    if wrong:
+        raise ValueError(f"{path} is not the configuration of a run: {wrong[0]}")
     return config
 
 

@@ -37,11 +37,6 @@ from model.policy import Policy
 from rollout import check_sampler, open_sampler, seed_for, weights_of
 
 
-def watch(task: tasks.Task) -> tuple[list, str]:
-    """The problems that training is watched by, and the name of their split."""
-    return (task.validation, "validation") if task.validation else (task.test, "test")
-
-
 def git_commit() -> str:
     """The commit of this code, marked when the tree differs from it; "unknown" outside a repository."""
     git = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
@@ -53,7 +48,7 @@ def git_commit() -> str:
 def check_model(cfg) -> None:
     """Raises ValueError with one line where the model is no folder and this machine cannot train one of the hub's."""
     here = Path(cfg.model), Path(__file__).parents[1] / cfg.model  # a toy run may be started from another folder
-    if folder := next((path for path in here if path.is_dir()), None):
+    if folder := next((path for path in here if cfg.model and path.is_dir()), None):
         cfg.model = str(folder.resolve())  # so may --resume and evaluation
     elif not torch.cuda.is_available() and not cfg.smoke:
         raise ValueError(f"--model {cfg.model} is no folder here, and to train a model of the hub needs CUDA GPUs: name a folder "
@@ -86,42 +81,41 @@ def open_run(cfg, world: World, also: Callable) -> "Run":
             from tasks import tiny
 
             world.first(lambda: tiny.smoke_model(cfg.task, cfg.smoke, Path(path)))
-        found = plan.show(cfg, method, path, world.size)
-        task.notes += notes + world.first(lambda: machine.check(cfg, found))
+        found, more = world.first(lambda: machine.check(cfg, path, world.size))
         policy = Policy.load(
             path, getattr(torch, cfg.dtype), world, micro_batch_tokens=cfg.micro_batch_tokens, temperature=cfg.temperature,
             # transformers would compile the layers anew for each length of the cache.
             compiled=found.gpu > 0 and cfg.sampler != "hf", recompute=found.stored if found.gpu else None,
         )  # fmt: skip
         world.wait()  # everybody has read it
-    if method.distils and cfg.top_k > policy.vocabulary:
-        raise ValueError(f"--top_k {cfg.top_k} exceeds the vocabulary of {policy.vocabulary} tokens")
 
     lengths = feedback.check_prompts(policy.tokenizer, task.train, cfg)
     fits = [p for p, length in zip(task.train, lengths) if length <= cfg.max_prompt_tokens]
     dropped, task.train = len(task.train) - len(fits), fits
-    watched = watch(task)[0] if cfg.eval_every else []
-    if cfg.eval_every and not watched:
-        raise ValueError(f"{task.name} has neither validation nor test problems to watch: --eval_every 0")
+    over = f"{dropped} training prompts over {cfg.max_prompt_tokens} tokens dropped"
+    watched = (task.validation or task.test) if cfg.eval_every else []
     # The longest sequence that is sampled, evaluation's included.
     prompts = [len(feedback.student_prompt(policy.tokenizer, p.messages)) for p in watched]
     found = replace(found, longest=max(found.longest, max(prompts, default=0) + cfg.max_response_tokens))
     plan.refuse(found, cfg)
-    over = f"{dropped} training prompts over {cfg.max_prompt_tokens} tokens dropped"
-    if len(fits) < cfg.prompts_per_batch:
-        raise ValueError(f"{len(fits)} problems do not fill a batch of --prompts_per_batch {cfg.prompts_per_batch}: {over}")
-    if method.teacher and cfg.feedback == "critique" and not all(p.reference for p in fits):
-        raise ValueError(f"--feedback critique needs a reference answer for every problem of {task.name}")
-    critic, others = feedback.Critic(cfg, policy), also(cfg, policy, task)
     positions = getattr(policy.model.config, "max_position_embeddings", None) or math.inf
-    told = {
-        f"prompt and response may take {found.longest} tokens; the model was made for {positions}": found.longest > positions,
-        f"{task.name} has no test problems: evaluate.py will have nothing to measure after the run": not task.test,
-        "--top_p below 1: rollouts come from a cut distribution, and the trainer scores the whole one": cfg.top_p < 1,
-        over: dropped,
-        "smoke run: the weights are random, and no number it gives means anything": making,
-    }
-    task.notes += [line for line, holds in told.items() if holds]
+    told = [  # does it hold, is the run certain to fail, the line
+        (method.distils and cfg.top_k > policy.vocabulary, True,
+         f"--top_k {cfg.top_k} exceeds the vocabulary of {policy.vocabulary} tokens"),
+        (cfg.eval_every and not watched, True, f"{task.name} has neither validation nor test problems to watch: --eval_every 0"),
+        (len(fits) < cfg.prompts_per_batch, True,
+         f"{len(fits)} problems do not fill a batch of --prompts_per_batch {cfg.prompts_per_batch}: {over}"),
+        (method.teacher and cfg.feedback == "critique" and not all(p.reference for p in fits), True,
+         f"--feedback critique needs a reference answer for every problem of {task.name}"),
+        (found.longest > positions, False,
+         f"prompt and response may take {found.longest} tokens; the model was made for {positions}"),
+        (not task.test, False, f"{task.name} has no test problems: evaluate.py will have nothing to measure after the run"),
+        (cfg.top_p < 1, False, "--top_p below 1: rollouts come from a cut distribution, and the trainer scores the whole one"),
+        (dropped, False, over),
+        (making, False, "smoke run: the weights are random, and no number it gives means anything"),
+    ]  # fmt: skip
+    task.notes += notes + more + machine.judged(*((line, certain) for holds, certain, line in told if holds))
+    critic, others = feedback.Critic(cfg, policy), also(cfg, policy, task)
 
     if making:  # evaluation will want it again
         cfg.model = str(out.resolve() / "base")
@@ -129,7 +123,6 @@ def open_run(cfg, world: World, also: Callable) -> "Run":
               "processes": world.size, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
               "torch": torch.__version__, "command": " ".join(["python", *sys.argv]), "prompts_dropped": dropped,
               "model_files": "" if making else runs.fingerprint(path)}  # fmt: skip
-    world.wait()  # everybody has looked
     lock = runs.make(cfg, out, record) if world.rank == 0 else None
     world.wait()
     if making:
@@ -152,13 +145,10 @@ def launch(cfg, check: Callable, train: Callable, also: Callable = lambda *_: No
             raise ValueError("--plan is for the task's own model, which --smoke replaces by a tiny one")
         if cfg.plan:
             notes = machine.check_driver(cfg)
-            found = plan.show(cfg, cfg.row(), cfg.model, torch.cuda.device_count() or 1)
-            for note in [*notes, *machine.check(cfg, found)]:
+            for note in notes + machine.check(cfg, cfg.model, torch.cuda.device_count() or 1)[1]:
                 print(note)
             return
         run = open_run(cfg, World.start(), also)
-    except CannotWrite as error:
-        fail(f"cannot write {error}", status=1)
     except (ValueError, OSError, ImportError) as error:
         fail(error)
     out, world = run.out, run.policy.world
@@ -166,24 +156,22 @@ def launch(cfg, check: Callable, train: Callable, also: Callable = lambda *_: No
         Path(where).write_text(str(out))
     changed = " ".join(f"--{name} {value!r}" for name, value in differing(cfg).items())
     watched = f"{len(run.watched)} {run.split} problems are watched every {cfg.eval_every}"
-    print(f"{out}: {cfg.method} on {run.task.splits()}\nbeside the preset: {changed or 'nothing'}")
-    print("\n".join([f"{run.steps} batches" + f"; {watched}" * bool(cfg.eval_every), *run.task.notes]))
     # Of several processes none can save by itself, so that Ctrl-C is taken there like SIGTERM: they stop together.
     signals = [signal.SIGTERM, signal.SIGHUP] + [signal.SIGINT] * (world.size > 1)
     signals = [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]  # nohup
     before = {number: signal.signal(number, lambda *_: run.signals.append(1)) for number in signals}
     try:
+        print(f"{out}: {cfg.method} on {run.task.splits()}\nbeside the preset: {changed or 'nothing'}")
+        print("\n".join([f"{run.steps} batches" + f"; {watched}" * bool(cfg.eval_every), *run.task.notes]))
         train(cfg, run)
     except KeyboardInterrupt:
-        run.say(f"stopped; the log and the weights so far are in {out}; {checkpoint.last(out)}")
-        sys.exit(130)
+        run.end(f"stopped; the log and the weights so far are in {out}; {checkpoint.last(out)}", 130)
     except Stopped as error:
-        run.say(f"{error}; the log and the last finite weights are in {out}")
-        sys.exit(1)
+        run.end(f"{error}; the log and the last finite weights are in {out}", 1)
     except (checkpoint.Damaged, tasks.BadTask) as error:
         fail(error)
-    except CannotWrite as error:
-        fail(f"cannot write {error}; {checkpoint.last(out)}", status=1)
+    except (CannotWrite, BrokenPipeError) as error:  # a pipe: of standard output, whose reader has gone
+        fail(CannotWrite(f"{error}; {checkpoint.last(out)}"))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -206,17 +194,18 @@ class Run:
         self.cfg, self.policy, self.sampler, self.task = cfg, policy, sampler, task
         self.out, self.record, self.lock, self.critic, self.also, self.signals = out, record, lock, critic, also, []
         self.steps = cfg.steps or cfg.epochs * (len(task.train) // cfg.prompts_per_batch)
-        self.watched, self.split = watch(task)
+        self.watched, self.split = task.validation or task.test, "validation" if task.validation else "test"
         problems = json.dumps([(p.id, p.messages, p.reference) for p in task.train])  # not to be resumed on others
         self.problems = hashlib.sha256(problems.encode("utf-8", "replace")).hexdigest()[:16]
         self.shift, self.bad_in_a_row, self.idle, self.made, self.best = None, 0, 0, 0, -1.0
         self.first_step, self.saved, self.probe, self.eval_seconds, self.warned = 0, None, {}, 0.0, False
         self.tracker = None
 
-    def say(self, line: str) -> None:
-        """On standard error, in one of several processes."""
+    def end(self, line: str, status: int) -> None:
+        """Ends the program; the line is on standard error, of one of several processes."""
         if self.policy.world.rank == 0:
             print(line, file=sys.stderr)
+        sys.exit(status)
 
     def close(self) -> None:
         for each in (self.tracker, self.lock, self.task):
@@ -341,7 +330,7 @@ class Run:
         self.idle = 0 if log.e_norms or log.m_norms else self.idle + 1
         if log.step == self.first_step and done < self.steps:
             tqdm.write(self.outlook(sum(row["seconds"].values()), done))
-        if self.watches(done) or self.idle == 3 and cfg.eval_every:
+        if cfg.eval_every and (done % cfg.eval_every == 0 or done == self.steps or self.idle == 3):
             self.validate(done)
         if done == self.steps or cfg.checkpoint_every and done % cfg.checkpoint_every == 0:
             self.save_state(done)
@@ -349,13 +338,10 @@ class Run:
             raise Stopped(f"three batches in a row made no update: {row['left_out']}")
         self.leave_if_told(done)
 
-    def watches(self, done: int) -> bool:
-        """Whether an evaluation follows so many batches."""
-        return bool(self.cfg.eval_every) and (done % self.cfg.eval_every == 0 or done == self.steps)
-
     def outlook(self, batch_seconds: float, done: int) -> str:
         """When the run will end, by its first batch and evaluation."""
-        evaluations = sum(map(self.watches, range(done + 1, self.steps + 1)))
+        every = self.cfg.eval_every
+        evaluations = -(-self.steps // every) - done // every if every else 0  # the last batch's is not at a multiple
         left = batch_seconds * (self.steps - done) + self.eval_seconds * evaluations
         end = time.strftime("%a %H:%M", time.localtime(time.time() + left))
         times = f"a batch takes {batch_seconds:.1f} s" + f", an evaluation {self.eval_seconds:.1f} s" * (self.eval_seconds > 0)
@@ -372,8 +358,7 @@ class Run:
             if self.saved != step:
                 self.save_state(step)
             self.policy.save(self.out / "model")
-            self.say(f"stopped by a signal; checkpoint saved in {self.out}/checkpoints; resume with --resume")
-            raise SystemExit(143)
+            self.end(f"stopped by a signal; checkpoint saved in {self.out}/checkpoints; resume with --resume", 143)
 
     # ---- Evaluation by the way ---------------------------------------------------------------------------------
 

@@ -105,13 +105,14 @@ def _resumed(out: Path, config: type, given: dict, parser: Parser) -> dict | Non
         return None
     names = [field.name for field in dataclasses.fields(config) if field.name not in NOT_OF_THE_RUN]
     try:
-        kept = config_of(out, names)
+        saved = config_of(out, names)
     except ValueError as error:
         parser.error(f"cannot resume {out}: {error}")
+    kept = vars(parser.parse_args([f"--{name}={saved[name]}" for name in names]))  # a hand may have changed it
     changed = [f"--{name} {value} (was {kept[name]})" for name, value in given.items() if name in names and value != kept[name]]
     if changed:
         parser.error(f"--resume goes on with the run's own settings, and these differ: {', '.join(changed)}")
-    return {name: kept[name] for name in names}
+    return kept
 
 
 def check(cfg) -> None:

@@ -159,7 +159,7 @@ def check_compute_is_bfloat16_and_weights_gradients_and_optimizer_float32(out: P
     assert (policy.score(x, y)[0] - before).sum() > 0.05
     held["AdamW's moments"] = size(t for state in optimizer.state.values() for t in state.values())
     cfg = vpd.Config(task="lcb", method="sdpo")
-    planned = plan.memory(AutoConfig.from_pretrained(out / "untied"), cfg, cfg.row(), processes=2).state
+    planned = plan.memory(AutoConfig.from_pretrained(out / "untied"), cfg, processes=2).state
     assert world.rank or held == pytest.approx(planned, rel=0.02)  # of the first, whose shards are the larger ones
     policy.save(out / "bfloat16")
     assert {w.dtype for w in load_file(out / "bfloat16" / "model.safetensors").values()} == {torch.bfloat16}

@@ -337,13 +337,13 @@ def flops(config) -> tuple[float, float]:
 
 def planned(config) -> float:
     """Bytes that --plan counts for `distil` on ROWS, less the framework's, which the allocator does not see."""
-    from vpd import METHODS, Config
+    from vpd import Config
 
     cfg = Config(
         method="sdpo", teacher="live", top_k=100, max_prompt_tokens=PROMPT, max_response_tokens=RESPONSE,
         max_teacher_tokens=PROMPT + CONTEXT, micro_batch_tokens=ROWS * (PROMPT + RESPONSE),
     )  # fmt: skip
-    found = plan.memory(config, cfg, METHODS["sdpo"], 1, torch.cuda.mem_get_info()[1] if GPU else 80e9)
+    found = plan.memory(config, cfg, 1, torch.cuda.mem_get_info()[1] if GPU else 80e9)
     return found.training - plan.FRAMEWORK - plan.ASLEEP
 
 

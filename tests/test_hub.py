@@ -13,6 +13,8 @@ import pytest
 from harness import hub, plan
 from model.policy import Policy
 
+CLOSED = 9  # a port that nobody listens at
+
 
 @pytest.fixture
 def hub_at(monkeypatch, tmp_path):
@@ -31,16 +33,8 @@ def hub_at(monkeypatch, tmp_path):
     return at
 
 
-@pytest.fixture
-def closed():
-    """A port that nobody listens at."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        yield taken.getsockname()[1]
-
-
-def test_a_hub_out_of_reach_is_said_at_once_and_without_attempts(hub_at, closed, caplog):
-    hub_at(closed)
+def test_a_hub_out_of_reach_is_said_at_once_and_without_attempts(hub_at, caplog):
+    hub_at(CLOSED)
     start = time.monotonic()
     for read in (plan.read, Policy.load):
         with pytest.raises(ValueError) as error:
@@ -62,38 +56,33 @@ def test_a_hub_that_answers_anything_or_is_slow_is_left_to_the_library(hub_at, s
         assert hub.unreachable("owner/model", "config.json") == ""
 
 
-def keep(folder, **files):
-    """Files of a repository in the cache."""
-    for file, text in files.items():
-        path = folder / ("refs/main" if file == "refs" else f"snapshots/abc/{file.replace('__', '.')}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+def test_what_is_in_the_cache_needs_no_hub_and_weights_are_missing_until_every_file_is_there(hub_at):
+    cache, waits = hub_at(CLOSED)
 
+    def keep(name, **files):
+        folder = cache / f"models--owner--{name}"
+        for file, text in files.items():
+            path = folder / ("refs/main" if file == "refs" else f"snapshots/abc/{file.replace('__', '.')}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
 
-def test_what_is_in_the_cache_needs_no_hub(hub_at, closed):
-    cache, waits = hub_at(closed)
-    for kind in ("model", "dataset"):
-        assert not hub.cached("owner/name", "config.json", kind)
-        keep(cache / f"{kind}s--owner--name", refs="abc", config__json="{}")
-        assert hub.cached("owner/name", "config.json", kind) and not hub.cached("owner/name", "tokenizer.json", kind)
+    keep("name", refs="abc", config__json="{}")
     hub.look("owner/name")
     assert waits == []
-
-
-def test_weights_are_missing_until_every_file_is_there(hub_at, closed):
-    cache, _ = hub_at(closed)
+    (cache / "models--owner--old" / ".no_exist" / "abc").mkdir(parents=True)  # the library's note that there is no such file
+    (cache / "models--owner--old" / ".no_exist" / "abc" / "model.safetensors.index.json").touch()
     index = json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}})
     for name, files, missing in (
         ("single", {}, True), ("single", {"model__safetensors": ""}, False), ("old", {"pytorch_model__bin": ""}, True),
         ("cut", {"model__safetensors__index__json": index}, True), ("cut", {"one__safetensors": ""}, True),
         ("cut", {"two__safetensors": ""}, False),
     ):  # fmt: skip
-        keep(cache / f"models--owner--{name}", refs="abc", **files)
+        keep(name, refs="abc", **files)
         assert hub.missing(f"owner/{name}") == missing, (name, files)
 
 
-def test_a_hub_is_asked_twice_and_offline_by_request_never(hub_at, closed, monkeypatch):
-    (_, waits), asked, errors = hub_at(closed), [], []
+def test_a_hub_is_asked_twice_and_offline_by_request_never(hub_at, monkeypatch):
+    (_, waits), asked, errors = hub_at(CLOSED), [], []
 
     def ask(url):
         asked.append(url)

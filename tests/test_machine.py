@@ -1,5 +1,6 @@
 """What a machine lacks is reported before the first batch, in one line that says what to do."""
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -24,7 +25,7 @@ def lines(check, *args) -> list[str]:
 
 
 @pytest.mark.parametrize("raised", [RuntimeError("The NVIDIA driver is too old"), AssertionError("not compiled with CUDA"), None])
-def test_gpus_that_torch_cannot_use_are_refused_with_torchs_own_reason(raised, monkeypatch, tmp_path, capsys):
+def test_gpus_that_torch_cannot_use_are_refused_with_torchs_own_reason(raised, monkeypatch):
     def init():
         if raised:
             raise raised
@@ -34,13 +35,10 @@ def test_gpus_that_torch_cannot_use_are_refused_with_torchs_own_reason(raised, m
     monkeypatch.setattr(torch.cuda, "init", init)
     why = f"{type(raised).__name__}: {raised}" if raised else "it finds none"
     words = f"nvidia-smi lists 8 GPUs and torch {torch.__version__} can use none ({why})"
-    for argv in (["--plan"], ["--out", str(tmp_path / "run")]):
-        with pytest.raises(SystemExit) as stop:
-            vpd.main(["--task", "lcb", *argv])
-        error = capsys.readouterr().err
-        assert stop.value.code == 2 and error.count("\n") == 1 and words in error and not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match=f"^{re.escape(words)}"):
+        machine.check_driver(parsed(task="lcb"))
     (note,) = machine.check_driver(parsed())  # the toy needs no GPU
-    assert words in note
+    assert words in note and machine.check_driver(parsed(task="lcb", smoke="qwen3")) == [note]
 
 
 def test_a_machine_without_gpus_or_with_hidden_ones_is_left_alone(monkeypatch, tmp_path):
@@ -163,23 +161,27 @@ def test_programs_are_not_run_without_a_layer_of_the_sandbox_unless_asked_for(mo
 
 
 def test_the_check_and_every_run_ask_and_say_it_in_one_line(monkeypatch, tmp_path, capsys):
-    lacks = lambda *args: [("a disk is full", True), ("memory is short", True), ("little shm", False)]  # noqa: E731
-    monkeypatch.setattr(machine, "memory", lacks)
-    for argv in (["--plan"], ["--out", str(tmp_path / "run")]):
-        with pytest.raises(SystemExit) as stop:
-            vpd.main(["--subset", "choice", *argv])
-        error = capsys.readouterr().err
-        assert stop.value.code == 2 and error.endswith("error: a disk is full; memory is short\n") and error.count("\n") == 1
-    assert not (tmp_path / "run").exists()
-    monkeypatch.setattr(machine, "memory", lambda *args: [("little shm", False)])
-    vpd.main(["--subset", "choice", "--plan"])
-    assert capsys.readouterr().out.endswith("little shm\n")
-    vpd.main(["--subset", "choice", "--steps", "1", "--eval_every", "0", "--out", str(tmp_path / "run")])
-    assert "\nlittle shm\n" in capsys.readouterr().out
+    lacks, out = [("a disk is full", True), ("memory is short", True), ("little shm", False)], tmp_path / "run"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(machine, "gpus", lambda: 8)
+    monkeypatch.setattr(machine, "memory", lambda *args: lacks)
+    toy, run = ["--subset", "choice"], ["--steps", "1", "--eval_every", "0", "--out", str(out)]
+    for flags, words in ((toy, "error: a disk is full; memory is short"), (["--task", "lcb"], "error: nvidia-smi lists 8 GPUs")):
+        for argv in (["--plan"], run):
+            with pytest.raises(SystemExit) as stop:
+                vpd.main([*flags, *argv])
+            error = capsys.readouterr().err
+            assert stop.value.code == 2 and error.count("\n") == 1 and words in error and not out.exists()
+    del lacks[:2]
+    for argv in (["--plan"], run):
+        vpd.main([*toy, *argv])
+        told = capsys.readouterr().out
+        assert "\nnvidia-smi lists 8 GPUs" in told and "\nlittle shm\n" in told
 
 
-def test_the_check_reads_the_problems_unless_it_is_for_another_machine():
+def test_the_check_reads_the_problems_unless_it_is_for_another_machine(monkeypatch):
+    monkeypatch.setattr(machine, "show", lambda *given: QWEN)
     cfg = parsed("--plan", task="math", data="no/such/folder")
     with pytest.raises(ValueError, match="no/such/folder does not exist"):
-        machine.check(cfg, QWEN)
-    assert machine.check(replace(cfg, gpu_memory=80.0), QWEN) == []
+        machine.check(cfg, "m", 1)
+    assert machine.check(replace(cfg, gpu_memory=80.0), "m", 1) == (QWEN, [])

@@ -41,7 +41,7 @@ SIZES = "--max_prompt_tokens 10 --max_response_tokens 20 --max_teacher_tokens 30
 def planned(shape, flags="", processes=1, gpu=0.0, program=vpd):
     method = "" if program is vpd else program.__name__.removeprefix("neighbours.")
     cfg = parse(flags.split(), program.Config, "", "", partial(presets.of, vpd.PRESETS | program.PRESETS), method)
-    return plan.memory(Qwen3Config(**shape), cfg, cfg.row(), processes, gpu), cfg
+    return plan.memory(Qwen3Config(**shape), cfg, processes, gpu), cfg
 
 
 # ---- By hand -------------------------------------------------------------------------------------------------
@@ -223,10 +223,6 @@ def test_the_papers_models_fit_their_gpus_and_8b_does_not_fit_one():
     found, cfg = planned(QWEN3_8B, "--task lcb", 1, 80e9)
     with pytest.raises(ValueError, match="training needs .* on each of 1 GPUs of 80.0 GB: .* more GPUs, --e_optimizer shared$"):
         plan.refuse(found, cfg)
-    for method, most in (("vpd", 58e9), ("sdpo", 52e9)):
-        found, cfg = planned(QWEN3_2B, f"--task sciknoweval --method {method}", 1, 80e9)
-        plan.refuse(found, cfg)
-        assert 36e9 < found.training < most and found.sequences > 20
 
 
 def test_ovds_teacher_writes_and_scores_nothing_and_distil_reads_contexts_with_its_own():
@@ -239,7 +235,7 @@ def test_ovds_teacher_writes_and_scores_nothing_and_distil_reads_contexts_with_i
     assert on_one("--teacher ema", ovd)[0].state == sdpo.state
 
     own, cfg = on_one("", distil)
-    assert own.state == sdpo.state and plan.tokens(cfg, cfg.row()) == (2048 + 8192, 10240 + 8192, 2048 + 8192)
+    assert own.state == sdpo.state and plan.tokens(cfg) == (2048 + 8192, 10240 + 8192, 2048 + 8192)
 
 
 def test_a_refusal_names_what_would_help():
@@ -265,7 +261,7 @@ def test_a_refusal_names_what_would_help():
 def test_the_estimate_of_hours_has_the_measured_step_adds_up_and_scales(monkeypatch):
     def of(shape, flags, processes=8, **changed):
         found, cfg = planned(shape, f"--task {flags}", processes, 80e9)
-        about = replace(found, **changed), Qwen3Config(**shape), cfg, cfg.row()
+        about = replace(found, **changed), Qwen3Config(**shape), cfg
         batch = plan.seconds(*about)
         hours, steps, whole = re.search(r": ([\d.]+) hours, (\d+) batches of ([\d.]+) s: ", line := plan.hours(*about)).groups()
         assert line.startswith("estimate, not measured") and float(whole) == pytest.approx(sum(batch.values()), rel=0.01)

@@ -59,6 +59,7 @@ HIDDEN = {"CUDA_VISIBLE_DEVICES": ""}
      ("lcb --help", HIDDEN, ["vpd.py --task lcb --help"]),
      ("check", HIDDEN, ["vpd.py --task lcb --plan"]),
      ("check math --gpus 8", HIDDEN, ["vpd.py --task math --plan --gpus 8"]),
+     ("check --gpus 8", HIDDEN, ["vpd.py --task lcb --plan --gpus 8"]),
      ("eval --run x", HIDDEN, ["evaluate.py --run x"]),
      ("bench steps", HIDDEN, ["-m study.bench steps"]),
      ("test -x", HIDDEN, ["-m pytest -q -m not slow and not vllm and not gpu and not real tests -x"]),
@@ -77,9 +78,10 @@ def test_a_word_starts_its_commands(words, environment, commands, sh):
     [("mine", {}, "run.sh: error: unknown word 'mine'", 0), ("toy", {"NPROC": "two"}, "run.sh: error: NPROC is the number", 0),
      ("lcb --refused", HIDDEN, "vpd.py: error: no", 1), ("lcb --refused", {"NPROC": "2"}, "vpd.py: error: no", 1)],
 )  # fmt: skip
-def test_what_it_cannot_do_is_one_line_and_exit_2(words, environment, reason, started, sh):
-    status, commands, _, error = sh(words, **environment)
+def test_what_it_cannot_do_is_one_line_exit_2_and_leaves_nothing(words, environment, reason, started, sh, tmp_path):
+    status, commands, _, error = sh(words, **environment, TMPDIR=str(tmp_path))
     assert status == 2 and error.startswith(reason) and error.count("\n") == 1 and len(commands) == started
+    assert not list(tmp_path.glob("tmp.*"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
