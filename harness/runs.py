@@ -12,15 +12,16 @@ from tasks.base import one_line
 
 
 def config_of(out: Path, needed: Iterable[str]) -> dict:
-    """What the config.json of a run directory holds. Raises ValueError with one line where it lacks one of `needed`."""
+    """What the config.json of a run directory holds. Raises ValueError with one line for what is none or lacks one of `needed`."""
     path = out / "config.json"
     try:
         config = json.loads(path.read_text())
-        lacks = [f"it lacks {name}" for name in needed if name not in config]
-    except (OSError, ValueError, TypeError) as error:
-        lacks = [one_line(error)]
-    if lacks:
-        raise ValueError(f"{path} is not the configuration of a run: {lacks[0]}")
+        wrong = [f"it lacks {name}" for name in needed if name not in config]
+        wrong += [f"its {name} is no text" for name in ("task", "method", "model") if not isinstance(config.get(name, ""), str)]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        wrong = [one_line(error)]
+    if wrong:
+        raise ValueError(f"{path} is not the configuration of a run: {wrong[0]}")
     return config
 
 

@@ -113,7 +113,8 @@ VPD, ROW = '{"method": "vpd"}', '{"kind": "train", "step": 0, "reward": 0.5}'
 @pytest.mark.parametrize(
     "config, log, reason",
     [(None, ROW, "/config.json is not the configuration of a run: FileNotFoundError"), (VPD, None, "/log.jsonl'"),
-     ("[]", ROW, "/config.json is not the configuration of a run"), ("{}", ROW, "a run: it lacks method"),
+     ('["method"]', ROW, "/config.json is not the configuration of a run"), ("{}", ROW, "a run: it lacks method"),
+     (VPD.replace('"vpd"', "1"), ROW, "a run: its method is no text"),
      (VPD, "", "/log.jsonl has no batch"), (VPD, '{"kind": "resume", "step": 0}', "/log.jsonl has no batch"),
      (VPD, f"{ROW}\n{ROW[:30]}", "/log.jsonl, line 2 is no JSON object"), (VPD, "\0\xff", "/log.jsonl, line 1 is no JSON"),
      (VPD, ROW.replace("0.5", '"high"'), "could not convert string to float: 'high'")],
