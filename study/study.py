@@ -112,9 +112,9 @@ def settings_of(flags: list[str]) -> dict:
     return {name: value for name, value in vars(cfg).items() if name not in aside} | {"teacher": cfg.reader()}
 
 
-def perform(flags: list[str], out: Path, test: bool) -> str:
-    """Trains, and with `test` evaluates the first and the last weights; the output goes to a text file. Returns the error, or
-    "". A run that ends early, because it makes no update any more, has status 1 and its last weights: it is a result."""
+def perform(flags: list[str], out: Path, test: bool) -> None:
+    """Trains, and with `test` evaluates the first and the last weights; the output goes to a text file. Raises RuntimeError where a
+    command fails. A run that ends early, since it makes no update any more, has status 1 and its last weights: it is a result."""
     start, text = time.perf_counter(), out.with_name(f"{out.name}.txt")
     commands = [["vpd.py", *flags, "--out", str(out), "--overwrite"], ["evaluate.py", "--run", str(out)]]
     with text.open("w") as printed:
@@ -124,18 +124,16 @@ def perform(flags: list[str], out: Path, test: bool) -> str:
             STARTED.append(child)
             status, last = child.wait(), ["", *text.read_text().splitlines()][-1]
             if status and not (status == 1 and (out / "model").is_dir()):
-                return f"exit status {status}: {last} (see {text})"
+                raise RuntimeError(f"exit status {status}: {last} (see {text})")
     (out / "done.json").write_text(json.dumps({"seconds": round(time.perf_counter() - start, 1)}) + "\n")
     for part in ("model", "best", "checkpoints"):  # not needed again, and a study has hundreds of them
         shutil.rmtree(out / part, ignore_errors=True)
-    return ""
 
 
-def perform_all(jobs: dict[Path, tuple], results: dict, at_once: int, test: bool) -> dict[Path, str]:
+def perform_all(jobs: dict[Path, tuple], results: dict, at_once: int, test: bool) -> dict[Path, Exception]:
     """jobs: {run directory: (row, part of the row, seed, flags)}. Makes each run, unless it is finished with the settings that the
     flags mean now, and records it as results[row][part][seed]. Returns what went wrong where."""
-    commands = {out: [*flags, "--seed", seed] for out, (_, _, seed, flags) in jobs.items()}
-    todo = {out: flags for out, flags in commands.items() if not (out / "done.json").exists()
+    todo = {out: flags for out, (*_, flags) in jobs.items() if not (out / "done.json").exists()
             or not settings_of(flags).items() <= load(out / "config.json").items()}  # fmt: skip
     print(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them finished before", flush=True)
     failed, start = {}, time.time()
@@ -145,9 +143,9 @@ def perform_all(jobs: dict[Path, tuple], results: dict, at_once: int, test: bool
         try:
             for count, future in enumerate(as_completed(pending), 1):
                 out = pending[future]
-                if error := str(future.exception() or future.result()):
+                if error := future.exception():
                     failed[out] = error
-                print(f"{count}/{len(todo)} after {(time.time() - start) / 60:.1f} min: {out.name} {error}", flush=True)
+                print(f"{count}/{len(todo)} after {(time.time() - start) / 60:.1f} min: {out.name} {error or ''}", flush=True)
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             while any(future.running() for future in pending):
@@ -202,22 +200,22 @@ def path_of(folder: Path, *parts) -> Path:
     return folder / re.sub(r"[^\w.=-]+", "-", " ".join(map(str, parts)))
 
 
-def tune(names: list[str], tuned: dict, folder: Path, at_once: int) -> dict[Path, str]:
+def tune(names: list[str], tuned: dict, folder: Path, at_once: int) -> dict[Path, Exception]:
     """Runs what these rows have not tried yet; what came out goes to `tuned`. Returns what went wrong where."""
-    jobs = {path_of(folder, "tune", name, flags, seed): (name, flags, seed, [*task_of(name), *flags.split()])
+    jobs = {path_of(folder, "tune", name, flags, seed): (name, flags, seed, [*task_of(name), *flags.split(), "--seed", seed])
             for seed in TUNING_SEEDS for name in names for flags in TRIED[name]
             if seed not in tuned.get(name, {}).get(flags, {})}  # fmt: skip
     return perform_all(jobs, tuned, at_once, test=False)
 
 
-def report(names: list[str], rows: dict[str, list[str]], known: dict, folder: Path, at_once: int) -> dict[Path, str]:
+def report(names: list[str], rows: dict[str, list[str]], known: dict, folder: Path, at_once: int) -> dict[Path, Exception]:
     """Makes the reported runs of these rows, seed by seed, so that a study that is stopped has all rows with fewer seeds;
     what came out goes to `known`, the rows of study.json. Returns what went wrong where."""
     for name in names:
         line = f"python vpd.py {' '.join(rows[name])} --seed N --out DIR"
         if known.get(name, {}).get("command") != line:  # its settings have changed since
             known[name] = {"label": label_of(name), "command": line, "runs": {}}
-    jobs = {path_of(folder, name, f"seed{seed}"): (name, "runs", str(seed), rows[name])
+    jobs = {path_of(folder, name, f"seed{seed}"): (name, "runs", str(seed), [*rows[name], "--seed", str(seed)])
             for seed in range(1, 11) for name in names if seed <= REPORTED[name][1]}  # fmt: skip
     return perform_all(jobs, known, at_once, test=True)
 

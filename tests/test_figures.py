@@ -163,29 +163,21 @@ def test_what_is_there_of_the_figures_is_drawn(tmp_path, monkeypatch, capsys, dr
     assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == ["long.png", "margin.png", "progress.png"]
 
 
-def test_a_curve_is_the_mean_over_seeds_and_its_band_their_extremes(tmp_path, draw):
-    runs = [made(evals=evals, teacher=None) for evals in ([0.1, 0.3], [0.1, 0.4], [0.4, 0.8])]
-    (axis,) = draw("--study", study(tmp_path, {"code/vpd": runs}), "--out", tmp_path).values()
-    assert axis.get_title() == f"code: {RATE}" and axis.get_ylabel() == ""
-    first = (0.1 + 0.1 + 0.4) / 3
-    assert curves(axis) == [([0, 10], [first, (0.3 + 0.4 + 0.8) / 3])] and base(axis) == pytest.approx([first])
-    assert {tuple(point) for point in axis.collections[0].get_paths()[0].vertices} == {(0, 0.1), (0, 0.4), (10, 0.3), (10, 0.8)}
-
-
-def test_a_run_of_the_study_that_ended_early_stays_where_it_ended(tmp_path, draw):
-    runs = [made(evals=(0.1, 0.3, 0.5)), made(evals=(0.1, 0.2, 0.3)), made(evals=(0.1, 0.2))]
+def test_a_curve_is_the_mean_over_seeds_with_their_extremes_and_one_that_ended_early_stays(tmp_path, draw):
+    """Margins are smoothed for each seed before the mean. The second seed has none of batch 1, so it is left out of both."""
+    runs = [made(evals=(0.1, 0.3, 0.5)), made(evals=(0.1, 0.2, 0.3)), made(evals=(0.4, 0.8))]
     runs[1]["eval"]["step"][2] = 17
-    axis = draw("--study", study(tmp_path, {"code/vpd": runs}), "--out", tmp_path)[f"code: {RATE}"]
-    assert curves(axis) == [([0, 10, 20], [0.1, 0.7 / 3, 1.0 / 3])]
-
-
-def test_margin_is_smoothed_for_each_seed_before_the_mean_and_says_so(tmp_path, draw):
-    """Batch 1 has no margin on the second seed, so it is left out of both."""
-    path = study(tmp_path, {"trace/vpd": [made(margin=[1, 9, 2, 6]), made(margin=[3, None, 4, 5])]})
-    axis = draw("--study", path, "--out", tmp_path)[f"trace: {MARGIN}"]
-    # three batches each, less than the width of 5: their mean everywhere
-    assert curves(axis) == [([0, 2, 3], [((1 + 2 + 6) / 3 + (3 + 4 + 5) / 3) / 2] * 3)] and axis.get_ylabel() == "mean of 5 batches"
-    assert {y for _, y in axis.collections[0].get_paths()[0].vertices} == {(1 + 2 + 6) / 3, (3 + 4 + 5) / 3}
+    margins = [made(margin=[1, 9, 2, 6]), made(margin=[3, None, 4, 5])]
+    panels = draw("--study", study(tmp_path, {"code/vpd": runs, "trace/vpd": margins}), "--out", tmp_path)
+    rate, margin = panels[f"code: {RATE}"], panels[f"trace: {MARGIN}"]
+    first = (0.1 + 0.1 + 0.4) / 3
+    assert curves(rate) == [([0, 10, 20], [first, 1.3 / 3, (0.5 + 0.3 + 0.8) / 3])] and base(rate) == pytest.approx([first])
+    band = {tuple(point) for point in rate.collections[0].get_paths()[0].vertices}
+    assert band == {(0, 0.1), (0, 0.4), (10, 0.2), (10, 0.8), (20, 0.3), (20, 0.8)}
+    one, two = (1 + 2 + 6) / 3, (3 + 4 + 5) / 3  # three batches each, less than the width of 5: their mean everywhere
+    assert curves(margin) == [([0, 2, 3], [(one + two) / 2] * 3)]
+    assert {y for _, y in margin.collections[0].get_paths()[0].vertices} == {one, two}
+    assert (rate.get_ylabel(), margin.get_ylabel()) == ("", "mean of 5 batches")
 
 
 def test_method_looks_the_same_in_every_figure_and_no_two_look_alike(tmp_path, draw):

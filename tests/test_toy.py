@@ -19,6 +19,7 @@ from rollout import HFSampler
 from study import warm_start
 from tasks import Outcome, Problem, tiny, toy
 from tasks.sandbox import Sandbox
+from test_study import assert_refused
 
 MODELS = tiny.FIXTURES.parent / "toy_models"
 
@@ -197,16 +198,13 @@ def quick(monkeypatch, tokenizer):
 
 @pytest.mark.parametrize("subset", [*toy.SUBSETS, "code-judge"])
 def test_examples_fit_the_model_and_answers_fit_the_response_limit(loaded, warm_up, tokenizer, quick, subset):
-    make, rng, digits = toy.EVERY[subset](), random.Random(3), ovd.digit_tokens(tokenizer)
-    most = 512 if subset == "code-judge" else warm_start.build_policy(subset).model.config.max_position_embeddings
-    examples = [make.example(rng) for _ in range(1000)]
-    for p in problems(loaded[subset]) if subset in loaded else ():
-        examples.append({"messages": p.messages, "context": None, "answer": respond(subset, p, True)})
-    for example in examples:
+    judges, most_of_answer, digits = subset == "code-judge", toy.EVERY[subset]().max_response, ovd.digit_tokens(tokenizer)
+    most = 512 if judges else warm_start.build_policy(subset).model.config.max_position_embeddings
+    answered = [] if judges else [{"messages": p.messages, "answer": respond(subset, p, True)} for p in problems(loaded[subset])]
+    for example in warm_up[subset][:1000] + answered:
         prompt, answer = warm_start.encode(tokenizer, example)
-        assert len(prompt) + make.max_response <= most and len(answer) <= make.max_response
-        assert answer[-1] == tokenizer.eos_token_id
-        if subset == "code-judge" and "attempt" in example:  # a score is the one token that a judge is asked for
+        assert len(prompt) + most_of_answer <= most and len(answer) <= most_of_answer and answer[-1] == tokenizer.eos_token_id
+        if judges and "attempt" in example:  # a score is the one token that a judge is asked for
             assert answer[:-1] == [digits[int(example["answer"])]] and tokenizer.decode(prompt) == (
                 f"<|im_start|>user\n{example['messages'][0]['content']}\nattempt\n{example['attempt']}\nscore<|im_end|>\n"
                 "<|im_start|>assistant\n"
@@ -235,15 +233,12 @@ def test_a_shipped_model_loads_and_is_small(tokenizer, subset):
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--out", __file__], "is a file"), (["--out", f"{__file__}/x/y"], "cannot be made"), (["--out", "/proc/x"], "cannot be made"),
+    *[(["--out", out], "the model's folder") for out in (__file__, f"{__file__}/x/y", "/proc/x")],
     (["--out", "x", "--steps", "-1"], "--steps"), (["--out", str(Path(__file__).parent)], "holds other things than a model"),
 ])  # fmt: skip
 def test_what_stands_in_the_way_of_a_model_is_said_before_it_is_trained(argv, words, capsys, monkeypatch):
     monkeypatch.setattr(warm_start, "warm_start", lambda *_: pytest.fail("training began"))
-    with pytest.raises(SystemExit) as stop:
-        warm_start.main(argv)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("warm_start.py: error: ") and words in error and error.count("\n") == 1
+    assert_refused(warm_start, argv, words, capsys)
 
 
 def test_a_model_replaces_an_older_one_or_nothing_and_trying_leaves_nothing(tmp_path, monkeypatch, quick):
