@@ -108,10 +108,11 @@ def test_a_server_is_asked_before_the_run_and_one_that_is_not_there_is_named(ser
     assert not capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "status, refused", [(400, ["logprobs"]), (403, ["chat_template_kwargs"]), (422, ["logprobs", "chat_template_kwargs"])]
-)
-def test_what_a_server_refuses_is_left_out_and_never_asked_for_again(served, server, capsys, monkeypatch, status, refused):
+@pytest.mark.parametrize("status, refused, told", [
+    (400, ["logprobs"], "logprobs"), (403, ["chat_template_kwargs"], "thinking_off"),
+    (422, ["logprobs", "chat_template_kwargs"], "logprobs, thinking_off"),
+])  # fmt: skip
+def test_what_a_server_refuses_is_left_out_and_never_asked_for_again(served, server, capsys, monkeypatch, status, refused, told):
     monkeypatch.setattr(served_models, "AT_ONCE", 1)
     server.answer = lambda body, _: (status, "no") if set(refused) & set(body) else server.reply_with("6")
     judge = served()
@@ -123,8 +124,8 @@ def test_what_a_server_refuses_is_left_out_and_never_asked_for_again(served, ser
     assert all(body["seed"] == server.seen[0][2]["seed"] for _, _, body in server.seen[:-2])
     monkeypatch.setattr(served_models, "AT_ONCE", 16)  # several questions find out at the same time
     served().score(ask(*"abcdefgh"), 3, 7)
-    assert [line.startswith(f"{server.url} does without ") and str(status) in line
-            for line in capsys.readouterr().err.splitlines()] == [True, True]  # said once by each  # fmt: skip
+    one, other = capsys.readouterr().err.splitlines()  # said once by each
+    assert one == other and one.startswith(f"{server.url} does without {told}: ") and str(status) in one
 
 
 # ---- A served judge's score --------------------------------------------------------------------------------
