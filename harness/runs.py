@@ -12,7 +12,7 @@ from tasks.base import one_line
 
 
 def config_of(out: Path, needed: Iterable[str]) -> dict:
-    """What the config.json of a run directory holds. Raises ValueError with one line for what is none or lacks one of `needed`."""
+    """What a run directory's config.json holds. Raises ValueError with one line for what is none or lacks one of `needed`."""
     path = out / "config.json"
     try:
         config = json.loads(path.read_text())

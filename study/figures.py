@@ -90,8 +90,8 @@ def label_of(config: dict, all_configs: list[dict]) -> str:
     return " ".join([config["method"].upper(), *(f"{k}={config[k]}" for k in differ)])
 
 
-# Curves: {(what the runs start from, variant): (label, runs in the form of `series`, one for each seed)}. A variant looks the same
-# wherever it starts.
+# Curves: {(what the runs start from, variant): (label, runs in the form of `series`, one for each seed)}. A variant looks the
+# same wherever it starts.
 
 
 def of_runs(folders: list[Path]) -> dict:

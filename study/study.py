@@ -113,8 +113,8 @@ def settings_of(flags: list[str]) -> dict:
 
 
 def perform(flags: list[str], out: Path, test: bool) -> None:
-    """Trains, and with `test` evaluates the first and the last weights; the output goes to a text file. Raises RuntimeError where a
-    command fails. A run that ends early, since it makes no update any more, has status 1 and its last weights: it is a result."""
+    """Trains, and with `test` evaluates the first and the last weights; the output goes to a text file. Raises RuntimeError where
+    a command fails. A run that ends early, since it makes no update any more, has status 1 and its last weights: it is a result."""
     start, text = time.perf_counter(), out.with_name(f"{out.name}.txt")
     commands = [["vpd.py", *flags, "--out", str(out), "--overwrite"], ["evaluate.py", "--run", str(out)]]
     with text.open("w") as printed:
@@ -131,8 +131,8 @@ def perform(flags: list[str], out: Path, test: bool) -> None:
 
 
 def perform_all(jobs: dict[Path, tuple], results: dict, at_once: int, test: bool) -> dict[Path, Exception]:
-    """jobs: {run directory: (row, part of the row, seed, flags)}. Makes each run, unless it is finished with the settings that the
-    flags mean now, and records it as results[row][part][seed]. Returns what went wrong where."""
+    """jobs: {run directory: (row, part of the row, seed, flags)}. Makes each run, unless it is finished with the settings that
+    the flags mean now, and records it as results[row][part][seed]. Returns what went wrong where."""
     todo = {out: flags for out, (*_, flags) in jobs.items() if not (out / "done.json").exists()
             or not settings_of(flags).items() <= load(out / "config.json").items()}  # fmt: skip
     print(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them finished before", flush=True)
@@ -168,7 +168,7 @@ def rounded(value):
 
 
 def record(out: Path, test: bool) -> dict:
-    """What tables and figures need of a finished run; of one that was not evaluated, its last pass rate on validation problems."""
+    """What tables and figures need of a finished run; of one that was not evaluated, its last validation pass rate."""
     log = list(json_rows(out / "log.jsonl"))
     commit, changed, _ = config_of(out, ["commit"])["commit"].partition("+")
     result = {"commit": commit[:7] + changed, "hardware": hardware(), **load(out / "done.json")}
@@ -224,8 +224,8 @@ def report(names: list[str], rows: dict[str, list[str]], known: dict, folder: Pa
 
 
 def ends(run: dict, name: str) -> tuple[float, float]:
-    """Margin: mean over the first and over the last five batches that have one; teacher: its first and its last pass rate. nan where
-    they would overlap."""
+    """Margin: mean over the first and over the last five batches that have one; teacher: its first and its last pass rate. nan
+    where they would overlap."""
     kind, width = {"margin": ("train", 5), "teacher": ("eval", 1)}[name]
     found = [v for v in run[kind][name] if v is not None]
     enough = len(found) >= 2 * width

@@ -135,9 +135,10 @@ def test_arguments_that_cannot_be_are_one_line_exit_2_and_nothing_written(tmp_pa
     (tmp_path / "list").write_text("[]")
     for argv, reason in (
         ("{0}/nowhere", "/nowhere/config.json"), ("{0}/study.json", "Not a directory"), ("{0}/a --out {0}", "it is a folder"),
-        ("{0}/a --out {0}/no/x.png", "there is no folder"), ("{0}/a --out {0}/x.foo", "foo"), ("a --study b", "--study goes without"),
-        ("--study {0}/study.json --out {0}/study.json", "File exists"), ("--study {0}/none --out {0}/new", "none is no JSON object"),
-        ("--study {0}/a/log.jsonl --out {0}/new", "log.jsonl is no JSON object"), ("--study {0}/list --out {0}/new", "it is a list"),
+        ("{0}/a --out {0}/no/x.png", "there is no folder"), ("{0}/a --out {0}/x.foo", "foo"),
+        ("a --study b", "--study goes without"), ("--study {0}/study.json --out {0}/study.json", "File exists"),
+        ("--study {0}/none --out {0}/new", "none is no JSON object"), ("--study {0}/list --out {0}/new", "it is a list"),
+        ("--study {0}/a/log.jsonl --out {0}/new", "log.jsonl is no JSON object"),
     ):  # fmt: skip
         assert_refused(figures, argv.format(tmp_path).split(), reason, capsys)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "list", "study.json"]
@@ -242,7 +243,8 @@ TOGETHER = "60.00 64.75 70.00 81.88 50.00 77.06 80.00 73.67 65.00 74.34"  # ours
      {"2/Qwen3-1.7B GRPO": "61.25 75.65 74.93 50.00 67.42 69.81"}),
     ([f"{SMALL} --subset physics {flags}" for flags in ("--e_step_every 1", "--prior fixed")],
      {"2/Qwen3-1.7B VPD": TABLE_2, "4/Qwen3-1.7B VPD (F5)": TABLE_2, "5/Qwen3-1.7B Dynamic": TABLE_2,
-      "4/Qwen3-1.7B VPD (F1)": "61.12 78.51 72.47 50.00 68.75 70.21", "5/Qwen3-1.7B Fixed": "55.87 76.34 72.81 50.00 66.33 67.84"}),
+      "4/Qwen3-1.7B VPD (F1)": "61.12 78.51 72.47 50.00 68.75 70.21",
+      "5/Qwen3-1.7B Fixed": "55.87 76.34 72.81 50.00 66.33 67.84"}),
     (["--task sciknoweval --model Qwen/Qwen3-4B-Base --subset physics"],
      {"D.3/Qwen3-4B-Base Base": "29.37 32.71 50.84 30.00 51.33 41.06",
       "D.3/Qwen3-4B-Base VPD": "48.50 70.45 64.03 50.00 72.81 63.95"}),

@@ -159,7 +159,7 @@ LOG = [{"kind": "train", "step": 0, "seconds": {"rollout": 1.0, "sync": 0.5}, "r
 @pytest.fixture
 def quick(tmp_path, monkeypatch):
     """Instead of training, a program that writes the run directory of TINY at once, and leaves as a run that makes no update any
-    more, or fails where the flags have -1."""
+    more, or fails where the flags have -1. The pass rate is the seed."""
     cfg = vpd.settings(TINY)
     config = asdict(cfg) | {"teacher": cfg.reader(), "commit": "abcdefghij+ (changed)"}  # as a run records them
     (tmp_path / "evaluate.py").write_text("")
@@ -169,7 +169,7 @@ if "-1" in sys.argv: sys.exit("first\\nvpd.py: error: --lr must be positive")
 out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
 (out / "model").mkdir(parents=True, exist_ok=True)
 (out / "config.json").write_text({json.dumps(config)!r})
-(out / "log.jsonl").write_text({chr(10).join(map(json.dumps, LOG))!r})
+(out / "log.jsonl").write_text({chr(10).join(map(json.dumps, LOG))!r}.replace("0.75", sys.argv[sys.argv.index("--seed") + 1]))
 sys.exit(1)
 """)
     monkeypatch.setattr(study, "HERE", tmp_path)
@@ -177,7 +177,7 @@ sys.exit(1)
 
 
 def test_a_run_is_the_training_command_and_an_evaluation_and_its_weights_go(tmp_path):
-    assert study.perform(TINY, tmp_path / "run", test=True) == ""
+    study.perform(TINY, tmp_path / "run", test=True)
     found = study.record(tmp_path / "run", test=True)
     assert len(found["train"]["reward"]) == 2 and found["eval"]["step"] == [0, 1, 2]
     assert found["before"].keys() == found["after"].keys() == {"avg", "low", "high"}
@@ -217,7 +217,7 @@ def test_tuning_and_reporting_fill_their_files_and_keep_what_is_there(quick, tmp
     tuned = json.loads((tmp_path / "tuning.json").read_text())
     assert tuned["trace/sdpo"] == old["trace/sdpo"] and list(tuned) == ["trace/vpd", "trace/sdpo"]
     kept = {seed: (run["avg"], run["commit"]) for seed, run in tuned["trace/vpd"]["--lr 1"].items()}
-    assert kept == {"101": (0.75, "abcdefg+"), "102": (0.75, "abcdefg+")}  # +: with changes
+    assert kept == {"101": (101, "abcdefg+"), "102": (102, "abcdefg+")}  # +: with changes
     assert study.best("trace/sdpo", tuned) == "--lr 1" and study.best("trace/vpd", tuned) is None  # of --lr -1 nothing is known
     command = "python vpd.py --task toy --subset trace --method sdpo --lr 1 --seed N --out DIR"
     for before, kept in ((command, "old"), ("another command", None)):  # whose runs say nothing of these settings
@@ -226,7 +226,7 @@ def test_tuning_and_reporting_fill_their_files_and_keep_what_is_there(quick, tmp
             study.main(flags)
         ((name, row),) = json.loads((tmp_path / "study.json").read_text())["rows"].items()
         assert name == "trace/sdpo" and row["command"] == command and row["runs"].get("9") == kept
-        assert row["runs"]["1"]["eval"]["avg"] == row["runs"]["2"]["eval"]["avg"] == [0.75]
+        assert [row["runs"][seed]["eval"]["avg"] for seed in "12"] == [[1], [2]]
 
 
 def test_stopping_the_study_stops_its_processes(tmp_path):

@@ -59,8 +59,8 @@ def respond(subset, problem, right: bool) -> str:
     return reference if right else near
 
 
-# Of each subset a checksum of its problems and one of its warm-up examples: others would be another task by the same name, and the
-# models would have to be made again.
+# Of each subset a checksum of its problems and one of its warm-up examples: others would be another task by the same name, and
+# the models would have to be made again.
 KNOWN = {
     "trace": (3135832785, 1236168392), "code": (3391565572, 2889345326), "choice": (1778744473, 1704280561),
     "trace-often": (3135832785, 233708804), "trace-dialect": (3926406966, 1236168392), "code-judge": (3391565572, 1120310418),
