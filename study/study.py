@@ -114,7 +114,7 @@ def settings_of(flags: list[str]) -> dict:
 
 def perform(flags: list[str], out: Path, test: bool) -> None:
     """Trains, and with `test` evaluates the first and the last weights; the output goes to a text file. Raises RuntimeError where
-    a command fails. A run that ends early, since it makes no update any more, has status 1 and its last weights: it is a result."""
+    a command fails. A run that ends early, as it makes no update any more, has status 1 and its last weights: it is a result."""
     start, text = time.perf_counter(), out.with_name(f"{out.name}.txt")
     commands = [["vpd.py", *flags, "--out", str(out), "--overwrite"], ["evaluate.py", "--run", str(out)]]
     with text.open("w") as printed:
