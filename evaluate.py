@@ -1,13 +1,13 @@
-"""avg@k and pass@k on a task's problems, with bootstrap intervals, for any model folder or hub id; or grades of responses
-that are there already.
+"""avg@k and pass@k on a task's problems, with bootstrap intervals, for any model folder or hub id; or grades of ready-made
+responses.
 
     python evaluate.py --model tasks/toy_models/trace --task toy --split test --n 4 --out base.json
     python evaluate.py --run runs/my-run       the weights it started from and those it ended with, same settings
     python evaluate.py --responses answers.jsonl --task math --data math500.jsonl --out grades.jsonl
 
 avg@n is the mean reward over problems and n samples each; pass@k the chance that at least one of k samples passes, by the
-unbiased estimator from n samples. Intervals are 95% bootstrap intervals over problems: they speak for new problems, not
-for new training runs, whose spread only seeds show.
+unbiased estimator from n samples. Intervals are 95% bootstrap intervals over problems: they cover the choice of problems
+for one trained model; run several seeds to see the spread between runs.
 """
 
 import json

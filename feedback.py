@@ -4,8 +4,8 @@
 function from a problem and a context to token ids. Section numbers refer to the paper, arXiv 2605.15113v1.
 
 sources   environment     the verifier's text on a failed rollout
-          sibling         another, successful rollout of the same group
-          critique        the model's own review of a failed rollout, written with the reference answer in view
+          sibling         a successful rollout of the same group, never the row itself
+          critique        a model's review of a failed rollout, written with the reference answer in view
           solution_first  a sibling where there is one, else the environment's text; never both
           both            a sibling where there is one, and the environment's text
 
@@ -13,7 +13,7 @@ A success needs a context as well, or the E-step has no positives. With sibling 
 With environment and critique the paper is silent; here a success borrows the text of a random failure of its own group,
 because any text that only successes see ("all tests passed") tells the teacher the label and nothing else.
 
-docs/tasks.md says how to add a source; the flag, borrowing, the kind in the log and what cannot go together follow.
+docs/tasks.md shows how to add a source; its flag, borrowing, its kind in the log and the checks of settings come with it.
 """
 
 import random

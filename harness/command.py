@@ -1,7 +1,7 @@
-"""How a command ends and what it leaves: what was wrong with its input is one line on stderr and exit status 2, a run that
-cannot go on 1, Ctrl-C 130; a file is written whole or not at all.
+"""How a command ends: wrong input gives one line on stderr and exit status 2, a run that cannot go on status 1, Ctrl-C status
+130. Files are written whole or not at all.
 
-Nothing heavy is imported here: figures do without torch.
+Nothing heavy is imported here, so that figures can be drawn without torch.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""Whether a model can be had at all, asked once before the library asks.
+"""Checks that a model or data set can be downloaded, before the library tries.
 
-A library that finds no hub tries for half a minute and tells of every attempt. Here a request, and another a second
-later, tells whether there is a hub; what it answers is left to the library, whose time limits and retries for real downloads stay.
+A library that finds no hub retries for half a minute and reports every attempt. Here one request, and a second one a second
+later, tells whether the hub can be reached; the download itself is the library's, with its own time limits and retries.
 """
 
 import json

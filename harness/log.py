@@ -1,6 +1,6 @@
-"""What the log says of a batch: figures are handed in as they come up, averaged here, and become one row and one line.
+"""The log of a batch: the loop hands in numbers as they arise; they are averaged here and become one row and one line.
 
-docs/log.md has the formula of every figure and the value to expect at the first batch.
+docs/log.md has the formula of every number and the value to expect at the first batch.
 """
 
 import math

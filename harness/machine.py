@@ -1,5 +1,5 @@
-"""What a machine lacks for a run, asked before the first batch. What is certain to fail is refused in one line; what may
-fail is a note. Each says what to do.
+"""Checks, before the first batch, what this machine lacks for a run. If failure is certain, the run is refused in one line; if
+it is possible, a note is printed. Each says what to do.
 """
 
 import os

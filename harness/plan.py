@@ -1,9 +1,9 @@
-"""What a run needs before it starts: rows, tokens and updates from the settings, bytes from the settings and the
-model's config. No weights are read and no GPU is needed, so that `python vpd.py --plan` answers anywhere.
+"""What a run will need, computed before it starts: rows, tokens and updates from the settings, bytes from the settings and
+the model's config. No weights are read and no GPU is needed, so that `python vpd.py --plan` works anywhere.
 
 A GPU's memory has two peaks. In training the engine that samples sleeps; in sampling the gradients are gone, and what
 the trainer does not keep is for the engine's weights and its key-value cache. Tensors are counted one by one, as
-policy.py and head.py hold them; the constants below are assumptions. GB is 10^9 bytes.
+policy.py and head.py hold them; the constants below are measured or assumed, as they say. GB is 10^9 bytes.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""A run directory: made and locked for one run, and what it tells afterwards."""
+"""The run directory: making it and locking it for one run, and reading it afterwards."""
 
 import fcntl
 import hashlib

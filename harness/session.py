@@ -1,4 +1,4 @@
-"""What surrounds a training loop: opening a run, checkpoints, evaluation by the way, signals, the end.
+"""What surrounds a training loop: opening a run, checkpoints, evaluation during training, signals, the end.
 
 `launch` takes settings and a loop, `train(cfg, run)`. `Run` is what the loop sees. The run directory: runs.py.
 """

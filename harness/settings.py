@@ -1,7 +1,7 @@
 """From a command to settings: a flag for each field of a Config, presets under the flags, and what is refused.
 
-A Config is a dataclass whose fields are made by `Group`s: the default, what --help says, the values that are allowed, and who
-reads the setting. All of it is one line beside the field, so nothing about a setting has to be looked up or added elsewhere.
+A Config is a dataclass whose fields are made by `Group`s. A field's one line has the default, what --help says, which values
+are allowed and who reads the setting, so nothing about a setting has to be looked up or added elsewhere.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
 A checkpoint is a folder `step-N`, the state after N rollout batches. It is written under a temporary name and renamed when
 all of it is there, so a run that is killed at any moment leaves whole checkpoints only. Tensors are written by
-torch.distributed.checkpoint, in shards, and may be read by another number of processes. `manifest.json` holds size and
-CRC-32 of every file: what a disk or a hand has damaged since is found before it is loaded. No generator's state is kept: every
-random number is a function of seed, batch and row (rollout.py).
+torch.distributed.checkpoint, in shards, and may be read by another number of processes. `manifest.json` holds the size and
+CRC-32 of every file, so that damage is found before anything is loaded. No generator's state is saved, because every random
+number is a function of seed, batch and row (rollout.py).
 """
 
 import json

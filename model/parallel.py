@@ -1,4 +1,4 @@
-"""The processes of a run: what each does of a batch, and the network in shards (FSDP2)."""
+"""The processes of a run: each one's share of a batch, and the network in shards (FSDP2)."""
 
 import os
 import sys

@@ -2,7 +2,7 @@
 
 The network is an ordinary Hugging Face causal language model. This file is the model boundary: prompts and responses go
 in as token ids, and what comes out is already shifted, so that place t of a (B, T) tensor belongs to response token t.
-Nothing after this file shifts anything. Only response places are projected on the vocabulary.
+No other file shifts anything. Only response places are projected on the vocabulary.
 """
 
 import copy

@@ -1,6 +1,6 @@
 """Models behind a server that speaks OpenAI's protocol: a critic (feedback.py), a judge (ovd.py).
 
-What cannot be had is missing, never invented, and counted; a server that says nothing for SILENT batches ends the run.
+A missing answer is counted, never invented; if a server answers nothing for SILENT batches in a row, the run ends.
 """
 
 import math

@@ -1,5 +1,4 @@
-"""How fast, and in how much memory: training steps on the toy task and the loss head, each beside the matrix products
-that it cannot do without.
+"""How fast, and in how much memory: toy training steps and the loss head, each beside the matrix products that it needs.
 
     python -m study.bench [--only steps head] [--out FILE]
 

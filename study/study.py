@@ -5,8 +5,8 @@
     bash run.sh study --only trace/vpd   only rows whose name starts like this
     bash run.sh study --tables           only the tables, from study/results/
 
-study/rows.txt lists the settings that were tried and the rows that are reported, study/claims.txt what is claimed of them. A run
-is the training command that the tables print, then `python evaluate.py --run DIR`. A finished run is kept, one that was stopped
+study/rows.txt lists the settings that were tried and the rows that are reported, study/claims.txt the claims about them. A run is
+the training command that the tables print, then `python evaluate.py --run DIR`. Finished runs are kept; one that was stopped
 starts again.
 """
 

@@ -2,7 +2,7 @@
 
     python -m study.tables runs/*
 
-study/paper.txt lists the paper's rows. A run is in a row only if it was trained and evaluated with the settings of that row: its
+study/paper.txt lists the paper's rows. A run is in a row only if it was trained and evaluated with that row's settings: its
 task's preset, which has the paper's settings, and the row's flags.
 """
 

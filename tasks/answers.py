@@ -1,5 +1,5 @@
-"""A mathematical answer as text: the box that it is in, and what fonts, units, bases and plain numbers settle before
-tasks/algebra.py has to compare values."""
+"""A mathematical answer as text: finds its box, and settles what fonts, units, bases and plain numbers can settle; what is
+left is compared by value in tasks/algebra.py."""
 
 import re
 from collections.abc import Callable

@@ -1,5 +1,5 @@
-"""What a task is: problems with prompts, and a verifier that turns a response into an outcome with a text. And how the rows
-of a data source are read."""
+"""What a task is: problems with prompts, and a verifier that turns a response into an outcome with a text. Also reads the
+rows of data sources."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator

@@ -1,5 +1,5 @@
-"""A task of one's own: a Python file whose load() returns a Task. Whatever is wrong with the file or its verifier is one
-line that names the file's line, and what a verifier returns becomes plain numbers and text."""
+"""A task of one's own: a Python file whose load() returns a Task. An error in the file or its verifier becomes one line that
+names the file's line, and what a verifier returns becomes plain numbers and text."""
 
 import importlib.util
 import os

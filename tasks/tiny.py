@@ -1,4 +1,4 @@
-"""Tokenizers and models that are made on the spot: the toy tasks' tokenizer, and tiny random models of the real
+"""Tokenizers and models made on the spot: the toy tasks' tokenizer, and tiny random models of the real
 architectures for smoke runs."""
 
 import json

@@ -1,4 +1,4 @@
-"""A run that is stopped, killed or damaged goes on as if nothing had been: checkpoints by themselves, then whole runs."""
+"""A run that is stopped, killed or damaged goes on as if nothing had happened: checkpoints by themselves, then whole runs."""
 
 import json
 import multiprocessing

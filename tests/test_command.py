@@ -1,4 +1,4 @@
-"""command.py: what was wrong is one line on stderr with the command's name, and exit status 2, for every command; files are
+"""command.py: every command's wrong input gives one line on stderr with the command's name, and exit status 2; files are
 written whole; Ctrl-C is quiet."""
 
 import errno

@@ -132,6 +132,8 @@ def test_tables_of_settings_methods_and_sources_are_the_codes():
 def test_the_teachers_prompts_are_those_that_the_code_renders(byte_tokenizer):
     (text,) = (text for language, text in BLOCKS if language == "text")
     shown = dict(re.findall(r"---- (\w+)\n(.*?)(?=\n---- |\n\Z)", text, re.DOTALL))
+    question, first, second, closing = re.split(r"^(?=Here is|An earlier|Now answer)", shown["both"], flags=re.MULTILINE)
+    shown |= {"sibling": question + first + closing, "environment": question + second + closing}  # as the text above them says
     solution, said = dict(solution="42"), dict(feedback="41 is too low.")
     contexts = {"sibling": solution, "environment": said, "both": solution | said,
                 "critique": dict(critique="The units were added wrongly; look at 2 + 0 again.")}  # fmt: skip

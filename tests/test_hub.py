@@ -1,4 +1,4 @@
-"""hub.py: one request tells whether there is a hub, and paths are not asked for at all."""
+"""hub.py: one request tells whether the hub can be reached, and no request is made for paths."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""What a machine lacks is said before the first batch, in one line with what to do."""
+"""What a machine lacks is reported before the first batch, in one line that says what to do."""
 
 from dataclasses import replace
 from types import SimpleNamespace

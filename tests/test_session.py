@@ -1,5 +1,5 @@
-"""What surrounds the loop: run directories, what a model or a task brings that cannot be trained, interruptions, updates that
-are not finite, the best weights, and the probe of the teacher."""
+"""What surrounds the loop: run directories, models and tasks that cannot be trained, interruptions, updates that are not
+finite, the best weights, and the probe of the teacher."""
 
 import copy
 import json
