@@ -100,10 +100,10 @@ def judge_parts(messages: list[dict[str, str]], attempt: str, request: str) -> l
 
 def digit_tokens(tokenizer) -> list[int]:
     """The ids of 0 to 9. Raises ValueError for a tokenizer that has no token of its own for each."""
-    ids = [tokenizer(str(digit), add_special_tokens=False).input_ids for digit in range(10)]
-    if any(len(found) != 1 for found in ids) or len({found[0] for found in ids}) < 10:
+    ids = [token for digit in range(10) for token in tokenizer(str(digit), add_special_tokens=False).input_ids]
+    if len(ids) != 10 or len({*ids}) < 10:
         raise ValueError("the tokenizer has no token of its own for each digit, so this network cannot judge: --judge_url")
-    return [found[0] for found in ids]
+    return ids
 
 
 def judge_figures(scores: list, outcomes: list, threshold: float) -> dict:

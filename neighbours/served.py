@@ -3,13 +3,12 @@
 A missing answer is counted, never invented; if a server answers nothing for SILENT batches in a row, the run ends.
 """
 
-import itertools
 import math
 import os
 import re
 import sys
 import threading
-from collections import ChainMap, Counter
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -19,12 +18,16 @@ from harness.command import Stopped
 from rollout import seed_for
 
 SILENT = 3  # batches in a row without a single answer
-AT_ONCE = 16  # questions; where none of the first so many had an answer the others are not asked
-WANTED = {  # what a server may refuse to be asked
-    "logprobs": {"logprobs": True, "top_logprobs": 20},
-    # Beyond OpenAI's protocol, for servers that know it: no thought before an answer.
-    "thinking_off": {"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}},
-}
+AT_ONCE = 16  # questions; where none of the first so many has an answer the others are not asked
+# Beyond OpenAI's protocol, for servers that know it: no thought before an answer.
+THINKING_OFF = {"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}}
+LOGPROBS = {"logprobs": True, "top_logprobs": 20}
+# How to ask: what is left out, since a server may refuse it, and the settings that remain.
+WAYS = {
+    "critic": [("nothing", THINKING_OFF), ("thinking_off", {})],
+    "judge": [("nothing", THINKING_OFF | LOGPROBS), ("thinking_off", LOGPROBS), ("logprobs", THINKING_OFF),
+              ("logprobs, thinking_off", {})],
+}  # fmt: skip
 
 
 class Served:
@@ -45,10 +48,9 @@ class Served:
         self.client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=2)
         self.refusals = openai.BadRequestError, openai.UnprocessableEntityError, openai.PermissionDeniedError
         self.who, self.url, self.model, self.world, self.missing = who, url, model, world, missing
-        self.without: set[str] = set()  # names of WANTED that the server refuses
-        self.silent, self.lock = 0, threading.Lock()
+        self.ways, self.silent, self.lock = WAYS[who], 0, threading.Lock()
         ask, question = partial(self._chat, max_tokens=8), [{"role": "user", "content": "1 +"}]
-        why = next(iter(world.first(lambda: self._at_once(ask, [question], 0)[1])), "")
+        ((_, why),) = world.first(lambda: self._at_once(ask, [question], 0))
         if why and not why.startswith("ValueError"):  # an empty reply is an answer
             raise ValueError(f"--{who}_url {url} with --{who}_model {model} does not answer: {why}")
 
@@ -61,61 +63,57 @@ class Served:
         """The score in each reply, 0 to 9: the expected digit where the server tells the probabilities at the reply's digit, else
         the digit; None for a reply without one as well, which is counted. Greedy."""
         how = dict(max_tokens=max_tokens, temperature=0.0)
-        scores = self._each(lambda *asked: (read_score(self._chat(*asked, "logprobs", **how)),), messages, seed)
+        scores = self._each(lambda *asked: (read_score(self._chat(*asked, **how)),), messages, seed)
         self.missing["judge: no digit, kept"] += scores.count((None,))
         return [score and score[0] for score in scores]
 
-    def _chat(self, messages: list[dict], seed: int, *wanted: str, **how):
-        """A reply, asked for with thinking off and all of `wanted`, or with as many as the server takes, which is told once."""
-        wanted, refusal = [name for name in ("thinking_off", *wanted) if name not in self.without], None
-        for left_out in itertools.chain(*(itertools.combinations(wanted, n) for n in range(len(wanted) + 1))):
-            settings = ChainMap(*(WANTED[name] for name in wanted if name not in left_out))
+    def _chat(self, messages: list[dict], seed: int, **how):
+        """A reply, asked for in the first of the ways that the server takes; from then on the ways before it are not tried."""
+        ways = self.ways
+        for k, (left_out, settings) in enumerate(ways):
             try:
                 answer = self.client.chat.completions.create(model=self.model, messages=messages, seed=seed, **how, **settings)
+                break
             except self.refusals as error:
                 refusal = error
-                continue
-            with self.lock:
-                if new := set(left_out) - self.without:
-                    self.without |= new
-                    print(f"{self.url} does without {', '.join(sorted(new))}: {refusal}", file=sys.stderr)
-            if not answer.choices[0].message.content:
-                raise ValueError("an empty reply")
-            return answer.choices[0]
-        raise refusal
+        else:
+            raise refusal
+        with self.lock:
+            if k and self.ways is ways:  # no other question has found out
+                self.ways = ways[k:]
+                print(f"{self.url} does without {left_out}: {refusal}", file=sys.stderr)
+        if not answer.choices[0].message.content:
+            raise ValueError("an empty reply")
+        return answer.choices[0]
 
     def _each(self, ask: Callable, questions: list, seed: int) -> list:
         """ask(question, seed of its own) of each, by one process; the answers in all of them."""
-        answers, failures = self.world.first(lambda: self._at_once(ask, questions, seed))
+        found = self.world.first(lambda: self._at_once(ask, questions, seed))
+        failures = Counter(why for _, why in found if why)
         if failures:
-            self.missing[f"{self.who}: the server failed"] += sum(failures.values())
+            self.missing[f"{self.who}: the server failed"] += failures.total()
             for why, count in failures.items() if self.world.rank == 0 else ():
                 print(f"{self.who}: {why} ({count} times)", file=sys.stderr)
-        self.silent = self.silent + 1 if failures and all(answer is None for answer in answers) else 0
+        self.silent = self.silent + 1 if 0 < failures.total() == len(found) else 0
         if self.silent == SILENT:
             raise Stopped(f"the {self.who} at {self.url} has not answered for {SILENT} batches: {next(iter(failures))}")
-        return answers
+        return [answer for answer, _ in found]
 
-    def _at_once(self, ask: Callable, questions: list, seed: int) -> tuple[list, dict[str, int]]:
-        """The answers, and what went wrong how often."""
-        failures, answered = Counter(), threading.Event()
+    def _at_once(self, ask: Callable, questions: list, seed: int) -> list[tuple]:
+        """(answer, "") of each, or (None, why it has none)."""
 
-        def guarded(i: int):
-            if not answered.is_set() and failures.total() >= AT_ONCE:
-                why = "not asked: none of those before had an answer"
-            else:
-                try:
-                    answer = ask(questions[i], seed_for(seed, i) % 2**31)  # servers take no more
-                    answered.set()
-                    return answer
-                except Exception as error:  # the library's errors, and answers that are not of the protocol
-                    why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-            with self.lock:
-                failures[why] += 1
+        def attempt(i: int):
+            try:
+                return ask(questions[i], seed_for(seed, i) % 2**31), ""  # servers take no more
+            except Exception as error:  # the library's errors, and answers that are not of the protocol
+                return None, f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
-        pool = ThreadPoolExecutor(AT_ONCE)
+        pool, rest = ThreadPoolExecutor(AT_ONCE), range(len(questions))[AT_ONCE:]
         try:
-            return list(pool.map(guarded, range(len(questions)))), dict(failures)
+            found = list(pool.map(attempt, range(len(questions))[:AT_ONCE]))
+            if all(why for _, why in found):
+                return found + [(None, "not asked: none of those before had an answer")] * len(rest)
+            return found + list(pool.map(attempt, rest))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

@@ -9,13 +9,13 @@ to the highest seed. The grey line is the pass rate of the base model. Steps cou
 
 import io
 import json
+from itertools import cycle
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from harness.command import CannotWrite, Parser, check_out, run, write
+from harness.command import Parser, check_out, run, write
 from harness.runs import config_of
 from tasks.base import json_rows
 
@@ -32,13 +32,13 @@ SERIES = {  # what is kept of a log, {kind of row: {name: key in the row}}
     "eval": {"step": "step", "avg": "avg", "teacher": "teacher_avg"},
     "train": {key: key for key in ("reward", "margin", "entropy", "divergence", "with_context", "response_length", "shift")},
 }
-MEASURES = {  # one of the series: title, kind of row, whether to smooth over neighbouring batches
-    "avg": ("pass rate on validation problems", "eval", False),
-    "teacher": ("teacher's pass rate on fixed base failures", "eval", False),  # falls when reading collapses
-    "reward": ("reward of the rollouts", "train", True),
-    "margin": ("reward margin of the teacher", "train", True),
-    "entropy": ("student's entropy, nats per token", "train", True),
-    "divergence": ("each method's D(student, teacher)", "train", True),  # KL of one, JS of another
+MEASURES = {  # one of the series: title, kind of row; those of training are smoothed over neighbouring batches
+    "avg": ("pass rate on validation problems", "eval"),
+    "teacher": ("teacher's pass rate on fixed base failures", "eval"),  # falls when reading collapses
+    "reward": ("reward of the rollouts", "train"),
+    "margin": ("reward margin of the teacher", "train"),
+    "entropy": ("student's entropy, nats per token", "train"),
+    "divergence": ("each method's D(student, teacher)", "train"),  # KL of one, JS of another
 }
 FIGURES = {  # file: panels of (subset, measure, variants)
     "margin": [("trace", "margin", ("vpd", "sdpo", "sdpo live"))],  # Fig. 1
@@ -49,13 +49,6 @@ FIGURES = {  # file: panels of (subset, measure, variants)
     "dialect": [("trace-dialect", key, ("vpd likelier", "vpd F=1", "vpd F=5", "sdpo no E-step"))
                 for key in ("avg", "teacher", "margin")],
 }  # fmt: skip
-
-
-class Curve(NamedTuple):
-    label: str
-    look: tuple  # colour, line style
-    base: str  # the model that the runs start from
-    runs: list[dict]  # of each seed, in the form of `series`
 
 
 # ---- What is drawn -----------------------------------------------------------------------------------------
@@ -83,7 +76,7 @@ def series(rows: list[dict]) -> dict[str, dict[str, list]]:
 
 def values(run: dict, measure: str) -> dict[int, float]:
     """{step: value} of a run as `series` gives it, without the steps that have none."""
-    _, kind, _ = MEASURES[measure]
+    kind = MEASURES[measure][1]
     found = run[kind].get(measure) or []  # null: the method has none
     steps = run[kind]["step"] if kind == "eval" else range(len(found))
     return {step: value for step, value in zip(steps, found) if value is not None}
@@ -97,32 +90,32 @@ def label_of(config: dict, all_configs: list[dict]) -> str:
     return " ".join([config["method"].upper(), *(f"{k}={config[k]}" for k in differ)])
 
 
-def of_runs(folders: list[Path]) -> list[Curve]:
+# Curves: {(what the runs start from, variant): (label, runs in the form of `series`, one for each seed)}. A variant looks the
+# same wherever it starts.
+
+
+def of_runs(folders: list[Path]) -> dict:
     """Run directories, those that differ only in their seed together. Raises ValueError with one line where one is none."""
-    curves, spare, configs = {}, iter(SPARE * len(folders)), [config_of(folder, ("method",)) for folder in folders]
+    curves, configs = {}, [config_of(folder, ("method",)) for folder in folders]
     for folder, config in zip(folders, configs):
         run, label = series([*json_rows(folder / "log.jsonl")]), label_of(config, configs)
         if not any(values(run, measure) for measure in MEASURES):
             raise ValueError(f"{folder}/log.jsonl has no batch and no evaluation yet: there is nothing to draw")
-        if label not in curves:
-            curves[label] = Curve(label, STYLES.get(label.lower()) or next(spare), str(config.get("model")), [])
-        curves[label].runs.append(run)
-    return [*curves.values()]
+        curves.setdefault((str(config.get("model")), label.lower()), (label, []))[1].append(run)
+    return curves
 
 
-def of_study(path: Path) -> dict[str, Curve]:
+def of_study(path: Path) -> dict:
     """The rows of a study.json."""
-    curves, rows = {}, load(path)["rows"]
-    others = sorted({name.partition("/")[2] for name in rows} - STYLES.keys())
-    looks = STYLES | dict(zip(others, SPARE * len(others)))
-    for name, row in rows.items():
-        subset, _, variant = name.partition("/")
+    curves = {}
+    for name, row in load(path)["rows"].items():
         evals = [run["eval"] for run in row["runs"].values()]
         end = max(of_run["step"][-1] for of_run in evals)
         for of_run in evals:  # one that ended early, since it made no update any more, stays where it ended
             if of_run["step"][-1] < end:
                 of_run.update({key: [*of_run[key], end if key == "step" else of_run[key][-1]] for key in of_run})
-        curves[name] = Curve(row["label"], looks[variant], subset, [*row["runs"].values()])
+        subset, _, variant = name.partition("/")
+        curves[subset, variant] = row["label"], [*row["runs"].values()]
     return curves
 
 
@@ -135,25 +128,28 @@ def smooth(values: np.ndarray, width: int = 5) -> np.ndarray:
     return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
 
 
-def draw(panels: list[tuple[str, str, list[Curve]]], width: float) -> tuple[Figure, list[str]]:
-    """panels: what to put before the title, measure, curves; width in inches. Returns the figure and what its legend says of each
-    curve."""
+def draw(panels: list[tuple[str, str, dict]], looks: dict[str, tuple], **how) -> tuple[bytes, list[str]]:
+    """panels: what to put before the title, measure, curves; one of which no run has a value is left out. looks: colour and line
+    style of each variant. Returns the picture, made as `how` says, and what its legend says of each curve; nothing where
+    there is no curve."""
+    width = 13 if len(panels) > 2 else 9  # inches
+    panels = [panel for panel in panels if any(values(run, panel[1]) for _, runs in panel[2].values() for run in runs)]
     down = len(panels) // 4 + 1
-    figure = Figure((width, 7.5 if len(panels) > 3 else 4.2), layout="constrained")
+    figure = Figure((width, 7.5 if down > 1 else 4.2), layout="constrained")
     axes = figure.subplots(down, max(1, -(-len(panels) // down)), squeeze=False)
     shown, counts, base_lines = {}, {}, []
     for axis, (before, measure, curves) in zip(axes.flat, panels):
-        title, _, smoothed = MEASURES[measure]
+        title, kind = MEASURES[measure]
         bases: dict[str, list[float]] = {}
-        for label, (colour, dash), base, runs in curves:
+        for (base, variant), (label, runs) in curves.items():
             found = [of_seed for run in runs if (of_seed := values(run, measure))]
             # Only steps that every seed has: a mean over a changing set of seeds would jump.
             steps = sorted(set.intersection(*map(set, found))) if found else []
             if not steps:
                 continue
             lines = np.array([[of_seed[step] for step in steps] for of_seed in found], float)  # (seeds, steps)
-            lines = np.array([smooth(line) for line in lines]) if smoothed else lines
-            mark = None if smoothed else "o"  # evaluations are few
+            lines = np.array([smooth(line) for line in lines]) if kind == "train" else lines
+            (colour, dash), mark = looks[variant], "o" if kind == "eval" else None  # evaluations are few
             (shown[label],) = axis.plot(steps, lines.mean(0), color=colour, linestyle=dash, marker=mark, ms=3.5)
             axis.fill_between(steps, lines.min(0), lines.max(0), color=colour, alpha=0.14, linewidth=0)
             counts.setdefault(label, {})[str(len(found))] = None  # more than one number where panels differ
@@ -162,16 +158,18 @@ def draw(panels: list[tuple[str, str, list[Curve]]], width: float) -> tuple[Figu
             base_lines += [axis.axhline(np.mean(of), color="#777777", linewidth=1) for of in bases.values() if of]
         axis.set_title(before + title, fontsize=10)
         axis.set_xlabel("rollout batches")
-        axis.set_ylabel("mean of 5 batches" if smoothed else "")
+        axis.set_ylabel("mean of 5 batches" if kind == "train" else "")
         axis.grid(alpha=0.3)
         low, high = axis.get_ylim()  # with 0 on the axis noise does not look like a rise
         axis.set_ylim((0, 1) if measure in ("avg", "teacher", "reward") else (min(0, low), max(0, 1.05 * high)))
     legend = [f"{label} ({' and '.join(seeds)} seed{'s' if [*seeds] != ['1'] else ''})" for label, seeds in counts.items()]
+    picture = io.BytesIO()
     if legend:
         lines, texts = [*shown.values(), *base_lines[:1]], [*legend, "base model"]
-        figure.legend(lines, texts[: len(lines)], loc="outside lower center", ncols=min(3, len(lines)), handlelength=3.5,
+        figure.legend(lines, texts[: len(lines)], loc="outside lower center", ncols=3, handlelength=3.5,
                       fontsize="medium" if width > 9 else "small")  # fmt: skip
-    return figure, legend
+        figure.savefig(picture, **how)
+    return picture.getvalue(), legend
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -188,26 +186,22 @@ def main(argv: list[str] | None = None) -> None:
             if not out.suffix and not out.is_dir():
                 out = out.with_name(f"{out.name}.png")  # as the library names it
             check_out(out)
-            measures = [m for m in ("avg", "reward", "margin", "teacher") if any(values(run, m) for c in curves for run in c.runs)]
-            pictures = {out: [("", measure, curves) for measure in measures]}
+            figures = {out: [("", measure, curves) for measure in ("avg", "reward", "margin", "teacher")]}
         else:
             out, curves = args.out or Path("study/results"), of_study(args.study or Path("study/results/study.json"))
             out.mkdir(parents=True, exist_ok=True)
-            pictures = {}
-            for file, panels in FIGURES.items():
-                there = [(f"{subset}: ", measure, [curves[name] for v in variants if (name := f"{subset}/{v}") in curves])
-                         for subset, measure, variants in panels]  # fmt: skip
-                pictures[out / f"{file}.png"] = [panel for panel in there if panel[2]]
-        for path, panels in pictures.items():
-            figure, legend = draw(panels, width=13 if args.runs or len(panels) > 2 else 9)
-            if legend:
-                figure.savefig(content := io.BytesIO(), format=path.suffix[1:], dpi=110 if args.runs else 200)
-                write(path, content.getvalue())
-            print(f"{path}: {', '.join(legend) or 'not drawn, none of its rows is there'}")
-    except CannotWrite:
-        raise
+            chosen = lambda subset, variants: {key: curves[key] for v in variants if (key := (subset, v)) in curves}  # noqa: E731
+            figures = {out / f"{file}.png": [(f"{subset}: ", measure, chosen(subset, of)) for subset, measure, of in panels]
+                       for file, panels in FIGURES.items()}  # fmt: skip
+        looks = STYLES | dict(zip(sorted({variant for _, variant in curves} - STYLES.keys()), cycle(SPARE)))
+        dpi = 110 if args.runs else 200
+        pictures = {path: draw(panels, looks, format=path.suffix[1:], dpi=dpi) for path, panels in figures.items()}
     except (ValueError, OSError) as error:
         parser.error(error)
+    for path, (picture, legend) in pictures.items():
+        if picture:
+            write(path, picture)
+        print(f"{path}: {', '.join(legend) or 'not drawn, none of its rows is there'}")
 
 
 if __name__ == "__main__":

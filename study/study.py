@@ -37,7 +37,7 @@ README = HERE / "README.md"
 SUMMARY = ("<!-- written by study.py: summary -->", "<!-- written by study.py: end of summary -->")
 MARKS = ("<!-- written by study.py: begin -->", "<!-- written by study.py: end -->")
 VERDICTS = ("yes", "no, the opposite", "undecided")
-TUNING_SEEDS = (101, 102)  # never reported
+TUNING_SEEDS = ("101", "102")  # never reported
 
 # ---- Rows and claims, from the text files beside this one --------------------------------------------------------
 
@@ -79,7 +79,7 @@ def mean_avg(runs: dict) -> float:
 def best(row: str, known: dict) -> str | None:
     """The flags of a row's best setting by the mean of the tuning seeds; None before all that are listed have been run."""
     runs = {flags: known.get(row, {}).get(flags, {}) for flags in TRIED.get(row, [])}
-    if not runs or any(of.keys() != {*map(str, TUNING_SEEDS)} for of in runs.values()):
+    if not runs or any(of.keys() != {*TUNING_SEEDS} for of in runs.values()):
         return None
     return max(runs, key=lambda flags: mean_avg(runs[flags]))
 
@@ -112,9 +112,9 @@ def settings_of(flags: list[str]) -> dict:
     return {name: value for name, value in vars(cfg).items() if name not in aside} | {"teacher": cfg.reader()}
 
 
-def perform(flags: list[str], out: Path, test: bool) -> str:
-    """Trains, and with `test` evaluates the first and the last weights; the output goes to a text file. Returns the error, or
-    "". A run that ends early, because it makes no update any more, has status 1 and its last weights: it is a result."""
+def perform(flags: list[str], out: Path, test: bool) -> None:
+    """Trains, and with `test` evaluates the first and the last weights; the output goes to a text file. Raises RuntimeError where
+    a command fails. A run that ends early, as it makes no update any more, has status 1 and its last weights: it is a result."""
     start, text = time.perf_counter(), out.with_name(f"{out.name}.txt")
     commands = [["vpd.py", *flags, "--out", str(out), "--overwrite"], ["evaluate.py", "--run", str(out)]]
     with text.open("w") as printed:
@@ -124,17 +124,16 @@ def perform(flags: list[str], out: Path, test: bool) -> str:
             STARTED.append(child)
             status, last = child.wait(), ["", *text.read_text().splitlines()][-1]
             if status and not (status == 1 and (out / "model").is_dir()):
-                return f"exit status {status}: {last} (see {text})"
+                raise RuntimeError(f"exit status {status}: {last} (see {text})")
     (out / "done.json").write_text(json.dumps({"seconds": round(time.perf_counter() - start, 1)}) + "\n")
     for part in ("model", "best", "checkpoints"):  # not needed again, and a study has hundreds of them
         shutil.rmtree(out / part, ignore_errors=True)
-    return ""
 
 
-def perform_all(jobs: dict[Path, list[str]], at_once: int, test: bool) -> dict[Path, str]:
-    """Makes the run of each folder's flags, unless it is finished with the settings that they mean now. Returns what went
-    wrong where."""
-    todo = {out: flags for out, flags in jobs.items() if not (out / "done.json").exists()
+def perform_all(jobs: dict[Path, tuple], results: dict, at_once: int, test: bool) -> dict[Path, Exception]:
+    """jobs: {run directory: (row, part of the row, seed, flags)}. Makes each run, unless it is finished with the settings that
+    the flags mean now, and records it as results[row][part][seed]. Returns what went wrong where."""
+    todo = {out: flags for out, (*_, flags) in jobs.items() if not (out / "done.json").exists()
             or not settings_of(flags).items() <= load(out / "config.json").items()}  # fmt: skip
     print(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them finished before", flush=True)
     failed, start = {}, time.time()
@@ -144,9 +143,9 @@ def perform_all(jobs: dict[Path, list[str]], at_once: int, test: bool) -> dict[P
         try:
             for count, future in enumerate(as_completed(pending), 1):
                 out = pending[future]
-                if error := str(future.exception() or future.result()):
+                if error := future.exception():
                     failed[out] = error
-                print(f"{count}/{len(todo)} after {(time.time() - start) / 60:.1f} min: {out.name} {error}", flush=True)
+                print(f"{count}/{len(todo)} after {(time.time() - start) / 60:.1f} min: {out.name} {error or ''}", flush=True)
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             while any(future.running() for future in pending):
@@ -155,6 +154,9 @@ def perform_all(jobs: dict[Path, list[str]], at_once: int, test: bool) -> dict[P
                 time.sleep(0.1)
             print("study.py: stopped; finished runs are kept", file=sys.stderr)
             sys.exit(130)
+    for out, (row, part, seed, _) in jobs.items():
+        if out not in failed:
+            results.setdefault(row, {}).setdefault(part, {})[seed] = record(out, test)
     return failed
 
 
@@ -165,19 +167,20 @@ def rounded(value):
     return round(value, 4) if 0 <= value <= 1 else float(f"{value:.3g}")
 
 
-def record(out: Path) -> dict:
-    """What tables and figures need of a finished run."""
+def record(out: Path, test: bool) -> dict:
+    """What tables and figures need of a finished run; of one that was not evaluated, its last validation pass rate."""
     log = list(json_rows(out / "log.jsonl"))
     commit, changed, _ = config_of(out, ["commit"])["commit"].partition("+")
-    seconds = float(np.median([sum(row["seconds"].values()) for row in log if row["kind"] == "train"]))
     result = {"commit": commit[:7] + changed, "hardware": hardware(), **load(out / "done.json")}
+    curves = {kind: {name: [*map(rounded, column)] for name, column in of.items()} for kind, of in series(log).items()}
+    if not test:
+        return result | {"avg": curves["eval"]["avg"][-1]}
+    seconds = float(np.median([sum(row["seconds"].values()) for row in log if row["kind"] == "train"]))
     result["seconds_per_batch"] = round(seconds, 3)
     for name, found in load(out / "evaluation.json", {}).items():
         kept = {key: rounded(found[key]) for key in ("avg", "low", "high")}
         result[name] = kept | {key: rounded(v["value"]) for key, v in found.items() if key.startswith("pass@")}
-    for kind, columns in series(log).items():
-        result[kind] = {name: [rounded(value) for value in column] for name, column in columns.items()}
-    return result
+    return result | curves
 
 
 def hardware() -> str:
@@ -197,43 +200,34 @@ def path_of(folder: Path, *parts) -> Path:
     return folder / re.sub(r"[^\w.=-]+", "-", " ".join(map(str, parts)))
 
 
-def tune(names: list[str], tuned: dict, folder: Path, at_once: int) -> dict[Path, str]:
+def tune(names: list[str], tuned: dict, folder: Path, at_once: int) -> dict[Path, Exception]:
     """Runs what these rows have not tried yet; what came out goes to `tuned`. Returns what went wrong where."""
-    wanted = {path_of(folder, "tune", name, flags, seed): (name, flags, str(seed))
-              for seed in TUNING_SEEDS for name in names for flags in TRIED[name]
-              if str(seed) not in tuned.get(name, {}).get(flags, {})}  # fmt: skip
-    jobs = {out: [*task_of(name), *flags.split(), "--seed", seed] for out, (name, flags, seed) in wanted.items()}
-    failed = perform_all(jobs, at_once, test=False)
-    for out, (name, flags, seed) in wanted.items():
-        if out not in failed:
-            run = record(out)
-            kept = {key: run[key] for key in ("commit", "hardware", "seconds")} | {"avg": run["eval"]["avg"][-1]}
-            tuned.setdefault(name, {}).setdefault(flags, {})[seed] = kept
-    return failed
+    jobs = {path_of(folder, "tune", name, flags, seed): (name, flags, seed, [*task_of(name), *flags.split(), "--seed", seed])
+            for seed in TUNING_SEEDS for name in names for flags in TRIED[name]
+            if seed not in tuned.get(name, {}).get(flags, {})}  # fmt: skip
+    return perform_all(jobs, tuned, at_once, test=False)
 
 
-def report(names: list[str], rows: dict[str, list[str]], known: dict, folder: Path, at_once: int) -> dict[Path, str]:
+def report(names: list[str], rows: dict[str, list[str]], known: dict, folder: Path, at_once: int) -> dict[Path, Exception]:
     """Makes the reported runs of these rows, seed by seed, so that a study that is stopped has all rows with fewer seeds;
     what came out goes to `known`, the rows of study.json. Returns what went wrong where."""
-    wanted = {path_of(folder, name, f"seed{seed}"): (name, str(seed))
-              for seed in range(1, 11) for name in names if seed <= REPORTED[name][1]}  # fmt: skip
-    failed = perform_all({out: [*rows[name], "--seed", seed] for out, (name, seed) in wanted.items()}, at_once, test=True)
-    for out, (name, seed) in wanted.items():
-        if out not in failed:
-            line = f"python vpd.py {' '.join(rows[name])} --seed N --out DIR"
-            row = known.setdefault(name, {"label": label_of(name), "command": line, "runs": {}})
-            if row["command"] != line:  # its settings have changed since
-                row.update(command=line, runs={})
-            row["runs"][seed] = record(out)
-    return failed
+    for name in names:
+        line = f"python vpd.py {' '.join(rows[name])} --seed N --out DIR"
+        if known.get(name, {}).get("command") != line:  # its settings have changed since
+            known[name] = {"label": label_of(name), "command": line, "runs": {}}
+    jobs = {path_of(folder, name, f"seed{seed}"): (name, "runs", str(seed), [*rows[name], "--seed", str(seed)])
+            for seed in range(1, 11) for name in names if seed <= REPORTED[name][1]}  # fmt: skip
+    return perform_all(jobs, known, at_once, test=True)
 
 
 # ---- Numbers -----------------------------------------------------------------------------------------------------
 
 
-def ends(values: list, width: int = 5) -> tuple[float, float]:
-    """Mean of the first and of the last `width` entries that are there; nan for fewer than twice as many."""
-    found = [v for v in values if v is not None]
+def ends(run: dict, name: str) -> tuple[float, float]:
+    """Margin: mean over the first and over the last five batches that have one; teacher: its first and its last pass rate. nan
+    where they would overlap."""
+    kind, width = {"margin": ("train", 5), "teacher": ("eval", 1)}[name]
+    found = [v for v in run[kind][name] if v is not None]
     enough = len(found) >= 2 * width
     return (float(np.mean(found[:width])), float(np.mean(found[-width:]))) if enough else (np.nan, np.nan)
 
@@ -242,7 +236,7 @@ def quantity(name: str, run: dict) -> float:
     """A number of one run, nan where it has none."""
     if name == "avg":
         return run["after"]["avg"]
-    first, last = ends(run["train"]["margin"]) if name == "margin change" else ends(run["eval"]["teacher"], 1)
+    first, last = ends(run, name.removesuffix(" change"))
     return last - first
 
 
@@ -319,8 +313,7 @@ def table(subset: str, rows: dict) -> list[str]:
     for name, row in rows.items():
         runs = list(row["runs"].values())
         avg = [run["after"]["avg"] for run in runs]
-        pairs = zip(*([ends(run["train"]["margin"]), ends(run["eval"]["teacher"], 1)] for run in runs))
-        there = [[pair for pair in of if not np.isnan(pair).any()] for of in pairs]
+        there = [[pair for run in runs if not np.isnan(pair := ends(run, name)).any()] for name in ("margin", "teacher")]
         spans = ["{:.2f} to {:.2f}".format(*np.mean(of, 0)) if of else "" for of in there]
         seconds = np.median([run["seconds_per_batch"] for run in runs])
         each = " ".join(f"{value:.2f}" for value in avg)
@@ -394,7 +387,7 @@ def main(argv: list[str] | None = None) -> None:
     try:  # what is there already has to be readable before hours are spent on more
         if not texts(results, README) and args.tables:
             parser.error(f"--tables: {results}/study.json has no runs to make tables of")
-        tuned, known = load(results / "tuning.json", {}), load(results / "study.json", {"rows": {}})
+        tuned, known = load(results / "tuning.json", {}), load(results / "study.json", {"rows": {}})["rows"]
         rows = TRIED if args.tune else reported(tuned)
         names = [name for name in rows if name.startswith(tuple(args.only))]
         if not names and not args.tables:
@@ -407,8 +400,8 @@ def main(argv: list[str] | None = None) -> None:
         failed = tune(names, tuned, folder, args.jobs)
         write(results / "tuning.json", {name: tuned[name] for name in TRIED if name in tuned})
     elif not args.tables:
-        failed = report(names, rows, known["rows"], folder, args.jobs)
-        write(results / "study.json", {"rows": {name: known["rows"][name] for name in REPORTED if name in known["rows"]}})
+        failed = report(names, rows, known, folder, args.jobs)
+        write(results / "study.json", {"rows": {name: known[name] for name in REPORTED if known.get(name, {}).get("runs")}})
     for path, text in texts(results, README).items():
         command.write(path, text)
     for out, error in failed.items():

@@ -91,16 +91,15 @@ def main(argv: list[str] | None = None) -> None:
     # What stands in the way of the weights is said before the minutes that they take.
     if args.steps < 0:
         parser.error(f"--steps must be 0 or positive, not {args.steps}")
+    there = args.out.exists()
     try:
-        if args.out.exists() and not args.out.is_dir():
-            parser.error(f"--out {args.out} is a file: give the folder for the model")
-        if not args.out.exists():
-            args.out.mkdir(parents=True)
-            args.out.rmdir()
-        elif any(args.out.iterdir()) and not hub.holds_model(args.out):
+        args.out.mkdir(parents=True, exist_ok=True)
+        if any(args.out.iterdir()) and not hub.holds_model(args.out):
             parser.error(f"--out {args.out} holds other things than a model: it will not be replaced")
+        if not there:
+            args.out.rmdir()
     except OSError as error:
-        parser.error(f"--out {args.out} cannot be made: {error.strerror}")
+        parser.error(f"--out {args.out} cannot be the model's folder: {error.strerror}")
     torch.set_num_threads(1)
     warmed = warm_start(args.subset, args.steps, args.seed)
     warmed.save(args.out.resolve())  # `.` has no name to put another beside

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from harness import command
 from model import head
 from study import bench
+from test_study import assert_refused
 
 # ---- Training steps ------------------------------------------------------------------------------------------
 
@@ -108,11 +109,8 @@ def test_the_command_prints_a_line_a_case_and_writes_json(tmp_path, capsys, monk
     with pytest.raises(command.CannotWrite, match="^/dev/full: No space left on device$"):
         bench.main(["--only", "head", "--out", "/dev/full"])
     assert capsys.readouterr().out.split() == ["head", "a", "cpu_seconds", "1.235"] * 2  # not lost on a full disk
-    nowhere, folder = (["--only", "head", "--out", str(path)] for path in (tmp_path / "no" / "numbers.json", tmp_path))
-    for bad in (["--only", "nothing"], nowhere, folder):
-        with pytest.raises(SystemExit) as refusal:
-            bench.main(bad)
-        assert refusal.value.code == 2
+    for bad in (["nothing"], ["head", "--out", tmp_path / "no" / "numbers.json"], ["head", "--out", tmp_path]):
+        assert_refused(bench, ["--only", *bad], "--o", capsys)
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ on this machine."""
 import json
 import time
 from collections import Counter
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import algorithm
@@ -109,10 +108,11 @@ def test_a_server_is_asked_before_the_run_and_one_that_is_not_there_is_named(ser
     assert not capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "status, refused", [(400, ["logprobs"]), (403, ["chat_template_kwargs"]), (422, ["logprobs", "chat_template_kwargs"])]
-)
-def test_what_a_server_refuses_is_left_out_and_never_asked_for_again(served, server, capsys, monkeypatch, status, refused):
+@pytest.mark.parametrize("status, refused, told", [
+    (400, ["logprobs"], "logprobs"), (403, ["chat_template_kwargs"], "thinking_off"),
+    (422, ["logprobs", "chat_template_kwargs"], "logprobs, thinking_off"),
+])  # fmt: skip
+def test_what_a_server_refuses_is_left_out_and_never_asked_for_again(served, server, capsys, monkeypatch, status, refused, told):
     monkeypatch.setattr(served_models, "AT_ONCE", 1)
     server.answer = lambda body, _: (status, "no") if set(refused) & set(body) else server.reply_with("6")
     judge = served()
@@ -122,8 +122,10 @@ def test_what_a_server_refuses_is_left_out_and_never_asked_for_again(served, ser
     assert asked[0] == ["logprobs", "chat_template_kwargs"] and asked[-3:] == [kept] * 3 and len(asked) <= 6
     assert server.seen[0][2]["chat_template_kwargs"] == {"enable_thinking": False}
     assert all(body["seed"] == server.seen[0][2]["seed"] for _, _, body in server.seen[:-2])
-    (line,) = capsys.readouterr().err.splitlines()  # said once
-    assert server.url in line and str(status) in line
+    monkeypatch.setattr(served_models, "AT_ONCE", 16)  # several questions find out at the same time
+    served().score(ask(*"abcdefgh"), 3, 7)
+    one, other = capsys.readouterr().err.splitlines()  # said once by each
+    assert one == other and one.startswith(f"{server.url} does without {told}: ") and str(status) in one
 
 
 # ---- A served judge's score --------------------------------------------------------------------------------
@@ -160,7 +162,7 @@ def test_a_score_is_the_expected_digit_at_the_replys_digit_or_that_digit(served,
     for case, score, right in zip(said, found, [*expected, *CUT.values(), None, None], strict=True):
         assert score == (right if right is None else pytest.approx(right)), case
     assert judge.missing == {"judge: no digit, kept": 3, "judge: the server failed": 2}
-    assert not judge.without and server.attempts["down"] == 3  # refused for another reason: the probabilities stay
+    assert len(judge.ways) == 4 and server.attempts["down"] == 3  # refused for another reason: the probabilities stay
     assert len({body["seed"] for body in bodies(server).values()}) == len(said)
     settings = dict(max_tokens=7, temperature=0, logprobs=True, top_logprobs=20)
     assert settings.items() <= bodies(server)["one token"].items()
@@ -175,10 +177,10 @@ REPLIES = {  # reply: its digit and what stands after it
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("reply", REPLIES)
-def test_a_score_is_the_first_digit_that_stands_alone_outside_of_thoughts(reply):
-    place = find_digit(reply)
-    assert (None if place is None else reply[place:]) == REPLIES[reply]
+def test_a_score_is_the_first_digit_that_stands_alone_outside_of_thoughts():
+    for reply, digit in REPLIES.items():
+        place = find_digit(reply)
+        assert (None if place is None else reply[place:]) == digit, reply
 
 
 # ---- OVD's judge ---------------------------------------------------------------------------------------------
@@ -188,37 +190,35 @@ ATTEMPTS = ["one", "<think>hm</think>two", "three", "four", "five"]
 REQUEST = "{question}|{attempt}|0 TO 9"
 
 
-def judge_of(byte_tokenizer, choose=None):
-    cfg = config("ovd", ovd, judge_request=REQUEST)
-    policy = SimpleNamespace(tokenizer=byte_tokenizer, world=World(), choose=choose)
-    return ovd.Judge(cfg, policy, SimpleNamespace(name="t", notes=[]))
+@pytest.fixture
+def judge(byte_tokenizer):
+    policy = SimpleNamespace(tokenizer=byte_tokenizer, world=World())
+    return ovd.Judge(config("ovd", ovd, judge_request=REQUEST), policy, SimpleNamespace(name="t", notes=[]))
 
 
-def test_the_students_own_score_comes_from_its_digits_where_it_would_rather_say_one(byte_tokenizer):
+def test_the_students_own_score_comes_from_its_digits_where_it_would_rather_say_one(judge):
     p = torch.zeros(5, 10, dtype=torch.float64)
     p[0, 7], p[0, 2] = 0.5, 0.25  # 2/3 and 1/3
     p[1, 9] = 0.4
     p[2, 0] = 0.9
     p[3] = 0.051  # 0.51 together
     p[4, 8] = 0.5
-    asked = []
-    judge = judge_of(byte_tokenizer, lambda prompts, ids: asked.extend([prompts, ids]) or p.log())
+    asked, decode = [], judge.policy.tokenizer.decode
+    judge.policy.choose = lambda prompts, ids: asked.extend([prompts, ids]) or p.log()
     expected = [pytest.approx(2 / 3 * 7 + 1 / 3 * 2), None, 0.0, pytest.approx(4.5), None]
     assert judge.scores(PROBLEMS, ATTEMPTS, 5) == expected
     assert judge.missing == {"judge: no digit, kept": 2}
-    decode = byte_tokenizer.decode
     assert [decode(token) for token in asked[1]] == list("0123456789")
     assert all("secret" not in decode(prompt) for prompt in asked[0])
     assert "question 1|two|0 TO 9<" in decode(asked[0][1])  # without its thought
 
 
-def test_a_served_judge_reads_the_same_request_and_draws_anew_at_each_step(byte_tokenizer):
-    judge, calls = judge_of(byte_tokenizer), []
+def test_a_served_judge_reads_the_same_request_and_draws_anew_at_each_step(judge):
+    calls = []
     judge.server = SimpleNamespace(score=lambda *how: calls.append(how) or [8.0, None, None, 0.0, 7.5])
     assert [judge.scores(PROBLEMS, ATTEMPTS, step) for step in (5, 6)] == [[8.0, None, None, 0.0, 7.5]] * 2
     (messages, seed, most), (_, other, _) = calls
-    texts = ["one", "two", *ATTEMPTS[2:]]  # without its thought
-    assert [one["content"] for (one,) in messages] == [f"question {i}|{text}|0 TO 9" for i, text in enumerate(texts)]
+    assert [one["content"] for (one,) in messages][:2] == ["question 0|one|0 TO 9", "question 1|two|0 TO 9"]
     assert most == judge.cfg.max_judge_tokens and seed != other
 
 
@@ -304,48 +304,36 @@ def test_ovd_s_updates_are_the_clipped_policy_gradient_over_the_mixed_groups(fla
     assert len({seed for _, seed, _ in done.sampler.drawn}) == 2 * 3
 
 
-# ---- Whole runs ----------------------------------------------------------------------------------------------
+# ---- A whole run ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def criticised(server, tmp_path):
-    """criticised(steps): a small run of SDPO with a critic behind the server; the rows of its log when it has ended."""
-
-    def run(steps, ends=nullcontext()):
-        flags = (
-            "--subset choice --prompts_per_batch 4 --minibatch_prompts 4 --group_size 4 --max_response_tokens 30 --eval_every 0 "
-            "--method sdpo --feedback critique --no_borrow --critic_model m --log_samples 16"
-        )
-        argv = [*flags.split(), "--critic_url", server.url, "--out", str(tmp_path / "run"), "--steps", steps]
-        with ends:
-            vpd.main(argv)
-        return [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-
-    return run
-
-
-def test_where_a_server_goes_down_the_run_ends_after_three_batches(criticised, server, capfd):
-    server.answer = lambda body, _: server.reply_with("7") if body["messages"][0]["content"] == "1 +" else (400, "no")
-    rows = criticised("9", pytest.raises(SystemExit, check=lambda stop: stop.code == 1))
-    assert [row["step"] for row in rows] == [0, 1] and all(row["m_loss"] is None for row in rows)
-    assert all(row["left_out"]["critic: the server failed"] == round(16 * (1 - row["reward"])) > 0 for row in rows)
-    error = capfd.readouterr().err
-    assert "critic: BadRequestError" in error and f"the critic at {server.url} has not answered for 3 batches" in error
-
-
-def test_a_served_critic_reaches_the_teacher_and_the_key_stays_out_of_the_run(criticised, server, tmp_path, monkeypatch):
+def test_a_served_critic_reaches_the_teacher_its_key_stays_out_of_the_run_and_its_end_is_the_runs(
+    server, tmp_path, monkeypatch, capfd
+):
+    """After the first batch the server is down: three batches later the run ends."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    out, log = tmp_path / "run", tmp_path / "run" / "log.jsonl"
 
     def answer(body, _):
         text = body["messages"][0]["content"]
-        fine = text == "1 +" or sum(map(ord, text)) % 2  # the question before the run; some of its own
+        fine = text == "1 +" or not log.exists() and sum(map(ord, text)) % 2  # the question before the run; some of its own
         return server.reply_with("look again") if fine else (400, "no")
 
     server.answer = answer
-    (row,) = criticised("1")
-    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    flags = (
+        "--subset choice --prompts_per_batch 4 --minibatch_prompts 4 --group_size 4 --max_response_tokens 30 --eval_every 0 "
+        "--method sdpo --feedback critique --no_borrow --critic_model m --log_samples 16 --steps 9"
+    )
+    with pytest.raises(SystemExit) as stop:
+        vpd.main([*flags.split(), "--critic_url", server.url, "--out", str(out)])
+    error = capfd.readouterr().err
+    assert stop.value.code == 1 and f"the critic at {server.url} has not answered for 3 batches: BadRequestError" in error
+    first, *others = (json.loads(line) for line in log.read_text().splitlines())
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()][:16]
     seen = [sample["context"] and sample["context"]["critique"] for sample in samples if not sample["reward"]]
-    assert set(seen) == {"look again", None} and row["left_out"]["critic: the server failed"] == seen.count(None)
+    assert set(seen) == {"look again", None} and first["left_out"]["critic: the server failed"] == seen.count(None)
+    assert first["m_loss"] and [row["step"] for row in others] == [1, 2] and all(row["m_loss"] is None for row in others)
+    assert all(row["left_out"]["critic: the server failed"] == round(16 * (1 - row["reward"])) > 0 for row in others)
     assert {key for _, key, _ in server.seen} == {"Bearer sk-very-secret"}
-    for file in (p for p in (tmp_path / "run").rglob("*") if p.is_file()):
+    for file in (p for p in out.rglob("*") if p.is_file()):
         assert b"sk-very-secret" not in file.read_bytes(), file

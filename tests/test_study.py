@@ -28,10 +28,11 @@ TUNED = json.loads((RESULTS / "tuning.json").read_text())
 
 def test_every_row_tried_as_many_different_settings_and_they_work_together():
     for row, of in study.TRIED.items():
-        commands = [[*study.task_of(row), *flags.split()] for flags in of]
-        assert len({json.dumps(study.settings_of(command)) for command in commands}) == len(of) == 16, row
-        for command in commands:
-            vpd.check(vpd.settings(command))
+        tried = [vpd.settings([*study.task_of(row), *flags.split()]) for flags in of]
+        for cfg in tried:
+            vpd.check(cfg)
+            cfg.teacher = cfg.reader()
+        assert len(set(map(repr, tried))) == len(of) == 16, row
 
 
 def test_reported_rows_are_those_of_the_best_settings_and_work_together():
@@ -87,7 +88,7 @@ def test_quantities_of_a_run():
     assert all(study.collapsed(made(evals=avg)) == fell for avg, fell in ended)
 
 
-def test_pairs_are_of_the_same_seed_and_holm_corrects_over_the_family():
+def test_pairs_are_of_the_same_seed_holm_corrects_over_the_family_and_a_claim_holds_one_way():
     one, two, three = [0.5, 0.7, 0.6, 0.9], [0.4, 0.5, 0.6, 0.7], [0.52, 0.7, 0.58, 0.95]
     rows = rows_of(vpd=one, grpo=two, sdpo=three)  # of joint nobody has run anything
     del rows["trace/vpd"]["runs"]["4"], rows["trace/grpo"]["runs"]["1"]  # seeds 2 and 3 are left, 1 to 3 with sdpo
@@ -104,12 +105,9 @@ def test_pairs_are_of_the_same_seed_and_holm_corrects_over_the_family():
         assert so == ("yes" if holm[value] < 0.05 else "undecided")
     assert [so for *_, so in found] == ["undecided", "undecided", "yes"]
     assert found[0][1].startswith("0.650 against 0.550: +0.100 [") and ", 2 pairs" in found[0][1]
-
-
-def test_a_claim_holds_one_way_round():
-    high, low = [0.8, 0.82, 0.84, 0.8], [0.2, 0.21, 0.25, 0.3]
-    for above, below, so in ((high, low, "yes"), (low, high, "no, the opposite")):
-        ((_, _, verdict),) = study.judge([Claim("", "avg", "trace/vpd", "trace/grpo")], rows_of(vpd=above, grpo=below))
+    high, low = rows_of(vpd=[0.8, 0.82, 0.84, 0.8]), rows_of(grpo=[0.2, 0.21, 0.25, 0.3])
+    for pair, so in ((("vpd", "grpo"), "yes"), (("grpo", "vpd"), "no, the opposite")):
+        ((_, _, verdict),) = study.judge([Claim("", "avg", *(f"trace/{name}" for name in pair))], high | low)
         assert verdict == so
 
 
@@ -160,7 +158,8 @@ LOG = [{"kind": "train", "step": 0, "seconds": {"rollout": 1.0, "sync": 0.5}, "r
 
 @pytest.fixture
 def quick(tmp_path, monkeypatch):
-    """Instead of training, a program that writes the run directory of TINY at once, or fails where the flags have -1."""
+    """Instead of training, a program that writes the run directory of TINY at once, and leaves as a run that makes no update any
+    more, or fails where the flags have -1. The pass rate is the seed."""
     cfg = vpd.settings(TINY)
     config = asdict(cfg) | {"teacher": cfg.reader(), "commit": "abcdefghij+ (changed)"}  # as a run records them
     (tmp_path / "evaluate.py").write_text("")
@@ -170,15 +169,16 @@ if "-1" in sys.argv: sys.exit("first\\nvpd.py: error: --lr must be positive")
 out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
 (out / "model").mkdir(parents=True, exist_ok=True)
 (out / "config.json").write_text({json.dumps(config)!r})
-(out / "log.jsonl").write_text({chr(10).join(map(json.dumps, LOG))!r})
+(out / "log.jsonl").write_text({chr(10).join(map(json.dumps, LOG))!r}.replace("0.75", sys.argv[sys.argv.index("--seed") + 1]))
+sys.exit(1)
 """)
     monkeypatch.setattr(study, "HERE", tmp_path)
     return config
 
 
 def test_a_run_is_the_training_command_and_an_evaluation_and_its_weights_go(tmp_path):
-    assert study.perform(TINY, tmp_path / "run", test=True) == ""
-    found = study.record(tmp_path / "run")
+    study.perform(TINY, tmp_path / "run", test=True)
+    found = study.record(tmp_path / "run", test=True)
     assert len(found["train"]["reward"]) == 2 and found["eval"]["step"] == [0, 1, 2]
     assert found["before"].keys() == found["after"].keys() == {"avg", "low", "high"}
     assert "done: " in (tmp_path / "run.txt").read_text() and not (tmp_path / "run" / "model").exists()
@@ -189,41 +189,44 @@ def test_finished_runs_are_kept_stopped_ones_start_again_and_a_failure_is_named(
     for folder, seed in ((finished, 3), (stopped, 3), (changed, 4)):
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(quick | {"seed": seed, "mark": "old"}))
+        (folder / "log.jsonl").write_text("\n".join(map(json.dumps, LOG)))
         if folder != stopped:
             (folder / "done.json").write_text('{"seconds": 1}')
-    jobs = {finished: TINY, stopped: TINY, changed: TINY, wrong: [*TINY, "--lr", "-1"]}
-    failed = study.perform_all(jobs, at_once=2, test=False)
-    assert failed == {wrong: f"exit status 1: vpd.py: error: --lr must be positive (see {wrong}.txt)"}
-    assert not (wrong / "done.json").exists()
-    config = lambda folder: json.loads((folder / "config.json").read_text())  # noqa: E731
-    assert "mark" in config(finished)
+    jobs, results = {out: (out.name, "--flags", "3", TINY) for out in (finished, stopped, changed)}, {}
+    failed = study.perform_all(jobs | {wrong: ("wrong", "", "3", [*TINY, "--lr", "-1"])}, results, at_once=2, test=False)
+    assert str(failed.pop(wrong)) == f"exit status 1: vpd.py: error: --lr must be positive (see {wrong}.txt)" and not failed
+    assert not (wrong / "done.json").exists() and results.keys() == {"finished", "stopped", "changed"}
+    assert results["finished"]["--flags"]["3"]["seconds"] == 1 and "mark" in json.loads((finished / "config.json").read_text())
     for folder in (stopped, changed):
-        assert "mark" not in config(folder) and (folder / "done.json").exists() and not (folder / "model").exists()
+        assert "mark" not in json.loads((folder / "config.json").read_text())
+        assert (folder / "done.json").exists() and not (folder / "model").exists()
 
 
 def test_tuning_and_reporting_fill_their_files_and_keep_what_is_there(quick, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "README", tmp_path / "none.md")
     monkeypatch.setattr(study, "texts", lambda *_: {})
     monkeypatch.setattr(study, "TRIED", {"trace/vpd": ["--lr 1", "--lr -1"], "trace/sdpo": ["--lr 1"]})
-    monkeypatch.setattr(study, "REPORTED", {"trace/sdpo": ("trace/sdpo", 2), "trace/vpd": ("trace/vpd", 1)})
+    reported = {"trace/sdpo": ("trace/sdpo", 2), "trace/sdpo fails": ("trace/sdpo --lr -1", 1), "trace/vpd": ("trace/vpd", 1)}
+    monkeypatch.setattr(study, "REPORTED", reported)
     old = {"trace/sdpo": {"--lr 1": {"101": {"avg": 0.5}, "102": {"avg": 0.25}}}}
     (tmp_path / "tuning.json").write_text(json.dumps(old))
     flags = ["--results", str(tmp_path), "--folder", str(tmp_path / "runs")]
-    with pytest.raises(SystemExit) as stop:  # since one of them fails
+    fails = lambda: pytest.raises(SystemExit, check=lambda stop: stop.code == 1)  # noqa: E731  since one of them does
+    with fails():
         study.main(["--tune", *flags])
-    assert stop.value.code == 1
     tuned = json.loads((tmp_path / "tuning.json").read_text())
     assert tuned["trace/sdpo"] == old["trace/sdpo"] and list(tuned) == ["trace/vpd", "trace/sdpo"]
     kept = {seed: (run["avg"], run["commit"]) for seed, run in tuned["trace/vpd"]["--lr 1"].items()}
-    assert kept == {"101": (0.75, "abcdefg+"), "102": (0.75, "abcdefg+")}  # +: with changes
+    assert kept == {"101": (101, "abcdefg+"), "102": (102, "abcdefg+")}  # +: with changes
     assert study.best("trace/sdpo", tuned) == "--lr 1" and study.best("trace/vpd", tuned) is None  # of --lr -1 nothing is known
     command = "python vpd.py --task toy --subset trace --method sdpo --lr 1 --seed N --out DIR"
     for before, kept in ((command, "old"), ("another command", None)):  # whose runs say nothing of these settings
         (tmp_path / "study.json").write_text(json.dumps({"rows": {"trace/sdpo": {"command": before, "runs": {"9": "old"}}}}))
-        study.main(flags)
-        row = json.loads((tmp_path / "study.json").read_text())["rows"]["trace/sdpo"]
-        assert row["command"] == command and row["runs"].get("9") == kept
-        assert row["runs"]["1"]["eval"]["avg"] == row["runs"]["2"]["eval"]["avg"] == [0.75]
+        with fails():
+            study.main(flags)
+        ((name, row),) = json.loads((tmp_path / "study.json").read_text())["rows"].items()
+        assert name == "trace/sdpo" and row["command"] == command and row["runs"].get("9") == kept
+        assert [row["runs"][seed]["eval"]["avg"] for seed in "12"] == [[1], [2]]
 
 
 def test_stopping_the_study_stops_its_processes(tmp_path):
@@ -259,32 +262,23 @@ def assert_refused(module, argv, words, capsys):
     assert error.startswith(f"{module.__name__.rpartition('.')[2]}.py: error: ")
 
 
-@pytest.mark.parametrize(
-    "argv, words",
-    [("--only chess", "--only chess: no row starts like this"), ("--jobs 0", "--jobs"), ("--cores 2", "--cores"),
-     ("--results no/such/folder", "--results"), ("--tune --only trace-dialect", "no row starts like this"),
-     ("--tune --tables", "--tune makes runs and --tables none"), (f"--folder {__file__}", __file__)],
-)  # fmt: skip
-def test_wrong_flags_are_one_line_exit_2_and_nothing_written(argv, words, tmp_path, capsys):
-    assert_refused(study, ["--folder", tmp_path / "runs", *argv.split()], words, capsys)
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize(
-    "name, text, words",
-    [("study.json", "{", "study.json is no JSON object"), ("study.json", "[]", "study.json is no JSON object"),
-     ("tuning.json", "[", "tuning.json is no JSON"), ("tuning.json", "{}", "study.json has no runs to make tables of")],
-)  # fmt: skip
-def test_a_study_that_cannot_be_read_is_one_line_before_anything_is_run_or_written(
-    name, text, words, tmp_path, capsys, monkeypatch
-):
+@pytest.mark.parametrize("argv, name, text, words", [
+    *[(argv, "", "", words) for argv, words in (
+        ("--only chess", "--only chess: no row starts like this"), ("--jobs 0", "--jobs"), ("--cores 2", "--cores"),
+        ("--results no/such/folder", "--results"), ("--tune --only trace-dialect", "no row starts like this"),
+        ("--tune --tables", "--tune makes runs and --tables none"), (f"--folder {__file__}", __file__))],
+    ("--tables", "tuning.json", "{}", "study.json has no runs to make tables of"),
+    *[(mode, name, text, f"{name} is no JSON object") for mode in ("--tables", "--tune")  # which runs would change
+      for name, text in (("study.json", "{"), ("study.json", "[]"), ("tuning.json", "["))],
+])  # fmt: skip
+def test_wrong_flags_and_files_are_one_line_and_nothing_written(argv, name, text, words, tmp_path, capsys, monkeypatch):
     (tmp_path / "README.md").write_text("as it was")
     monkeypatch.setattr(study, "README", tmp_path / "README.md")
-    (tmp_path / name).write_text(text)
-    assert_refused(study, ["--tables", "--results", tmp_path], words, capsys)
-    if "no runs" not in words:  # which runs would change
-        assert_refused(study, ["--tune", "--results", tmp_path, "--folder", tmp_path / "runs"], words, capsys)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["README.md", name])
+    if name:
+        (tmp_path / name).write_text(text)
+        argv += f" --results {tmp_path}"
+    assert_refused(study, ["--folder", tmp_path / "runs", *argv.split()], words, capsys)
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", name or "README.md"}
     assert (tmp_path / "README.md").read_text() == "as it was"
 
 

@@ -19,6 +19,7 @@ from rollout import HFSampler
 from study import warm_start
 from tasks import Outcome, Problem, tiny, toy
 from tasks.sandbox import Sandbox
+from test_study import assert_refused
 
 MODELS = tiny.FIXTURES.parent / "toy_models"
 
@@ -35,9 +36,10 @@ def loaded():
 
 @pytest.fixture(scope="module")
 def warm_up():
-    """2000 warm-up examples of each subset."""
+    """2000 warm-up examples of each subset, half of them from the beginning of the training."""
     makers = {subset: (make(), random.Random(7)) for subset, make in toy.EVERY.items()}
-    return {subset: [maker.example(rng) for _ in range(2000)] for subset, (maker, rng) in makers.items()}
+    return {subset: [maker.example(rng, progress) for progress in (0.05, 1.0) for _ in range(1000)]
+            for subset, (maker, rng) in makers.items()}  # fmt: skip
 
 
 def problems(task):
@@ -57,17 +59,20 @@ def respond(subset, problem, right: bool) -> str:
     return reference if right else near
 
 
-# Sizes of the splits, and of each subset a checksum of its problems: others would be another task by the same name.
+# Of each subset a checksum of its problems and one of its warm-up examples: others would be another task by the same name, and
+# the models would have to be made again.
+KNOWN = {
+    "trace": (3135832785, 1236168392), "code": (3391565572, 2889345326), "choice": (1778744473, 1704280561),
+    "trace-often": (3135832785, 233708804), "trace-dialect": (3926406966, 1236168392), "code-judge": (3391565572, 1120310418),
+}  # fmt: skip
 SIZES = {"trace": (720, 64, 64), "code": (219, 70, 70), "choice": (480, 64, 64)}
-KNOWN = {"trace": 3135832785, "code": 3391565572, "choice": 1778744473, "trace-often": 3135832785, "trace-dialect": 3926406966,
-         "code-judge": 3391565572}  # fmt: skip
 
 
 @pytest.mark.parametrize("subset", toy.EVERY)
-def test_the_problems_are_those_of_the_study(loaded, subset):
-    task = loaded.get(subset) or toy.load(subset)
-    told = json.dumps([(p.id, p.messages, p.reference, p.data) for p in problems(task)])
-    assert zlib.crc32(told.encode()) == KNOWN[subset]
+def test_the_problems_and_the_warm_up_examples_are_those_of_the_study(loaded, warm_up, subset):
+    task, texts = loaded.get(subset) or toy.load(subset), lambda C: [C.solution, C.feedback, C.critique]
+    told = [(p.id, p.messages, p.reference, p.data) for p in problems(task)], warm_up[subset]
+    assert tuple(zlib.crc32(json.dumps(of, default=texts).encode()) for of in told) == KNOWN[subset]
     sizes = SIZES[subset.split("-")[0]]
     assert task.splits() == "toy/{}: {} train, {} validation, {} test problems".format(subset, *sizes)
     assert len({p.messages[-1]["content"] for p in problems(task)}) == len({p.id for p in problems(task)}) == sum(sizes)
@@ -145,20 +150,6 @@ def test_code_feedback_is_the_first_failing_test_as_it_failed(grade_code):
     assert grade_code("return [True]", [([0], [True])]).reward == 1
 
 
-# ---- Warm-up examples ------------------------------------------------------------------------------------
-
-
-EXAMPLES = {"trace": 618806222, "code": 2889345326, "choice": 1704280561, "trace-dialect": 618806222, "trace-often": 679575769,
-            "code-judge": 1120310418, "lookups": 2423546717}  # fmt: skip
-
-
-def test_a_change_of_the_warm_up_examples_does_not_go_unnoticed(warm_up):
-    """Shares of contexts, how honest feedback is, what the judge is blind to: with others the models are to be made again."""
-    trace, rng, texts = toy.Trace(), random.Random(7), lambda C: [C.solution, C.feedback, C.critique]
-    every = warm_up | {"lookups": [trace.example(rng, progress=0.05) for _ in range(200)]}
-    assert {name: zlib.crc32(json.dumps(told, default=texts).encode()) for name, told in every.items()} == EXAMPLES
-
-
 # ---- A judge -----------------------------------------------------------------------------------------------
 
 CONFIG = ovd.Config(task="toy", subset="code-judge", judge_request=toy.JUDGE_REQUEST, max_teacher_tokens=512)
@@ -197,16 +188,13 @@ def quick(monkeypatch, tokenizer):
 
 @pytest.mark.parametrize("subset", [*toy.SUBSETS, "code-judge"])
 def test_examples_fit_the_model_and_answers_fit_the_response_limit(loaded, warm_up, tokenizer, quick, subset):
-    make, rng, digits = toy.EVERY[subset](), random.Random(3), ovd.digit_tokens(tokenizer)
-    most = 512 if subset == "code-judge" else warm_start.build_policy(subset).model.config.max_position_embeddings
-    examples = [make.example(rng) for _ in range(1000)]
-    for p in problems(loaded[subset]) if subset in loaded else ():
-        examples.append({"messages": p.messages, "context": None, "answer": respond(subset, p, True)})
-    for example in examples:
+    judges, most_of_answer, digits = subset == "code-judge", toy.EVERY[subset]().max_response, ovd.digit_tokens(tokenizer)
+    most = 512 if judges else warm_start.build_policy(subset).model.config.max_position_embeddings
+    answered = [] if judges else [{"messages": p.messages, "answer": respond(subset, p, True)} for p in problems(loaded[subset])]
+    for example in warm_up[subset][::2] + answered:
         prompt, answer = warm_start.encode(tokenizer, example)
-        assert len(prompt) + make.max_response <= most and len(answer) <= make.max_response
-        assert answer[-1] == tokenizer.eos_token_id
-        if subset == "code-judge" and "attempt" in example:  # a score is the one token that a judge is asked for
+        assert len(prompt) + most_of_answer <= most and len(answer) <= most_of_answer and answer[-1] == tokenizer.eos_token_id
+        if judges and "attempt" in example:  # a score is the one token that a judge is asked for
             assert answer[:-1] == [digits[int(example["answer"])]] and tokenizer.decode(prompt) == (
                 f"<|im_start|>user\n{example['messages'][0]['content']}\nattempt\n{example['attempt']}\nscore<|im_end|>\n"
                 "<|im_start|>assistant\n"
@@ -235,15 +223,12 @@ def test_a_shipped_model_loads_and_is_small(tokenizer, subset):
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--out", __file__], "is a file"), (["--out", f"{__file__}/x/y"], "cannot be made"), (["--out", "/proc/x"], "cannot be made"),
+    *[(["--out", out], "the model's folder") for out in (__file__, f"{__file__}/x/y", "/proc/x")],
     (["--out", "x", "--steps", "-1"], "--steps"), (["--out", str(Path(__file__).parent)], "holds other things than a model"),
 ])  # fmt: skip
 def test_what_stands_in_the_way_of_a_model_is_said_before_it_is_trained(argv, words, capsys, monkeypatch):
     monkeypatch.setattr(warm_start, "warm_start", lambda *_: pytest.fail("training began"))
-    with pytest.raises(SystemExit) as stop:
-        warm_start.main(argv)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("warm_start.py: error: ") and words in error and error.count("\n") == 1
+    assert_refused(warm_start, argv, words, capsys)
 
 
 def test_a_model_replaces_an_older_one_or_nothing_and_trying_leaves_nothing(tmp_path, monkeypatch, quick):
