@@ -40,9 +40,9 @@ from typing import Literal
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+import evaluate
 import feedback
 import losses
-from evaluate import PROTOCOLS
 from feedback import SOURCES, TEXTS, Templates
 from harness import command, machine, presets, session
 from harness.settings import Group, check, parse, read_by
@@ -111,7 +111,7 @@ METHODS = {
 
 # ---- Settings ----------------------------------------------------------------------------------------------------
 
-LCB, WORDS, SERVED = PROTOCOLS["lcb"], Templates(), ("critic", "judge")
+WORDS, SERVED = Templates(), ("critic", "judge")
 RUN, PLAN, WATCH = Group("Run"), Group("Plan"), Group("Evaluation on validation problems")
 PROBE = Group(WATCH.title, "a method with a teacher, and --eval_every", lambda c: c.row().teacher and c.eval_every)
 MODEL, ROLLOUTS, ADAMW = Group("Model"), Group("Rollouts"), Group("Optimizer (AdamW)")
@@ -167,9 +167,9 @@ class Config:
     gpu_memory: float = PLAN(0.0, "with --plan: GB of each; 0: as here", least=0, need="--plan", reads=lambda c: c.plan)
 
     eval_every: int = WATCH(10, "rollout batches between evaluations; 0: never", least=0)
-    eval_samples: int = WATCH(LCB.samples, "n of avg@n: samples of each problem", above=0)
-    eval_temperature: float = WATCH(LCB.temperature, "SDPO's 0.6 on the paper's tasks", least=0)
-    eval_top_p: float = WATCH(LCB.top_p, "SDPO's 0.95 on the paper's tasks", above=0, most=1)
+    eval_samples: int = WATCH(evaluate.Config.n, "n of avg@n: samples of each problem", above=0)
+    eval_temperature: float = WATCH(evaluate.Config.temperature, "SDPO's 0.6 on the paper's tasks", least=0)
+    eval_top_p: float = WATCH(evaluate.Config.top_p, "SDPO's 0.95 on the paper's tasks", above=0, most=1)
     teacher_probe: int = PROBE(0, "base failures on which the teacher's pass rate is measured at every evaluation", least=0)
 
     model: str = MODEL("Qwen/Qwen3-8B", "folder or hub id")
@@ -179,7 +179,7 @@ class Config:
     prompts_per_batch: int = ROLLOUTS(32, "B, problems in a rollout batch", above=0)
     group_size: int = ROLLOUTS(8, "G, rollouts per prompt", above=0)
     max_prompt_tokens: int = ROLLOUTS(2048, "longer problems are dropped and counted", above=0)
-    max_response_tokens: int = ROLLOUTS(LCB.max_tokens, "a longer response is cut, and graded as it is", above=0)
+    max_response_tokens: int = ROLLOUTS(evaluate.Config.max_tokens, "a longer response is cut, and graded as it is", above=0)
     temperature: float = ROLLOUTS(1.0, "of rollouts, at which the trainer scores as well", above=0)
     top_p: float = ROLLOUTS(1.0, "of rollouts", above=0, most=1)
     sampler: Literal["", "vllm", "hf"] = ROLLOUTS("", "vLLM on a GPU and transformers on a CPU by default")
@@ -252,7 +252,7 @@ PRESETS = {
     "lcb": {},  # Table D.1
     "sciknoweval": dict(  # Table D.2; OLMo3-7B: --lr 5e-6
         lr=1e-5, epochs=0, steps=500, warmup_steps=10, minibatch_prompts=32, top_k=100, divergence="js", ema_rate=0.05,
-        feedback="sibling", eval_every=25, eval_samples=PROTOCOLS["sciknoweval"].samples,
+        feedback="sibling", eval_every=25, eval_samples=evaluate.PROTOCOLS["sciknoweval"]["n"],
     ),
     "math": dict(  # Table D.4
         lr=5e-6, epochs=0, steps=200, warmup_steps=10, minibatch_prompts=32, top_k=0, divergence="kl_teacher_student",

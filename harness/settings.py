@@ -114,9 +114,8 @@ def _resumed(out: Path, config: type, given: dict, parser: Parser) -> dict | Non
     return {name: kept[name] for name in names}
 
 
-def check(cfg) -> None:
-    """Raises ValueError with one line for a number out of its range, a flag that this run does not read, and settings that cannot
-    work together."""
+def check_flags(cfg) -> None:
+    """Raises ValueError with one line for a number out of its range, and for a flag that this command would not read."""
     for field in dataclasses.fields(cfg):
         value, limits = getattr(cfg, field.name), field.metadata["limits"]
         inside = all(LIMITS[name][0](value, limit) for name, limit in limits.items())
@@ -125,6 +124,11 @@ def check(cfg) -> None:
             raise ValueError(f"--{field.name} must be {need or 'a finite number'}, not {value}")
         if field.name in cfg.given and value != "" and not field.metadata["reads"](cfg):
             raise ValueError(f"--{field.name} is for {field.metadata['need']}: this run would ignore it, so leave it out")
+
+
+def check(cfg) -> None:
+    """Raises ValueError with one line for flags that `check_flags` refuses, and for settings that cannot work together."""
+    check_flags(cfg)
     method = cfg.row()
     if cfg.steps == 0 and cfg.epochs == 0:
         raise ValueError("--steps and --epochs are both 0: there is nothing to do")

@@ -82,7 +82,7 @@ class Judge:
     def scores(self, problems: list, texts: list[str], step: int) -> list[float | None]:
         """S of each rollout, 0 to 9; None where the judge named no digit, which is counted in `missing`."""
         cfg, tokenizer = self.cfg, self.policy.tokenizer
-        parts = [judge_parts(problem.messages, text, cfg.judge_request) for problem, text in zip(problems, texts)]
+        parts = [feedback.request_parts(cfg.judge_request, p.messages, text) for p, text in zip(problems, texts)]
         if self.server:
             asked = [[{"role": "user", "content": "".join(p)}] for p in parts]
             return self.server.score(asked, seed_for(cfg.seed, step, "scores"), cfg.max_judge_tokens)
@@ -91,11 +91,6 @@ class Judge:
         scores = [expected_digit(row, least=0.5) for row in self.policy.choose(prompts, self.digits).exp().tolist()]
         self.missing["judge: no digit, kept"] += scores.count(None)
         return scores
-
-
-def judge_parts(messages: list[dict[str, str]], attempt: str, request: str) -> list[str]:
-    """The request for a score, problem and attempt at the odd places."""
-    return feedback.filled(request, {"question": messages[-1]["content"], "attempt": feedback.strip_thinking(attempt)})
 
 
 def digit_tokens(tokenizer) -> list[int]:
