@@ -21,7 +21,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-from urllib.parse import urlsplit
 
 from rollout import seed_for
 
@@ -275,14 +274,3 @@ def batch_contexts(cfg, problems: list, responses: list[str], outcomes: list, st
         rewards = [o.reward for o in outcomes[group]]
         C += contexts(cfg.feedback, rewards, responses[group], texts[group], rng, cfg.borrow, cfg.passed_text)
     return [c if o.verdict != "internal" else None for c, o in zip(C, outcomes)]
-
-
-def check_server(who: str, url: str, model: str) -> None:
-    """Raises ValueError with one line for a server's address that cannot be one, or holds a secret."""
-    if bool(url) != bool(model):
-        raise ValueError(f"--{who}_url and --{who}_model go together: the server's base URL and the model it serves")
-    parts = urlsplit(url)
-    if url and parts.scheme not in ("http", "https"):
-        raise ValueError(f"--{who}_url must begin with http:// or https://, not {url!r}")
-    if parts.username or parts.password or parts.query or parts.fragment:
-        raise ValueError(f"--{who}_url holds a secret, which would be saved with the run: put the key into OPENAI_API_KEY")

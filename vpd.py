@@ -31,7 +31,6 @@ Where we depart from the paper's text, or had to choose:
 """
 
 import math
-import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -111,14 +110,12 @@ METHODS = {
 
 # ---- Settings ----------------------------------------------------------------------------------------------------
 
-WORDS, SERVED = Templates(), ("critic", "judge")
 RUN, PLAN, WATCH = Group("Run"), Group("Plan"), Group("Evaluation on validation problems")
 PROBE = Group(WATCH.title, "a method with a teacher, and --eval_every", lambda c: c.row().teacher and c.eval_every)
 MODEL, ROLLOUTS, ADAMW = Group("Model"), Group("Rollouts"), Group("Optimizer (AdamW)")
 RUN_LCB = Group(RUN.title, "--task lcb", lambda c: c.task == "lcb")
 ROLLOUTS_VLLM = Group(ROLLOUTS.title, "--sampler vllm", lambda c: c.sampler != "hf")
 FEEDBACK = Group("Feedback", "a method with a teacher", lambda c: c.row().teacher)
-SERVERS = Group(FEEDBACK.title, "a model behind a server", lambda c: any(getattr(c, f"{who}_url", "") for who in SERVED))
 E_STEP = Group("E-step", "a method with an E-step", lambda c: c.row().e_step)
 DISTIL = Group("Distillation", "a method that distils (its loss reads D)", lambda c: c.row().distils)
 GRADIENT = Group("Policy gradient and hybrids", "a method with a policy gradient", lambda c: c.row().reinforces)
@@ -135,6 +132,7 @@ def objective_reads(name: str) -> dict:
 
 
 SOLUTION, CRITIQUE = shown_by("sibling", "solution_first", "both"), shown_by("critique")
+SERVED = Group(FEEDBACK.title, "a model behind a server", lambda c: c.critic_url)
 TEXT, LENT = shown_by(*(s for s in SOURCES if s not in ("sibling", "critique"))), shown_by("both", *TEXTS)
 
 
@@ -201,12 +199,12 @@ class Config:
     max_critique_tokens: int = CRITIQUE(512, "of a critique", above=0)
     critic_url: str = CRITIQUE("", "critiques from an OpenAI-compatible server (key: OPENAI_API_KEY), not the student")
     critic_model: str = CRITIQUE("", "the name it serves")
-    server_timeout: float = SERVERS(60.0, "seconds to wait for a server, three times", above=0)
-    solution_template: str = SOLUTION(WORDS.solution, "section of the teacher's prompt, with {solution}")
-    feedback_template: str = TEXT(WORDS.feedback, "section of the teacher's prompt, with {feedback}")
-    critique_template: str = CRITIQUE(WORDS.critique, "section of the teacher's prompt, with {critique}")
-    closing_line: str = FEEDBACK(WORDS.closing, "end of the teacher's prompt")
-    critique_request: str = CRITIQUE(WORDS.request, "what a critic is asked: {question}, {attempt}, {reference}")
+    server_timeout: float = SERVED(60.0, "seconds to wait for a server, three times", above=0)
+    solution_template: str = SOLUTION(Templates.solution, "section of the teacher's prompt, with {solution}")
+    feedback_template: str = TEXT(Templates.feedback, "section of the teacher's prompt, with {feedback}")
+    critique_template: str = CRITIQUE(Templates.critique, "section of the teacher's prompt, with {critique}")
+    closing_line: str = FEEDBACK(Templates.closing, "end of the teacher's prompt")
+    critique_request: str = CRITIQUE(Templates.request, "what a critic is asked: {question}, {attempt}, {reference}")
 
     e_step_every: int = E_STEP(5, "F: an E-step on every F-th rollout batch", above=0)
     e_minibatch_prompts: int = E_STEP(32, "prompts per E-step update; the whole batch makes one update", above=0)
@@ -308,16 +306,6 @@ class Batch:
         return policy.view([self.xC[i] for i in rows], [self.y[i] for i in rows], teacher)
 
 
-def batches(problems: list, size: int, steps: int, seed: int):
-    """`steps` batches of `size` problems: reshuffled every epoch, the incomplete last batch dropped."""
-    per_epoch, order = len(problems) // size, []
-    for step in range(steps):
-        if step % per_epoch == 0:
-            order = random.Random(seed_for(seed, step // per_epoch, "order")).sample(problems, len(problems))
-        start = step % per_epoch * size
-        yield order[start : start + size]
-
-
 def roll_out(cfg: Config, policy: Policy, sampler, problems: list, step: int, verify: Callable | None = None) -> Batch:
     """y ~ pi_theta(.|x): G rollouts of each problem. verify: may begin to grade those that are there."""
     G, x = cfg.group_size, [feedback.student_prompt(policy.tokenizer, p.messages) for p in problems]
@@ -405,7 +393,7 @@ def train(cfg: Config, run: session.Run) -> None:
     D = partial(losses.divergence, kind=cfg.divergence) if method.distils else None
     limit, size = run.mismatch_limit(), cfg.minibatch_prompts * cfg.group_size  # size: rows of an M-step update
     with run.started(teacher, {"shared": optimizer, "e_step": e_optimizer}):
-        for step, problems in run.batches(batches):
+        for step, problems in run.batches():
             log, rate = run.batch(step), run.rate(step)
 
             # ---- 1. Rollouts y ~ pi_theta(.|x)

@@ -17,6 +17,7 @@ from typing import Literal, get_args, get_origin
 import feedback
 from harness.command import Parser
 from harness.runs import config_of
+from neighbours import served
 
 # Settings of a command rather than of the run that it starts or resumes.
 NOT_OF_THE_RUN = ("out", "resume", "overwrite", "track", "plan", "gpus", "gpu_memory")
@@ -151,7 +152,7 @@ def check(cfg) -> None:
     number = cfg.mismatch_limit.replace(".", "", 1)
     if cfg.mismatch_limit != "none" and not (number.isdecimal() and float(cfg.mismatch_limit) > 0):
         raise ValueError(f"--mismatch_limit must be a number above 0, or none, not {cfg.mismatch_limit}")
-    feedback.check_server("critic", cfg.critic_url, cfg.critic_model)
+    served.check("critic", cfg.critic_url, cfg.critic_model)
     cfg.templates()  # raises ValueError for a template without its hole
 
 
