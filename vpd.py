@@ -53,7 +53,8 @@ from tasks import TASKS
 # ---- What the M-step minimises, per token ----------------------------------------------------------------------
 # t holds what is known of a token, (1, n) tensors: logp = log pi_theta(y_t) and D = D(student, teacher) are live, D is 0 in rows
 # without a context; old_logp and teacher_logp are log pi_theta(y_t) and log q(y_t) at the weights that sampled the batch, equal
-# where there is no context; A is the row's advantage. t.step is the batch's number.
+# where there is no context; A is the row's advantage. t.step is the batch's number. Where one update follows a batch, old_logp
+# is logp itself, as a number: the ratio is exactly 1.
 
 
 def vpd(t, cfg):  # Eq. 10
@@ -87,8 +88,8 @@ def reweight(t, cfg):  # B.26 to B.28; lambda falls linearly to 0
 class Method:
     """What a method is. objective: what the M-step minimises, one of the functions above; teacher: whose weights read the context
     by default ("": nobody's); rows: which rollouts take part, those with a context, with an advantage, or with either; e_step:
-    whether the teacher is trained. What the objective reads: distils, t.D; scores, t.teacher_logp; reinforces, t.A: without the
-    flag t has 0 in its place."""
+    whether the teacher is trained. What the objective reads: distils, t.D; scores, t.teacher_logp; reinforces, t.A: without its
+    flag what t has by this name means nothing."""
 
     objective: Callable
     teacher: Literal["", "live", "ema"]

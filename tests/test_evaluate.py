@@ -114,8 +114,8 @@ def test_a_column_that_only_some_outcomes_of_a_problem_have_is_the_verifiers_fau
 
 def test_table_has_a_row_for_each_part_and_the_mean_of_the_domains():
     summary = lambda *rows: evaluate.summarise(np.array(rows))  # noqa: E731
-    result = {**summary([1, 1], [1, 1], [1, 1], [1, 1]), "task": "sciknoweval/all", "truncated": 0.25, "internal": 0,
-              "columns": {"held_out": summary([0])}, "parts": {"biology": summary(*[[1, 1]] * 3), "physics": summary([0, 0])}}  # fmt: skip
+    parts = {"biology": summary([1, 1], [1, 1], [1, 1]), "physics": summary([0, 0])}
+    result = {**summary([1, 1], [1, 1]), "truncated": 0.25, "internal": 0, "columns": {"held_out": summary([0])}, "parts": parts}
     expected = [
         "after runs/x/model avg@2 1.000 [1.000, 1.000] pass@2 1.000 [1.000, 1.000] held_out 0.000 [0.000, 0.000] truncated 0.250",
         "biology, 3 problems avg@2 1.000 [1.000, 1.000] pass@2 1.000 [1.000, 1.000]",
@@ -170,14 +170,14 @@ def test_options_that_cannot_be_are_one_line_and_exit_2(argv, words, capsys):
 
 @pytest.fixture
 def command(monkeypatch):
-    """command.run(*argv) runs main with neither model nor data; `did` has what it did, in order, `train` the task's problems."""
-    problem, did, train = Problem("p", [{"role": "user", "content": "?"}], part="part"), [], []
+    """command.run(*argv) runs main with neither model nor data; `did` has what it did, in order."""
+    problem, did = Problem("p", [{"role": "user", "content": "?"}], part="part"), []
 
     def make(by):
         def task(name, where, **options):  # where: a subset to load, or a file to read
             did.append((by, name, where, options))
             subset = by == "load" and where or tasks.TASKS[name][0]
-            return Task(f"{name}/{subset}", train, [], [problem], None, lambda: did.append("closed"), notes=["a note"])
+            return Task(f"{name}/{subset}", [], [], [problem], None, lambda: did.append("closed"), notes=["a note"])
 
         return task
 
@@ -193,7 +193,7 @@ def command(monkeypatch):
         (evaluate.Policy, "load", lambda path, *_, **__: SimpleNamespace(path=path, tokenizer=None)),
     ):  # fmt: skip
         monkeypatch.setattr(owner, name, instead)
-    return SimpleNamespace(run=lambda *argv: evaluate.main([str(word) for word in argv]), did=did, train=train)
+    return SimpleNamespace(run=lambda *argv: evaluate.main([str(word) for word in argv]), did=did)
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def test_run_is_evaluated_before_and_after_with_its_own_settings(command, run_fo
     assert [(name, r["model"], r["task"]) for name, r in written.items()] == [
         ("before", before, "sciknoweval/physics"), ("after", after, "sciknoweval/physics"),
     ]  # fmt: skip
-    capsys.readouterr()
+    assert f"{run} has no log.jsonl" in capsys.readouterr().out
     (run / "config.json").write_text('{"task": "toy", "model": "m"}')
     assert f"{run}/config.json is not the configuration of a run: it lacks method" in refused(capsys, "--run", run)
 
@@ -300,14 +300,11 @@ EPOCHS = {"steps": 0, "epochs": 3, "prompts_per_batch": 2, "prompts_dropped": 2}
      ({"steps": 4}, 4, None), (EPOCHS, 5, "was stopped after 5 of 6 batches"), (EPOCHS, 6, None),
      ({"steps": 4}, None, "has no log.jsonl: how many batches it was trained for is not known")],
 )  # fmt: skip
-def test_a_run_that_did_not_come_to_its_end_is_said_to_be_one(settings, batches, said, command, run_folder, capsys):
-    command.train.extend(range(7))
+def test_a_run_that_did_not_come_to_its_end_is_said_to_be_one(settings, batches, said, run_folder):
     rows = "".join(json.dumps({"kind": "train", "step": step}) + "\n" for step in range(batches or 0))
     torn = '{"kind": "eval", "step": 9}\n{"kind": "train", "step": 7, "rew'
     run = run_folder(None if batches is None else rows + torn, **settings)
-    command.run("--run", run)
-    found = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"{run} ")]
-    assert found == ([f"{run} {said}"] if said else [])
+    assert runs.stopped(run, runs.settings_of(run), 7) == ([f"{run} {said}"] if said else [])
 
 
 def test_figures_that_cannot_be_written_are_one_line_and_printed(command, tmp_path, capsys, monkeypatch):
