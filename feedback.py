@@ -11,7 +11,8 @@ sources   environment     the verifier's text on a failed rollout
 
 A success needs a context as well, or the E-step has no positives. With sibling and solution_first it is another success.
 With environment and critique the paper is silent; here a success borrows the text of a random failure of its own group,
-because any text that only successes see ("all tests passed") tells the teacher the label and nothing else.
+because any text that only successes see ("all tests passed") tells the teacher the label and nothing else. With both it sees
+another success and, where there is a failure, a borrowed text.
 
 docs/tasks.md says how to add a source; the flag, borrowing, the kind in the log and what cannot go together follow.
 """

@@ -9,7 +9,8 @@ docstring names; this file's imports (math and torch) are all that any of them n
     mask (B, T)     1 on response tokens including EOS, 0 on padding
 
 KL always names its arguments: kl(log_p, log_q) is KL(p‖q) = E_p[log p − log q]. Per-token results are (B, T),
-unreduced and unmasked; `sequence_mean` is the only reduction. Wherever a teacher enters, it is detached here.
+unreduced and unmasked; `sequence_mean` is the only reduction. A teacher that is imitated is detached here; in the E-step, where
+the teacher learns, the student is.
 """
 
 import math

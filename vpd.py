@@ -459,7 +459,7 @@ def train(cfg: Config, run: session.Run) -> None:
                 now, t.step, t.D = t.logp.detach(), step, t.D * t.has_C
                 frozen_logp = t.old_logp if frozen else now
                 t.old_logp = now if size == len(batch.y) else frozen_logp  # one update a batch: its ratio is exactly 1
-                if method.scores and not frozen:
+                if not frozen:
                     t.teacher_logp = torch.where(t.has_C, t.teacher_logp, now)  # no context: A^SDPO = 0
                 mismatch = 1.0 if limit is None else losses.truncated_ratio(frozen_logp, t.sampler_logp, limit)
                 return method.objective(t, cfg) * mismatch
