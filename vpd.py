@@ -53,8 +53,7 @@ from tasks import TASKS
 # ---- What the M-step minimises, per token ----------------------------------------------------------------------
 # t holds what is known of a token, (1, n) tensors: logp = log pi_theta(y_t) and D = D(student, teacher) are live, D is 0 in rows
 # without a context; old_logp and teacher_logp are log pi_theta(y_t) and log q(y_t) at the weights that sampled the batch, equal
-# where there is no context; A is the row's advantage. t.step is the batch's number. Where one update follows a batch, old_logp
-# is logp itself, as a number: the ratio is exactly 1.
+# where there is no context; A is the row's advantage. t.step is the batch's number.
 
 
 def vpd(t, cfg):  # Eq. 10
@@ -369,7 +368,8 @@ def e_step_minibatches(cfg: Config, batch: Batch, skip: Callable) -> list[list[i
 
 
 def advantages(cfg: Config, batch: Batch) -> torch.Tensor:
-    """A of each row, (B,). Rows that the grader failed on have the mean of their group: no advantage, no pull on the others."""
+    """A of each row, (B,). Rows that the grader failed on have the mean of their group: no advantage, and no pull on that mean
+    (with --divide_by_std the group's spread is smaller by them)."""
     groups, known = batch.r.view(-1, cfg.group_size), batch.graded.view(-1, cfg.group_size)
     means = (groups * known).sum(1, keepdim=True) / known.sum(1, keepdim=True).clamp(min=1)
     r = torch.where(known, groups, means).reshape(-1)
@@ -456,12 +456,11 @@ def train(cfg: Config, run: session.Run) -> None:
 
             def per_token(t):
                 """The objective at each token, weighed for the gap between trainer and sampler."""
-                now, t.step, t.D = t.logp.detach(), step, t.D * t.has_C
-                frozen_logp = t.old_logp if frozen else now
-                t.old_logp = now if size == len(batch.y) else frozen_logp  # one update a batch: its ratio is exactly 1
-                if not frozen:
-                    t.teacher_logp = torch.where(t.has_C, t.teacher_logp, now)  # no context: A^SDPO = 0
-                mismatch = 1.0 if limit is None else losses.truncated_ratio(frozen_logp, t.sampler_logp, limit)
+                t.step, t.D = step, t.D * t.has_C
+                if not frozen:  # this pass is at the weights that sampled the batch: the ratio is exactly 1
+                    t.old_logp = t.logp.detach()
+                    t.teacher_logp = torch.where(t.has_C, t.teacher_logp, t.old_logp)  # no context: A^SDPO = 0
+                mismatch = 1.0 if limit is None else losses.truncated_ratio(t.old_logp, t.sampler_logp, limit)
                 return method.objective(t, cfg) * mismatch
 
             for first in range(0, len(batch.y), size):
@@ -496,8 +495,8 @@ def train(cfg: Config, run: session.Run) -> None:
 
 def settings(argv: list[str] | None = None) -> Config:
     """What a command's flags mean."""
-    preset = partial(presets.of, PRESETS)
-    return parse(argv, Config, "python vpd.py", "Variational Policy Distillation and its baselines.", preset)
+    about = "Variational Policy Distillation and its baselines."
+    return parse(argv, Config, "python vpd.py", about, partial(presets.of, PRESETS))
 
 
 def main(argv: list[str] | None = None) -> None:

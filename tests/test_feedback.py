@@ -1,5 +1,5 @@
 """What feedback.py promises: who sees whose text in a group, and how a context stands in the teacher's prompt. Rows that the
-grader failed on and failures without a text are in test_algorithm.py.
+grader failed on are in test_algorithm.py.
 
 In the groups below row i answers "Si" and, when it fails, is told "Fi". Prompts are compared as whole decoded texts;
 the templates are one letter long, so that an expected prompt can be read at a glance.
@@ -114,6 +114,12 @@ def test_a_siblings_thoughts_are_removed_and_a_mere_thought_is_no_solution():
     responses = ["<think>hm</think> five", "<think>hm", "six", "seven"]
     found = contexts("sibling", [1, 1, 0, 0], responses, ["", "", "F2", "F3"], random.Random(0))
     assert [shown(context) for context in found] == [None, "five", "five", "five"]
+
+
+def test_a_failure_without_a_text_sees_and_lends_nothing():
+    for seed in range(20):
+        found = contexts("environment", [1, 0, 0], ["S0", "S1", "S2"], ["", "", "F2"], random.Random(seed))
+        assert [shown(context) for context in found] == ["F2", None, "F2"]
 
 
 # ---- From messages to token ids --------------------------------------------------------------------------
