@@ -15,7 +15,6 @@ import evaluate
 import tasks
 from harness import runs
 from harness.command import CannotWrite
-from model.policy import Policy
 from rollout import Rollout
 from tasks import Outcome, Problem, Task, sandbox, sciknoweval
 from test_settings import parsed
