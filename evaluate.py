@@ -11,12 +11,12 @@ for one trained model; run several seeds to see the spread between runs.
 """
 
 import json
-from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable
-from math import comb, inf
+from dataclasses import dataclass
+from math import comb
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,29 +24,51 @@ import torch
 import tasks
 from feedback import student_prompt
 from harness import machine, plan, runs
-from harness.command import Parser, check_out, fail, run, write
+from harness.command import check_out, fail, run, write
+from harness.settings import Group, check_flags, parse
 from model.parallel import Shared, World
 from model.policy import Policy
 from rollout import StaleEngine, check_sampler, grading, open_sampler, seed_for
 
+# ---- Settings ----------------------------------------------------------------------------------------------------
 
-class Protocol(NamedTuple):
-    """How a task is evaluated: n of avg@n, and how its samples are drawn."""
-
-    samples: int
-    temperature: float
-    top_p: float
-    max_tokens: int
+COMMAND = Group("What is evaluated")
+PROBLEMS = Group("Problems", "--model and --responses, since a run has its own", lambda c: not c.run)
+SAMPLES = Group("Samples", "--model and --run, since responses are graded as they are", lambda c: not c.responses)
 
 
-PROTOCOLS = {  # n is the paper's (Sec. 5), temperature and top_p are SDPO's
-    "toy": Protocol(4, 1.0, 1.0, 100),
-    "lcb": Protocol(4, 0.6, 0.95, 8192),
-    "sciknoweval": Protocol(16, 0.6, 0.95, 8192),
-    "math": Protocol(4, 0.6, 0.95, 8192),
-    "own": Protocol(4, 0.6, 0.95, 1024),
-    "reasoning_gym": Protocol(4, 0.6, 0.95, 512),
+@dataclass
+class Config:
+    """n of avg@n is the paper's (Sec. 5), temperature and top_p are SDPO's. PROTOCOLS holds what other tasks change."""
+
+    model: str = COMMAND("", "folder or hub id")
+    run: str = COMMAND("", "run directory: its first and its last weights, with its own settings")
+    responses: str = COMMAND("", 'JSONL of {"id", "response"}, graded without a model; needs --data')
+    out: str = COMMAND("", "file for every problem's rewards, or every response's grade")
+    unsafe_sandbox: bool = COMMAND(False, "run programs although a layer of the sandbox is missing")
+
+    task: Literal[*tasks.TASKS] = PROBLEMS("toy", "whose problems and verifier")
+    subset: str = PROBLEMS("", "of the task; its first by default")
+    data: str = PROBLEMS("", "problems in the source's own schema: a file, all of which is used")
+
+    split: Literal["train", "validation", "test"] = SAMPLES("test", "of the task's problems")
+    n: int = SAMPLES(4, "samples per problem", above=0)
+    seed: int = SAMPLES(0, "of the samples")
+    greedy: bool = SAMPLES(False, "temperature 0 and one sample")
+    temperature: float = SAMPLES(0.6, "of the samples", least=0)
+    top_p: float = SAMPLES(0.95, "of the samples", above=0, most=1)
+    max_tokens: int = SAMPLES(8192, "a longer response is cut, and graded as it is", above=0)
+    sampler: Literal["", "vllm", "hf"] = SAMPLES("", "vLLM on a GPU and transformers on a CPU by default")
+    engine_memory: float = SAMPLES(0.6, "vLLM's share of the GPU's memory", above=0, most=1)
+
+
+PROTOCOLS = {
+    "toy": dict(temperature=1.0, top_p=1.0, max_tokens=100),
+    "sciknoweval": dict(n=16),
+    "own": dict(max_tokens=1024),
+    "reasoning_gym": dict(max_tokens=512),
 }
+
 
 # ---- Numbers -----------------------------------------------------------------------------------------------------
 
@@ -165,102 +187,79 @@ def grade(task: tasks.Task, path: Path) -> tuple[list[str], list[dict]]:
 # ---- The command -------------------------------------------------------------------------------------------------
 
 
-def arguments(argv: list[str] | None) -> Namespace:
-    """What was given; n, temperature, top_p and max_tokens are None where they are left to the task or the run."""
-    parser = Parser("evaluate.py", "avg@n and pass@k of a model on a task, or grades of responses.")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", help="folder or hub id")
-    source.add_argument("--run", type=Path, help="run directory: its first and its last weights, with its own settings")
-    source.add_argument("--responses", type=Path, help='JSONL of {"id", "response"}, graded without a model; needs --data')
-    parser.add_argument("--task", choices=tasks.TASKS, help="default toy")
-    parser.add_argument("--subset", default="", help="of the task; its first by default")
-    parser.add_argument("--data", default="", help="problems in the source's own schema: a file, all of which is used")
-    parser.add_argument("--split", choices=("train", "validation", "test"), help="default test")
-    parser.add_argument("--n", type=int, help="samples per problem; default 16 for sciknoweval, else 4 (the paper's)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--greedy", action="store_true", help="temperature 0 and one sample")
-    parser.add_argument("--temperature", type=float, help="default 1.0 for toy, else 0.6 (SDPO)")
-    parser.add_argument("--top_p", type=float, help="default 1.0 for toy, else 0.95 (SDPO)")
-    parser.add_argument("--max_tokens", type=int, help="default 100 for toy, 1024 for own, 512 for reasoning_gym, else 8192")
-    parser.add_argument("--sampler", choices=("", "vllm", "hf"), default="", help="default: vllm on a GPU, else hf")
-    parser.add_argument("--engine_memory", type=float, default=0.6, help="vLLM's share of the GPU's memory")
-    parser.add_argument("--unsafe_sandbox", action="store_true", help="run programs although a layer of the sandbox is missing")
-    parser.add_argument("--out", type=Path, help="file for every problem's rewards, or every response's grade")
-    args = parser.parse_args(argv)
-    given = lambda *flags: [f"--{f}" for f in flags if getattr(args, f) is not parser.get_default(f)]  # noqa: E731
-    if args.run and (unused := given("task", "subset", "data")):
-        parser.error(f"--run goes without {' and '.join(unused)}: a run has its own")
-    if args.responses and (unused := given("n", "greedy", "temperature", "top_p", "max_tokens", "split", "seed", "sampler")):
-        parser.error(f"--responses goes without {' and '.join(unused)}: they are graded as they are")
-    if args.responses and not args.data:
-        parser.error("--responses needs --data, the problems they answer")
-    if args.greedy and (args.n not in (None, 1) or args.temperature not in (None, 0)):
-        parser.error("--greedy is one sample at temperature 0: it goes without another --n or --temperature")
-    args.n, args.temperature = (1, 0.0) if args.greedy else (args.n, args.temperature)
-    args.task, args.split = args.task or "toy", args.split or "test"
-    return args
+def settings(argv: list[str] | None = None) -> Config:
+    """What a command's flags mean. Raises ValueError for a --run that is none."""
+
+    def below(given: dict) -> dict:
+        """What the flags stand over: the settings of the run, or the task's protocol."""
+        found = PROTOCOLS.get(given.get("task", "toy"), {})
+        if "run" in given:
+            out, config = Path(given["run"]), runs.settings_of(Path(given["run"]))
+            found = {name: config[name] for name in ("task", "subset", "unsafe_sandbox") if name in config}
+            found |= dict(n=config["eval_samples"], temperature=config["eval_temperature"], top_p=config["eval_top_p"],
+                          max_tokens=config["max_response_tokens"], out=str(out / "evaluation.json"))  # fmt: skip
+        return found | (dict(n=1, temperature=0.0) if given.get("greedy") else {})
+
+    return parse(argv, Config, "evaluate.py", "avg@n and pass@k of a model on a task, or grades of responses.", below)
 
 
-def prepare(args: Namespace) -> tuple[tasks.Task, dict[str, str]]:
-    """The task, and the models by name; what `args` leaves open is set. Raises ValueError with one line."""
-    config, protocol, models = {}, PROTOCOLS[args.task], {"model": args.model}
-    if args.run:
-        config = runs.settings_of(args.run)
-        models = {"before": runs.first_weights(args.run, config), "after": str(args.run / "model")}
-        protocol = [config[name] for name in ("eval_samples", "eval_temperature", "eval_top_p", "max_response_tokens")]
-        args.task, args.out = config["task"], args.out or args.run / "evaluation.json"
-        args.subset, args.unsafe_sandbox = config.get("subset", ""), args.unsafe_sandbox or config.get("unsafe_sandbox", False)
-    for name, value in zip(("n", "temperature", "top_p", "max_tokens"), protocol):
-        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
-    if args.n < 1 or args.max_tokens < 1 or not 0 <= args.temperature < inf:
-        raise ValueError("--n and --max_tokens must be at least 1, and --temperature at least 0")
-    if not 0 < args.top_p <= 1 or not 0 < args.engine_memory <= 1:
-        raise ValueError("--top_p and --engine_memory must be in (0, 1]")
-    check_sampler(args.sampler)
-    if args.out:
-        check_out(args.out)
-        for what, path in (("the responses", args.responses), ("the problems", args.data)):
-            if path and args.out.resolve() == Path(path).resolve():
-                raise ValueError(f"--out {args.out} would replace {what}")
-    whole = args.data and args.task not in ("own", "reasoning_gym")  # a file of problems; theirs are code, and settings
-    if whole and (args.subset or args.split != "test"):
+def prepare(cfg: Config) -> tuple[tasks.Task, dict[str, str]]:
+    """The task, and the models by name. Raises ValueError with one line for what cannot be evaluated."""
+    check_flags(cfg)
+    if sum(map(bool, (cfg.model, cfg.run, cfg.responses))) != 1:
+        raise ValueError("give one of --model, --run and --responses")
+    if cfg.responses and not cfg.data:
+        raise ValueError("--responses needs --data, the problems they answer")
+    if cfg.greedy and (cfg.n, cfg.temperature) != (1, 0):
+        raise ValueError("--greedy is one sample at temperature 0: it goes without another --n or --temperature")
+    if cfg.out:
+        check_out(Path(cfg.out))
+        if Path(cfg.out).resolve() in [Path(file).resolve() for file in (cfg.responses, cfg.data) if file]:
+            raise ValueError(f"--out {cfg.out} would replace a file that is read")
+    whole = cfg.data and cfg.task not in ("own", "reasoning_gym")  # a file of problems; theirs are code, and settings
+    if whole and (cfg.subset or cfg.split != "test"):
         raise ValueError("--data takes all rows of a file: it goes without --subset and --split")
-    unsafe = machine.judged(*machine.sandbox(args))
+    unsafe = machine.judged(*machine.sandbox(cfg))
+    models, source = {"model": cfg.model}, {"data": cfg.data}
+    if cfg.run:
+        folder, config = Path(cfg.run), runs.settings_of(Path(cfg.run))
+        models = {"before": runs.first_weights(folder, config), "after": str(folder / "model")}
+        source = {key: config[key] for key in ("data", "train_tests", "since", "until") if key in config}
     if whole:
-        task = tasks.read(args.task, args.data, official=args.responses is not None)
+        task = tasks.read(cfg.task, cfg.data, official=bool(cfg.responses))
     else:
-        own = {key: config[key] for key in ("data", "train_tests", "since", "until") if key in config}
-        task = tasks.load(args.task, args.subset, **({"data": args.data} | own))
-    task.notes += unsafe + (runs.stopped(args.run, config, len(task.train)) if args.run else [])
-    if not args.responses:
-        if not getattr(task, args.split):
-            raise ValueError(f"{task.name} has no {args.split} problems")
+        task = tasks.load(cfg.task, cfg.subset, **source)
+    task.notes += unsafe + (runs.stopped(folder, config, len(task.train)) if cfg.run else [])
+    if not cfg.responses:
+        check_sampler(cfg.sampler)
+        if not getattr(task, cfg.split):
+            raise ValueError(f"{task.name} has no {cfg.split} problems")
         for path in models.values():
             plan.read(path)
     return task, models
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = arguments(argv)
     try:
-        task, models = prepare(args)
-        lines, graded = grade(task, args.responses) if args.responses else ([], [])
-        world = World() if args.responses else World.start()
+        cfg = settings(argv)
+        task, models = prepare(cfg)
+        lines, graded = grade(task, Path(cfg.responses)) if cfg.responses else ([], [])
+        world = World() if cfg.responses else World.start()
     except (ValueError, OSError) as error:
         fail(error, "evaluate.py")
-    if args.responses:
+    if cfg.responses:
         task.close()
         print("\n".join([*task.notes, *lines]))
-        if args.out:
-            write(args.out, "".join(json.dumps(row) + "\n" for row in graded))
-            print(f"{args.out}: every response's grade")
+        if cfg.out:
+            write(Path(cfg.out), "".join(json.dumps(row) + "\n" for row in graded))
+            print(f"{cfg.out}: every response's grade")
         return
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
-    problems, results, sampler, verify = getattr(task, args.split), {}, None, Shared(world, task.verify, task.threads)
-    settings = {"task": task.name, **{key: getattr(args, key) for key in ("split", "seed", "temperature", "top_p", "max_tokens")}}
-    print("\n".join(task.notes + [f"{task.name}, {len(problems)} {args.split} problems, {args.n} samples each, temperature "
-                                  f"{args.temperature}, top_p {args.top_p}"]))  # fmt: skip
+    problems, results, sampler, verify = getattr(task, cfg.split), {}, None, Shared(world, task.verify, task.threads)
+    kept = {"task": task.name, **{name: getattr(cfg, name) for name in ("split", "seed", "temperature", "top_p", "max_tokens")}}
+    how = f"{cfg.n} samples each, temperature {cfg.temperature}, top_p {cfg.top_p}"
+    print("\n".join([*task.notes, f"{task.name}, {len(problems)} {cfg.split} problems, {how}"]))
     for name, path in models.items():
         if sampler is not None:  # one network at a time; the engine stays, since both are of one shape
             sampler.sleep()
@@ -268,22 +267,19 @@ def main(argv: list[str] | None = None) -> None:
             torch.cuda.empty_cache()
         try:
             policy = Policy.load(path, torch.bfloat16 if torch.cuda.is_available() else torch.float32, world=world)
-        except ValueError as error:
-            fail(error, "evaluate.py")
-        prompts = [student_prompt(policy.tokenizer, p.messages) for p in problems]
-        longest = max(map(len, prompts)) + args.max_tokens
-        sampler = sampler or open_sampler(args.sampler, policy, path, longest, args.engine_memory, prompts[: 2 * world.size])
-        try:
+            prompts = [student_prompt(policy.tokenizer, p.messages) for p in problems]
+            longest = max(map(len, prompts)) + cfg.max_tokens
+            sampler = sampler or open_sampler(cfg.sampler, policy, path, longest, cfg.engine_memory, prompts[: 2 * world.size])
             sampler.sync(policy)
-        except StaleEngine as error:
-            fail(error, "evaluate.py", status=1)
-        drawn = args.n, seed_for(args.seed, "evaluation"), args.max_tokens, args.temperature, args.top_p
-        results[name] = {"model": path, **settings, **measure(policy, sampler, verify, problems, *drawn, prompts)}
+        except (ValueError, StaleEngine) as error:
+            fail(error, "evaluate.py", status=1 if isinstance(error, StaleEngine) else 2)
+        drawn = cfg.n, seed_for(cfg.seed, "evaluation"), cfg.max_tokens, cfg.temperature, cfg.top_p
+        results[name] = {"model": path, **kept, **measure(policy, sampler, verify, problems, *drawn, prompts)}
         print("\n".join(table(name, path, results[name])))
     task.close()
-    if args.out and world.rank == 0:
-        write(args.out, json.dumps(results if args.run else results["model"], indent=1) + "\n")
-        print(f"{args.out}: these numbers, and every problem's rewards")
+    if cfg.out and world.rank == 0:
+        write(Path(cfg.out), json.dumps(results if cfg.run else results["model"], indent=1) + "\n")
+        print(f"{cfg.out}: these numbers, and every problem's rewards")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ sources   environment     the verifier's text on a failed rollout
 
 A success needs a context as well, or the E-step has no positives. With sibling and solution_first it is another success.
 With environment and critique the paper is silent; here a success borrows the text of a random failure of its own group,
-because any text that only successes see ("all tests passed") tells the teacher the label and nothing else.
+because any text that only successes see ("all tests passed") tells the teacher the label and nothing else. With both it sees
+another success and, where there is a failure, a borrowed text.
 
 docs/tasks.md shows how to add a source; its flag, borrowing, its kind in the log and the checks of settings come with it.
 """
@@ -20,8 +21,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from urllib.parse import urlsplit
+from dataclasses import astuple, dataclass
 
 from rollout import seed_for
 
@@ -89,31 +89,24 @@ def contexts(
     solutions = [strip_thinking(text) for text in responses]
     success = [i for i, r in enumerate(rewards) if r == 1 and solutions[i]]  # nothing but a thought is no solution
     failure = [i for i, r in enumerate(rewards) if r == 0 and texts[i]]
-
-    def sibling(i: int) -> int | None:
-        others = [j for j in success if j != i]  # "a successful trajectory ... excluding itself"
-        return rng.choice(others) if others else None
-
-    def text(i: int) -> int | None:
-        """The row whose text row i sees: its own after a failure, a random failure's for a success that borrows."""
-        if rewards[i] == 0 or passed:
-            return i if texts[i] else None
-        return rng.choice(failure) if borrow and failure else None
-
     kind = source if source in TEXTS else "environment"  # of the texts
     section = "critique" if source == "critique" else "feedback"
     found: list[Context | None] = []
     for i, r in enumerate(rewards):
-        solution = None if source in TEXTS else sibling(i)
+        shown, rows = {}, {}  # what row i sees by section of the prompt; the row that each kind of text comes from
+        others = [] if source in TEXTS else [j for j in success if j != i]  # "a successful trajectory ... excluding itself"
+        if others:
+            rows["sibling"] = rng.choice(others)
+            shown["solution"] = solutions[rows["sibling"]]
         with_text = source in TEXTS or {
             "sibling": False,
-            "solution_first": r == 0 and solution is None,
-            "both": r == 0 or solution is not None,  # a success sees the kind that failures see, and a lone one nothing
+            "solution_first": r == 0 and not others,
+            "both": r == 0 or bool(others),  # a success sees the kind that failures see, and a lone one nothing
         }[source]
-        row = text(i) if with_text else None
-        rows = {name: j for name, j in (("sibling", solution), (kind, row)) if j is not None}
-        shown = {"solution": solutions[solution]} if solution is not None else {}
-        shown |= {section: texts[row]} if row is not None else {}
+        own = r == 0 or passed
+        if with_text and (texts[i] if own else borrow and failure):
+            rows[kind] = i if own else rng.choice(failure)
+            shown[section] = texts[rows[kind]]
         found.append(Context("+".join(rows), **shown, rows=tuple(rows.values())) if rows else None)
     return found
 
@@ -203,9 +196,11 @@ def teacher_parts(messages: list[dict[str, str]], context: Context, templates: T
 def check_prompts(tokenizer, problems: list, cfg) -> list[int]:
     """Tokens of each problem's student prompt. Raises ValueError with one line for a chat template or a tokenizer with which
     prompts cannot be built, and for a problem whose teacher prompt is too long even without a context."""
-    lengths, teacher, templates = [], bool(cfg.reader()), cfg.templates()
-    groups = ((1, 1, 0), (0,))  # of these every source gives each of its kinds of context, here with texts of one letter
+    lengths, templates = [], cfg.templates()
+    # Of these groups every source gives each of its kinds of context, here with texts of one letter.
+    groups = ((1, 1, 0), (0,)) if cfg.reader() else ()
     shortest = [c for rewards in groups for c in contexts(cfg.feedback, rewards, "---", "---", random.Random(0)) if c]
+    room = cfg.max_teacher_tokens - sum(len(words.encode()) for words in astuple(templates))  # no more tokens than bytes
     for problem in problems:
         if problem.messages[-1]["role"] != "user":
             raise ValueError(f"problem {problem.id}: its last message is not the user's")
@@ -214,40 +209,27 @@ def check_prompts(tokenizer, problems: list, cfg) -> list[int]:
         except Exception as error:  # a template's own
             why = " ".join(f"{type(error).__name__}: {error}".split())
             raise ValueError(f"the chat template of {cfg.model} cannot render problem {problem.id} ({why})") from None
-        if teacher and lengths[-1] <= cfg.max_prompt_tokens and 2 * lengths[-1] + 1000 > cfg.max_teacher_tokens:
+        for context in shortest if room < lengths[-1] <= cfg.max_prompt_tokens else ():
             try:
-                for context in shortest:
-                    teacher_prompt(tokenizer, problem.messages, context, templates, cfg.max_teacher_tokens)
+                teacher_prompt(tokenizer, problem.messages, context, templates, cfg.max_teacher_tokens)
             except ValueError as error:
                 raise ValueError(f"problem {problem.id}: {error} (--max_teacher_tokens)") from None
-    if teacher and problems:
-        messages, context = problems[0].messages, Context("", "1 + 1", "two", "2 is")
-        ids, _ = teacher_prompt(tokenizer, messages, context, templates, 10**9)
-        joined = {**messages[-1], "content": "".join(teacher_parts(messages, context, templates))}
-        if tokenizer.decode(ids) != tokenizer.decode(student_prompt(tokenizer, [*messages[:-1], joined])):
+    if shortest and problems:
+        messages = problems[0].messages
+        parts = teacher_parts(messages, Context("", "1 + 1", "two", "2 is"), templates)
+        joined = student_prompt(tokenizer, [*messages[:-1], {**messages[-1], "content": "".join(parts)}])
+        if tokenizer.decode(encode(tokenizer, messages, parts, 10**9)[0]) != tokenizer.decode(joined):
             raise ValueError(f"the tokenizer of {cfg.model} adds blanks where the texts of a prompt are joined")
     return lengths
 
 
-def critique_parts(messages: list[dict[str, str]], attempt: str, reference: str, templates: Templates) -> list[str]:
-    """The request for a critique, problem, attempt and reference answer at the odd places (Sec. 4.2); joined, it is the
-    message for a served model."""
-    texts = {"question": messages[-1]["content"], "attempt": strip_thinking(attempt), "reference": reference}
-    return filled(templates.request, texts)
-
-
-def filled(request: str, texts: dict[str, str]) -> list[str]:
-    """A request with its holes filled, the texts at the odd places."""
+def request_parts(request: str, messages: list[dict[str, str]], attempt: str, **texts: str) -> list[str]:
+    """What a critic (Sec. 4.2) or a judge is asked, the texts in the request's holes at the odd places: {question}, {attempt}
+    without its thoughts, and those of `texts`. Joined it is the message for a served model."""
+    texts |= {"question": messages[-1]["content"], "attempt": strip_thinking(attempt)}
     parts = re.split(r"\{(" + "|".join(texts) + r")\}", request)
     parts[1::2] = [texts[hole] for hole in parts[1::2]]
     return parts
-
-
-def critique_prompt(
-    tokenizer, messages: list[dict[str, str]], attempt: str, reference: str, templates: Templates, max_tokens: int
-) -> tuple[list[int], int]:
-    """Token ids of the request as one user message, and how many tokens of its texts were cut."""
-    return encode(tokenizer, messages[-1:], critique_parts(messages, attempt, reference, templates), max_tokens)
 
 
 # ---- A batch -----------------------------------------------------------------------------------------------------
@@ -266,15 +248,15 @@ class Critic:
 
     def write(self, problems: list, responses: list[str], outcomes: list, step: int) -> list[str]:
         """A review of each failure, with the reference answer in view; "" on successes and where none came."""
-        cfg, templates = self.cfg, self.cfg.templates()
+        cfg, request = self.cfg, self.cfg.templates().request
         failed = [i for i, o in enumerate(outcomes) if o.reward == 0 and o.verdict != "internal"]
-        attempts = [(problems[i].messages, responses[i], problems[i].reference, templates) for i in failed]
+        asked = [request_parts(request, problems[i].messages, responses[i], reference=problems[i].reference) for i in failed]
         settings = seed_for(cfg.seed, step, "critiques"), cfg.max_critique_tokens, cfg.temperature, cfg.top_p
         if self.server:
-            asked = [[{"role": "user", "content": "".join(critique_parts(*attempt))}] for attempt in attempts]
-            replies = self.server.reply(asked, *settings)
+            replies = self.server.reply([[{"role": "user", "content": "".join(parts)}] for parts in asked], *settings)
         else:
-            prompts = [critique_prompt(self.policy.tokenizer, *attempt, cfg.max_teacher_tokens)[0] for attempt in attempts]
+            tokenizer, limit = self.policy.tokenizer, cfg.max_teacher_tokens
+            prompts = [encode(tokenizer, problems[i].messages[-1:], parts, limit)[0] for i, parts in zip(failed, asked)]
             replies = [self.policy.decode(rollout.tokens) for rollout in self.sampler.sample(prompts, 1, *settings)]
         texts = {i: strip_thinking(reply or "") for i, reply in zip(failed, replies)}
         return [texts.get(i, "") for i in range(len(outcomes))]
@@ -293,14 +275,3 @@ def batch_contexts(cfg, problems: list, responses: list[str], outcomes: list, st
         rewards = [o.reward for o in outcomes[group]]
         C += contexts(cfg.feedback, rewards, responses[group], texts[group], rng, cfg.borrow, cfg.passed_text)
     return [c if o.verdict != "internal" else None for c, o in zip(C, outcomes)]
-
-
-def check_server(who: str, url: str, model: str) -> None:
-    """Raises ValueError with one line for a server's address that cannot be one, or holds a secret."""
-    if bool(url) != bool(model):
-        raise ValueError(f"--{who}_url and --{who}_model go together: the server's base URL and the model it serves")
-    parts = urlsplit(url)
-    if url and parts.scheme not in ("http", "https"):
-        raise ValueError(f"--{who}_url must begin with http:// or https://, not {url!r}")
-    if parts.username or parts.password or parts.query or parts.fragment:
-        raise ValueError(f"--{who}_url holds a secret, which would be saved with the run: put the key into OPENAI_API_KEY")

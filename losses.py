@@ -9,7 +9,8 @@ docstring names; this file's imports (math and torch) are all that any of them n
     mask (B, T)     1 on response tokens including EOS, 0 on padding
 
 KL always names its arguments: kl(log_p, log_q) is KL(p‖q) = E_p[log p − log q]. Per-token results are (B, T),
-unreduced and unmasked; `sequence_mean` is the only reduction. Wherever a teacher enters, it is detached here.
+unreduced and unmasked; `sequence_mean` is the only reduction. A teacher that is imitated is detached here; in the E-step, where
+the teacher learns, the student is.
 """
 
 import math
@@ -147,8 +148,7 @@ def sequence_mean(per_token: Tensor, mask: Tensor, num_sequences: int) -> Tensor
     micro-batches, all ranks), so the sum of micro-batch results is the whole step's loss. Returns (). Needs
     `sequence_weights`. The row's mean weighs a response by 1/length, which for a policy gradient is a bias.
     """
-    assert per_token.ndim == 2, f"per_token must be (B, T), not {per_token.shape}"
-    assert per_token.shape == mask.shape, f"per_token {per_token.shape} and mask {mask.shape} differ"
+    assert per_token.ndim == 2 and per_token.shape == mask.shape, f"per_token {per_token.shape}, mask {mask.shape}: not (B, T)"
     kept = per_token.masked_fill(mask == 0, 0.0)  # whatever stands on padding, inf and nan included, stays out
     return (kept * sequence_weights(mask, num_sequences).to(kept.dtype)).sum()
 
@@ -185,8 +185,7 @@ def grpo_loss(
     logp, old_logp: (B, T); advantages: (B,) for a sequence or (B, T) for tokens (B.24, B.28), finite on padding too.
     Returns (B, T). Only logp carries a gradient. Source: lasgroup/SDPO @0e6d510 (0.2, 0.28, 3).
     """
-    assert logp.ndim == 2, f"logp must be (B, T), not {logp.shape}"
-    assert logp.shape == old_logp.shape, f"logp {logp.shape} and old_logp {old_logp.shape} differ"
+    assert logp.ndim == 2 and logp.shape == old_logp.shape, f"logp {logp.shape}, old_logp {old_logp.shape}: not (B, T)"
     assert advantages.shape in (logp.shape, logp.shape[:1]), f"advantages {advantages.shape} do not fit logp {logp.shape}"
     A = advantages.detach() if advantages.ndim == 2 else advantages.detach().unsqueeze(-1)  # (B, T) or (B, 1)
     # exp(±20) is far outside every clip range; without the bound a ratio that overflows gives 0 · inf = nan backward.
@@ -258,8 +257,8 @@ def implicit_reward(teacher_logp: Tensor, student_logp: Tensor, mask: Tensor, be
 
     teacher_logp, student_logp, mask: (B, T). Returns (B,). The student is frozen: it is detached here.
     """
-    shapes = [x.shape for x in (teacher_logp, student_logp, mask)]
-    assert mask.ndim == 2 and len(set(shapes)) == 1, f"teacher_logp, student_logp and mask must all be (B, T), not {shapes}"
+    shapes = teacher_logp.shape, student_logp.shape, mask.shape
+    assert mask.ndim == 2 and len({*shapes}) == 1, f"teacher_logp, student_logp, mask {shapes}: not (B, T)"
     return beta * (teacher_logp - student_logp.detach()).masked_fill(mask == 0, 0.0).sum(-1)
 
 

@@ -31,7 +31,6 @@ Where we depart from the paper's text, or had to choose:
 """
 
 import math
-import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -40,9 +39,9 @@ from typing import Literal
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+import evaluate
 import feedback
 import losses
-from evaluate import PROTOCOLS
 from feedback import SOURCES, TEXTS, Templates
 from harness import command, machine, presets, session
 from harness.settings import Group, check, parse, read_by
@@ -88,8 +87,8 @@ def reweight(t, cfg):  # B.26 to B.28; lambda falls linearly to 0
 class Method:
     """What a method is. objective: what the M-step minimises, one of the functions above; teacher: whose weights read the context
     by default ("": nobody's); rows: which rollouts take part, those with a context, with an advantage, or with either; e_step:
-    whether the teacher is trained. What the objective reads: distils, t.D; scores, t.teacher_logp; reinforces, t.A: without the
-    flag t has 0 in its place."""
+    whether the teacher is trained. What the objective reads: distils, t.D; scores, t.teacher_logp; reinforces, t.A: without its
+    flag what t has by this name means nothing."""
 
     objective: Callable
     teacher: Literal["", "live", "ema"]
@@ -111,14 +110,12 @@ METHODS = {
 
 # ---- Settings ----------------------------------------------------------------------------------------------------
 
-LCB, WORDS, SERVED = PROTOCOLS["lcb"], Templates(), ("critic", "judge")
 RUN, PLAN, WATCH = Group("Run"), Group("Plan"), Group("Evaluation on validation problems")
 PROBE = Group(WATCH.title, "a method with a teacher, and --eval_every", lambda c: c.row().teacher and c.eval_every)
 MODEL, ROLLOUTS, ADAMW = Group("Model"), Group("Rollouts"), Group("Optimizer (AdamW)")
 RUN_LCB = Group(RUN.title, "--task lcb", lambda c: c.task == "lcb")
 ROLLOUTS_VLLM = Group(ROLLOUTS.title, "--sampler vllm", lambda c: c.sampler != "hf")
 FEEDBACK = Group("Feedback", "a method with a teacher", lambda c: c.row().teacher)
-SERVERS = Group(FEEDBACK.title, "a model behind a server", lambda c: any(getattr(c, f"{who}_url", "") for who in SERVED))
 E_STEP = Group("E-step", "a method with an E-step", lambda c: c.row().e_step)
 DISTIL = Group("Distillation", "a method that distils (its loss reads D)", lambda c: c.row().distils)
 GRADIENT = Group("Policy gradient and hybrids", "a method with a policy gradient", lambda c: c.row().reinforces)
@@ -135,6 +132,7 @@ def objective_reads(name: str) -> dict:
 
 
 SOLUTION, CRITIQUE = shown_by("sibling", "solution_first", "both"), shown_by("critique")
+SERVED = Group(FEEDBACK.title, "a model behind a server", lambda c: c.critic_url)
 TEXT, LENT = shown_by(*(s for s in SOURCES if s not in ("sibling", "critique"))), shown_by("both", *TEXTS)
 
 
@@ -167,9 +165,9 @@ class Config:
     gpu_memory: float = PLAN(0.0, "with --plan: GB of each; 0: as here", least=0, need="--plan", reads=lambda c: c.plan)
 
     eval_every: int = WATCH(10, "rollout batches between evaluations; 0: never", least=0)
-    eval_samples: int = WATCH(LCB.samples, "n of avg@n: samples of each problem", above=0)
-    eval_temperature: float = WATCH(LCB.temperature, "SDPO's 0.6 on the paper's tasks", least=0)
-    eval_top_p: float = WATCH(LCB.top_p, "SDPO's 0.95 on the paper's tasks", above=0, most=1)
+    eval_samples: int = WATCH(evaluate.Config.n, "n of avg@n: samples of each problem", above=0)
+    eval_temperature: float = WATCH(evaluate.Config.temperature, "SDPO's 0.6 on the paper's tasks", least=0)
+    eval_top_p: float = WATCH(evaluate.Config.top_p, "SDPO's 0.95 on the paper's tasks", above=0, most=1)
     teacher_probe: int = PROBE(0, "base failures on which the teacher's pass rate is measured at every evaluation", least=0)
 
     model: str = MODEL("Qwen/Qwen3-8B", "folder or hub id")
@@ -179,7 +177,7 @@ class Config:
     prompts_per_batch: int = ROLLOUTS(32, "B, problems in a rollout batch", above=0)
     group_size: int = ROLLOUTS(8, "G, rollouts per prompt", above=0)
     max_prompt_tokens: int = ROLLOUTS(2048, "longer problems are dropped and counted", above=0)
-    max_response_tokens: int = ROLLOUTS(LCB.max_tokens, "a longer response is cut, and graded as it is", above=0)
+    max_response_tokens: int = ROLLOUTS(evaluate.Config.max_tokens, "a longer response is cut, and graded as it is", above=0)
     temperature: float = ROLLOUTS(1.0, "of rollouts, at which the trainer scores as well", above=0)
     top_p: float = ROLLOUTS(1.0, "of rollouts", above=0, most=1)
     sampler: Literal["", "vllm", "hf"] = ROLLOUTS("", "vLLM on a GPU and transformers on a CPU by default")
@@ -201,12 +199,12 @@ class Config:
     max_critique_tokens: int = CRITIQUE(512, "of a critique", above=0)
     critic_url: str = CRITIQUE("", "critiques from an OpenAI-compatible server (key: OPENAI_API_KEY), not the student")
     critic_model: str = CRITIQUE("", "the name it serves")
-    server_timeout: float = SERVERS(60.0, "seconds to wait for a server, three times", above=0)
-    solution_template: str = SOLUTION(WORDS.solution, "section of the teacher's prompt, with {solution}")
-    feedback_template: str = TEXT(WORDS.feedback, "section of the teacher's prompt, with {feedback}")
-    critique_template: str = CRITIQUE(WORDS.critique, "section of the teacher's prompt, with {critique}")
-    closing_line: str = FEEDBACK(WORDS.closing, "end of the teacher's prompt")
-    critique_request: str = CRITIQUE(WORDS.request, "what a critic is asked: {question}, {attempt}, {reference}")
+    server_timeout: float = SERVED(60.0, "seconds to wait for a server, three times", above=0)
+    solution_template: str = SOLUTION(Templates.solution, "section of the teacher's prompt, with {solution}")
+    feedback_template: str = TEXT(Templates.feedback, "section of the teacher's prompt, with {feedback}")
+    critique_template: str = CRITIQUE(Templates.critique, "section of the teacher's prompt, with {critique}")
+    closing_line: str = FEEDBACK(Templates.closing, "end of the teacher's prompt")
+    critique_request: str = CRITIQUE(Templates.request, "what a critic is asked: {question}, {attempt}, {reference}")
 
     e_step_every: int = E_STEP(5, "F: an E-step on every F-th rollout batch", above=0)
     e_minibatch_prompts: int = E_STEP(32, "prompts per E-step update; the whole batch makes one update", above=0)
@@ -252,7 +250,7 @@ PRESETS = {
     "lcb": {},  # Table D.1
     "sciknoweval": dict(  # Table D.2; OLMo3-7B: --lr 5e-6
         lr=1e-5, epochs=0, steps=500, warmup_steps=10, minibatch_prompts=32, top_k=100, divergence="js", ema_rate=0.05,
-        feedback="sibling", eval_every=25, eval_samples=PROTOCOLS["sciknoweval"].samples,
+        feedback="sibling", eval_every=25, eval_samples=evaluate.PROTOCOLS["sciknoweval"]["n"],
     ),
     "math": dict(  # Table D.4
         lr=5e-6, epochs=0, steps=200, warmup_steps=10, minibatch_prompts=32, top_k=0, divergence="kl_teacher_student",
@@ -306,16 +304,6 @@ class Batch:
     def reader(self, policy: Policy, rows: list[int], teacher=None):
         """The rows under the teacher's prompt, q(.|x,C)."""
         return policy.view([self.xC[i] for i in rows], [self.y[i] for i in rows], teacher)
-
-
-def batches(problems: list, size: int, steps: int, seed: int):
-    """`steps` batches of `size` problems: reshuffled every epoch, the incomplete last batch dropped."""
-    per_epoch, order = len(problems) // size, []
-    for step in range(steps):
-        if step % per_epoch == 0:
-            order = random.Random(seed_for(seed, step // per_epoch, "order")).sample(problems, len(problems))
-        start = step % per_epoch * size
-        yield order[start : start + size]
 
 
 def roll_out(cfg: Config, policy: Policy, sampler, problems: list, step: int, verify: Callable | None = None) -> Batch:
@@ -380,7 +368,8 @@ def e_step_minibatches(cfg: Config, batch: Batch, skip: Callable) -> list[list[i
 
 
 def advantages(cfg: Config, batch: Batch) -> torch.Tensor:
-    """A of each row, (B,). Rows that the grader failed on have the mean of their group: no advantage, no pull on the others."""
+    """A of each row, (B,). Rows that the grader failed on have the mean of their group: no advantage, and no pull on that mean
+    (with --divide_by_std the group's spread is smaller by them)."""
     groups, known = batch.r.view(-1, cfg.group_size), batch.graded.view(-1, cfg.group_size)
     means = (groups * known).sum(1, keepdim=True) / known.sum(1, keepdim=True).clamp(min=1)
     r = torch.where(known, groups, means).reshape(-1)
@@ -405,7 +394,7 @@ def train(cfg: Config, run: session.Run) -> None:
     D = partial(losses.divergence, kind=cfg.divergence) if method.distils else None
     limit, size = run.mismatch_limit(), cfg.minibatch_prompts * cfg.group_size  # size: rows of an M-step update
     with run.started(teacher, {"shared": optimizer, "e_step": e_optimizer}):
-        for step, problems in run.batches(batches):
+        for step, problems in run.batches():
             log, rate = run.batch(step), run.rate(step)
 
             # ---- 1. Rollouts y ~ pi_theta(.|x)
@@ -467,12 +456,11 @@ def train(cfg: Config, run: session.Run) -> None:
 
             def per_token(t):
                 """The objective at each token, weighed for the gap between trainer and sampler."""
-                now, t.step, t.D = t.logp.detach(), step, t.D * t.has_C
-                frozen_logp = t.old_logp if frozen else now
-                t.old_logp = now if size == len(batch.y) else frozen_logp  # one update a batch: its ratio is exactly 1
-                if method.scores and not frozen:
-                    t.teacher_logp = torch.where(t.has_C, t.teacher_logp, now)  # no context: A^SDPO = 0
-                mismatch = 1.0 if limit is None else losses.truncated_ratio(frozen_logp, t.sampler_logp, limit)
+                t.step, t.D = step, t.D * t.has_C
+                if not frozen:  # this pass is at the weights that sampled the batch: the ratio is exactly 1
+                    t.old_logp = t.logp.detach()
+                    t.teacher_logp = torch.where(t.has_C, t.teacher_logp, t.old_logp)  # no context: A^SDPO = 0
+                mismatch = 1.0 if limit is None else losses.truncated_ratio(t.old_logp, t.sampler_logp, limit)
                 return method.objective(t, cfg) * mismatch
 
             for first in range(0, len(batch.y), size):
@@ -507,8 +495,8 @@ def train(cfg: Config, run: session.Run) -> None:
 
 def settings(argv: list[str] | None = None) -> Config:
     """What a command's flags mean."""
-    preset = partial(presets.of, PRESETS)
-    return parse(argv, Config, "python vpd.py", "Variational Policy Distillation and its baselines.", preset)
+    about = "Variational Policy Distillation and its baselines."
+    return parse(argv, Config, "python vpd.py", about, partial(presets.of, PRESETS))
 
 
 def main(argv: list[str] | None = None) -> None:

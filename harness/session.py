@@ -8,6 +8,7 @@ import importlib.util
 import json
 import math
 import os
+import random
 import re
 import signal
 import subprocess
@@ -183,6 +184,16 @@ def launch(cfg, check: Callable, train: Callable, also: Callable = lambda *_: No
 # ---- The run -----------------------------------------------------------------------------------------------------
 
 
+def batches(problems: list, size: int, steps: int, seed: int) -> Iterator[list]:
+    """`steps` batches of `size` problems: reshuffled every epoch, the incomplete last batch dropped."""
+    per_epoch, order = len(problems) // size, []
+    for step in range(steps):
+        if step % per_epoch == 0:
+            order = random.Random(seed_for(seed, step // per_epoch, "order")).sample(problems, len(problems))
+        start = step % per_epoch * size
+        yield order[start : start + size]
+
+
 class Run:
     """A run while its loop goes. cfg: the settings; record: what config.json holds; lock: the file that locks the directory, in
     the first process; critic: feedback.Critic. `shift` is delta; it and the rest of STATE come from the last checkpoint of a run
@@ -281,9 +292,9 @@ class Run:
 
     # ---- A batch -----------------------------------------------------------------------------------------------
 
-    def batches(self, draw: Callable) -> Iterator[tuple[int, list]]:
-        """(step, problems) of every batch that is still to be done, of draw(problems, size, steps, seed)."""
-        order = draw(self.task.train, self.cfg.prompts_per_batch, self.steps, self.cfg.seed)
+    def batches(self) -> Iterator[tuple[int, list]]:
+        """(step, problems) of every batch that is still to be done."""
+        order = batches(self.task.train, self.cfg.prompts_per_batch, self.steps, self.cfg.seed)
         return islice(enumerate(order), self.first_step, None)
 
     def rate(self, step: int) -> float:

@@ -17,6 +17,7 @@ from typing import Literal, get_args, get_origin
 import feedback
 from harness.command import Parser
 from harness.runs import config_of
+from neighbours import served
 
 # Settings of a command rather than of the run that it starts or resumes.
 NOT_OF_THE_RUN = ("out", "resume", "overwrite", "track", "plan", "gpus", "gpu_memory")
@@ -115,9 +116,8 @@ def _resumed(out: Path, config: type, given: dict, parser: Parser) -> dict | Non
     return kept
 
 
-def check(cfg) -> None:
-    """Raises ValueError with one line for a number out of its range, a flag that this run does not read, and settings that cannot
-    work together."""
+def check_flags(cfg) -> None:
+    """Raises ValueError with one line for a number out of its range, and for a flag that this command would not read."""
     for field in dataclasses.fields(cfg):
         value, limits = getattr(cfg, field.name), field.metadata["limits"]
         inside = all(LIMITS[name][0](value, limit) for name, limit in limits.items())
@@ -126,6 +126,11 @@ def check(cfg) -> None:
             raise ValueError(f"--{field.name} must be {need or 'a finite number'}, not {value}")
         if field.name in cfg.given and value != "" and not field.metadata["reads"](cfg):
             raise ValueError(f"--{field.name} is for {field.metadata['need']}: this run would ignore it, so leave it out")
+
+
+def check(cfg) -> None:
+    """Raises ValueError with one line for flags that `check_flags` refuses, and for settings that cannot work together."""
+    check_flags(cfg)
     method = cfg.row()
     if cfg.steps == 0 and cfg.epochs == 0:
         raise ValueError("--steps and --epochs are both 0: there is nothing to do")
@@ -148,7 +153,7 @@ def check(cfg) -> None:
     number = cfg.mismatch_limit.replace(".", "", 1)
     if cfg.mismatch_limit != "none" and not (number.isdecimal() and float(cfg.mismatch_limit) > 0):
         raise ValueError(f"--mismatch_limit must be a number above 0, or none, not {cfg.mismatch_limit}")
-    feedback.check_server("critic", cfg.critic_url, cfg.critic_model)
+    served.check("critic", cfg.critic_url, cfg.critic_model)
     cfg.templates()  # raises ValueError for a template without its hole
 
 

@@ -55,7 +55,7 @@ def train(cfg: Config, run: session.Run) -> None:
     optimizer, limit, size = vpd.adamw(cfg, policy), run.mismatch_limit(), cfg.minibatch_prompts * G
     how = dict(divergence=lambda log_s, log_t: losses.cross_entropy(log_t, log_s), top_k=cfg.top_k or None)
     with run.started(teacher, {"shared": optimizer}):
-        for step, problems in run.batches(vpd.batches):
+        for step, problems in run.batches():
             log, rate = run.batch(step), run.rate(step)
 
             # ---- Rollouts, outcomes, contexts, and what the student and the teacher make of them

@@ -24,12 +24,14 @@ from harness import command, presets, session
 from harness.log import mean
 from harness.settings import Group, parse
 from model.policy import Policy, ema_update
+from neighbours import served
 from neighbours.served import Served, expected_digit
 from rollout import seed_for, weights_of
 from tasks import toy
 
 OVD = Group("OVD")
 SERVED = dict(need="--judge_url", reads=lambda c: c.judge_url)
+SERVERS = dict(reads=lambda c: c.critic_url or c.judge_url)
 REQUEST = (
     "{question}\n\nA proposed answer:\n\n{attempt}\n\nHow good is this answer? Reply with a single digit and nothing else, "
     "from 0 (certainly wrong) to 9 (certainly right)."
@@ -51,6 +53,7 @@ class Config(vpd.Config):
     judge_url: str = OVD("", "scores from an OpenAI-compatible server, not from the student's digits")
     judge_model: str = OVD("", "the name it serves", **SERVED)
     max_judge_tokens: int = OVD(16, "of a served judge's reply", above=0, **SERVED)
+    server_timeout: float = vpd.SERVED(60.0, "seconds to wait for a server, three times", above=0, **SERVERS)
     judge_request: str = OVD(REQUEST, "what a judge is asked: {question}, {attempt}")
 
     def row(self) -> Method:
@@ -60,7 +63,7 @@ class Config(vpd.Config):
 def check(cfg: Config) -> None:
     """Raises ValueError with one line for settings that cannot work together."""
     vpd.check(cfg)
-    feedback.check_server("judge", cfg.judge_url, cfg.judge_model)
+    served.check("judge", cfg.judge_url, cfg.judge_model)
     feedback.check_template("judge", cfg.judge_request, ("question", "attempt"))
 
 
@@ -82,7 +85,7 @@ class Judge:
     def scores(self, problems: list, texts: list[str], step: int) -> list[float | None]:
         """S of each rollout, 0 to 9; None where the judge named no digit, which is counted in `missing`."""
         cfg, tokenizer = self.cfg, self.policy.tokenizer
-        parts = [judge_parts(problem.messages, text, cfg.judge_request) for problem, text in zip(problems, texts)]
+        parts = [feedback.request_parts(cfg.judge_request, p.messages, text) for p, text in zip(problems, texts)]
         if self.server:
             asked = [[{"role": "user", "content": "".join(p)}] for p in parts]
             return self.server.score(asked, seed_for(cfg.seed, step, "scores"), cfg.max_judge_tokens)
@@ -91,11 +94,6 @@ class Judge:
         scores = [expected_digit(row, least=0.5) for row in self.policy.choose(prompts, self.digits).exp().tolist()]
         self.missing["judge: no digit, kept"] += scores.count(None)
         return scores
-
-
-def judge_parts(messages: list[dict[str, str]], attempt: str, request: str) -> list[str]:
-    """The request for a score, problem and attempt at the odd places."""
-    return feedback.filled(request, {"question": messages[-1]["content"], "attempt": feedback.strip_thinking(attempt)})
 
 
 def digit_tokens(tokenizer) -> list[int]:
@@ -159,7 +157,7 @@ def train(cfg: Config, run: session.Run) -> None:
     teacher = policy.frozen_copy() if cfg.reader() == "ema" else None  # None: the live weights
     optimizer, limit, size = vpd.adamw(cfg, policy), run.mismatch_limit(), cfg.minibatch_prompts * G
     with run.started(teacher, {"shared": optimizer}):
-        for step, problems in run.batches(vpd.batches):
+        for step, problems in run.batches():
             log, rate = run.batch(step), run.rate(step)
 
             # ---- Rollouts, outcomes, contexts

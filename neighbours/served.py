@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from urllib.parse import urlsplit
 
 from feedback import THOUGHT
 from harness.command import Stopped
@@ -28,6 +29,17 @@ WAYS = {
     "judge": [("nothing", THINKING_OFF | LOGPROBS), ("thinking_off", LOGPROBS), ("logprobs", THINKING_OFF),
               ("logprobs, thinking_off", {})],
 }  # fmt: skip
+
+
+def check(who: str, url: str, model: str) -> None:
+    """Raises ValueError with one line for a server's address that cannot be one, or holds a secret."""
+    if bool(url) != bool(model):
+        raise ValueError(f"--{who}_url and --{who}_model go together: the server's base URL and the model it serves")
+    parts = urlsplit(url)
+    if url and parts.scheme not in ("http", "https"):
+        raise ValueError(f"--{who}_url must begin with http:// or https://, not {url!r}")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ValueError(f"--{who}_url holds a secret, which would be saved with the run: put the key into OPENAI_API_KEY")
 
 
 class Served:

@@ -15,7 +15,6 @@ import feedback
 from harness import hub
 from harness.command import Parser, run
 from model.policy import Policy
-from neighbours import ovd
 from tasks.tiny import build_tokenizer
 from tasks.toy import EVERY, JUDGE_REQUEST, TEMPLATES
 
@@ -36,9 +35,10 @@ def encode(tokenizer, example: dict) -> tuple[list[int], list[int]]:
     """Prompt and answer ids of a warm-up example, through the very functions that training uses."""
     messages, attempt, context = example["messages"], example.get("attempt"), example.get("context")
     if "reference" in example:
-        prompt, _ = feedback.critique_prompt(tokenizer, messages, attempt, example["reference"], TEMPLATES, 10**6)
+        parts = feedback.request_parts(TEMPLATES.request, messages, attempt, reference=example["reference"])
+        prompt, _ = feedback.encode(tokenizer, messages[-1:], parts, 10**6)
     elif attempt is not None:
-        parts = ovd.judge_parts(messages, attempt, JUDGE_REQUEST)
+        parts = feedback.request_parts(JUDGE_REQUEST, messages, attempt)
         prompt, _ = feedback.encode(tokenizer, messages[-1:], parts, 10**6)
     elif context is not None:
         prompt, _ = feedback.teacher_prompt(tokenizer, messages, context, TEMPLATES, 10**6)

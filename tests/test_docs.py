@@ -29,7 +29,7 @@ BLOCKS = FENCED.findall(ALL)  # language, text
 QUOTED = {" ".join(text.split()) for text in re.findall(r"`([^`]+)`", FENCED.sub("", ALL))}
 (SUMS,) = (text for language, text in BLOCKS if language == "python")  # the worked task
 SOURCES = [path for room in (".", "model", "harness", "tasks", "neighbours", "study") for path in (ROOT / room).glob("*.py")]
-CONFIGS = {"vpd.py": vpd.Config, "neighbours.distil": distil.Config, "neighbours.ovd": ovd.Config}
+CONFIGS = {"vpd.py": vpd.Config, "neighbours.distil": distil.Config, "neighbours.ovd": ovd.Config, "evaluate.py": evaluate.Config}
 # What a run or the reader makes, and what belongs to other programs.
 MADE = set("config.json log.jsonl samples.jsonl base_failures.json curves.png best/ checkpoints/ sums.py answers.jsonl "
            "grades.jsonl test6.jsonl".split())  # fmt: skip

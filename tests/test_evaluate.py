@@ -15,7 +15,6 @@ import evaluate
 import tasks
 from harness import runs
 from harness.command import CannotWrite
-from model.policy import Policy
 from rollout import Rollout
 from tasks import Outcome, Problem, Task, sandbox, sciknoweval
 from test_settings import parsed
@@ -88,8 +87,8 @@ def measured(monkeypatch, parts, outcomes, truncated=()):
 
 def test_measure_summarises_each_part_and_each_column_over_the_problems_that_have_it(monkeypatch):
     right, wrong = Outcome(1, "passed", "", {"held_out": 1}), Outcome(0, "wrong answer", "no", {"held_out": 1})
-    both_wrong = Outcome(0, "error", "no", {"held_out": 0})
-    outcomes = [[right, wrong], [Outcome(1, "passed"), Outcome(1, "passed")], [both_wrong, wrong]]
+    both_wrong, broken = Outcome(0, "error", "no", {"held_out": 0}), Outcome(0, "internal", "", {"held_out": 1})
+    outcomes = [[right, wrong], [Outcome(1, "passed"), Outcome(1, "passed")], [both_wrong, broken]]
     result = measured(monkeypatch, ["a", "a", "b"], outcomes, truncated={(0, 1), (2, 0), (2, 1)})
     assert (result["avg"], result["problems"], result["n"]) == (3 / 6, 3, 2)
     assert {part: (s["avg"], s["problems"]) for part, s in result["parts"].items()} == {"a": (3 / 4, 2), "b": (0.0, 1)}
@@ -97,8 +96,12 @@ def test_measure_summarises_each_part_and_each_column_over_the_problems_that_hav
     (name, column), = result["columns"].items()
     assert (name, column["avg"], column["problems"], column["n"]) == ("held_out", 3 / 4, 2, 2)  # p1 has nothing held out
     assert result["rewards"] == {"a/p0": [1, 0], "a/p1": [1, 1], "b/p2": [0, 0]}
-    assert result["verdicts"] == {"passed": 3, "wrong answer": 2, "error": 1}
-    assert result["truncated"] == 3 / 6 and result["internal"] == 0
+    assert result["verdicts"] == {"passed": 3, "wrong answer": 1, "error": 1, "internal": 1}
+    assert result["truncated"] == 3 / 6 and result["internal"] == 1  # which counts as a failure
+    assert evaluate.line(result).endswith("truncated 0.500  grader failed on 1")
+    assert "grader" not in evaluate.line({**result, "internal": 0})
+    one = measured(monkeypatch, ["a", "a"], [[Outcome(1, "passed")], [Outcome(0, "wrong")]])  # one part is none
+    assert one["parts"] == {} == one["columns"] and one["rewards"] == {"p0": [1], "p1": [0]}
 
 
 def test_a_column_that_only_some_outcomes_of_a_problem_have_is_the_verifiers_fault(monkeypatch):
@@ -108,33 +111,19 @@ def test_a_column_that_only_some_outcomes_of_a_problem_have_is_the_verifiers_fau
             measured(monkeypatch, ["a"], [both])
 
 
-def test_measure_counts_where_the_grader_failed_and_has_no_parts_where_there_is_one(monkeypatch):
-    outcomes = [[Outcome(1, "correct"), Outcome(0, "internal")], [Outcome(0, "internal"), Outcome(0, "wrong")]]
-    result = measured(monkeypatch, ["math500", "math500"], outcomes)
-    assert (result["internal"], result["avg"]) == (2, 1 / 4)
-    assert result["parts"] == {} == result["columns"] and result["rewards"] == {"p0": [1, 0], "p1": [0, 0]}
-    assert evaluate.line(result).endswith("truncated 0.000  grader failed on 2")
-    assert "grader" not in evaluate.line({**result, "internal": 0})
-
-
-def results(rewards, parts=None, task="sciknoweval/all"):
-    summary = lambda rows: evaluate.summarise(np.array(rows))  # noqa: E731
-    split = {part: summary(rows) for part, rows in (parts or {}).items()}
-    return {**summary(rewards), "task": task, "truncated": 0.25, "internal": 0, "columns": {}, "parts": split}
-
-
 def test_table_has_a_row_for_each_part_and_the_mean_of_the_domains():
-    parts = {"biology": [[1, 1], [1, 1], [1, 1]], "physics": [[0, 0]]}
-    lines = evaluate.table("after", "runs/x/model", results([[1, 1], [1, 1], [1, 1], [1, 1]], parts))
-    assert [" ".join(line.split()) for line in lines] == [
-        "after runs/x/model avg@2 1.000 [1.000, 1.000] pass@2 1.000 [1.000, 1.000] truncated 0.250",
+    summary = lambda *rows: evaluate.summarise(np.array(rows))  # noqa: E731
+    parts = {"biology": summary([1, 1], [1, 1], [1, 1]), "physics": summary([0, 0])}
+    result = {**summary([1, 1], [1, 1]), "truncated": 0.25, "internal": 0, "columns": {"held_out": summary([0])}, "parts": parts}
+    expected = [
+        "after runs/x/model avg@2 1.000 [1.000, 1.000] pass@2 1.000 [1.000, 1.000] held_out 0.000 [0.000, 0.000] truncated 0.250",
         "biology, 3 problems avg@2 1.000 [1.000, 1.000] pass@2 1.000 [1.000, 1.000]",
         "physics, 1 problems avg@2 0.000 [0.000, 0.000] pass@2 0.000 [0.000, 0.000]",
         "mean of the domains avg@2 0.500",  # domains count alike: (1 + 0) / 2
     ]
-    assert len(evaluate.table("m", "m", results([[1], [1]], {"math500": [[1]], "amc23": [[1]]}, task="math/dapo"))) == 3
-    held_out = {**results([[1]], task="lcb/v6"), "columns": {"held_out": evaluate.summarise(np.array([[0]]))}}
-    assert "  held_out 0.000 [0.000, 0.000]  truncated" in evaluate.table("model", "m", held_out)[0]
+    for task, rows in (("sciknoweval/all", 4), ("math/dapo", 3)):
+        lines = evaluate.table("after", "runs/x/model", result | {"task": task})
+        assert [" ".join(line.split()) for line in lines] == expected[:rows]
 
 
 # ---- The command line with a model -------------------------------------------------------------------------------
@@ -150,87 +139,81 @@ def test_command_line_writes_the_same_figures_twice_and_others_for_another_seed(
     assert f"{written[2]['avg']:.3f}" in capsys.readouterr().out
 
 
+MODEL = f"--model {CHOICE}"
+ANSWERS = f"--responses {FIXTURES}/math_responses.jsonl"
+GRADED = f"{ANSWERS} --task math --data {FIXTURES}/math500.jsonl"
 REFUSED = [
-    ("--model no/such/folder", "no/such/folder"), ("--modle x", "--model"), ("--model {} --run x", "not allowed with"),
-    ("--model {} --n 0", "--n"), ("--model {} --max_tokens 0", "--max_tokens"), ("--model {} --temperature nan", "--temperature"),
-    ("--model {} --temperature inf", "--temperature"), ("--model {} --temperature -1", "--temperature"),
-    ("--model {} --top_p 0", "--top_p"), ("--model {} --top_p 1.1", "--top_p"), ("--model {} --engine_memory 5", "--engine_memory"),
-    ("--model {} --engine_memory 0", "--engine_memory"),
-    ("--model {} --subset chess", "chess"), ("--model {} --out no/such/dir/x.json", "no/such/dir"),
-    ("--model {} --greedy --n 4", "--greedy is one"), ("--model {} --greedy --temperature 1", "--greedy is one sample"),
-    ("--model {} --task math --data x.jsonl --split train", "goes without --subset and --split"),
-    ("--model {} --task math --data x.jsonl --subset dapo", "goes without --subset and --split"),
-    ("--run no/such/run", "no/such/run"), ("--run x --task toy", "--run goes without --task: a run has its own"),
-    ("--run x --task lcb --subset v6 --data y", "--run goes without --task and --subset and --data"),
-    ("{answers}", "--responses needs --data"), ("{answers} --task toy --data {data}/lcb.jsonl", "task toy has no files"),
-    ("{answers} --task chess --data {data}/math500.jsonl", "chess"), ("{graded} --model m", "--model"),
-    ("{graded} --out no/such/dir/x.jsonl", "no/such/dir"), ("{graded} --split test", "--responses goes without --split"),
-    ("{graded} --n 4 --greedy", "goes without --n and --greedy"), ("{graded} --seed 3 --sampler hf", "--seed and --sampler"),
-    ("{graded} --temperature 0 --top_p 1 --max_tokens 9", "--temperature and --top_p and --max_tokens"),
-    ("{graded} --out {data}/math500.jsonl", "would replace the problems"),
-    ("{graded} --out {data}/math_responses.jsonl", "would replace the responses"),
-    pytest.param("--model {} --sampler vllm", "vllm is not installed",
-                 marks=pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="it is")),
+    ("--model no/such/folder", "no/such/folder"), ("--modle x", "--modle"), ("--task toy", "give one of --model, --run"),
+    (f"{MODEL} --run x", "--run x"), (f"{GRADED} --model m", "give one of --model, --run and --responses"),
+    *[(f"{MODEL} --{name} {value}", f"--{name} must be ") for name, value in (
+        ("n", 0), ("max_tokens", 0), ("temperature", "nan"), ("temperature", "inf"), ("temperature", -1), ("top_p", 0),
+        ("top_p", 1.1), ("engine_memory", 0), ("engine_memory", 5))],
+    (f"{MODEL} --subset chess", "chess"), (f"{MODEL} --out no/such/dir/x.json", "no/such/dir"),
+    (f"{MODEL} --greedy --n 4", "--greedy is one sample"), (f"{MODEL} --greedy --temperature 1", "--greedy is one sample"),
+    (f"{MODEL} --task math --data x.jsonl --split train", "goes without --subset and --split"),
+    (f"{MODEL} --task math --data x.jsonl --subset dapo", "goes without --subset and --split"),
+    ("--run no/such/run", "no/such/run"), (ANSWERS, "--responses needs --data"), (f"{ANSWERS} --task chess --data x", "chess"),
+    (f"{ANSWERS} --data {FIXTURES}/lcb.jsonl", "task toy has no files"), (f"{GRADED} --out no/such/dir/x.jsonl", "no/such/dir"),
+    *[(f"{GRADED} {flag}", f"{flag.split()[0]} is for --model and --run") for flag in (
+        "--split test", "--n 4", "--greedy", "--seed 3", "--sampler hf", "--temperature 0", "--top_p 1", "--max_tokens 9")],
+    (f"{GRADED} --out {FIXTURES}/math500.jsonl", "would replace a file that is read"),
+    (f"{GRADED} --out {FIXTURES}/math_responses.jsonl", "would replace a file that is read"),
+    *[(f"{MODEL} --sampler vllm", "vllm is not installed")] * (importlib.util.find_spec("vllm") is None),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("argv, words", REFUSED)
 def test_options_that_cannot_be_are_one_line_and_exit_2(argv, words, capsys):
-    answers = f"--responses {FIXTURES}/math_responses.jsonl"
-    graded = f"{answers} --task math --data {FIXTURES}/math500.jsonl"
-    assert words in refused(capsys, *argv.format(CHOICE, answers=answers, graded=graded, data=FIXTURES).split())
+    assert words in refused(capsys, *argv.split())
 
 
 @pytest.fixture
 def command(monkeypatch):
-    """command.run(*argv) runs main with neither model nor data; what it did is in command.measured, .loaded, .read and so on."""
-    problem = Problem("p", [{"role": "user", "content": "?"}], part="part")
-    calls = SimpleNamespace(measured=[], loaded=[], read=[], closed=[], synced=[], train=[])
+    """command.run(*argv) runs main with neither model nor data; `did` has what it did, in order."""
+    problem, did = Problem("p", [{"role": "user", "content": "?"}], part="part"), []
 
-    def make(task, subset=""):
-        name = f"{task}/{subset or tasks.TASKS[task][0]}"
-        return Task(name, calls.train, [], [problem], None, close=lambda: calls.closed.append(name), notes=["a note"])
+    def make(by):
+        def task(name, where, **options):  # where: a subset to load, or a file to read
+            did.append((by, name, where, options))
+            subset = by == "load" and where or tasks.TASKS[name][0]
+            return Task(f"{name}/{subset}", [], [], [problem], None, lambda: did.append("closed"), notes=["a note"])
 
-    def load(task, subset="", **options):
-        calls.loaded.append((task, subset, options))
-        return make(task, subset)
-
-    def read(task, path, official):
-        calls.read.append((task, path, official))
-        return make(task)
+        return task
 
     def measure(policy, sampler, verify, problems, n, seed, max_tokens, temperature, top_p, prompts):
-        calls.measured.append((policy, n, temperature, top_p, max_tokens))
-        return {k: v for k, v in results([[1] * n]).items() if k != "task"} | {"rewards": {}, "verdicts": {}}
+        did.append((policy.path, n, temperature, top_p, max_tokens))
+        return {**evaluate.summarise(np.ones((1, n))), "columns": {}, "parts": {}, "rewards": {}}
 
-    class Loaded(str):  # a policy is its path here
-        tokenizer = None
-
-    sampler = SimpleNamespace(sync=calls.synced.append, sleep=lambda: calls.synced.append("asleep"))
+    sampler = SimpleNamespace(sync=lambda policy: did.append(f"sync {policy.path}"), sleep=lambda: did.append("sleep"))
     for owner, name, instead in (
-        (tasks, "load", load), (tasks, "read", read), (evaluate, "measure", measure), (evaluate.plan, "read", lambda path: None),
-        (evaluate, "student_prompt", lambda *_: []), (evaluate, "open_sampler", lambda *_: sampler),
-        (evaluate.Policy, "load", lambda path, *_, **__: Loaded(path)),
+        (tasks, "load", make("load")), (tasks, "read", make("read")), (evaluate, "measure", measure),
+        (evaluate.plan, "read", lambda path: None), (evaluate, "student_prompt", lambda *_: []),
+        (evaluate, "open_sampler", lambda *_: sampler),
+        (evaluate.Policy, "load", lambda path, *_, **__: SimpleNamespace(path=path, tokenizer=None)),
     ):  # fmt: skip
         monkeypatch.setattr(owner, name, instead)
-    calls.run = lambda *argv: evaluate.main([str(word) for word in argv])
-    return calls
+    return SimpleNamespace(run=lambda *argv: evaluate.main([str(word) for word in argv]), did=did)
 
 
 @pytest.mark.parametrize(
     "task, options, settings",
     [("toy", "", (4, 1.0, 1.0, 100)), ("lcb", "", (4, 0.6, 0.95, 8192)), ("math", "", (4, 0.6, 0.95, 8192)),
      ("sciknoweval", "", (16, 0.6, 0.95, 8192)), ("sciknoweval", "--n 3", (3, 0.6, 0.95, 8192)),
+     ("own", "", (4, 0.6, 0.95, 1024)), ("reasoning_gym", "--unsafe_sandbox", (4, 0.6, 0.95, 512)),
      ("math", "--greedy", (1, 0.0, 0.95, 8192)), ("math", "--greedy --n 1 --temperature 0", (1, 0.0, 0.95, 8192)),
      ("lcb", "--temperature 0 --top_p 0.5 --max_tokens 7 --n 2", (2, 0.0, 0.5, 7))],
 )  # fmt: skip
 def test_defaults_of_sampling_are_the_papers_by_task(task, options, settings, command, capsys):
     command.run("--model", "m", "--task", task, *options.split())
-    assert command.measured == [("m", *settings)]
-    assert command.loaded == [(task, "", {"data": ""})] and len(command.closed) == 1
-    command.run("--model", "m", "--task", "math", "--data", "some.jsonl")  # a file's problems
-    assert command.read == [("math", "some.jsonl", False)] and len(command.loaded) == 1
+    assert command.did == [("load", task, "", {"data": ""}), "sync m", ("m", *settings), "closed"]
     assert "a note\n" in capsys.readouterr().out
+
+
+def test_a_file_of_problems_is_read_whole_and_code_or_settings_are_loaded(command):
+    command.run("--model", "m", "--task", "math", "--data", "some.jsonl")
+    command.run("--model", "m", "--task", "own", "--data", "sums.py")
+    found = [done for done in command.did if done[0] in ("read", "load")]
+    assert found == [("read", "math", "some.jsonl", {"official": False}), ("load", "own", "", {"data": "sums.py"})]
 
 
 def test_programs_are_run_without_a_layer_of_the_sandbox_only_if_asked_for(command, monkeypatch, capsys, run_folder):
@@ -261,39 +244,34 @@ def run_folder(tmp_path):
     return make
 
 
-def test_run_is_evaluated_before_and_after_with_its_own_settings(command, run_folder):
+def test_run_is_evaluated_before_and_after_with_its_own_settings(command, run_folder, capsys):
     own = {"eval_samples": 5, "eval_temperature": 0.3, "eval_top_p": 0.8, "max_response_tokens": 11}
-    run = run_folder(task="sciknoweval", subset="physics", model="Qwen/Qwen3-8B", **own)
+    before = "Qwen/Qwen3-8B"
+    run = run_folder(task="sciknoweval", subset="physics", model=before, **own)
+    after, drawn = str(run / "model"), (5, 0.3, 0.8, 11)
+    for flag in ("--task", "--subset", "--data"):
+        assert f"{flag} is for --model and --responses, since a run has its own" in refused(capsys, "--run", run, flag, "lcb")
     command.run("--run", run)
-    before, after = "Qwen/Qwen3-8B", str(run / "model")
-    assert command.measured == [(before, 5, 0.3, 0.8, 11), (after, 5, 0.3, 0.8, 11)]
-    assert command.synced == [before, "asleep", after]  # one engine, given the one's weights, then the other's
     options = {"data": "", "train_tests": "private", "since": "2025-02-01", "until": "2025-05-01"}
-    assert command.loaded == [("sciknoweval", "physics", options)]
+    assert command.did == [  # one engine, given the one's weights, then the other's
+        ("load", "sciknoweval", "physics", options), f"sync {before}", (before, *drawn), "sleep", f"sync {after}",
+        (after, *drawn), "closed",
+    ]  # fmt: skip
     written = json.loads((run / "evaluation.json").read_text())
     assert [(name, r["model"], r["task"]) for name, r in written.items()] == [
         ("before", before, "sciknoweval/physics"), ("after", after, "sciknoweval/physics"),
     ]  # fmt: skip
-
-
-@pytest.mark.parametrize("config, words", [
-    ("{", "JSONDecodeError"), ("[]", "is not the configuration of a run"), ("{}", "it lacks task"),
-    ('{"task": "toy", "model": "m"}', "it lacks method"),
-])  # fmt: skip
-def test_a_configuration_that_is_none_is_one_line_that_names_the_file(config, words, run_folder, capsys):
-    run = run_folder()
-    (run / "config.json").write_text(config)
-    error = refused(capsys, "--run", run)
-    assert f"{run}/config.json" in error and words in error
+    assert f"{run} has no log.jsonl" in capsys.readouterr().out
+    (run / "config.json").write_text('{"task": "toy", "model": "m"}')
+    assert f"{run}/config.json is not the configuration of a run: it lacks method" in refused(capsys, "--run", run)
 
 
 def test_first_weights_of_a_run_are_found_from_another_folder(tmp_path, monkeypatch):
     toy_model, run = {"model": "tasks/toy_models/trace"}, tmp_path / "moved"
-    here = str(ROOT / "tasks" / "toy_models" / "trace")
     monkeypatch.chdir(ROOT)
     assert runs.first_weights(run, toy_model) == "tasks/toy_models/trace"  # found, and so called
     monkeypatch.chdir(tmp_path)
-    assert runs.first_weights(run, toy_model) == here
+    assert runs.first_weights(run, toy_model) == str(ROOT / "tasks" / "toy_models" / "trace")
     assert runs.first_weights(run, {"model": "Qwen/Qwen3-8B"}) == "Qwen/Qwen3-8B"
     (run / "base").mkdir(parents=True)
     (tmp_path / "other" / "base").mkdir(parents=True)  # of another run that has the old name now
@@ -301,7 +279,7 @@ def test_first_weights_of_a_run_are_found_from_another_folder(tmp_path, monkeypa
     assert runs.first_weights(run, {"model": "gone/base"}) == str(run / "base")
 
 
-def test_first_weights_that_were_overwritten_are_said_to_be(command, run_folder, tmp_path, capsys):
+def test_first_weights_that_were_overwritten_are_said_to_be(run_folder, tmp_path, capsys):
     first = tmp_path / "first"
     first.mkdir()
     (first / "model.safetensors").write_bytes(b"a" * 10)
@@ -312,7 +290,6 @@ def test_first_weights_that_were_overwritten_are_said_to_be(command, run_folder,
         assert f"{first} no longer holds the weights that {run} started from" in refused(capsys, "--run", run)
 
 
-ROWS = lambda count: "".join(json.dumps({"kind": "train", "step": step}) + "\n" for step in range(count))  # noqa: E731
 EPOCHS = {"steps": 0, "epochs": 3, "prompts_per_batch": 2, "prompts_dropped": 2}  # 7 problems: 3 times 2 batches
 
 
@@ -322,17 +299,15 @@ EPOCHS = {"steps": 0, "epochs": 3, "prompts_per_batch": 2, "prompts_dropped": 2}
      ({"steps": 4}, 4, None), (EPOCHS, 5, "was stopped after 5 of 6 batches"), (EPOCHS, 6, None),
      ({"steps": 4}, None, "has no log.jsonl: how many batches it was trained for is not known")],
 )  # fmt: skip
-def test_a_run_that_did_not_come_to_its_end_is_said_to_be_one(settings, batches, said, command, run_folder, capsys):
-    command.train += [Problem(f"p{i}", [{"role": "user", "content": "?"}]) for i in range(7)]
+def test_a_run_that_did_not_come_to_its_end_is_said_to_be_one(settings, batches, said, run_folder):
+    rows = "".join(json.dumps({"kind": "train", "step": step}) + "\n" for step in range(batches or 0))
     torn = '{"kind": "eval", "step": 9}\n{"kind": "train", "step": 7, "rew'
-    run = run_folder(None if batches is None else ROWS(batches) + torn, **settings)
-    command.run("--run", run)
-    found = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"{run} ")]
-    assert found == ([f"{run} {said}"] if said else [])
+    run = run_folder(None if batches is None else rows + torn, **settings)
+    assert runs.stopped(run, runs.settings_of(run), 7) == ([f"{run} {said}"] if said else [])
 
 
 def test_figures_that_cannot_be_written_are_one_line_and_printed(command, tmp_path, capsys, monkeypatch):
-    task = Task("t", [], [], [Problem("biology-0", [], "D")], sciknoweval.grade_choices, lambda: command.closed.append("t"))
+    task = Task("t", [], [], [Problem("biology-0", [], "D")], sciknoweval.grade_choices, lambda: command.did.append("closed"))
     monkeypatch.setattr(tasks, "read", lambda *_, **__: task)
     responses = ["--responses", write(tmp_path / "r.jsonl", [GOOD]), "--task", "sciknoweval", "--data", "x"]
     for argv, figures in ((["--model", "m"], "avg@4 1.000"), (responses, "mean reward of the answered problems 1.0000")):
@@ -340,7 +315,7 @@ def test_figures_that_cannot_be_written_are_one_line_and_printed(command, tmp_pa
         with pytest.raises(CannotWrite, match="^/dev/full: No space left on device$"):
             command.run(*argv, "--out", "/dev/full")
         assert capsys.readouterr().out.count(figures) == 2  # which is not lost
-    assert len(command.closed) == 4
+    assert command.did.count("closed") == 4
 
 
 # ---- Grades of responses that are there already ------------------------------------------------------------------
@@ -378,13 +353,6 @@ def test_responses_are_graded_in_their_order(task, data, responses, ids, expecte
     assert counts.startswith(said[0]) and mean.startswith(f"mean reward of the answered problems {said[1]}")
 
 
-def test_no_response_is_one_line(tmp_path, monkeypatch, capsys):
-    rows = tasks.rows
-    monkeypatch.setattr(tasks, "rows", lambda path: [] if path == tmp_path else rows(path))  # an arrow file without rows
-    data = ["--task", "sciknoweval", "--data", FIXTURES / "sciknoweval.jsonl"]
-    assert f"{tmp_path} holds no response" in refused(capsys, "--responses", tmp_path, *data)
-
-
 GOOD = {"id": "biology-0", "response": "<answer>D</answer>"}
 HUB = [json.loads(line) for line in (FIXTURES / "sciknoweval.jsonl").read_text().splitlines()]
 
@@ -396,9 +364,8 @@ HUB = [json.loads(line) for line in (FIXTURES / "sciknoweval.jsonl").read_text()
      ([{"id": "biology-0", "response": None}], HUB, "row 1: a response is"),
      ([{"id": "biology-0", "response": ["x"]}], HUB, "row 1: a response is"),
      ([GOOD], [{**HUB[0], "id": "biology-0"}, {**HUB[0], "id": "biology-0"}], "share the id 'biology-0'"),
-     ([GOOD], [{**HUB[0], "answerKey": None}], "row 1: column answerKey is missing"),
      ([GOOD], None, "no-problems.jsonl does not exist"), (None, HUB, "no-responses.jsonl does not exist"),
-     ([], HUB, "no-responses.jsonl"), ("[1]\n", HUB, "line 1"), ('{"id": \n', HUB, "line 1")],
+     ([], HUB, "no-responses.jsonl holds no response"), ('{"id": \n', HUB, "line 1")],
 )  # fmt: skip
 def test_responses_that_cannot_be_graded_are_one_line_and_nothing_is_written(responses, data, words, tmp_path, capsys):
     path, problems, out = tmp_path / "no-responses.jsonl", tmp_path / "no-problems.jsonl", tmp_path / "out.jsonl"

@@ -1,5 +1,5 @@
 """What feedback.py promises: who sees whose text in a group, and how a context stands in the teacher's prompt. Rows that the
-grader failed on and failures without a text are in test_algorithm.py.
+grader failed on are in test_algorithm.py.
 
 In the groups below row i answers "Si" and, when it fails, is told "Fi". Prompts are compared as whole decoded texts;
 the templates are one letter long, so that an expected prompt can be read at a glance.
@@ -15,8 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 import feedback
-from feedback import SOURCES, TEXTS, Context, Templates, contexts, critique_prompt, strip_thinking
-from feedback import student_prompt, teacher_prompt
+from feedback import SOURCES, TEXTS, Context, Templates, contexts, strip_thinking, student_prompt, teacher_prompt
 from tasks import Outcome, Problem
 
 GROUPS = list(itertools.product((0, 1), repeat=4))  # every pattern of rewards in a group of four
@@ -68,16 +67,25 @@ def test_over_many_seeds_a_row_sees_exactly_these_texts(source, rewards, row, ex
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_the_e_steps_groups_show_both_outcomes_the_same_kinds_of_context(source):
+def test_kind_and_rows_say_which_texts_are_shown_and_the_kind_does_not_tell_the_outcome(source):
+    """A solution is another row's success, and joined by feedback only in both."""
     mixed = 0
-    for rewards, seed in itertools.product(GROUPS, range(5)):
-        found = draw(source, rewards, seed)
-        kinds = [{c.kind for c, r in zip(found, rewards) if c and r == outcome} for outcome in (0, 1)]
-        if all(kinds):
+    for rewards, seed in itertools.product(GROUPS, range(10)):
+        kinds = {0: set(), 1: set()}
+        for i, context in enumerate(draw(source, rewards, seed)):
+            if context:
+                kinds[rewards[i]].add(context.kind)
+                text = source if source in TEXTS else "environment"
+                parts = {"sibling": context.solution, text: context.feedback or context.critique}
+                assert context.kind == "+".join(name for name, text in parts.items() if text)
+                assert bool(context.critique) == (source == "critique")
+                assert shown(context) == " ".join(f"S{j}" if rewards[j] else f"F{j}" for j in context.rows)
+                assert not (rewards[i] and i in context.rows) and (source == "both" or len(context.rows) == 1)
+        if all(kinds.values()):  # the E-step takes the group
             mixed += 1
             assert kinds[0] == kinds[1]
     # A borrowed text needs a failure and a success (14 of 16 patterns); siblings for both need two successes (10).
-    assert mixed == 5 * (14 if source in TEXTS else 10)
+    assert mixed == 10 * (14 if source in TEXTS else 10)
 
 
 @pytest.mark.parametrize("source", TEXTS)
@@ -88,20 +96,6 @@ def test_the_e_steps_groups_show_both_outcomes_the_same_kinds_of_context(source)
 ])  # fmt: skip
 def test_borrowing_can_be_turned_off_or_give_way_to_a_text_for_successes(source, rewards, how, seen):
     assert [shown(context) for context in draw(source, rewards, **how)] == seen
-
-
-@pytest.mark.parametrize("source", SOURCES)
-def test_kind_and_rows_say_which_texts_are_shown_and_where_they_come_from(source):
-    """A solution is another row's success, and joined by feedback only in both."""
-    for rewards, seed in itertools.product(GROUPS, range(10)):
-        for i, context in enumerate(draw(source, rewards, seed)):
-            if context:
-                text = source if source in TEXTS else "environment"
-                parts = {"sibling": context.solution, text: context.feedback or context.critique}
-                assert context.kind == "+".join(name for name, text in parts.items() if text)
-                assert bool(context.critique) == (source == "critique")
-                assert shown(context) == " ".join(f"S{j}" if rewards[j] else f"F{j}" for j in context.rows)
-                assert not (rewards[i] and i in context.rows) and (source == "both" or len(context.rows) == 1)
 
 
 THOUGHTS = [
@@ -120,6 +114,12 @@ def test_a_siblings_thoughts_are_removed_and_a_mere_thought_is_no_solution():
     responses = ["<think>hm</think> five", "<think>hm", "six", "seven"]
     found = contexts("sibling", [1, 1, 0, 0], responses, ["", "", "F2", "F3"], random.Random(0))
     assert [shown(context) for context in found] == [None, "five", "five", "five"]
+
+
+def test_a_failure_without_a_text_sees_and_lends_nothing():
+    for seed in range(20):
+        found = contexts("environment", [1, 0, 0], ["S0", "S1", "S2"], ["", "", "F2"], random.Random(seed))
+        assert [shown(context) for context in found] == ["F2", None, "F2"]
 
 
 # ---- From messages to token ids --------------------------------------------------------------------------
@@ -203,7 +203,8 @@ HOSTILE = {
 @pytest.mark.parametrize("field", [*FIELDS, "request"])
 def test_a_text_of_a_prompt_is_plain_text_whatever_it_spells(tokenizer, field, text):
     if field == "request":
-        ids, _ = critique_prompt(tokenizer, [SYSTEM, QUESTION], "<think>hm</think>" + text, text * 2, T, 10_000)
+        parts = feedback.request_parts(T.request, [SYSTEM, QUESTION], "<think>hm</think>" + text, reference=text * 2)
+        ids, _ = feedback.encode(tokenizer, [QUESTION], parts, 10_000)
         expected = f"<|im_start|>user\nWhat is 2+3?|{text}|{text * 2}|WHY{HEADER}"
     else:
         ids, _ = teacher_prompt(tokenizer, [SYSTEM, QUESTION], Context("", **{field: text}), T, 10_000)
@@ -239,21 +240,20 @@ def test_which_text_a_row_sees_is_drawn_anew_in_every_group_batch_and_run():
     assert len({tuple(seen()[first : first + 4]) for first in range(0, 24, 4)}) > 3
 
 
-def test_a_critic_is_asked_about_failures_only_and_not_where_the_grader_failed():
+def test_a_critic_is_asked_about_failures_only_and_not_where_the_grader_failed(tokenizer):
     asked = []
-    policy = SimpleNamespace(tokenizer=None, decode=lambda tokens: f"<think>hm</think>about {tokens[0]}")
+    policy = SimpleNamespace(tokenizer=tokenizer, decode=lambda prompt: f"<think>hm</think>about {tokenizer.decode(prompt)}")
 
     def sample(prompts, n, seed, *how):
         asked.append((n, seed, how))
-        return [SimpleNamespace(tokens=[prompt]) for prompt in prompts]
+        return [SimpleNamespace(tokens=prompt) for prompt in prompts]
 
     cfg = SimpleNamespace(critic_url="", seed=3, max_critique_tokens=7, temperature=0.5, top_p=0.9,
-                          max_teacher_tokens=99, templates=Templates)  # fmt: skip
+                          max_teacher_tokens=99, templates=lambda: T)  # fmt: skip
     critic = feedback.Critic(cfg, policy, SimpleNamespace(sample=sample))
-    problems = [SimpleNamespace(messages=None, reference=i) for i in range(4)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(feedback, "critique_prompt", lambda tokenizer, m, attempt, about, *_: (f"{attempt}{about}", 0))
-        for step in (0, 1):
-            texts = critic.write(problems, list("abcd"), [WRONG, RIGHT, BROKEN, WRONG], step)
-            assert texts == ["about a0", "", "", "about d3"]
+    problems = [Problem("", [SYSTEM, {"role": "user", "content": f"q{i}"}], reference=str(i)) for i in range(4)]
+    for step in (0, 1):
+        texts = critic.write(problems, list("abcd"), [WRONG, RIGHT, BROKEN, WRONG], step)
+        first, last = (f"about <|im_start|>user\n{asked}|WHY<|im_end|>\n<|im_start|>assistant" for asked in ("q0|a|0", "q3|d|3"))
+        assert texts == [first, "", "", last]
     assert [(n, how) for n, _, how in asked] == [(1, (7, 0.5, 0.9))] * 2 and asked[0][1] != asked[1][1]

@@ -164,6 +164,7 @@ def test_prompts_that_cannot_be_built_are_one_line(roles, template, blanks, word
 @pytest.mark.parametrize("template", [None, LOOP, "<|pad|>" + LOOP])
 def test_a_tokenizer_that_begins_with_bos_gets_it_once_in_every_prompt(template, tokenizer):
     messages, C, words = [{"role": "user", "content": "start 1"}], feedback.Context("", "1", "2", "3"), parsed().templates()
+    asked = feedback.request_parts(words.request, messages, "a", reference="b")
     plain, with_bos = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
     plain.bos_token = with_bos.bos_token = "<|pad|>"
     plain.chat_template = with_bos.chat_template = template
@@ -171,7 +172,7 @@ def test_a_tokenizer_that_begins_with_bos_gets_it_once_in_every_prompt(template,
     with_bos._tokenizer.post_processor = processors.TemplateProcessing("<|pad|> $A", special_tokens=[("<|pad|>", bos)])
     prompts = lambda t: [feedback.student_prompt(t, messages),  # noqa: E731
                          feedback.teacher_prompt(t, messages, C, words, 10**6)[0],
-                         feedback.critique_prompt(t, messages, "a", "b", words, 10**6)[0]]  # fmt: skip
+                         feedback.encode(t, messages, asked, 10**6)[0]]  # fmt: skip
     for without, ids in zip(prompts(plain), prompts(with_bos)):
         assert ids == (without if without[0] == bos else [bos, *without]) and ids.count(bos) == 1
 

@@ -9,17 +9,18 @@ import torch
 
 import losses
 import vpd
+from harness import session
 from test_session import CHOICE, read_log, run, weights
 
 
 def test_batches_visit_every_problem_once_an_epoch_and_drop_the_incomplete_last():
-    drawn = list(vpd.batches(list(range(7)), 3, 4, seed=0))
+    drawn = list(session.batches(list(range(7)), 3, 4, seed=0))
     assert [len(b) for b in drawn] == [3, 3, 3, 3]
     for epoch in (drawn[:2], drawn[2:]):
         assert len(set(sum(epoch, []))) == 6
     assert drawn[:2] != drawn[2:]
-    assert drawn == list(vpd.batches(list(range(7)), 3, 4, seed=0))
-    assert drawn != list(vpd.batches(list(range(7)), 3, 4, seed=1))
+    assert drawn == list(session.batches(list(range(7)), 3, 4, seed=0))
+    assert drawn != list(session.batches(list(range(7)), 3, 4, seed=1))
 
 
 def test_e_step_takes_groups_in_which_both_outcomes_have_a_context():
