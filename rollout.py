@@ -84,7 +84,8 @@ class HFSampler:
             rollouts |= zip(rows, self._draw(x, seeds, max_tokens, temperature, top_p))
             for row in rows if finished else ():
                 finished(row, rollouts[row])
-        return world.collect([rollouts[row] for row in world.share(count)], count)
+        rollouts = world.together(rollouts)
+        return [rollouts[row] for row in range(count)]
 
     def _draw(self, prompts: list[Ids], seeds: list[int], max_tokens: int, temperature: float, top_p: float) -> list[Rollout]:
         """A response to each prompt: a token is where the cumulative distribution passes one uniform number per (seed, t)."""
@@ -240,8 +241,8 @@ class VLLMSampler:
                 drawn[row] = Rollout(list(response.token_ids), logp, response.finish_reason)
                 if finished:
                     finished(row, drawn[row])
-        groups = world.collect([[drawn[i * n + j] for j in range(n)] for i in world.share(len(prompts))], len(prompts))
-        return [rollout for group in groups for rollout in group]
+        drawn = world.together(drawn)
+        return [drawn[row] for row in range(len(prompts) * n)]
 
 
 @contextmanager
@@ -259,22 +260,20 @@ def weights_of(model, sampler: "HFSampler | VLLMSampler", policy: Policy):
     sampler.sync(policy)
 
 
-def by_vllm(which: str, gpu: bool) -> bool:
-    """Whether vLLM is the sampler of this name; "" is vLLM on a GPU and transformers' own on a CPU."""
-    return which == "vllm" or not which and gpu
-
-
-def check_sampler(which: str) -> None:
-    """Raises ValueError with one line for a sampler that is not installed."""
-    if by_vllm(which, torch.cuda.is_available()) and importlib.util.find_spec("vllm") is None:
+def check_sampler(which: str) -> str:
+    """A sampler's name; "" is vLLM on a GPU and transformers' own on a CPU. Raises ValueError with one line where it is not
+    installed."""
+    which = which or ("vllm" if torch.cuda.is_available() else "hf")
+    if which == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ValueError("--sampler vllm, the default on a GPU: vllm is not installed; run.sh installs it there (or --sampler hf)")
+    return which
 
 
 def open_sampler(
     which: str, policy: Policy, path: str, longest: int, memory_share: float, probes: list[Ids] = ()
 ) -> "HFSampler | VLLMSampler":
-    """The sampler by name, see `by_vllm`. path: of the model's configuration; longest: tokens of prompt and response together;
-    memory_share: the engine's part of the GPU; probes: a few prompts."""
-    if by_vllm(which, policy.device.type == "cuda"):
+    """The sampler by name, see `check_sampler`. path: of the model's configuration; longest: tokens of prompt and response
+    together; memory_share: the engine's part of the GPU; probes: a few prompts."""
+    if check_sampler(which) == "vllm":
         return VLLMSampler(policy, path, longest, memory_share, probes=probes)
     return HFSampler(policy)

@@ -52,9 +52,7 @@ def save(folder: Path, step: int, models: dict[str, nn.Module], optimizers: Opti
     def finish() -> None:
         (part / "state.json").write_text(json.dumps({"step": step, "stepped": stepped, **state}))
         files = {name: _sum(part / name) for name in (".metadata", "state.json")}
-        for sums in parts:
-            files |= sums
-        (part / "manifest.json").write_text(json.dumps(files))
+        (part / "manifest.json").write_text(json.dumps(files | written))
         shutil.rmtree(final, ignore_errors=True)  # one that was damaged: no run saves a step twice
         part.rename(final)
         for old in sorted(folder.glob("step-*"))[:-KEPT]:
@@ -63,8 +61,7 @@ def save(folder: Path, step: int, models: dict[str, nn.Module], optimizers: Opti
     try:
         world.first(begin)
         dcp.save(tensors, checkpoint_id=part)
-        mine = {path.name: _sum(path) for path in part.glob(f"__{world.rank}_*")}
-        parts = world.collect([mine], world.size)
+        written = world.together({path.name: _sum(path) for path in part.glob(f"__{world.rank}_*")})
         world.first(finish)
     except BaseException as error:  # the library's own is no Exception
         first = causes(error)[0]
@@ -95,22 +92,19 @@ def restore(folder: Path, models: dict[str, nn.Module], optimizers: Optimizers, 
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
     found = world.first(lambda: sorted(folder.glob("step-*"), reverse=True))
-    for checkpoint in found:
-        if damage := world.first(lambda: _damage(checkpoint)):
-            if world.rank == 0:
-                print(f"checkpoint {checkpoint} is damaged ({damage}): taking the one before it", file=sys.stderr)
-            continue
-        state = json.loads((checkpoint / "state.json").read_text())
-        tensors = {f"model.{name}": model.state_dict() for name, model in models.items()}  # the weights themselves
-        stepped = [name for name in state.pop("stepped") if name in optimizers]
-        tensors |= {f"optimizer.{name}": get_optimizer_state_dict(*optimizers[name]) for name in stepped}
-        dcp.load(tensors, checkpoint_id=checkpoint)
-        for name in stepped:
-            set_optimizer_state_dict(*optimizers[name], tensors[f"optimizer.{name}"])
-        return state
-    if found:
+    checkpoint = world.first(lambda: next(filter(_is_whole, found), None))
+    if not found:
+        return None
+    if checkpoint is None:
         raise Damaged(f"every checkpoint in {folder} is damaged: --overwrite starts the run again")
-    return None
+    state = json.loads((checkpoint / "state.json").read_text())
+    tensors = {f"model.{name}": model.state_dict() for name, model in models.items()}  # the weights themselves
+    stepped = [name for name in state.pop("stepped") if name in optimizers]
+    tensors |= {f"optimizer.{name}": get_optimizer_state_dict(*optimizers[name]) for name in stepped}
+    dcp.load(tensors, checkpoint_id=checkpoint)
+    for name in stepped:
+        set_optimizer_state_dict(*optimizers[name], tensors[f"optimizer.{name}"])
+    return state
 
 
 def cut_log(path: Path, step: int) -> int:
@@ -137,11 +131,14 @@ def _sum(path: Path) -> list[int]:
     return [path.stat().st_size, crc]
 
 
-def _damage(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint's files, "" if nothing."""
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint's files are what was written. Standard error names one that is damaged."""
     try:
         files = json.loads((checkpoint / "manifest.json").read_text())
         wrong = [name for name in {".metadata", "state.json"} | files.keys() if _sum(checkpoint / name) != files.get(name)]
+        damage = f"{wrong[0]} is not what was written" if wrong else ""
     except (OSError, ValueError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return f"{wrong[0]} is not what was written" if wrong else ""
+        damage = f"{type(error).__name__}: {error}"
+    if damage:
+        print(f"checkpoint {checkpoint} is damaged ({damage}): taking the one before it", file=sys.stderr)
+    return not damage

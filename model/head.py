@@ -87,8 +87,8 @@ class View:
         """
         kept, head = self.mask.bool(), self.head
         hidden, of_teacher = self.hidden[kept], teacher.hidden[kept] if teacher else None
-        places = {"weights": weights, "tokens": self.tokens, **(known or {})} | ({} if expert is None else {"expert": expert})
-        places = {name: x[kept] for name, x in places.items()}
+        places = {"weights": weights, "tokens": self.tokens, "expert": expert, **(known or {})}
+        places = {name: x[kept] for name, x in places.items() if x is not None}
         need = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
         with torch.no_grad():
             buffer, *other = _buffers(hidden, head, 2 if teacher else 1)

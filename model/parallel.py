@@ -19,7 +19,7 @@ ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.
 @dataclass(frozen=True)
 class World:
     """The processes of a run. Each holds the whole batch as data, so the loop reads as if it were alone; sampling, grading
-    and forward passes are done on a share of the rows, and `collect` and `sum` bring the shares together. Both are
+    and forward passes are done on a share of the rows, and `together` and `sum` bring the shares together. Both are
     collective: every process calls them, in the same order. One process without a group is the default."""
 
     rank: int = 0
@@ -51,18 +51,16 @@ class World:
         return cls(dist.get_rank(), dist.get_world_size(), device, sharded=True)
 
     def share(self, n: int) -> range:
-        """The places in 0..n-1 that are this process's to do; `collect` puts the results back in order."""
+        """The places in 0..n-1 that are this process's to do."""
         return range(self.rank, n, self.size)
 
-    def collect(self, mine: list, n: int) -> list:
-        """The n results in order, from every process's results for its `share(n)`."""
+    def together(self, mine: dict) -> dict:
+        """What all processes have found, each by keys of its own: rows, say."""
         if self.size == 1:
             return mine
-        shares, out = [None] * self.size, [None] * n
+        shares = [{}] * self.size
         dist.all_gather_object(shares, mine)
-        for rank, results in enumerate(shares):
-            out[rank :: self.size] = results
-        return out
+        return {key: found for share in shares for key, found in share.items()}
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over processes."""
@@ -84,7 +82,7 @@ class World:
 
     def most(self, n: float) -> float:
         """The largest of the processes' numbers."""
-        return max(self.collect([n], self.size))
+        return max(self.together({self.rank: n}).values())
 
 
 class Shared:
@@ -102,12 +100,12 @@ class Shared:
     def __call__(self, *columns: list) -> list:
         n, begun, self.begun = len(columns[0]), self.begun, {}
         of = lambda row: tuple(column[row] for column in columns)  # noqa: E731
-        done = {row: future.result()[0] for row, (entries, future) in begun.items() if row < n and entries == of(row)}
-        done = {row: result for part in self.world.collect([done], self.world.size) for row, result in part.items()}
+        same = {row: future for row, (entries, future) in begun.items() if row < n and entries == of(row)}
+        done = self.world.together({row: future.result()[0] for row, future in same.items()})
         rest = [row for row in range(n) if row not in done]
         mine = [rest[i] for i in self.world.share(len(rest))]
         found = self.function(*([column[row] for row in mine] for column in columns)) if mine else []
-        done |= zip(rest, self.world.collect(found, len(rest)))
+        done |= self.world.together(dict(zip(mine, found, strict=True)))
         return [done[row] for row in range(n)]
 
 

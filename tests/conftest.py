@@ -93,6 +93,12 @@ def plain_logits():
     return forward
 
 
+def log_of(out: Path, kind: str = "train") -> list[dict]:
+    """The rows of a run's log."""
+    rows = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return [row for row in rows if row["kind"] == kind]
+
+
 def reply_with(text, told=()):
     """An answer to a conversation. told: (token, its probability, {other token: its probability}) of each token, where the
     server tells them."""

@@ -3,9 +3,10 @@
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,92 +16,82 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 import vpd
-from conftest import fewer_validation_problems
+from conftest import fewer_validation_problems, log_of, tiny_network
 from harness import session
 from harness.command import CannotWrite
 from model import checkpoint
 from model.parallel import World
 
-ALONE = World()
-
-
 # ---- A checkpoint by itself --------------------------------------------------------------------------------
 
 
-def train(model, optimizer, steps, seed=0):
-    """Steps on gradients made up by the seed."""
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        for p in model.parameters():
-            p.grad = torch.randn(p.shape, generator=generator)
-        optimizer.step()
-        optimizer.zero_grad()
+class Training:
+    """A model, its AdamW and a teacher of another kind: the same at every start, and steps on gradients made up by a seed."""
 
+    def __init__(self, scale: float = 1.0):
+        self.model, self.teacher = (tiny_network(family, dtype=torch.float32) for family in ("qwen3-tied", "qwen3-untied"))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2, weight_decay=0.1)
+        self.what = {"policy": self.model, "teacher": self.teacher}, {"shared": (self.model, self.optimizer)}
+        with torch.no_grad():
+            for p in [*self.model.parameters(), *self.teacher.parameters()]:
+                p.mul_(scale)
 
-def flat(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
+    def steps(self, count: int, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(count):
+            for p in self.model.parameters():
+                p.grad = torch.randn(p.shape, generator=generator)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
 
+    def weights(self) -> torch.Tensor:
+        return torch.cat([p.detach().flatten() for model in self.what[0].values() for p in model.parameters()])
 
-@pytest.fixture
-def fresh(make_model):
-    """fresh(): (model, AdamW), the same at every call."""
+    def save(self, folder: Path, step: int, **state) -> None:
+        checkpoint.save(folder, step, *self.what, state, World())
 
-    def make():
-        model = make_model(dtype=torch.float32)
-        return model, torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
-
-    return make
+    def restore(self, folder: Path) -> dict | None:
+        return checkpoint.restore(folder, *self.what, World())
 
 
 @pytest.mark.parametrize("steps", [0, 3])
-def test_weights_moments_and_numbers_come_back_exactly(fresh, make_model, tmp_path, steps):
+def test_weights_moments_and_numbers_come_back_exactly(tmp_path, steps):
     """With no step made yet, an optimizer has no state, and neither saving nor loading may make one up: AdamW's bias
     correction would then start at its second step."""
-    (model, optimizer), teacher = fresh(), make_model("qwen3-untied", dtype=torch.float32)
-    train(model, optimizer, steps)
-    state = {"shift": -0.25, "best": 0.5, "bad_in_a_row": 2}
-    checkpoint.save(tmp_path, 7, {"policy": model, "teacher": teacher}, {"shared": (model, optimizer)}, state, ALONE)
-    (again, other_optimizer), other = fresh(), make_model("qwen3-untied", dtype=torch.float32)
-    with torch.no_grad():
-        for p in [*again.parameters(), *other.parameters()]:
-            p.mul_(-2)
-    kept = checkpoint.restore(tmp_path, {"policy": again, "teacher": other}, {"shared": (again, other_optimizer)}, ALONE)
-    assert kept == {"step": 7, **state}
-    assert torch.equal(flat(again), flat(model)) and torch.equal(flat(other), flat(teacher))
-    assert bool(optimizer.state) == bool(other_optimizer.state) == (steps > 0)
-    for each in ((model, optimizer), (again, other_optimizer)):
-        train(*each, 3, seed=1)
-    assert torch.equal(flat(again), flat(model))
+    one, other, state = Training(), Training(scale=-2), {"shift": -0.25, "best": 0.5, "bad_in_a_row": 2}
+    assert other.restore(tmp_path) is None
+    one.steps(steps)
+    one.save(tmp_path, 7, **state)
+    assert other.restore(tmp_path) == {"step": 7, **state} and torch.equal(other.weights(), one.weights())
+    assert bool(one.optimizer.state) == bool(other.optimizer.state) == (steps > 0)
+    for each in (one, other):
+        each.steps(3, seed=1)
+    assert torch.equal(other.weights(), one.weights())
 
 
-def test_the_last_two_are_kept_and_what_a_cut_save_left_is_cleared(fresh, tmp_path):
-    assert checkpoint.restore(tmp_path / "none", {}, {}, ALONE) is None
-    (tmp_path / "part-000009").mkdir(parents=True)
+def test_the_last_two_are_kept_and_what_a_cut_save_left_is_cleared(tmp_path):
+    (tmp_path / "part-000009").mkdir()
     for step in (2, 4, 6, 10, 10):
-        checkpoint.save(tmp_path, step, {"policy": fresh()[0]}, {}, {}, ALONE)
+        Training().save(tmp_path, step)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000006", "step-000010"]
 
 
-def test_a_place_where_no_checkpoint_can_be_made_is_named(fresh, tmp_path):
-    (tmp_path / "checkpoints").write_text("in the way")
-    with pytest.raises(CannotWrite, match=f"^{tmp_path}/checkpoints/step-000001: "):
-        checkpoint.save(tmp_path / "checkpoints", 1, {"policy": fresh()[0]}, {}, {}, ALONE)
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device"), RuntimeError("a\nb")])
-def test_what_comes_between_a_save_is_one_line_and_leaves_no_part(fresh, error, tmp_path, monkeypatch):
-    """As torch wraps it: in an exception that is none of Exception's."""
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device"), RuntimeError("a\nb"), None])
+def test_what_comes_between_a_save_is_one_line_and_leaves_no_part(error, tmp_path, monkeypatch):
+    """As torch wraps it, in an exception that is none of Exception's; None: no folder can be made there."""
 
     def broken(*_, checkpoint_id, **__):
         (checkpoint_id / "__0_0.distcp").write_text("half")
         raise CheckpointException("save", {0: (error, None)})
 
-    monkeypatch.setattr(dcp, "save", broken)
+    (tmp_path / "file").touch()
+    folder, reason = (tmp_path, re.escape(" ".join(str(error).split()))) if error else (tmp_path / "file", ".*")
     interrupted = isinstance(error, KeyboardInterrupt)
-    with pytest.raises(KeyboardInterrupt if interrupted else CannotWrite) as stop:
-        checkpoint.save(tmp_path, 1, {"policy": fresh()[0]}, {}, {}, ALONE)
-    assert interrupted or str(stop.value) == f"{tmp_path}/step-000001: {' '.join(str(error).split())}"
-    assert not list(tmp_path.iterdir())
+    kind, line = (KeyboardInterrupt, "") if interrupted else (CannotWrite, f"{folder}/step-000001: {reason}")
+    monkeypatch.setattr(dcp, "save", broken)
+    with pytest.raises(kind, match=f"^{line}$"):
+        Training().save(folder, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def kill():
@@ -128,24 +119,22 @@ def die_at(moment):
         setattr(module, name, dying)
 
 
-def test_a_save_that_is_killed_at_any_moment_leaves_the_checkpoint_before_it(fresh, tmp_path):
+def test_a_save_that_is_killed_at_any_moment_leaves_the_checkpoint_before_it(tmp_path):
     """The third, which also removes the first."""
-    model, optimizer = fresh()
-    save = lambda folder, step: checkpoint.save(folder, step, {"policy": model}, {"one": (model, optimizer)}, {}, ALONE)  # noqa: E731
-    weights, seen = {}, []
+    training, weights, seen = Training(), {}, []
     for step in (1, 2, 3):
-        train(model, optimizer, 1)
-        weights[step] = flat(model)
+        training.steps(1)
+        weights[step] = training.weights()
         if step < 3:
-            save(tmp_path / "before", step)
+            training.save(tmp_path / "before", step)
     while not seen or seen[-1][0]:
         folder = shutil.copytree(tmp_path / "before", tmp_path / str(len(seen)))
-        status = in_child(lambda: die_at(1 + len(seen)), lambda: save(folder, 3))
-        again, other = fresh()
-        step = checkpoint.restore(folder, {"policy": again}, {"one": (again, other)}, ALONE)["step"]
-        assert status in (0, -signal.SIGKILL) and torch.equal(flat(again), weights[step])
+        status = in_child(lambda: die_at(1 + len(seen)), lambda: training.save(folder, 3))
+        again = Training()
+        step = again.restore(folder)["step"]
+        assert status in (0, -signal.SIGKILL) and torch.equal(again.weights(), weights[step])
         seen.append((status, step))
-        save(folder, 4)
+        training.save(folder, 4)
         assert sorted(path.name for path in folder.iterdir()) == [f"step-00000{step}", "step-000004"]
     steps = [step for _, step in seen]
     assert len(steps) > 10 and steps == sorted(steps) and {*steps} == {2, 3}
@@ -169,22 +158,20 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(fresh, tmp_path, capsys, damage):
-    model, optimizer = fresh()
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, capsys, damage):
+    training, again = Training(), Training()
     for step in (1, 2):
-        train(model, optimizer, 1)
-        checkpoint.save(tmp_path, step, {"policy": model}, {"shared": (model, optimizer)}, {}, ALONE)
-        first = flat(model) if step == 1 else first
-    DAMAGES[damage](tmp_path / "step-000002")
-    again, other = fresh()
-    restore = partial(checkpoint.restore, tmp_path, {"policy": again}, {"shared": (again, other)}, ALONE)
-    assert restore() == {"step": 1} and torch.equal(flat(again), first)
+        training.steps(1)
+        training.save(tmp_path, step)
+        first = training.weights() if step == 1 else first
+    damage(tmp_path / "step-000002")
+    assert again.restore(tmp_path) == {"step": 1} and torch.equal(again.weights(), first)
     error = capsys.readouterr().err
     assert "step-000002 is damaged" in error and error.count("\n") == 1
-    DAMAGES[damage](tmp_path / "step-000001")
+    damage(tmp_path / "step-000001")
     with pytest.raises(checkpoint.Damaged, match="every checkpoint .* is damaged: --overwrite"):
-        restore()
+        again.restore(tmp_path)
 
 
 def test_log_rows_after_the_checkpoint_and_a_torn_line_are_dropped(tmp_path):
@@ -199,23 +186,16 @@ def test_log_rows_after_the_checkpoint_and_a_torn_line_are_dropped(tmp_path):
 
 # ---- Whole runs --------------------------------------------------------------------------------------------
 
-SMALL = ["--subset", "choice", "--prompts_per_batch", "4", "--minibatch_prompts", "2",
-         "--group_size", "4", "--max_response_tokens", "30", "--eval_samples", "1", "--dtype", "float64", "--steps", "5",
-         "--eval_every", "2", "--checkpoint_every", "2", "--feedback", "environment"]  # fmt: skip
-
-
-def small(*flags):
-    """The flags of a small run."""
-    return [*SMALL, *([] if "sdpo" in flags else ["--e_minibatch_prompts", "4", "--e_step_every", "2"]), *flags]
-
-
-def log_of(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+SMALL = (
+    "--subset choice --prompts_per_batch 4 --minibatch_prompts 2 --group_size 4 --max_response_tokens 30 --eval_samples 1 "
+    "--dtype float64 --steps 5 --eval_every 2 --checkpoint_every 2 --feedback environment "
+)
+VPD, SDPO = "--e_minibatch_prompts 4 --e_step_every 2", "--method sdpo"
 
 
 def same_run(one, other):
     """Apart from times and notes of resuming."""
-    logs = ([row for row in log_of(out) if row["kind"] != "resume"] for out in (one, other))
+    logs = (log_of(out) + log_of(out, "eval") for out in (one, other))
     for mine, theirs in zip(*logs, strict=True):
         for key in theirs.keys() - {"seconds", "tokens_per_second"}:
             value = theirs[key]
@@ -235,39 +215,35 @@ def few_problems():
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    """unbroken(*flags): the directory of a run that nothing stopped, made once per flags."""
+    """unbroken(flags): the directory of a run that nothing stopped, made once per flags."""
 
     @cache
-    def run(*flags):
+    def run(flags):
         out = tmp_path_factory.mktemp("unbroken") / "run"
-        vpd.main([*small(*flags), "--out", str(out)])
+        vpd.main([*(SMALL + flags).split(), "--out", str(out)])
         return out
 
     return run
 
 
-@pytest.mark.parametrize(
-    "flags, when",
-    [((), 1), ((), 2), (("--method", "sdpo"), 4), (("--prior", "fixed", "--e_optimizer", "shared"), 4)],
-    ids=str,
-)
+@pytest.mark.parametrize("flags, when", [(VPD, 1), (VPD, 2), (SDPO, 4), (f"{VPD} --prior fixed --e_optimizer shared", 4)])
 def test_a_resumed_run_is_the_unbroken_run(unbroken, tmp_path, flags, when):
     """Stopped at the end of a batch, as by a kill: nothing is tidied up. Optimizers, delta, moving average and the fixed prior
     all have to come back for the losses to be the same."""
     out, end = tmp_path / "run", session.Run.end_of_batch
     dying = lambda self, log, batch: kill() if log.step == when else end(self, log, batch)  # noqa: E731
-    command = [*small(*flags), "--out", str(out)]
+    command = [*(SMALL + flags).split(), "--out", str(out)]
     assert in_child(lambda: setattr(session.Run, "end_of_batch", dying), lambda: vpd.main(command)) == -signal.SIGKILL
     vpd.main([*command, "--resume"])
-    same_run(out, unbroken(*flags))
-    assert [row["step"] for row in log_of(out) if row["kind"] == "resume"] == ([] if when < 2 else [when - when % 2])
+    same_run(out, unbroken(flags))
+    assert [row["step"] for row in log_of(out, "resume")] == ([] if when < 2 else [when - when % 2])
 
 
 def test_a_finished_run_is_resumed_if_its_checkpoints_are_whole(unbroken, tmp_path, capsys):
     out = tmp_path / "run"
-    shutil.copytree(unbroken(), out)
+    shutil.copytree(unbroken(VPD), out)
     vpd.main(["--out", str(out), "--resume"])  # nothing is left to do
-    same_run(out, unbroken())
+    same_run(out, unbroken(VPD))
     for folder in (out / "checkpoints").glob("step-*"):
         flip_a_bit(folder)
     capsys.readouterr()

@@ -20,12 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from conftest import FAMILIES, log_of  # first: it puts the sources on the path, for the processes too
+
+# isort: split
 import losses
 import rollout
 import tasks
 import vpd
-from conftest import FAMILIES
-from harness import plan
+from harness import command, plan
 from model.parallel import World
 from model.policy import Policy
 from neighbours import distil, ovd
@@ -34,44 +36,32 @@ from tasks import tiny
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--shutdown-timeout", "1800", "--nproc-per-node", "2"]
 
-SMALL = ["--subset", "choice", "--prompts_per_batch", "5", "--minibatch_prompts", "5", "--group_size", "3", "--max_response_tokens",
-         "20", "--steps", "3", "--eval_every", "0", "--micro_batch_tokens", "150", "--checkpoint_every", "0", "--log_samples",
-         "15", "--lr", "0.001"]  # fmt: skip
-E_STEP = ["--e_minibatch_prompts", "5", "--e_step_every", "1"]
-DOUBLE = ["--dtype", "float64"]
-SDPO, GRPO = ["--method", "sdpo"], ["--method", "grpo", "--divide_by_std", "False"]
-CRITIQUE = ["--feedback", "critique", "--max_critique_tokens", "6"]
+SMALL = (
+    "--subset choice --prompts_per_batch 5 --minibatch_prompts 5 --group_size 3 --max_response_tokens 20 --steps 3 "
+    "--eval_every 0 --micro_batch_tokens 150 --checkpoint_every 0 --log_samples 15 --lr 0.001 "
+)
+E_STEP, DOUBLE = "--e_minibatch_prompts 5 --e_step_every 1", "--dtype float64"
 CASES = {  # name: (model, program, flags, are the rollouts those of one process?)
-    "vpd tied float64": ("tied", vpd, [*E_STEP, *DOUBLE], True),
-    "vpd untied float64": ("untied", vpd, [*E_STEP, *DOUBLE], True),
-    "sdpo top 5 float32": ("tied", vpd, [*SDPO, "--top_k", "5"], True),  # a tail near 1e-7 is no place for 1e-9
-    "fixed prior float64": ("untied", vpd, [*E_STEP, *DOUBLE, "--prior", "fixed"], True),
-    "joint untied float64": ("untied", vpd, ["--method", "joint", "--minibatch_prompts", "1", *DOUBLE], True),
+    "vpd tied float64": ("tied", vpd, f"{E_STEP} {DOUBLE}", True),
+    "vpd untied float64": ("untied", vpd, f"{E_STEP} {DOUBLE}", True),
+    "sdpo top 5 float32": ("tied", vpd, "--method sdpo --top_k 5", True),  # a tail near 1e-7 is no place for 1e-9
+    "fixed prior float64": ("untied", vpd, f"{E_STEP} {DOUBLE} --prior fixed", True),
+    "joint untied float64": ("untied", vpd, f"--method joint --minibatch_prompts 1 {DOUBLE}", True),
     "distil untied float64": ("untied", distil, DOUBLE, True),
-    "distil samples float64": ("tied", distil, ["--expert", "samples", *DOUBLE], True),
-    "ovd untied float64": ("untied", ovd, ["--teacher", "ema", *DOUBLE], False),
-    "grpo tied float32": ("tied", vpd, GRPO, True),
-    "sampled float64": ("tied", vpd, [*E_STEP, *DOUBLE, "--eval_every", "3", "--eval_samples", "1"], False),
-    "critiques float64": ("untied", vpd, [*E_STEP, *DOUBLE, *CRITIQUE], False),
+    "distil samples float64": ("tied", distil, f"--expert samples {DOUBLE}", True),
+    "ovd untied float64": ("untied", ovd, f"--teacher ema {DOUBLE}", False),
+    "grpo tied float32": ("tied", vpd, "--method grpo --divide_by_std False", True),
+    "sampled float64": ("tied", vpd, f"{E_STEP} {DOUBLE} --eval_every 3 --eval_samples 1", False),
+    "critiques float64": ("untied", vpd, f"{E_STEP} {DOUBLE} --feedback critique --max_critique_tokens 6", False),
 }
 REFUSED = {"a file less": "No such file", "cut short": "incomplete"}  # folder: what the message names
 LOSSES = ("reward", "margin", "e_loss", "shift", "m_loss", "m_grad_norm", "divergence", "entropy", "demonstration_ratio")
 
-SCRIPT = """
-import sys
-sys.path[:0] = sys.argv[3:5]
-import test_distributed
-from harness import command
-command.run(lambda: getattr(test_distributed, sys.argv[1])(sys.argv[2]))
-"""
-
 
 def script(what: str, folder: Path) -> subprocess.CompletedProcess:
     """Runs a function of this file, with a folder as its argument, in two processes."""
-    (folder / "script.py").write_text(SCRIPT)
-    command = [*TORCHRUN, str(folder / "script.py"), what, str(folder), str(ROOT / "tests"), str(ROOT)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=1800, env=env, cwd=ROOT)
+    return subprocess.run([*TORCHRUN, __file__, what, folder], capture_output=True, text=True, timeout=1800, env=env, cwd=ROOT)
 
 
 def play(out: Path, name: str, drawn: dict, replay: bool) -> None:
@@ -92,14 +82,13 @@ def play(out: Path, name: str, drawn: dict, replay: bool) -> None:
     rollout.HFSampler.sample = known
     asked, ovd.Judge.scores = ovd.Judge.scores, stern
     try:
-        program.main(["--model", str(out / model), *SMALL, *flags, "--out", str(out / name)])
+        program.main([*(SMALL + flags).split(), "--model", str(out / model), "--out", str(out / name)])
     finally:
         rollout.HFSampler.sample, ovd.Judge.scores = sample, asked
 
 
-def run_all(folder: str) -> None:
+def run_all(out: Path) -> None:
     """In each of the two processes."""
-    out = Path(folder)
     drawn = pickle.loads((out / "drawn.pickle").read_bytes())
     empties, packed = [0], Policy.micro_batches
 
@@ -111,11 +100,11 @@ def run_all(folder: str) -> None:
     Policy.micro_batches = counting
     for name in CASES:
         play(out, name, drawn[name], replay=True)
-    resumed = ["--out", str(out / "resumed"), "--checkpoint_every", "2"]
-    vpd.main(["--model", str(out / "tied"), *SMALL, *E_STEP, *DOUBLE, *resumed])
+    resumed = f"{SMALL} {E_STEP} {DOUBLE} --checkpoint_every 2".split()
+    vpd.main([*resumed, "--model", str(out / "tied"), "--out", str(out / "resumed")])
     vpd.main(["--task", "sciknoweval", "--smoke", "olmo3", "--eval_every", "0", "--out", str(out / "smoke")])
     world = World.start()
-    assert sum(world.collect(empties, 2)) > 10  # shares were unequal, and filled up with empty ones
+    assert sum(world.together({world.rank: empties[0]}).values()) > 10  # shares were unequal, and filled up with empty ones
     check_compute_is_bfloat16_and_weights_gradients_and_optimizer_float32(out, world)
     check_choices_are_those_of_one_process(out, world)
     check_every_pass_has_compiled_layers(out, world)
@@ -149,12 +138,12 @@ def check_compute_is_bfloat16_and_weights_gradients_and_optimizer_float32(out: P
     policy.backward(view.loss(lambda t: -t.logp, view.mask / 3)[0])
     shards = list(policy.model.parameters())
     assert view.hidden.dtype == view.head.dtype == torch.bfloat16 and {p.dtype for p in shards} == {torch.float32}
-    rows = world.collect([len(shards[0].to_local())], 2)
-    assert sum(rows) == len(shards[0]) and abs(rows[0] - rows[1]) <= 1
+    rows = world.together({world.rank: len(shards[0].to_local())})
+    assert sum(rows.values()) == len(shards[0]) and abs(rows[0] - rows[1]) <= 1
     size = lambda tensors: sum(t.to_local().nbytes for t in tensors if isinstance(t, DTensor))  # noqa: E731
     held = {"weights": size(shards), "gradients": size(p.grad for p in shards), "EMA teacher": size(twin.parameters())}
     optimizer = torch.optim.AdamW(shards, lr=1e-2)
-    norms = world.collect([policy.step(optimizer, 1e-2, 1.0)], 2)
+    norms = world.together({world.rank: policy.step(optimizer, 1e-2, 1.0)})
     assert norms[0] == norms[1] > 0  # of the whole gradient
     assert (policy.score(x, y)[0] - before).sum() > 0.05
     held["AdamW's moments"] = size(t for state in optimizer.state.values() for t in state.values())
@@ -228,11 +217,6 @@ def runs(tmp_path_factory, folders):
     return one, two
 
 
-def train_rows(out):
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [row for row in rows if row["kind"] == "train"]
-
-
 def furthest(one, two):
     mine, theirs = (load_file(out / "model" / "model.safetensors") for out in (one, two))
     assert mine.keys() == theirs.keys()
@@ -242,7 +226,7 @@ def furthest(one, two):
 @pytest.mark.parametrize("name", CASES)
 def test_weights_and_losses_of_three_steps_are_those_of_one_process(runs, name):
     one, two = (out / name for out in runs)
-    rows = train_rows(one)
+    rows = log_of(one)
     assert len(rows) == 3 and sum(row["m_grad_norm"] is not None for row in rows) >= 2
     if name.startswith("ovd"):
         assert sum(row["demonstrations"] for row in rows) > 0
@@ -250,7 +234,7 @@ def test_weights_and_losses_of_three_steps_are_those_of_one_process(runs, name):
         assert sum(row["e_loss"] is not None for row in rows) >= 2
     tolerance = 1e-5 if "float32" in name else 1e-9
     losses_of = lambda row: {key: row[key] for key in LOSSES if row.get(key) is not None}  # noqa: E731
-    for mine, theirs in zip(train_rows(two), rows, strict=True):
+    for mine, theirs in zip(log_of(two), rows, strict=True):
         assert losses_of(mine) == pytest.approx(losses_of(theirs), rel=tolerance, abs=tolerance)
         assert mine["left_out"] == theirs["left_out"] and mine["verdicts"] == theirs["verdicts"]
     if "float64" in name:
@@ -267,12 +251,11 @@ def test_a_run_of_two_processes_goes_on_in_one(runs, tmp_path):
     shutil.rmtree(out / "checkpoints" / "step-000003")
     vpd.main(["--out", str(out), "--resume"])
     assert furthest(out, runs[0] / "sampled float64") < 1e-9
-    notes = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines() if '"resume"' in line]
-    assert [(note["step"], note["processes"]) for note in notes] == [(2, 1)]
+    assert [(note["step"], note["processes"]) for note in log_of(out, "resume")] == [(2, 1)]
 
 
 def test_a_smoke_run_of_a_real_task_on_olmo3_is_shared_out_too(runs):
-    rows = train_rows(runs[1] / "smoke")
+    rows = log_of(runs[1] / "smoke")
     assert [row["step"] for row in rows] == [0, 1] and Policy.load(str(runs[1] / "smoke" / "base")).vocabulary > 0
     assert json.loads((runs[1] / "smoke" / "config.json").read_text())["processes"] == 2
 
@@ -284,11 +267,11 @@ PHASES = {  # what breaks, in which of two processes, and how
     "verify": (1, vpd, "grade", tasks.BadTask),
     "m_step": (0, losses, "sequence_weights", RuntimeError),
 }
-SHORT = [*SMALL, *E_STEP, "--steps", "2"]
+SHORT = f"{SMALL} {E_STEP} --steps 2".split()
 
 
-def broken_run(folder: str) -> None:
-    phase = Path(folder).name
+def broken_run(folder: Path) -> None:
+    phase = folder.name
     rank, where, name, error = PHASES[phase]
 
     def broken(*_, **__):
@@ -313,3 +296,7 @@ def test_a_run_that_ends_well_ends_with_status_0_so_that_evaluation_follows(tmp_
         run = [*TORCHRUN, "--", "vpd.py", *SHORT, "--out", str(tmp_path / str(i))]
         done = subprocess.run(run, capture_output=True, text=True, timeout=120, cwd=ROOT)
         assert done.returncode == 0 and (tmp_path / str(i) / "model" / "config.json").exists(), done.stderr[-4000:]
+
+
+if __name__ == "__main__":
+    command.run(lambda: globals()[sys.argv[1]](Path(sys.argv[2])))

@@ -65,16 +65,12 @@ class Table(list):
         return "\n".join(f"{r['check']:50}{shown(r['value']):>14} {r['unit']:16}{r['beside']}".rstrip() for r in self)
 
 
-def start() -> World:
-    """A group of one, as a run on one GPU makes it."""
-    os.environ |= ALONE
-    return World.start()
-
-
 @pytest.fixture(scope="module")
 def world():
+    """A group of one, as a run on one GPU makes it."""
     transformers.utils.logging.disable_progress_bar()
-    yield start()
+    os.environ |= ALONE
+    yield World.start()
     if "vllm" not in sys.modules:  # its engine does not outlive the group
         dist.destroy_process_group()
     for name in ALONE:
@@ -218,14 +214,15 @@ def tiny():
 
 
 def step_of(method: str, model, known: dict, **placed) -> tuple[float, float, torch.Tensor, torch.Tensor]:
-    """(loss, norm, gradient, change of the weights) of one step by AdamW over several micro-batches."""
+    """(loss, norm, gradient, change of the weights) of one step by AdamW over several micro-batches, one of them empty, as of a
+    process that has fewer rows than others."""
     policy = Policy(copy.deepcopy(model), TOKENIZER, micro_batch_tokens=90, **placed)
     objective, prompts, compared = STEPS[method]
     optimizer, total = torch.optim.AdamW(policy.model.parameters(), weight_decay=0.0), 0.0
     before = flat(w for _, w in whole(policy.model))
     batches = policy.micro_batches(range(len(y)), [len(p) + len(r) for p, r in zip(xC, y)])
     assert len(batches) > 1
-    for rows in batches:
+    for rows in [*batches, []]:
         responses = [y[i] for i in rows]
         with torch.no_grad():
             teacher = policy.view([xC[i] for i in rows], responses) if compared else None

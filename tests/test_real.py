@@ -5,7 +5,6 @@ and runs run. At temperature 1 this model answers few questions right, so nothin
 """
 
 import importlib.util
-import json
 import shutil
 import time
 
@@ -14,6 +13,7 @@ import torch
 
 import feedback
 import vpd
+from conftest import log_of
 from model.policy import Policy
 from rollout import HFSampler, VLLMSampler
 from test_vllm import gap
@@ -93,8 +93,7 @@ def test_both_samplers_draw_with_the_trainers_log_probs(folder, dtype, limit):
 def train(out, folder, *flags):
     start = time.perf_counter()
     vpd.main([*SIZES, "--data", str(folder / "task.py"), "--model", str(folder), "--out", str(out), *flags])
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row["kind"] == "train"]
+    rows = log_of(out)
     gaps = ", ".join(f"{row['sampler_gap']:.2g}" for row in rows)
     print(f"\n{' '.join(flags)}: {time.perf_counter() - start:.0f} s, sampler_gap {gaps}")
     assert [row["step"] for row in rows] == [0, 1] and all(row["sampler_gap"] < 1e-4 for row in rows)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import rollout
-from model import head
+from conftest import FAMILIES
 from model.policy import Policy
 from rollout import HFSampler, seed_for
 
@@ -55,46 +55,25 @@ def nucleus(logits, temperature, top_p):
 
 EVEN = [PROMPTS[0], PROMPTS[0][::-1]]  # no padding at all
 WITH_EOS = [[EOS, EOS, 4, 0, EOS, 6, EOS], [EOS], [0, 7]]  # and with what is on padding
+CASES = [(family, prompts, 1.0, 1.0) for family in FAMILIES for prompts in (PROMPTS, EVEN, WITH_EOS, [[5]])]
+CASES += [("qwen3-tied", PROMPTS, *cut) for cut in ((0.7, 1.0), (1.0, 0.8), (1.5, 0.5))] + [("qwen3-untied", PROMPTS, 0, 1.0)]
 
 
-@pytest.mark.parametrize(
-    "family, prompts",
-    [("qwen3-tied", PROMPTS), ("qwen3-untied", PROMPTS), ("qwen3-tied", [[5]])] + [("olmo3", x) for x in (PROMPTS, EVEN, WITH_EOS)],
-)
-def test_logp_is_the_trainers_score_for_prompts_of_any_length(make_policy, family, prompts):
-    policy = make_policy(family)
-    rollouts = HFSampler(policy).sample(prompts, **MIXED)
-    scored, _ = policy.score([x for x in prompts for _ in range(4)], [r.tokens for r in rollouts])
-    for rollout, expected in zip(rollouts, scored.tolist(), strict=True):
-        assert rollout.logp == pytest.approx(expected[: len(rollout.tokens)], abs=1e-5)
-
-
-@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 1.0), (1.0, 0.8), (1.5, 0.5)])
-def test_tokens_and_logp_are_of_the_distribution_after_temperature_and_top_p(make_policy, plain_logits, temperature, top_p):
-    policy, state = make_policy(), torch.manual_seed(99).get_state()
-    rollouts = HFSampler(policy).sample(PROMPTS, **MIXED, temperature=temperature, top_p=top_p)
+@pytest.mark.parametrize("family, prompts, temperature, top_p", CASES)
+def test_tokens_and_logp_are_of_the_distribution_after_temperature_and_top_p(
+    make_policy, plain_logits, family, prompts, temperature, top_p
+):
+    """At temperature 0 the likeliest tokens."""
+    policy, state = make_policy(family), torch.manual_seed(99).get_state()
+    rollouts = HFSampler(policy).sample(prompts, **MIXED, temperature=temperature, top_p=top_p)
     assert torch.equal(torch.get_rng_state(), state)  # the global generator is left alone
     for row, rollout in enumerate(rollouts):  # row i n + j answers prompt i
-        log_p = nucleus(plain_logits(policy.model, PROMPTS[row // 4], rollout.tokens).detach(), temperature, top_p)
+        log_p = nucleus(plain_logits(policy.model, prompts[row // 4], rollout.tokens).detach(), temperature or 1, top_p)
         uniform = torch.rand(8, generator=torch.Generator().manual_seed(seed_for(3, row)), dtype=torch.float64)
         passed = log_p.exp().cumsum(-1) <= uniform[: len(log_p), None]
-        assert rollout.tokens == passed.sum(-1).tolist()
+        assert rollout.tokens == (passed.sum(-1) if temperature else log_p.argmax(-1)).tolist()
         assert rollout.logp == pytest.approx(log_p[range(len(log_p)), rollout.tokens].tolist(), abs=1e-5)
-
-
-def test_temperature_0_takes_the_likeliest_token(make_policy, plain_logits):
-    policy = make_policy("qwen3-untied")  # a random network with a tied head only repeats itself
-    rollouts = HFSampler(policy).sample(PROMPTS, **MIXED, temperature=0)
-    for row, rollout in enumerate(rollouts):
-        assert rollout.tokens == plain_logits(policy.model, PROMPTS[row // 4], rollout.tokens).argmax(-1).tolist()
-    assert any(len(set(r.tokens)) > 1 for r in rollouts)
-
-
-@pytest.mark.parametrize("uniform, token", [(0.0, 1), (1 - 2**-53, 35)])  # the ends of what torch.rand can give
-def test_a_token_of_probability_0_is_never_drawn(uniform, token):
-    p = torch.rand(500, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.01
-    p[:, ::2], p[:, -3:] = 0, 0  # both ends and every other token
-    assert (head.invert(p / p.sum(-1, keepdim=True), torch.full((500,), uniform, dtype=torch.float64)) == token).all()
+    assert any(len({*r.tokens}) > 1 for r in rollouts)  # a random network with a tied head likes to repeat itself
 
 
 # ---- Rows and seeds --------------------------------------------------------------------------------------------
