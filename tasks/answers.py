@@ -11,7 +11,7 @@ LETTERS |= {"≠": r"\ne ", "∪": r"\cup ", "∅": r"\emptyset ", "°": r"^\cir
 LETTERS |= {"¢": r"\text{ cents}", "²": "^2", "³": "^3", "ℝ": r"\mathbb{R}", "⁄": "/"}
 LETTERS |= {"½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}"}
 LETTERS |= {chr(0xFEE0 + code): chr(code) for code in range(33, 127)}  # full width
-LETTER = "[mgshlLNJWVK]"  # a unit behind a number and a blank, or in \\text{}
+LETTER = "[mgshlLNJWVK]"  # a unit behind a number and a blank, or in \text{}
 SHORT = "[mckd]m|[mk]g|m[lL]|in|ft|yd|mi|min|lbs?|oz|hr|Hz|kW|mph|(?:k?m|ft|mi)/(?:s|h|hr)"  # may stand right behind a number
 FONTS = re.compile(r"\\(?:(?:text|math)(?:bf|it|rm|sf|tt|normal|up)?|boldsymbol|bm|emph|underline|[mhf]box)\s*\{")
 MULTIPLES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
@@ -22,7 +22,7 @@ TIDY = [(re.compile(pattern), new) for pattern, new in (  # what is written in s
      r"|\\(?:text)?color\s*\{\w+\}", ""),
     (r"\{([,.:])\}", r"\1"), (r"\\colon(?![a-z])", ":"),
     (r"\\(?:[dtc]|nice|s)(frac|binom)", r"\\\1"), (r"\\(frac|binom|bar|overline)\s*(\w|\\pi)", r"\\\1{\2}"),
-    (r"\\(frac|binom)(\{[^{}]*\})\s*(\w|\\pi)", r"\\\1\2{\3}"), (r"\}\s*/\s*\\text\{\s*(?=[A-Za-z])", "/"),
+    (r"\\(frac|binom)(\{[^{}]*\})\s*(\w|\\pi)", r"\\\1\2{\3}"),
     (r"\\frac\{\\text\{\s*(\w+)\s*\}\}\{\\text\{\s*(\w+)\s*\}\}", r"\\text{\1/\2}"),
     (r"\\lbrace(?![a-z])", r"\\{"), (r"\\rbrace(?![a-z])", r"\\}"), (r"\\langle(?![a-z])", "("),
     (r"\\rangle(?![a-z])", ")"), (r"\\(?:mathbb|Bbb)\s*\{?\s*R\b\s*\}?", r"\\mathbb{R}"),
@@ -37,7 +37,7 @@ TIDY = [(re.compile(pattern), new) for pattern, new in (  # what is written in s
     (r"\\?%|\s*(?:\\text\{\s*|\b)(?:percent|pct)\b\s*\}?", r"\\%"),
     (r"\s*(?:\\text\{\s*|\b)degrees?\b(?!\s*[A-Za-z])\s*\}?|\\degree(?![a-z])|\^\s*\{\s*\\circ\s*\}", r"^\\circ"),
     (rf"\s*(?:(\\text\{{)\s*|\b)({'|'.join(MULTIPLES)})\b", lambda m: rf"\cdot10^{{{MULTIPLES[m[2]]}}}{m[1] or ''}"),
-    (r"\\text\{\s*\}", ""), (r"^\w\s*\\in\s*(?=\\mathbb)", ""), (r"^\((\w+)\)_", r"\1_"),
+    (r"^\w\s*\\in\s*(?=\\mathbb)", ""), (r"^\((\w+)\)_", r"\1_"),
     (r"^\\\{\s*\w+\s*(?:\\in\s*\\mathbb\{R\}\s*)?(?:\\mid\b|[:|])(.*[<>lg].*)\\\}$", r"\1"),  # {x | 2 < x}
     (r"(?<=\d) (?=\d{3}(?!\d|\s*/))", ""),  # a thin space in a number
     (r"(?<![\w.}/^])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),  # 3 1/4
@@ -150,7 +150,7 @@ def _without_fonts(text: str) -> str:
     at = 0
     while (font := FONTS.search(text, at)) and (end := _closing(text, font.end())) is not None:
         before, inner = text[: font.start()], text[font.end() : end]
-        is_unit = re.search("text|rm|box", font[0]) and before.strip() and re.fullmatch(rf"\s*(?:{SHORT}|{LETTER})\s*", inner)
+        is_unit = re.search("text|rm|box", font[0]) and before.strip() and re.fullmatch(rf"\s*{LETTER}\s*", inner)
         words = re.search("[A-Za-z]{2}", re.sub(r"\\[A-Za-z]+", "", inner)) and not re.match(r"\s*[-(\\\d$]", inner)
         new = rf"\text{{{inner}}}" if is_unit or words else inner
         text, at = before + new + text[end + 1 :], len(before) + (len(new) if is_unit or words else 0)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from traceback import TracebackException
 from typing import Any
 from unittest import mock
 
@@ -152,8 +153,8 @@ def text_of(text: str) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What was wrong, in one line of at most 200 characters."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    """What was wrong, in one line of at most 200 characters, even where str(error) fails."""
+    return " ".join(f"{type(error).__name__}: {TracebackException(type(error), error, None)}".split())[:200]
 
 
 def get(row: dict, *names: str) -> Any:

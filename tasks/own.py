@@ -39,6 +39,9 @@ def load(path: str) -> Task:
     listed = all(isinstance(s, (list, tuple)) and all(isinstance(p, Problem) for p in s) for s in splits.values())
     if not isinstance(task, Task) or not task.train or not listed:
         raise BadTask(f"{path}: load() must return a tasks.Task with training problems, and returned {task!r:.80}")
+    for field, kinds in {"notes": (list, tuple), "lacks": (list, tuple), "close": Callable}.items():
+        if not isinstance(value := getattr(task, field), kinds):
+            raise BadTask(f"{path}: the task's {field} cannot be {value!r:.80}")
     for split, problems in splits.items():
         setattr(task, split, [problem_of(problem, path) for problem in problems])
         for id, count in Counter(str(problem.id) for problem in problems).most_common(1):

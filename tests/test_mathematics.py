@@ -111,7 +111,7 @@ PAID = {
     "6": r"2(3) | (2)(3) | 1(2)(3) | 12(\frac12) | 12\left(\frac{1}{2}\right) | 12(1/2)",  # a product, not 2 + 3
     "1500000": r"1.5\text{ million} | 1.5\times10^6 | 1.5e6 | 1.5E+6 | 1,500,000 | \$1.5\text{ million}",
     r"\frac{13}{4}": r"3 1/4 | 3\frac14 | 3\ \tfrac{1}{4} | 3.25 | 13/4 | \mathbf{\dfrac{13}{4}} | 3+\frac14 | "
-    r"3 1/4\text{ hours} | 3¼ | 325\% | \frac {13} 4 | \nicefrac{13}{4}",
+    r"3\text{ }\frac14 | 3 1/4\text{ hours} | 3¼ | 325\% | \frac {13} 4 | \nicefrac{13}{4}",
     r"-\frac{13}{4}": r"-3 1/4 | -3\frac{1}{4} | \frac{-13}{4} | \frac{13}{-4} | -3.25",
     r"(\frac{13}{4},2)": r"(3 1/4, 2) | \bigl(3\frac14,2\bigr) | \left(\frac{13}{4},2\right) | x=3.25,y=2 | "
     r"\langle 13/4,2\rangle",
@@ -119,9 +119,10 @@ PAID = {
     "3": r"\log_2 8 | \log_28 | \ln e^3 | \sqrt[3]{27} | \lfloor\pi\rfloor | \binom31 | \lg 1000 | 3\text{ apples} | 3 cm",
     r"\frac{1}{\sqrt{m}}": r"\sqrt{1/m} | \sqrt{\frac1m} | \frac{\sqrt m}{m} | m^{-1/2} | m^{-0.5}",
     "14 - i": r"14.0 + -1.0i | -i+14 | 14-\mathrm{i} | (4-i)+10",
+    r"\ln 5": r"\log_e 5 | \log_{e}5 | -\ln\frac15",
     "2e": r"2\mathrm{e} | e+e | \mathrm{e}\cdot 2",
     r"\text{June 20}": r"June 20 | \textbf{June 20} | june 20 | \text{June 20.} | \mathrm{June\ 20}",
-    r"\text{(C)}": r"C | (C) | \textbf{(C)} | \mathrm{C} | C. | (C) 27",
+    r"\text{(C)}": r"C | c | (C) | \textbf{(C)} | \mathrm{C} | C. | (C) 27",
     r"35\text{ cm}": r"35 | 35cm | 35 cm | 35\,\mathrm{cm} | 35\text{ centimeters} | 35~\text{cm}",
     r"864 \mbox{ inches}^2": r"864 | 864\text{ in}^2 | 864\text{ square inches} | 864 square inches | "
     r"864\,\mathrm{in^2}",
@@ -131,7 +132,6 @@ PAID = {
     "0.25": r"25\% | 1/4 | .25 | 2.5\cdot10^{-1}",
     r"\text{3 p.m.}": r"3 p.m. | 3\text{ PM} | 3 pm",
     "2:3": r"2/3 | 4:6 | 2{:}3 | 2\colon 3",
-    "3:00": "3:00",
     r"5\text{ ft }6\text{ in}": r"5 ft 6 in | \text{5 ft 6 in}",
     r"\frac{\pi}{4}": r"\operatorname{arctan}(1) | \tan^{-1}1 | \frac\pi4 | 45^\circ",
     r"\frac13": r"0.\overline{3} | .\bar3 | 33\frac13\%",
@@ -141,7 +141,7 @@ PAID = {
     r"(-\infty,2)\cup(3,\infty)": r"x<2\text{ or }x>3 | (3,\infty)\cup(-\infty,2) | x<2 or x>3",
     r"(-\infty,0)\cup(0,\infty)": r"\mathbb{R}\setminus\{0\} | x\neq0",
     r"x \in [-2,7]": r"[-2,7] | -2\le x\le7 | x\in[-2, 7]",
-    "1,-2": r"-2, 1 | \{1,-2\} | x=1\text{ or }x=-2 | 1 and -2 | x=1, x=-2",
+    "1,-2": r"-2, 1 | \{1,-2\} | \lbrace1,-2\rbrace | x=1\text{ or }x=-2 | 1 and -2 | x=1, x=-2",
     r"1\pm\sqrt{19}": r"1+\sqrt{19}, 1-\sqrt{19} | x=1\pm\sqrt{19} | \frac{2\pm2\sqrt{19}}{2}",
     "(1,-2)": r"1,-2 | (1, -2) | (x,y)=(1,-2) | x=1,y=-2 | y=-2, x=1 | （1，-2）",
     "x=5": r"5 | 5=x | 2x=10",
@@ -153,6 +153,12 @@ PAID = {
     r"\sqrt[3]{2}": r"\sqrt[3]2 | 2^{1/3}",
     r"2\sqrt{3}": r"2\sqrt(3) | 2*sqrt(3) | 2√3",
     r"12\text{ m/s}": r"12 | 12 m/s | 12\text{ meters per second} | 12\text{ m}/\text{s} | 12\frac{\text{m}}{\text{s}}",
+    r"3\text{ kg}": r"3\text{ kilograms} | 3 kilograms",
+    r"5\text{ mL}": r"5\text{ milliliters} | 5 millilitres",
+    r"2\text{ min}": r"2\text{ minutes}",
+    r"6\text{ ft}": r"6\text{ feet} | 6 foot",
+    r"6\text{ yd}": r"6\text{ yards}",
+    r"60\text{ mi/h}": r"60\text{ miles per hour} | 60 mph | 60\text{ mi/hr}",
     r"\frac12\%": r"0.5\% | 0.005 | \frac{1}{200}",
     r"\begin{pmatrix}-1/3\\2/3\end{pmatrix}": r"\begin{bmatrix}-\frac13\\\frac23\end{bmatrix} | "
     r"\frac13\begin{pmatrix}-1\\2\end{pmatrix}",
@@ -171,6 +177,8 @@ REFUSED = {
     r"\frac73": r"2(1/3) | 2\left(\frac13\right) | (2)\frac13",
     "1:2:3": r"1:2:4 | \frac16 | 1:6",
     r"5\text{ ft }6\text{ in}": r"6\text{ ft }5\text{ in} | 5 ft 5 in | 30\text{ ft in} | 11\text{ in}",
+    "10:05": r"2 | 4:02",
+    r"\frac10": r"\frac20 | \tan 90^\circ",
     "3:00": r"4:00 | \frac10 | 3",
     "0": r"10^{-20} | 1e-31 | \frac{1}{\infty} | e^{-\infty} | \log_0 5 | \frac{5}{\log 0} | \binom{0}{\infty} | "
     r"\emptyset",
@@ -317,7 +325,7 @@ LATE, FAILED = Result("timeout"), Result("internal", error="the worker died twic
     ([Result("ok", value="yes")], ["wrong"] * 2), ([Result("ok", value=1)], ["wrong"] * 2),
 ])  # fmt: skip
 def test_a_verdict_is_remembered_but_for_a_failed_grader_and_two_time_outs(results, verdicts, task, monkeypatch):
-    asked, pair = [], ("z", f"z+{len(results)}-{results[0]}")
+    asked, pair = [], ("z", f"z+{time.monotonic_ns()}")  # a new one
     monkeypatch.setattr(Sandbox, "call", lambda *question: asked.append(question[3]) or results[len(asked) - 1])
     assert [verdict for _ in verdicts for verdict in graded(task, pair)] == verdicts
     assert asked == [[*pair]] * len(results)

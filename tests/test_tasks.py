@@ -121,9 +121,9 @@ ROW = b'{"problem": "?", "answer": 5}\n'
 
 @pytest.mark.parametrize("name, content, words", [
     ("x.jsonl", ROW + b"\n{broken\n", "line 3"), ("x.jsonl", b"[1]\n", "line 1"), ("x.jsonl", b"[" * 200_000, "line 1"),
-    ("x.jsonl", b"", "holds no row"), ("x.jsonl", ROW + b"\xff\xfe\x00", "line 2"), ("x.parquet", b"PAR1 but no", "cannot be read"),
-    ("x.arrow", b"no arrow", "cannot be read"), ("absent.jsonl", None, "does not exist"), ("", None, "holds no .jsonl"),
-    ("state.json", b"{", "cannot be read"),
+    ("x.jsonl", b"", "holds no row"), ("x.jsonl", ROW + b"\xff\xfe\x00", "line 2"),
+    ("x.parquet", b"PAR1 but no", "cannot be read"), ("x.arrow", b"no arrow", "cannot be read"),
+    ("absent.jsonl", None, "does not exist"), ("", None, "holds no .jsonl"), ("state.json", b"{", "cannot be read"),
 ])  # fmt: skip
 def test_files_that_cannot_be_read_are_refused_in_one_line(name, content, words, tmp_path):
     if content is not None:
@@ -238,6 +238,7 @@ def test_outcomes_of_other_libraries_become_plain_numbers_and_text(body, outcome
         ("sys.exit()", ", line 9", "verify() raised SystemExit"),
         ("raise type('Stop', (BaseException,), {})('two\\nlines')", ", line 9", "verify() raised Stop: two lines"),
         ("return [Outcome(1)]", ", line 9", "verify() raised TypeError"),
+        ("raise type('Mute', (Exception,), {'__str__': None})", ", line 9", "raised Mute: <exception str() failed>"),
         ("return [problems[0].answer]", ", line 9", "has no attribute 'answer'"),
     ],
 )  # fmt: skip
@@ -257,6 +258,8 @@ def test_a_verifier_that_fails_later_is_one_line_that_names_the_files_line(body,
     ("return Task('a', [Problem('p', [{'role': 'user', 'content': ''}], 3)], [], [], None)", "the reference text"),
     ("return Task('a', [Problem(i, [{'role': 'user', 'content': ''}]) for i in (1, '1')], [], [], None)", "twice"),
     ("return Task('a', [Problem('p', [{'role': 'user', 'content': ''}])], [], [], None)", "'NoneType' object is not callable"),
+    *((f"return Task('a', [Problem('p', [])], [], [], None, {field}=None)", f"task's {field} cannot be None")
+      for field in ("notes", "lacks", "close")),
 ])  # fmt: skip
 def test_a_file_without_a_task_is_one_line(load, words, load_own):
     with refused(words):
