@@ -50,6 +50,4 @@ def read(task: str, path: str, official: bool = False) -> Task:
     Raises ValueError with one line for a file that cannot be read and for tasks without files."""
     if task not in ("lcb", "sciknoweval", "math"):
         raise ValueError(f"task {task} has no files: choose lcb, sciknoweval or math")
-    source = list(rows(path))
-    note = f"all {len(source)} rows of {path}"
-    return import_module(f"tasks.{MODULES.get(task, task)}").read(source, path, note, *[official] * (task == "lcb"))
+    return import_module(f"tasks.{MODULES.get(task, task)}").read(path, *[official] * (task == "lcb"))

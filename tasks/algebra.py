@@ -7,7 +7,8 @@ import random
 import re
 
 import sympy
-from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
+from latex2sympy2_extended import NormalizationConfig, normalize_latex
+from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
 from math_verify.grader import should_treat_as_complex
 from sympy import Eq, FiniteSet, Intersection, Interval, MatrixBase, Rational, Set, Symbol, Tuple, Union, oo
 from sympy.core.evalf import PrecisionExhausted
@@ -39,9 +40,11 @@ def equal(gold: str, answer: str) -> bool:
     if QUESTION.search(answer) and not QUESTION.search(gold) or bool(CLOSED.search(gold)) != bool(CLOSED.search(answer)):
         return False
     left, right = read(gold), read(answer)
-    is_point = isinstance(shaped(left), Tuple) and not shaped(left).has(*INFINITE)
-    if is_point and isinstance(right, FiniteSet) and r"\{" not in answer:  # 1,2 for (1,2)
-        right = Tuple(*right._unsorted_args)
+    point = shaped(left)
+    if isinstance(point, Tuple) and not point.has(*INFINITE) and isinstance(right, FiniteSet) and r"\{" not in answer:
+        elements = written(right)  # 1,2 for (1,2), and y=2,x=1
+        by_name = all(isinstance(e, Eq) and str(e.lhs) in "xyz" for e in elements)
+        right = Tuple(*sorted(elements, key=str) if by_name else elements)
     elif {gold[0], answer[0]} == {"(", "["} or {gold[-1], answer[-1]} == {")", "]"}:
         return False
     return same(left, right) and endless(left) == endless(right)
@@ -57,18 +60,27 @@ def endless(value) -> tuple[bool, bool]:
     return any(part.has(*INFINITE) for part in parts), any(part.has(*UNDEFINED) for part in parts)
 
 
+class Reader(_Latex2Sympy):
+    """The library's, but 2(3) is 6: it takes every integer before a positive fraction for a mixed number, and adds the two."""
+
+    def convert_postfix_list(self, factors, i=0):
+        value = super().convert_postfix_list(factors, i)
+        is_mixed = re.fullmatch(r"\d+\\frac\{\d+\}\{\d+\}", "".join(factor.getText() for factor in factors))
+        return sympy.Mul(value, 1, evaluate=False) if i and not is_mixed and isinstance(value, Rational) else value
+
+
 def read(text: str):
-    if r"\$" in text:  # the parser would drop it
-        raise ValueError(f"a currency within: {text}")
+    if re.search(r"\\\$|'|dots|\.\.", text):  # the parser would drop it
+        raise ValueError(f"a currency, a prime or dots within: {text}")
+    text = re.sub(r"(\d*\\frac\{\w+\}\{\w+\})\\%", r"\\frac{\1}{100}", text)
     for word, join in (("or", Union), ("and", Intersection)):  # of inequalities; of anything else they make a list
         parts = re.split(rf"\\text\s*{{\s*{word}\s*}}|\b{word}\b", text)
         if len(parts) > 1 and all(re.search(r"[<>]|\\[lg]e(?:q|qslant)?(?![a-z])", part) for part in parts):
-            return join(*[shaped(read(part), False) for part in parts])
+            return join(*[read(part).as_set() for part in parts])
     if r"\pm" in text and "," not in text:
         return FiniteSet(*[read(text.replace(r"\pm", sign)) for sign in "+-"])
     latex = normalize_latex(text, FORM)
-    real = not should_treat_as_complex(latex)
-    value = latex2sympy(latex, is_real=real, convert_degrees=True, normalization_config=None)
+    value = Reader(None, is_real=not should_treat_as_complex(latex), convert_degrees=True).parse(latex)
     if not isinstance(value, (sympy.Basic, MatrixBase)) or r"\infty" in latex and not value.has(*INFINITE):
         raise ValueError(f"no value: {text}")  # or one in which an infinity has gone, as in binom(0, oo) = 0
     return value
@@ -82,27 +94,30 @@ def clean(value):
     return value.xreplace({name: letters.get(name.name, Symbol(name.name)) for name in value.free_symbols}).doit()
 
 
-def shaped(value, pairs: bool = True):
-    """The value evaluated: an inequality in one variable as the set of its solutions and, if `pairs`, (a, b) as a pair,
-    as it may be an interval or a point. Containers keep their elements as they are."""
+def shaped(value):
+    """The value evaluated: an inequality in one variable as the set of its solutions, and (a, b) as a pair, as it may be an
+    interval or a point. Containers keep their elements as they are."""
     if isinstance(value, (Relational, And)) and not sides(value):
         if len(value.free_symbols) != 1:
             return value
-        (name,) = value.free_symbols
-        relations = [part.xreplace({name: Symbol("x", real=True)}) for part in getattr(value, "_unsorted_args", [value])]
-        value = Intersection(*[relation.as_set() for relation in relations])
+        real = {name: Symbol("x", real=True) for name in value.free_symbols}
+        value = Intersection(*[relation.xreplace(real).as_set() for relation in value.atoms(Relational)])
     if isinstance(value, (FiniteSet, Tuple)):
-        return shaped(value.args[0]) if len(getattr(value, "_unsorted_args", value.args)) == 1 else value
+        return shaped(value.args[0]) if len(written(value)) == 1 and value.args[0] != sympy.S.EmptySet else value
     if isinstance(value, Set):
         value = clean(value.xreplace({sympy.S.Reals: Interval(-oo, oo)}))
-        is_pair = pairs and isinstance(value, Interval) and value.is_open
-        return Tuple(value.start, value.end) if is_pair else value
+        return Tuple(value.start, value.end) if isinstance(value, Interval) and value.is_open else value
     return clean(value) if isinstance(value, (sympy.Expr, MatrixBase, sympy.MatrixExpr)) else value
+
+
+def written(value) -> list:
+    """Its parts in the order in which they are written."""
+    return list(getattr(value, "_unsorted_args", value.args))
 
 
 def sides(value) -> list | None:
     """[a, b, c] of a = b = c; None for what is no equation."""
-    chain = getattr(value, "_unsorted_args", [value]) if isinstance(value, And) else [value]
+    chain = written(value) if isinstance(value, And) else [value]
     return [chain[0].lhs, *(e.rhs for e in chain)] if all(isinstance(e, Eq) for e in chain) else None
 
 
@@ -129,24 +144,22 @@ def same(gold, answer) -> bool:
     if gold.free_symbols != answer.free_symbols and all(isinstance(e, (Relational, And)) for e in (gold, answer)):
         return False  # x > 2 is not y > 2
     gold, answer = shaped(gold), shaped(answer)
-    for kind in (FiniteSet, Union):
-        if isinstance(gold, kind) and isinstance(answer, kind):
-            rest = list(getattr(answer, "_unsorted_args", answer.args))
-            for part in getattr(gold, "_unsorted_args", gold.args):
-                found = next((i for i, other in enumerate(rest) if same(part, other)), None)
-                if found is None:
-                    return False
-                del rest[found]
-            return not rest
-    if isinstance(gold, Interval) and isinstance(answer, Interval):
-        return gold.args[2:] == answer.args[2:] and all(map(same, gold.args[:2], answer.args[:2]))
-    if isinstance(gold, Tuple) and isinstance(answer, Tuple):
-        return len(gold) == len(answer) and all(map(same, gold, answer))
-    if isinstance(gold, MatrixBase) and isinstance(answer, MatrixBase):
+    both = lambda kind: isinstance(gold, kind) and isinstance(answer, kind)  # noqa: E731
+    if both(FiniteSet) or both(Union):  # in any order
+        rest = written(answer)
+        for part in written(gold):
+            match = next((other for other in rest if same(part, other)), None)
+            if match is None:
+                return False
+            rest.remove(match)
+        return not rest
+    if both(Tuple) or both(Interval):
+        return len(gold.args) == len(answer.args) and all(map(same, gold.args, answer.args))
+    if both(MatrixBase):
         return gold.shape == answer.shape and all(map(same, gold.flat(), answer.flat()))
     if gold == answer:
-        return gold != sympy.nan
-    return isinstance(gold, sympy.Expr) and isinstance(answer, sympy.Expr) and always_zero(gold, answer)
+        return not gold.has(*UNDEFINED)
+    return both(sympy.Expr) and always_zero(gold, answer)
 
 
 def multiple(gold, answer, positive: bool = False) -> bool:

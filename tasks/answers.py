@@ -8,52 +8,61 @@ from decimal import Decimal
 MAX_ANSWER_CHARS = 200
 LETTERS = {"−": "-", "∞": r"\infty ", "π": r"\pi ", "×": r"\times ", "·": r"\cdot ", "≤": r"\le ", "≥": r"\ge "}
 LETTERS |= {"≠": r"\ne ", "∪": r"\cup ", "∅": r"\emptyset ", "°": r"^\circ ", "≈": r"\approx ", "√": r"\sqrt "}
-LETTERS |= {"¢": r"\text{ cents}"}
-FONTS = re.compile(
-    r"\\(?:(?:text|math)(?:bf|it|rm|sf|tt|normal|up)?|boldsymbol|bm|emph|underline|[mhf]box|(?:text)?color\s*\{\w+\})\s*\{"
-)
+LETTERS |= {"¢": r"\text{ cents}", "²": "^2", "³": "^3", "ℝ": r"\mathbb{R}", "⁄": "/"}
+LETTERS |= {"½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}"}
+LETTERS |= {chr(0xFEE0 + code): chr(code) for code in range(33, 127)}  # full width
+LETTER = "[mgshlLNJWVK]"  # a unit behind a number and a blank, or in \text{}
+SHORT = "[mckd]m|[mk]g|m[lL]|in|ft|yd|mi|min|lbs?|oz|hr|Hz|kW|mph|(?:k?m|ft|mi)/(?:s|h|hr)"  # may stand right behind a number
+FONTS = re.compile(r"\\(?:(?:text|math)(?:bf|it|rm|sf|tt|normal|up)?|boldsymbol|bm|emph|underline|[mhf]box)\s*\{")
 MULTIPLES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 TIDY = [(re.compile(pattern), new) for pattern, new in (  # what is written in several ways, in one
     (r"^[\s*`]+|[\s*`]+$|(?<!\\)\$|(?<!\\)\\[()\[\]]|\s*\\!\s*", ""),  # markdown, dollar signs and other delimiters
     (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![A-Za-z])", " "),
-    (r"\\(?:left|right)(?![A-Za-z])\.?|\\(?:[bB]igg?[lrm]?|(?:display|text)style|bf|it|rm|sf|tt)(?![A-Za-z])", ""),
-    (r"\{([,.])\}", r"\1"),
-    (r"\\[dtc]frac", r"\\frac"),
+    (r"\\(?:left|right)(?![A-Za-z])\.?|\\(?:[bB]igg?[lrm]?|(?:display|text)style|bf|it|rm|sf|tt)(?![A-Za-z])"
+     r"|\\(?:text)?color\s*\{\w+\}", ""),
+    (r"\{([,.:])\}", r"\1"), (r"\\colon(?![a-z])", ":"),
+    (r"\\(?:[dtc]|nice|s)(frac|binom)", r"\\\1"), (r"\\(frac|binom|bar|overline)\s*(\w|\\pi)", r"\\\1{\2}"),
+    (r"\\(frac|binom)(\{[^{}]*\})\s*(\w|\\pi)", r"\\\1\2{\3}"),
+    (r"\\frac\{\\text\{\s*(\w+)\s*\}\}\{\\text\{\s*(\w+)\s*\}\}", r"\\text{\1/\2}"),
     (r"\\lbrace(?![a-z])", r"\\{"), (r"\\rbrace(?![a-z])", r"\\}"), (r"\\langle(?![a-z])", "("),
-    (r"\\rangle(?![a-z])", ")"),
-    (r"\\varnothing", r"\\emptyset"), (r"\\log_\{?e\}?(?![a-z])", r"\\ln"),
+    (r"\\rangle(?![a-z])", ")"), (r"\\(?:mathbb|Bbb)\s*\{?\s*R\b\s*\}?", r"\\mathbb{R}"),
+    (r"\\varnothing|\\\{\s*\\\}", r"\\emptyset"), (r"\\log_\{?e\}?(?![a-z])", r"\\ln"), (r"\\lg(?![a-z])", r"\\log_{10}"),
+    (r"\\operatorname\s*\{((?:arc)?(?:sin|cos|tan|cot|sec|csc)|ln|log)\}", r"\\\1 "),
+    (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"), (r"\\sqrt\s*(\[\w+\])\s*(\w)", r"\\sqrt\1{\2}"),
     (r"(?:\\text\{\s*|\b)infinity\b\s*\}?", r"\\infty "),
-    (r"^(?:\\(?:approx|simeq|sim)(?![A-Za-z])|=)\s*", ""),  # it has to be right all the same
+    (r"(?i)^(?:\\text\s*\{)?\s*(?:the )?(?:final )?answer(?: is|:|\s*=)\s*(?:\})?", ""),
+    (r"^(?:\\(?:approx|simeq|sim|therefore|Rightarrow|implies)(?![A-Za-z])|=)\s*", ""),  # it has to be right all the same
     (r"\b(\d+(?:\.\d+)?)[eE]([+-]?\d+)\b(?!_)", r"\1\\cdot10^{\2}"),
     (r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{(\d+)\}", lambda m: _recurring(*m.groups())),
     (r"\\?%|\s*(?:\\text\{\s*|\b)(?:percent|pct)\b\s*\}?", r"\\%"),
     (r"\s*(?:\\text\{\s*|\b)degrees?\b(?!\s*[A-Za-z])\s*\}?|\\degree(?![a-z])|\^\s*\{\s*\\circ\s*\}", r"^\\circ"),
     (rf"\s*(?:(\\text\{{)\s*|\b)({'|'.join(MULTIPLES)})\b", lambda m: rf"\cdot10^{{{MULTIPLES[m[2]]}}}{m[1] or ''}"),
-    (r"\\text\{\s*\}", ""),
+    (r"^\w\s*\\in\s*(?=\\mathbb)", ""), (r"^\((\w+)\)_", r"\1_"),
     (r"^\\\{\s*\w+\s*(?:\\in\s*\\mathbb\{R\}\s*)?(?:\\mid\b|[:|])(.*[<>lg].*)\\\}$", r"\1"),  # {x | 2 < x}
     (r"(?<=\d) (?=\d{3}(?!\d|\s*/))", ""),  # a thin space in a number
     (r"(?<![\w.}/^])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),  # 3 1/4
     (r"(?:\\+|[.,;:\s])+$", ""),
 )]  # fmt: skip
-NAMES = [(re.compile(rf"(?i){long}"), short) for long, short in (
+NAMES = [(re.compile(rf"(?i){long}"), short) for long, short in (  # a unit's spellings
+    (r"\\text|[\\{}.]", ""),
     (r"\bkilo", "k"), (r"\bcenti", "c"), (r"\bmilli", "m"), (r"met(?:er|re)s?\b", "m"), (r"grams?\b", "g"),
     (r"lit(?:er|re)s?\b", "l"), (r"\bsec(?:ond)?s?\b", "s"), (r"\bmin(?:ute)?s?\b", "min"), (r"\bh(?:ou)?rs?\b", "h"),
     (r"\binch(?:es)?\b", "in"), (r"\bf(?:oo|ee)t\b", "ft"), (r"\byards?\b", "yd"), (r"\bmiles?\b", "mi"),
     (r"\bmph\b", "mi/h"),
     (r"\bpounds?\b|\blbs\b", "lb"), (r"\bdollars?\b", "$"), (r"\bcents?\b", "¢"), ("L$", "l"), (r"\s*\bper\b\s*", "/"),
-    (r"\bsq(?:uare)?\b\.?\s*(.+)", r"\1^2"), (r"\bcu(?:bic)?\b\.?\s*(.+)", r"\1^3"), (r"(?<=\w{2})s\b|[\\{}.\s]", ""),
+    (r"\bsq(?:uare)?\b\s*(.+)", r"\1^2"), (r"\bcu(?:bic)?\b\s*(.+)", r"\1^3"), (r"(?<=\w{2})s\b|\s", ""),
 )]  # fmt: skip
-SHORT = "[mckd]m|[mk]g|m[lL]|in|ft|yd|mi|min|lbs?|oz|hr|Hz|kW|mph"  # units that may stand bare, right behind a number
 UNIT = re.compile(  # before a value a currency, behind it a degree or percent sign, words in \text{} or bare ones
-    r"(?:(?P<money>(?<![\w.}])(?:\\\$|[€£¥])(?=\s*[\d.\\]))|(?:(?<=[\da-z})\]])"
-    r"(?P<sign>\\%|\^\\circ\s*(?:(?:\\text\{\s*)?[CF]\b\}?)?)"
-    r"|(?<=\S)\s*\\text\{\s*(?P<text>(?!or\b|and\b)[A-Za-z][^{}\d]*(?:\^\d)?)\}(?P<power>\^\{?-?\d\}?)?"
-    rf"|(?:(?<=[\d}})\]])|(?<=\\pi))\s*(?P<bare>(?:{SHORT})|(?<=\s)(?:[mgshlLNJWVK]|"
-    r"(?!(?:or|and|pi|sqrt|sin|cos|tan|log|ln|exp|inf|frac)\b)[A-Za-z]{3,}(?:[ /]+[A-Za-z]+)*))"
-    r"(?P<exponent>\^\{?\d\}?)?)(?=\s*(?:[,;)\]]|\\\}|$)))"
+    r"(?:(?<![\w.}])(?:\\\$|[€£¥])(?=\s*[\d.\\])|(?:(?<=[\da-z})\]])(?:\\%|\^\\circ\s*(?:(?:\\text\{\s*)?[CF]\b\}?)?)"
+    r"|(?:(?<=\S)\s*\\text\{\s*(?!or\b|and\b)[A-Za-z][^{}\d]*(?:\^\d)?\}"
+    rf"|(?:(?<=[\d}})\]])|(?<=\\pi))\s*(?:(?:{SHORT})|(?<=\s)(?:{LETTER}|"
+    r"(?!(?:or|and|pi|sqrt|sin|cos|tan|log|ln|exp|inf|frac)\b)[A-Za-z]{3,}(?:[ /]+[A-Za-z]+)*)))(?:\^\{?-?\d\}?)?)"
+    r"(?=\s*(?:[,;)\]]|\\\}|$)))"
 )
 NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)", re.ASCII)
-CHOICE = re.compile(r"(?:\(([A-J])\)|([A-J])[).:])[:.]?\s*(?=[\w\\$-]|$)|([A-J])(?:\s+(?=\d)|$)")
+LITERAL = re.compile(r"(?<![\w^])\d+\s+\d|:[^:]*:|:0|\d\s*(?!or\b|and\b)[A-Za-z]{2,}\s+\d")  # 1 2, 1:2:3, 3:00, 5 ft 6 in
+BASE = re.compile(r"(?<![\w\\])\d[\dA-F]*_\{?(\w*)")
+CHOICE = re.compile(r"\(?([A-J])(?:[).:]{1,2}\s*(?=[\w\\$-]|$)|\s+(?=\d)|$)")
 
 
 def boxed(text: str) -> str | None:
@@ -78,23 +87,20 @@ def compare(gold: str, answer: str, algebra: Callable[[str, str], str]) -> str:
     """The verdict: by text, units and plain numbers where they settle it, else algebra's on what is left of the two."""
     if len(answer) > MAX_ANSWER_CHARS and gold != answer:
         return "too long"
-    left, right = _tidy(gold), _tidy(answer)
-    letters = [CHOICE.match(text) for text in (left, right)]
-    if all(letters) and (letters[0].end() == len(left) or letters[1].end() == len(right)):
-        return "correct" if letters[0][letters[0].lastindex] == letters[1][letters[1].lastindex] else "wrong"
-    # AMC's letter before the value
-    left, right = [text[letter.end() :] or text if letter else text for letter, text in zip(letters, (left, right))]
-    if _squeeze(left) == _squeeze(right) or "\\" not in _words(left) and _words(left) == _words(right):
-        return "correct"
-    bases = [re.findall(r"(?<![\w\\])\d[\dA-F]*_\{?(\w*)", text) for text in (left, right)]
+    (letter, left), (others_letter, right) = map(_choice, (_tidy(gold), _tidy(answer)))
+    if letter and others_letter and not (left and right):
+        return "correct" if letter == others_letter else "wrong"
+    left, right = left or letter, right or others_letter
+    if verdict := _by_text(left, right):
+        return verdict
+    bases = [BASE.findall(text) for text in (left, right)]
     if re.fullmatch(r"\\text\{[^{}]*\}", left) or bases[1] and bases != [[], ["10"]]:
         return "wrong"  # words and numerals of a base are compared as text
     left, right = [re.sub(r"(?<=[\dA-F])_\{?\w*\}?", "", text) if b else text for b, text in zip(bases, (left, right))]
-    left, right = _without_commas(left), _without_commas(right)
     (value, unit), (other, others_unit) = _split(left), _split(right)
     if unit and others_unit and unit != others_unit:
         return "wrong"
-    verdict = _plain(value, other) or algebra(value, other)
+    verdict = _by_text(value, other) or algebra(value, other)
     # A unit that the gold answer does not name is meant, but 1/2 is not 1/2 %, and pi/6 not (pi/6) degrees.
     is_number = all(re.fullmatch(r"(?:.*=)?\s*-?[1-9][\d.]*\s*(?:\\frac.*)?", text) for text in (value, other))
     known = {"%": is_number, "^circ": r"\pi" not in value}
@@ -103,15 +109,23 @@ def compare(gold: str, answer: str, algebra: Callable[[str, str], str]) -> str:
     return verdict if bool(unit) == bool(others_unit) else algebra(left, right)  # 25 % is 1/4; an m may be a letter
 
 
-def _plain(gold: str, answer: str) -> str | None:
+def _by_text(gold: str, answer: str) -> str | None:
+    """The verdict on two answers that are spelled alike, or that need no algebra to differ."""
     gold, answer = _squeeze(gold), _squeeze(answer)
-    if gold == answer:
+    spoken = [re.sub(r"(?<=[a-z])\.|\.$", "", text.lower()) for text in (gold, answer)]  # P.M. is pm
+    if gold == answer or "\\" not in gold and spoken[0] == spoken[1]:
         return "correct"
-    if any(re.search(r"(?<![\w^])\d+\s+\d", text) for text in (gold, answer)):
-        return "wrong"  # "1 2" is not 12, whatever a parser makes of it
+    if any(LITERAL.search(text) for text in (gold, answer)):
+        return "wrong"
     if NUMBER.fullmatch(gold) and NUMBER.fullmatch(answer):
         return "correct" if Decimal(gold) == Decimal(answer) else "wrong"
     return None
+
+
+def _choice(text: str) -> tuple[str, str]:
+    """AMC's letter before an answer, and the answer; one of them may be empty."""
+    letter = CHOICE.match(text)
+    return (letter[1], text[letter.end() :]) if letter else ("", text)
 
 
 def _tidy(text: str) -> str:
@@ -121,13 +135,9 @@ def _tidy(text: str) -> str:
         text = pattern.sub(new, text).strip()
     while text.startswith("{") and _closing(text, 1) == len(text) - 1:
         text = text[1:-1].strip()
-    return text
-
-
-def _without_commas(text: str) -> str:
-    """58,500 as 58500, but not in a list such as (1,200)."""
 
     def joined(number: re.Match) -> str:
+        """58,500 as 58500, but not in a list such as (1,200)."""
         before = text[: number.start()]
         in_list = len(re.findall(r"[(\[]|\\\{", before)) > len(re.findall(r"[)\]]|\\\}", before))
         return number[0] if in_list else number[0].replace(",", "")
@@ -139,12 +149,11 @@ def _without_fonts(text: str) -> str:
     """Without font commands, but words and units in \\text{}."""
     at = 0
     while (font := FONTS.search(text, at)) and (end := _closing(text, font.end())) is not None:
-        inner = text[font.end() : end]
-        unit = re.search(r"\S\s*$", text[: font.start()]) and re.fullmatch(r"\s*[mgshlLNJWVK]\s*", inner)
-        letter = unit and re.search("text|rm|box", font[0])
+        before, inner = text[: font.start()], text[font.end() : end]
+        is_unit = re.search("text|rm|box", font[0]) and before.strip() and re.fullmatch(rf"\s*{LETTER}\s*", inner)
         words = re.search("[A-Za-z]{2}", re.sub(r"\\[A-Za-z]+", "", inner)) and not re.match(r"\s*[-(\\\d$]", inner)
-        new = rf"\text{{{inner}}}" if letter or words else inner
-        text, at = text[: font.start()] + new + text[end + 1 :], font.start() + len(new) * bool(letter or words)
+        new = rf"\text{{{inner}}}" if is_unit or words else inner
+        text, at = before + new + text[end + 1 :], len(before) + (len(new) if is_unit or words else 0)
     return text
 
 
@@ -169,17 +178,12 @@ def _squeeze(text: str) -> str:
     return re.sub(r"(?<!\w)\s+|\s+(?!\w)|(?<=\d)\s+(?=[A-Za-z])", "", text)
 
 
-def _words(text: str) -> str:
-    return " ".join(re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).lower().split())
-
-
 def _split(text: str) -> tuple[str, str]:
     """(value, unit) of an answer in one unit, such as ("35", "cm"); (text, "") of others."""
     units = set()
 
     def take(unit: re.Match) -> str:
-        name = unit["money"] or unit["sign"] or unit["text"] or unit["bare"]
-        name += unit["power"] or unit["exponent"] or ""
+        name = unit[0]
         for long, short in NAMES:
             name = long.sub(short, name)
         units.add(name)

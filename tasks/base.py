@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from traceback import TracebackException
 from typing import Any
 from unittest import mock
 
@@ -112,16 +113,17 @@ def json_rows(path: Path) -> Iterator[dict]:
             yield row
 
 
-def each(source: Iterable[dict], where: str, make: Callable[[dict, str], Any]) -> list:
-    """make(row, "FILE, row 3") for every row. Raises ValueError with one line for a row of another schema, whatever make()
+def each(source: Iterable[dict], where: str, make: Callable[[dict], Any]) -> list:
+    """make(row) for every row. Raises ValueError with one line, "FILE, row 3: ...", for a row of another schema, whatever make()
     raises on it, and where there is none."""
-    made, at = [], where
-    try:
-        for number, row in enumerate(source, 1):
-            at = f"{where}, row {number}"
-            made.append(make(row, at))
-    except (TypeError, AttributeError, KeyError, IndexError, RecursionError) as error:
-        raise ValueError(f"{at} is not in the schema of the source ({one_line(error)})") from error
+    made = []
+    for number, row in enumerate(source, 1):
+        try:
+            made.append(make(row))
+        except ValueError as error:
+            raise ValueError(f"{where}, row {number}: {error}") from error
+        except (TypeError, AttributeError, LookupError, RecursionError) as error:
+            raise ValueError(f"{where}, row {number} is not in the schema of the source ({one_line(error)})") from error
     if not made:
         raise ValueError(f"{where} holds no row")
     return made
@@ -151,13 +153,13 @@ def text_of(text: str) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What was wrong, in one line of at most 200 characters."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    """What was wrong, in one line of at most 200 characters, even where str(error) fails."""
+    return " ".join(f"{type(error).__name__}: {TracebackException(type(error), error, None)}".split())[:200]
 
 
-def get(row: dict, where: str, *names: str) -> Any:
-    """The first of the columns that is there. Raises ValueError when none is."""
+def get(row: dict, *names: str) -> Any:
+    """The first of the columns that is there and not blank. Raises ValueError when none is."""
     for name in names:
-        if row.get(name) is not None:
+        if row.get(name) is not None and str(row[name]).strip():
             return row[name]
-    raise ValueError(f"{where}: column {' or '.join(names)} is missing")
+    raise ValueError(f"column {' or '.join(names)} is missing")

@@ -80,10 +80,10 @@ def tests_of(record: Record, use: str) -> list[dict]:
     return public + private or decoded(record.public)
 
 
-def make_record(row: dict, where: str, use: str) -> Record:
+def make_record(row: dict, use: str) -> Record:
     """Decodes the tests of a use once, so that a damaged one is found before training, and chooses the half that trains,
     seeded by the problem's name, where only private ones are used. Raises ValueError with one line that names the problem."""
-    name, question, public = (get(row, where, key) for key in ("question_id", "question_content", "public_test_cases"))
+    name, question, public = (get(row, key) for key in ("question_id", "question_content", "public_test_cases"))
     starter, private = row.get("starter_code") or "", row.get("private_test_cases") or "[]"
     try:
         function = (json.loads(row.get("metadata") or "{}").get("func_name") or "").strip()
@@ -96,7 +96,7 @@ def make_record(row: dict, where: str, use: str) -> Record:
             loads(test["output"])
             json.dumps(arguments(test["input"]))  # as the sandbox is given them
     except Exception as error:  # whatever a damaged column makes of base64, zlib, pickle and json
-        raise ValueError(f"{where}: lcb problem {name} cannot be graded ({one_line(error)})") from None
+        raise ValueError(f"lcb problem {name} cannot be graded ({one_line(error)})") from None
     if use in ("train", "all"):
         half = random.Random(f"0/{name}").sample(range(len(tests)), max(1, len(tests) // 2))
         record.train = tuple(sorted(half))
@@ -111,8 +111,8 @@ def load(data: str, train_tests: str, since: str, until: str) -> Task:
         raise ValueError(f"--since and --until are dates such as 2025-02-01 ({error})") from None
     use = "train" if train_tests == "private" else "public"
 
-    def dated(row: dict, at: str) -> Record | None:
-        return make_record(row, at, use) if since <= str(get(row, at, "contest_date"))[:10] < until else None
+    def dated(row: dict) -> Record | None:
+        return make_record(row, use) if since <= str(get(row, "contest_date"))[:10] < until else None
 
     found = each(rows(data) if data else hub_rows(LCB_REPO, file=LCB_FILE), data or LCB_FILE, dated)
     records = [record for record in found if record]
@@ -122,11 +122,12 @@ def load(data: str, train_tests: str, since: str, until: str) -> Task:
     return make_task(records, note, "all", use)
 
 
-def read(source: list[dict], path: str, note: str, official: bool) -> Task:
+def read(path: str, official: bool) -> Task:
     """The problems of one file, as test problems. official: public and private tests together grade them."""
     use = "official" if official else "all"
-    records = each(source, path, lambda row, at: make_record(row, at, use))
-    return make_task(records, note + (", public and private tests" if official else ", private tests"), use)
+    records = each(rows(path), path, lambda row: make_record(row, use))
+    graded_by = "public and private tests" if official else "private tests"
+    return make_task(records, f"all {len(records)} rows of {path}, {graded_by}", use)
 
 
 def make_task(records: list[Record], note: str, test_use: str, train_use: str = "") -> Task:

@@ -37,38 +37,39 @@ def load(data: str) -> Task:
     """data: a folder with dapo*.jsonl or dapo*.parquet in the source's schema, and one file for each evaluation set that
     is to be used, such as math500.jsonl."""
 
-    def source(stem: str, repo: str, split: str) -> tuple[Iterable[dict], str] | None:
+    def sources(stem: str, repo: str, split: str) -> list[tuple[Iterable[dict], str]]:
         if not data:
-            return hub_rows(repo, split), repo
-        files = [file for file in sorted(Path(data).glob(f"{stem}.*")) if file.suffix in SUFFIXES]
-        return (rows(files[0]), str(files[0])) if files else None
+            return [(hub_rows(repo, split), repo)]
+        return [(rows(file), str(file)) for file in sorted(Path(data).glob(f"{stem}.*")) if file.suffix in SUFFIXES][:1]
 
     tests = []
     for part, repo in MATH_SETS.items():
-        if found := source(part, repo, "test"):
-            tests += _problems(*found, part)
+        for source in sources(part, repo, "test"):
+            tests += _problems(*source, part)
     if not tests:
         raise ValueError(f"{data} holds none of {', '.join(f'{part}.jsonl' for part in MATH_SETS)}")
-    if not (found := source("dapo*", DAPO, "train")):
+    if not (dapo := sources("dapo*", DAPO, "train")):
         raise ValueError(f"{data} holds no dapo*.jsonl or dapo*.parquet to train on")
-    return _task(*_dapo(*found, {_letters(problem.data) for problem in tests}), tests)
+    return _task(*_dapo(*dapo[0], {_letters(problem.data) for problem in tests}), tests)
 
 
-def read(source: list[dict], path: str, note: str) -> Task:
+def read(path: str) -> Task:
     """The problems of one file, as test problems."""
-    return _task([], [note], _problems(source, path, re.sub(r"\W+", "", Path(path).stem.lower())))
+    problems = _problems(rows(path), path, re.sub(r"\W+", "", Path(path).stem.lower()))
+    return _task([], [f"all {len(problems)} rows of {path}"], problems)
 
 
 def _dapo(found: Iterable[dict], where: str, evaluated: set[str]) -> tuple[list[Problem], list[str]]:
     """Unique prompts of the 1.79 million rows; those with conflicting answers and those of the evaluation sets dropped."""
     if hasattr(found, "with_format"):  # seconds for what takes a minute row by row
+        columns = [name for name in ("prompt", "reward_model") if name in found.column_names]
         tables = found.with_format("arrow").iter(100_000)
-        found = (row for table in tables for row in table.select(["prompt", "reward_model"]).to_pylist())
+        found = (row for table in tables for row in table.select(columns).to_pylist())
     answers: dict[str, set[str]] = {}
 
-    def add(row: dict, at: str) -> bool:
+    def add(row: dict) -> bool:
         """Takes a row, and says whether it has the usual instruction."""
-        problem, answer = _pair(row, at)
+        problem, answer = _pair(row)
         answers.setdefault(problem, set()).add(answer)
         text = row["prompt"][0]["content"]
         return text.startswith(DAPO_BEFORE) and text.endswith(DAPO_AFTER)
@@ -87,17 +88,17 @@ def _dapo(found: Iterable[dict], where: str, evaluated: set[str]) -> tuple[list[
     return train, notes
 
 
-def _pair(row: dict, where: str) -> tuple[str, str]:
+def _pair(row: dict) -> tuple[str, str]:
     """(problem, answer) of a row of an evaluation set (problem or question; answer or a boxed solution) or of DAPO's schema,
     without the instruction around its problem."""
     if "reward_model" in row:
-        text = get(row, where, "prompt")[0]["content"].removeprefix(DAPO_BEFORE).removesuffix(DAPO_AFTER).strip()
-        answer = get(get(row, where, "reward_model"), where, "ground_truth")
+        text = get(row, "prompt")[0]["content"].removeprefix(DAPO_BEFORE).removesuffix(DAPO_AFTER).strip()
+        answer = get(get(row, "reward_model"), "ground_truth")
     else:
-        text, answer = get(row, where, "problem", "question"), get(row, where, "answer", "solution")
+        text, answer = get(row, "problem", "question"), get(row, "answer", "solution")
     # A list or a dictionary is no answer, though its repr would be graded like one.
     if not isinstance(text, str) or isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
-        raise ValueError(f"{where}: the problem must be text and the answer text or a number, not {text!r:.60} and {answer!r:.60}")
+        raise ValueError(f"the problem must be text and the answer text or a number, not {text!r:.60} and {answer!r:.60}")
     return text, str(answer).strip()
 
 
@@ -113,9 +114,9 @@ def _problem(name: str, text: str, answer: str, part: str) -> Problem:
 
 def _problems(found: Iterable[dict], where: str, part: str) -> list[Problem]:
     """The problems of an evaluation set, named by their id or else by their position."""
-    ids = lambda row: [str(row[key]) for key in ("id", "unique_id") if row.get(key) is not None]  # noqa: E731
-    pairs = each(found, where, lambda row, at: (ids(row), *_pair(row, at)))
-    return [_problem([*named, f"{part}-{i}"][0], *pair, part) for i, (named, *pair) in enumerate(pairs)]
+    given = each(found, where, lambda row: ([row.get("id"), row.get("unique_id")], *_pair(row)))
+    names = [next(name for name in (*ids, f"{part}-{i}") if name is not None) for i, (ids, *_) in enumerate(given)]
+    return [_problem(str(name), *pair, part) for name, (_, *pair) in zip(names, given)]
 
 
 def _task(train: list[Problem], notes: list[str], test: list[Problem]) -> Task:

@@ -21,33 +21,32 @@ VERIFY_SECONDS = 600.0  # after which a verifier counts as hanging
 
 
 class Fault(BaseException):
-    """What verify() does wrong, in words that follow its name. No Exception, so that the verifier does not catch it."""
+    """What verify() does wrong. No Exception, so that the verifier does not catch it."""
 
 
 def load(path: str) -> Task:
-    """The Task that `load()` of a Python file returns. Raises ValueError with one line for a file without."""
+    """The Task that `load()` of a Python file returns. Raises BadTask with one line for a file without."""
     if not path.endswith(".py"):
-        raise ValueError("--task own needs --data FILE.py, a file with a function load() that returns a tasks.Task")
+        raise BadTask("--task own needs --data FILE.py, a file with a function load() that returns a tasks.Task")
     name = re.sub(r"\W+", "_", Path(path).stem)
     spec = importlib.util.spec_from_file_location(f"own_{name}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where the worker processes of a verifier look for its classes
-    try:
+    with one_line_of(path, spec.origin):
         spec.loader.exec_module(module)
         task = module.load()
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # a file written as a script may leave by sys.exit
-        raise ValueError(f"{where(path, spec.origin, error)}: {one_line(error)}") from error
     splits = {name: getattr(task, name, ()) for name in ("train", "validation", "test")}
     listed = all(isinstance(s, (list, tuple)) and all(isinstance(p, Problem) for p in s) for s in splits.values())
     if not isinstance(task, Task) or not task.train or not listed:
-        raise ValueError(f"{path}: load() must return a tasks.Task with training problems, and returned {task!r:.80}")
+        raise BadTask(f"{path}: load() must return a tasks.Task with training problems, and returned {task!r:.80}")
+    for field, kinds in {"notes": (list, tuple), "lacks": (list, tuple), "close": Callable}.items():
+        if not isinstance(value := getattr(task, field), kinds):
+            raise BadTask(f"{path}: the task's {field} cannot be {value!r:.80}")
     for split, problems in splits.items():
         setattr(task, split, [problem_of(problem, path) for problem in problems])
         for id, count in Counter(str(problem.id) for problem in problems).most_common(1):
             if count > 1:
-                raise ValueError(f"{path}: problem {id!r} is there twice: a problem's id is its own within its split")
+                raise BadTask(f"{path}: problem {id!r} is there twice: a problem's id is its own within its split")
     task.name = text_of(task.name) if isinstance(task.name, str) and task.name.strip() else name
     task.verify, task.threads = checked(task.verify, path, spec.origin), 0  # its limit of time needs the main thread
     task.verify(task.train[:2], ["", ""][: len(task.train)])  # what is wrong with it is best said before the run
@@ -55,23 +54,30 @@ def load(path: str) -> Task:
 
 
 def problem_of(problem: Problem, path: str) -> Problem:
-    """The problem with texts that a tokenizer takes. Raises ValueError where it has others."""
+    """The problem with texts that a tokenizer takes. Raises BadTask where it has others."""
     try:
         messages = [{**message, "content": text_of(message["content"])} for message in problem.messages]
         if messages[-1]["role"] == "user" and all("role" in message for message in messages):
             return replace(problem, messages=messages, reference=text_of(problem.reference))
     except (TypeError, AttributeError, LookupError):
         pass
-    raise ValueError(
+    raise BadTask(
         f"{path}: problem {problem.id!r}: messages must be a list of {{role, content}}, the last a user's, the reference text"
     )
 
 
-def where(path: str, origin: str, error: BaseException) -> str:
-    """FILE.py, line 7: the last of the file's own lines on the way to the error, if there is one. origin: the file's name in
-    tracebacks."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == origin]
-    return f"{path}, line {lines[-1]}" if lines else path
+@contextmanager
+def one_line_of(path: str, origin: str, doing: str = "") -> Iterator[None]:
+    """Raises BadTask for whatever the file raises, sys.exit as well, with the last of the file's own lines on the way to it, if
+    there is one: "FILE.py, line 7: ...". origin: the file's name in tracebacks."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == origin]
+        at = f"{path}, line {lines[-1]}" if lines else path
+        raise BadTask(f"{at}: {error if isinstance(error, Fault) else doing + one_line(error)}") from error
 
 
 def checked(verify: Callable, path: str, origin: str) -> Callable:
@@ -79,18 +85,13 @@ def checked(verify: Callable, path: str, origin: str) -> Callable:
     none."""
 
     def checked(problems: list[Problem], responses: list[str]) -> list[Outcome]:
-        try:
+        with one_line_of(path, origin, "verify() raised "):
             with time_limit(VERIFY_SECONDS):
-                outcomes = verify(problems, responses)
+                outcomes = verify([*problems], [*responses])  # which it may change
             given = f"{len(outcomes)} outcomes" if isinstance(outcomes, (list, tuple)) else f"{outcomes!r:.80}"
             if given != f"{len(responses)} outcomes":
-                raise Fault(f"must return a list with an Outcome for each of {len(responses)} responses, not {given}")
+                raise Fault(f"verify() must return a list with an Outcome for each of {len(responses)} responses, not {given}")
             return [plain(outcome) for outcome in outcomes]
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # sys.exit as well
-            did = error if isinstance(error, Fault) else f"raised {one_line(error)}"
-            raise BadTask(f"{where(path, origin, error)}: verify() {did}") from error
 
     return checked
 
@@ -105,7 +106,7 @@ def time_limit(seconds: float) -> Iterator[None]:
         return
 
     def stop(*_) -> None:
-        raise Fault(f"did not return within {seconds:g} seconds")
+        raise Fault(f"verify() did not return within {seconds:g} seconds")
 
     main, wait = os.getpid(), "select.select([0], [], [], wait)[0]"  # its input ends when this process does
     kill = f"os.getppid() == {main} and os.kill({main}, {int(signal.SIGPROF)}); wait = 1"
@@ -131,4 +132,4 @@ def plain(outcome: Outcome) -> Outcome:
         return Outcome(reward, verdict, feedback, dict(zip(names, bits)))
     except Exception:
         must = "a reward and columns of 0 or 1, and a verdict, feedback and names of columns that are text"
-        raise Fault(f"must return Outcomes with {must}, not {outcome!r:.120}") from None
+        raise Fault(f"verify() must return Outcomes with {must}, not {outcome!r:.120}") from None

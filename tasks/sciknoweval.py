@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -28,9 +27,9 @@ def load(subset: str, data: str) -> Task:
             files = [path for path in map(Path(data).joinpath, names) if path.is_file()]
             if not files:
                 raise ValueError(f"{data} holds neither {domain}_{split}.jsonl nor {domain}/{split}.json")
-            problems += each(rows(files[0]), str(files[0]), partial(split_row, domain=domain))
+            problems += questions(rows(files[0]), str(files[0]), domain)[0]
         return make_task(subset, train, test, [])
-    found, notes = choices_of(rows(data) if data else hub_rows("hicai-zju/SciKnowEval", "test"), data or "SciKnowEval")
+    found, note = questions(rows(data) if data else hub_rows("hicai-zju/SciKnowEval", "test"), data or "SciKnowEval")
     import datasets
 
     for domain in domains:
@@ -40,42 +39,37 @@ def load(subset: str, data: str) -> Task:
         split = datasets.Dataset.from_dict({"i": range(len(kept))}).train_test_split(test_size=0.1, seed=42)
         train += [kept[i] for i in split["train"]["i"]]
         test += [kept[i] for i in split["test"]["i"]]
-    return make_task(subset, train, test, notes)
+    return make_task(subset, train, test, [note])
 
 
-def read(source: list[dict], path: str, note: str) -> Task:
+def read(path: str) -> Task:
     """The problems of one file, in the hub's schema or that of SDPO's finished splits, as test problems."""
-    if source and "choices" not in source[0]:
-        return make_task("file", [], each(source, path, split_row), [note])
-    return make_task("file", [], *choices_of(source, path))
+    found, note = questions(rows(path), path)
+    return make_task("file", [], found, [note])
 
 
-def choices_of(found: Iterable[dict], where: str) -> tuple[list[Problem], list[str]]:
-    """The hub's rows that belong to the benchmark of the paper, numbered within their domain, and a note on the others."""
+def questions(source: Iterable[dict], where: str, domain: str = "") -> tuple[list[Problem], str]:
+    """The problems of the paper's benchmark, and a note on how many of the rows they are: of the hub's rows, numbered within
+    their domain, or of SDPO's finished splits of this domain, prompts as they stand there."""
     counts: Counter[str] = Counter()
 
-    def problem(row: dict, at: str) -> Problem | None:
-        domain = get(row, at, "domain").lower()
-        if get(get(row, at, "details"), at, "level") != "L3" or get(row, at, "type") not in CHOICE_TYPES:
+    def problem(row: dict) -> Problem | None:
+        if "choices" not in row:  # of a finished split
+            texts = {"system": row.get("system"), "user": get(row, "prompt")}
+            messages = [{"role": role, "content": text} for role, text in texts.items() if text]
+            return Problem(str(get(row, "idx", "id")), messages, get(row, "answer").strip(), part=domain)
+        if get(get(row, "details"), "level") != "L3" or get(row, "type") not in CHOICE_TYPES:
             return None
-        choices = get(row, at, "choices")
+        part, choices = get(row, "domain").lower(), get(row, "choices")
         options = "\n".join(f"{label}: {text}" for label, text in zip(choices["label"], choices["text"], strict=True))
-        text = f"{get(row, at, 'question')}\n\n{options}\nPlease reason step by step."
+        text = f"{get(row, 'question')}\n\n{options}\nPlease reason step by step."
         messages = [{"role": "system", "content": CHOICE_SYSTEM}, {"role": "user", "content": text}]
-        name = f"{domain}-{counts[domain]}" if row.get("id") is None else str(row["id"])
-        counts[domain] += 1
-        return Problem(name, messages, get(row, at, "answerKey").strip(), part=domain)
+        name = f"{part}-{counts[part]}" if row.get("id") is None else str(row["id"])
+        counts[part] += 1
+        return Problem(name, messages, get(row, "answerKey").strip(), part=part)
 
-    problems = list(filter(None, made := each(found, where, problem)))
-    return problems, [f"sciknoweval: {len(problems)} of {len(made)} rows are L3 questions with 4 or 2 choices"]
-
-
-def split_row(row: dict, where: str, domain: str = "") -> Problem:
-    """A row of SDPO's finished splits, prompts as they stand there."""
-    messages = [{"role": "user", "content": get(row, where, "prompt")}]
-    if row.get("system"):
-        messages.insert(0, {"role": "system", "content": row["system"]})
-    return Problem(str(get(row, where, "idx", "id")), messages, get(row, where, "answer").strip(), part=domain)
+    problems = list(filter(None, made := each(source, where, problem)))
+    return problems, f"sciknoweval: {len(problems)} of {len(made)} rows are L3 questions with 4 or 2 choices"
 
 
 def make_task(subset: str, train: list[Problem], test: list[Problem], notes: list[str]) -> Task:

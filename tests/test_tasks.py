@@ -116,11 +116,14 @@ def test_rows_are_the_same_from_every_file_format(tmp_path):
         assert list(tasks.rows(tmp_path / place)) == expected, place
 
 
+ROW = b'{"problem": "?", "answer": 5}\n'
+
+
 @pytest.mark.parametrize("name, content, words", [
-    ("x.jsonl", b'{"a": 1}\n\n{broken\n', "line 3"), ("x.jsonl", b"[1]\n", "line 1"), ("x.jsonl", b"[" * 200_000, "line 1"),
-    ("x.jsonl", b"", "holds no row"), ("x.jsonl", b"{}\n\xff\xfe\x00", "line 2"), ("x.parquet", b"PAR1 but no", "cannot be read"),
-    ("x.arrow", b"no arrow", "cannot be read"), ("absent.jsonl", None, "does not exist"), ("", None, "holds no .jsonl"),
-    ("state.json", b"{", "cannot be read"),
+    ("x.jsonl", ROW + b"\n{broken\n", "line 3"), ("x.jsonl", b"[1]\n", "line 1"), ("x.jsonl", b"[" * 200_000, "line 1"),
+    ("x.jsonl", b"", "holds no row"), ("x.jsonl", ROW + b"\xff\xfe\x00", "line 2"),
+    ("x.parquet", b"PAR1 but no", "cannot be read"), ("x.arrow", b"no arrow", "cannot be read"),
+    ("absent.jsonl", None, "does not exist"), ("", None, "holds no .jsonl"), ("state.json", b"{", "cannot be read"),
 ])  # fmt: skip
 def test_files_that_cannot_be_read_are_refused_in_one_line(name, content, words, tmp_path):
     if content is not None:
@@ -195,34 +198,28 @@ def load_own(tmp_path, monkeypatch):
     return load
 
 
-def test_an_own_task_has_its_own_name_or_the_files_and_its_verifier(load_own):
-    body = 'return [Outcome(1, "passed", columns={"short": len(r) < 5}) for r in responses]'
-    assert load_own(body, text=FILE.replace('Task("mine"', 'Task("any name"')).name == "any name"
-    task = load_own(body, text=FILE.replace('Task("mine"', 'Task(""'))
+def test_an_own_task_has_its_own_name_or_the_files(load_own):
+    assert load_own(text=FILE.replace('Task("mine"', 'Task("any name"')).name == "any name"
+    task = load_own(text=FILE.replace('Task("mine"', 'Task(""'), reference="r\\udfff")
     assert task.name == "mine" and task.splits().endswith("3 train, 3 validation, 3 test problems")
-    assert task.verify(task.test[:1], ["yes"]) == [Outcome(1, "passed", columns={"short": 1})]
-
-
-@pytest.mark.parametrize("value", [
-    "bool(N)", "N.0", "numpy.int64(N)", "numpy.float32(N)", "numpy.bool_(N)", "numpy.array([N])", "torch.tensor(N.0)",
-    "torch.tensor([N])",
-])  # fmt: skip
-def test_rewards_and_columns_of_other_libraries_become_plain_numbers(value, load_own):
-    for reward in (0, 1):
-        number = value.replace("N", str(reward))
-        task = load_own(f'return [Outcome({number}, "v", None, {{"c": {number}}})]')
-        (outcome,) = task.verify(task.test[:1], [""])
-        assert (outcome.reward, outcome.columns, outcome.feedback) == (reward, {"c": reward}, "")
-        assert type(outcome.reward) is int and json.dumps(outcome.columns) == f'{{"c": {reward}}}'
-
-
-def test_text_of_other_kinds_becomes_plain_where_it_is_text(load_own, tokenizer):
-    text = "numpy.str_('a\\ud800b')"
-    task = load_own(f'return (Outcome(0, {text}, {text}, {{{text}: 1}}),)', reference="r\\udfff")
     assert {p.reference for p in task.train} == {"r?"}
-    (outcome,) = task.verify(task.test[:1], [""])
-    assert outcome == Outcome(0, "a?b", "a?b", {"a?b": 1}) and type(outcome.feedback) is str
-    assert tokenizer(outcome.feedback).input_ids
+
+
+TEXT = "numpy.str_('a\\ud800b')"
+NUMBERS = ("#", "bool(#)", "#.0", "numpy.int64(#)", "numpy.float32(#)", "numpy.bool_(#)", "numpy.array([#])", "torch.tensor(#.0)",
+           "torch.tensor([#])")  # fmt: skip
+
+
+@pytest.mark.parametrize("body, outcome", [
+    *((f'return [Outcome({value}, "v", None, {{"c": {value}}})]'.replace("#", n), Outcome(int(n), "v", "", {"c": int(n)}))
+      for value in NUMBERS for n in "01"),
+    (f"return (Outcome(0, {TEXT}, {TEXT}, {{{TEXT}: 1}}),)", Outcome(0, "a?b", "a?b", {"a?b": 1})),
+])  # fmt: skip
+def test_outcomes_of_other_libraries_become_plain_numbers_and_text(body, outcome, load_own, tokenizer):
+    task = load_own(body)
+    (found,) = task.verify(task.test[:1], [""])
+    assert found == outcome and type(found.reward) is int and type(found.feedback) is str
+    assert json.dumps(found.columns) == json.dumps(outcome.columns) and tokenizer(f"{found.verdict}{found.feedback}").input_ids
 
 
 @pytest.mark.parametrize(
@@ -236,10 +233,12 @@ def test_text_of_other_kinds_becomes_plain_where_it_is_text(load_own, tokenizer)
         )),
         ("return None", "", "a list with an Outcome for each of 1 responses, not None"),
         ("return []", "", "for each of 1 responses, not 0 outcomes"),
+        ("responses.clear(); return []", "", "for each of 1 responses, not 0 outcomes"),
         ("sys.exit(0)", ", line 9", "verify() raised SystemExit: 0"),
         ("sys.exit()", ", line 9", "verify() raised SystemExit"),
         ("raise type('Stop', (BaseException,), {})('two\\nlines')", ", line 9", "verify() raised Stop: two lines"),
         ("return [Outcome(1)]", ", line 9", "verify() raised TypeError"),
+        ("raise type('Mute', (Exception,), {'__str__': None})", ", line 9", "raised Mute: <exception str() failed>"),
         ("return [problems[0].answer]", ", line 9", "has no attribute 'answer'"),
     ],
 )  # fmt: skip
@@ -259,6 +258,8 @@ def test_a_verifier_that_fails_later_is_one_line_that_names_the_files_line(body,
     ("return Task('a', [Problem('p', [{'role': 'user', 'content': ''}], 3)], [], [], None)", "the reference text"),
     ("return Task('a', [Problem(i, [{'role': 'user', 'content': ''}]) for i in (1, '1')], [], [], None)", "twice"),
     ("return Task('a', [Problem('p', [{'role': 'user', 'content': ''}])], [], [], None)", "'NoneType' object is not callable"),
+    *((f"return Task('a', [Problem('p', [])], [], [], None, {field}=None)", f"task's {field} cannot be None")
+      for field in ("notes", "lacks", "close")),
 ])  # fmt: skip
 def test_a_file_without_a_task_is_one_line(load, words, load_own):
     with refused(words):
