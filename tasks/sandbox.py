@@ -322,6 +322,14 @@ def _look(worker: SimpleNamespace) -> list | None:
 
 def _prepare_program(worker: SimpleNamespace) -> None:
     """Everything a child can find ready: each page of memory that it does not have to write saves microseconds."""
+    # Streams over the numbers 0 to 2, made while these are what a child has there, a file in memory and pipes, and before the
+    # preamble names them. Their descriptors may stay: no child keeps one beyond 2 but its report's and its output's.
+    standing, pipe_end = os.dup(2), os.pipe()[1]
+    for fd, target in enumerate((os.memfd_create("stdin"), pipe_end, pipe_end)):
+        os.dup2(target, fd)
+    sys.stdin, sys.stdout, sys.stderr = (open(fd, "w" if fd else "r", newline="\n", closefd=False) for fd in range(3))
+    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
+    os.dup2(standing, 2)  # where an error of the worker's own is seen
     sys.argv = [PROGRAM]
     builtins.exit = builtins.quit = sys.exit  # site's, which is not imported
     worker.module, imports = ModuleType("program"), []
@@ -499,8 +507,6 @@ def _confine(worker: SimpleNamespace, report: int, output: int, stdin: str | Non
         raise OSError
     for fd, target in enumerate((source, null if stdin is None else output, null)):
         os.dup2(target, fd)
-    sys.stdin, sys.stdout, sys.stderr = (open(fd, "w" if fd else "r", newline="\n", closefd=False) for fd in range(3))
-    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
     for low, high in itertools.pairwise(sorted({2, report, output, 1 << 16})):
         os.closerange(low + 1, high)
     atexit._clear()  # what the worker's modules registered is not the program's
