@@ -27,7 +27,7 @@ Covered, each with its test in tests/test_sandbox.py (Linux):
   the kernel allows user namespaces or has landlock)
 Covered where the kernel allows it, which `layers` tells (x86_64 and aarch64); `unsafe` says what is missing:
 - seccomp: no new process, program, session or connection; no signal to anybody, by ioctl and fcntl neither; no ptrace,
-  mount, io_uring, chmod, inotify; raising one's own limits seems to work and changes nothing. Threads work
+  mount, io_uring, chmod, inotify, System V IPC; raising one's own limits seems to work and changes nothing. Threads work
 - landlock: reading is confined to Python's own files and the system's libraries, writing to the working directory
 
 Not covered:
@@ -618,8 +618,9 @@ connect 42 203, bind 49 200, listen 50 201, accept 43 202, accept4 288 242, bpf 
 setns 308 268, mount 165 40, umount2 166 39, pivot_root 155 41, chroot 161 51, chmod 90 -, fchmod 91 52, fchmodat 268 53,
 chown 92 -, lchown 94 -, fchown 93 55, fchownat 260 54, setxattr 188 5, lsetxattr 189 6, fsetxattr 190 7, removexattr 197 14,
 lremovexattr 198 15, fremovexattr 199 16, utime 132 -, utimes 235 -, futimesat 261 -, utimensat 280 88, quotactl 179 60,
-open_by_handle_at 304 265, name_to_handle_at 303 264, mknod 133 -, mknodat 259 33, shmget 29 194, shmat 30 196, semget 64 190,
-msgget 68 186, mq_open 240 180, keyctl 250 219, add_key 248 217, request_key 249 218, memfd_create 319 279, sendmsg 46 211,
+open_by_handle_at 304 265, name_to_handle_at 303 264, mknod 133 -, mknodat 259 33, shmget 29 194, shmat 30 196, shmctl 31 195,
+semget 64 190, semop 65 193, semtimedop 220 192, semctl 66 191, msgget 68 186, msgsnd 69 189, msgrcv 70 188, msgctl 71 187,
+mq_open 240 180, mq_unlink 241 181, keyctl 250 219, add_key 248 217, request_key 249 218, memfd_create 319 279, sendmsg 46 211,
 sendmmsg 307 269, fallocate 285 47, truncate 76 45, sync 162 81, syncfs 306 267, ioprio_set 251 30, inotify_init 253 -,
 inotify_init1 294 26, inotify_add_watch 254 27, setfsuid 122 151, setfsgid 123 152, setuid 105 146, setgid 106 144,
 setreuid 113 145, setregid 114 143, setresuid 117 147, setresgid 119 149, setgroups 116 159, capset 126 91, personality 135 92,
