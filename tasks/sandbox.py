@@ -37,7 +37,7 @@ Not covered:
 - stat and access tell of any path whether it exists, its size and its times; landlock does not confine them
 - what a worker once held and freed: a program that scans its own memory may find the input or output of an earlier call
 - threads, files and written bytes are counted every 10 ms, so a program can exceed its limit by that much; on a tmpfs,
-  writes through shared mappings are not counted; side channels; faults of the kernel
+  writes by splice and through shared mappings are not counted; side channels; faults of the kernel
 - a program that closes the pipe to its worker, as by closing every descriptor beyond 2, has ended there
 """
 
@@ -628,7 +628,7 @@ setpriority 141 140, sched_setscheduler 144 119, sched_setparam 142 118, sched_s
 init_module 175 105, finit_module 313 273, delete_module 176 106, kexec_load 246 104, kexec_file_load 320 294, reboot 169 142,
 swapon 167 224, swapoff 168 225, acct 163 89, settimeofday 164 170, clock_settime 227 112, clock_adjtime 305 266,
 adjtimex 159 171, sethostname 170 161, setdomainname 171 162, syslog 103 116, fanotify_init 300 262, iopl 172 -, ioperm 173 -,
-modify_ldt 154 -, vhangup 153 58, setrlimit 160 164
+modify_ldt 154 -, vhangup 153 58, setrlimit 160 164, io_setup 206 0
 """
 FIRST_UNKNOWN = 424  # from here on (pidfds, io_uring, clone3, new mounts) no call exists as far as a program is told
 # Calls that one argument decides: numbers, which argument, its values that are allowed, and what all others get. fcntl and
@@ -636,8 +636,8 @@ FIRST_UNKNOWN = 424  # from here on (pidfds, io_uring, clone3, new mounts) no ca
 # outlive the program, and freezes file systems.
 CHOSEN = (
     ((56, 220), 0, (0x3D0F00, 0x7D0F00), DENY),  # clone: the flags of a thread, as glibc and musl set them
-    # fcntl (linux/fcntl.h): F_DUPFD to F_SETLKW, locks of open files, F_DUPFD_CLOEXEC, sizes of pipes
-    ((72, 25), 1, (*range(8), 36, 37, 38, 1030, 1031, 1032), DENY),
+    # fcntl (linux/fcntl.h): F_DUPFD to F_SETLKW, locks of open files, F_DUPFD_CLOEXEC, F_GETPIPE_SZ
+    ((72, 25), 1, (*range(8), 36, 37, 38, 1030, 1032), DENY),
     # ioctl (asm/ioctls.h, linux/fs.h): TCGETS, TCGETS2 (isatty), TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX, FICLONE
     ((16, 29), 1, (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451, 0x40049409), DENY),
     # prctl (linux/prctl.h): the signal at the parent's death, dumpable, a thread's name (to ask; the name also to set)
