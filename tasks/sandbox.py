@@ -196,7 +196,8 @@ class _Worker:
     printed."""
 
     def __init__(self, settings: dict):
-        self.settings, self.closed, self.process = settings, False, None
+        self.settings, self.closed = settings, False
+        self.process = self.socket = self.scratch = None
         self.layers = {"seccomp": "unknown", "landlock": "unknown"}
 
     def start(self) -> None:
