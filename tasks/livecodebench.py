@@ -7,7 +7,6 @@ import json
 import pickle
 import random
 import re
-import sys
 import time
 import zlib
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from decimal import Decimal, InvalidOperation
 from functools import lru_cache
 
 from tasks.base import Outcome, Problem, Task, each, get, hub_rows, one_line, rows, text_of
-from tasks.sandbox import Result, Sandbox, loads
+from tasks.sandbox import Result, Sandbox
 
 LCB_REPO = "livecodebench/code_generation_lite"
 LCB_FILE = "test6.jsonl"  # the v6 increment: 175 problems, 134 MB
@@ -23,7 +22,6 @@ TIME_LIMIT = 6.0  # seconds per test, the official checker's
 FAILURE_LIMITS = 2  # time limits, after which a program that has failed is tested no further
 FEEDBACK_CHARS = 2000
 MAX_TESTS_BYTES = 1 << 30  # of one problem, decompressed
-sys.set_int_max_str_digits(50_000)  # of an integer in arguments and results, as in the official checker
 RANKS = {"internal": 0, "time-out": 2, "wrong answer": 3}  # of several failures the lowest is the verdict; others have rank 1
 STDIN_FORMAT = (
     "{question}\n\nWrite a Python 3 program that reads the input from standard input and prints the answer to standard "
@@ -93,7 +91,7 @@ def make_record(row: dict, use: str) -> Record:
         if not tests:
             raise ValueError("it has no tests")
         for test in tests if function else ():
-            loads(test["output"])
+            json.loads(test["output"])
             json.dumps(arguments(test["input"]))  # as the sandbox is given them
     except Exception as error:  # whatever a damaged column makes of base64, zlib, pickle and json
         raise ValueError(f"lcb problem {name} cannot be graded ({one_line(error)})") from None
@@ -185,7 +183,7 @@ def same_output(printed: str, expected: str) -> bool:
 
 def arguments(text: str) -> list:
     """One JSON value per line; values hold spaces."""
-    return [loads(line) for line in text.split("\n") if line.strip()]
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
 def run_test(sandbox: Sandbox, record: Record, source: str, test: dict) -> tuple[str, Result]:
@@ -201,7 +199,7 @@ def run_test(sandbox: Sandbox, record: Record, source: str, test: dict) -> tuple
     if result.status != "ok":
         return result.status.replace("timeout", "time-out"), result
     try:
-        right = result.value == loads(test["output"]) if record.function else same_output(result.value, test["output"])
+        right = result.value == json.loads(test["output"]) if record.function else same_output(result.value, test["output"])
     except RecursionError:  # a value nested deeper than Python compares
         right = False
     if not right and result.error:  # a thread died, and what it should have printed is missing

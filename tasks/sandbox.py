@@ -7,13 +7,15 @@
     caller --socket--> worker (warm, one thread, bare Python) --fork--> child: one per call, answers through a pipe
 
 A worker is a fresh interpreter, never a copy of the caller, whose secrets, torch and CUDA context are never forked. What
-a test expects enters neither worker nor child: the child sends its result as JSON text and the caller compares. An object
-with its own __eq__ earns nothing, nor does a forged answer.
+a test expects enters neither worker nor child, and the child never knows how much it may print, which would tell the length
+of the right answer. The child sends its result as JSON text and the caller compares, so an object with its own __eq__
+earns nothing, nor does a forged answer.
 
 Covered, each with its test in tests/test_sandbox.py (Linux):
 - a fresh process and an empty working directory per call: what a program sets or writes there never reaches the next
 - wall time: at `time_limit` the child and all that it started are killed, also a loop that swallows every exception
-- memory, CPU time, open files, threads, the size of one file and of all that is written, the length of an answer
+- memory, CPU time, threads, timers, open files, files in all, the size of one and of all that is written, the length of
+  an answer
 - every way to end without a value: exceptions, SystemExit, syntax errors, os._exit, signals, values JSON cannot hold
 - `call`: standard input is empty, what is printed is thrown away. `run`: the program is __main__ with a real standard
   input and output, exits as Python would (threads joined, atexit run), and is judged by what it printed
@@ -25,7 +27,7 @@ Covered, each with its test in tests/test_sandbox.py (Linux):
   the kernel allows user namespaces or has landlock)
 Covered where the kernel allows it, which `layers` tells (x86_64 and aarch64); `unsafe` says what is missing:
 - seccomp: no new process, program, session or connection; no signal to anybody, by ioctl and fcntl neither; no ptrace,
-  mount, io_uring, chmod, inotify; raising one's own limits seems to work and changes nothing. Threads work
+  mount, io_uring, chmod, inotify, System V IPC; raising one's own limits seems to work and changes nothing. Threads work
 - landlock: reading is confined to Python's own files and the system's libraries, writing to the working directory
 
 Not covered:
@@ -34,8 +36,8 @@ Not covered:
   benchmark's answers, for root also the switches in /proc and /sys
 - stat and access tell of any path whether it exists, its size and its times; landlock does not confine them
 - what a worker once held and freed: a program that scans its own memory may find the input or output of an earlier call
-- threads and written bytes are checked every 10 ms, so a program can exceed its limit by that much; on a tmpfs, writes
-  through shared mappings are not counted; side channels; faults of the kernel
+- threads, files and written bytes are counted every 10 ms, so a program can exceed its limit by that much; on a tmpfs,
+  writes by splice and through shared mappings are not counted; side channels; faults of the kernel
 - a program that closes the pipe to its worker, as by closing every descriptor beyond 2, has ended there
 """
 
@@ -68,17 +70,18 @@ if __name__ != "__main__":  # the caller's only: every mapping and page of a wor
     import tempfile
     import uuid
     from concurrent.futures import ThreadPoolExecutor
-    from decimal import Decimal
 
 GRACE_SECONDS = 30.0  # a worker that is silent for time_limit + this counts as dead
 RETRY_SECONDS = (0.0, 0.1, 1.0, 5.0)  # before each try of a call
-LOOK_SECONDS = 0.01  # between two looks at a program's threads and what it wrote
+LOOK_SECONDS = 0.01  # between two looks at a program's threads, its files and what it wrote
 MAX_THREADS = 256  # of a program
+MAX_FILES = 1000  # and directories that it may have; removing 200,000 of them takes minutes
 MAX_WRITTEN = 256 << 20  # bytes that a program may write to files in all, beyond output_bytes
 ERROR_CHARS = 500  # kept of an exception's text
 ERROR_BYTES = 1 << 16  # of an exception's text and lines as JSON, at most
 FRAMES = 3  # of the program, kept of a traceback
-INT_DIGITS = 50_000  # the longest integer a program may turn into text; Python's own limit is 4300
+SCRIPT, FUNCTION = b"s", b"f"  # the first byte that a child says
+sys.set_int_max_str_digits(50_000)  # of an integer in arguments and results, as in the official checker; Python's own is 4300
 PROGRAM = "<program>"  # the source's file name in tracebacks
 # What a program finds imported with `preamble=True`: every public name of these modules, later ones winning.
 PREAMBLE = """string re datetime collections heapq bisect copy math random statistics itertools functools operator io sys
@@ -108,8 +111,9 @@ class Sandbox(AbstractContextManager):
         preamble: bool = False, packages: bool = False, warm: str = "", without: tuple[str, ...] = (),
     ):  # fmt: skip
         folders = [path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")]
-        rlimits = {"AS": memory_mb << 20, "CPU": int(time_limit) + 2, "FSIZE": output_bytes, "CORE": 0, "NOFILE": 64,
-                   "STACK": 1 << 27, "NPROC": 4096}  # fmt: skip  # NPROC: all of the user's; where seccomp is missing
+        # CORE: 0 would still start a handler of core dumps. NPROC: all of the user's; where seccomp is missing.
+        rlimits = {"AS": memory_mb << 20, "CPU": int(time_limit) + 2, "FSIZE": output_bytes, "CORE": 1, "NOFILE": 64,
+                   "STACK": 1 << 27, "SIGPENDING": 256, "NPROC": 4096}  # fmt: skip
         settings = {"time_limit": time_limit, "output_bytes": output_bytes, "rlimits": rlimits, "preamble": preamble,
                     "packages": folders if packages else [], "warm": warm, "without": without}  # fmt: skip
         beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -120,8 +124,8 @@ class Sandbox(AbstractContextManager):
         for worker in self._workers:
             self._free.put(worker)
         atexit.register(self.close)
-        self._ask({"source": "f = int", "function": "f", "args": []}, None)  # starts a worker, which tells the layers
-        self._active = self._workers[0].layers or {"seccomp": "unknown", "landlock": "unknown"}
+        self.call("f = int", "f", [])  # starts a worker, which tells the layers
+        self._active = self._workers[0].layers
 
     @property
     def layers(self) -> str:
@@ -142,27 +146,34 @@ class Sandbox(AbstractContextManager):
     def call(self, source: str, function: str, args: list, max_output: int | None = None) -> Result:
         """function(*args) of the program `source`, once a worker is free; "Class.method" is called on a Class(). A value
         of more than max_output bytes as JSON is an "output limit". Raises if args are not JSON, and after close()."""
-        return self._ask({"source": source, "function": function, "args": args}, max_output)
+        return self._ask(source, max_output, function=function, args=args)
 
     def run(self, source: str, stdin: str, max_output: int | None = None) -> Result:
         """The program `source` as a script that reads `stdin`; the value is what it printed, bytes that are no UTF-8
         replaced; more than max_output bytes is an "output limit". Leaving by SystemExit or os._exit is a way to end;
         only an exception or a signal is an error."""
-        return self._ask({"source": source, "stdin": stdin}, max_output)
+        return self._ask(source, max_output, stdin=stdin)
 
-    def _ask(self, question: dict, max_output: int | None) -> Result:
+    def _ask(self, source: str, max_output: int | None = None, **more) -> Result:
         bound = self._output_bytes if max_output is None else min(max_output, self._output_bytes)
-        line = f"{bound} {json.dumps(question)}\n".encode()
+        text = json.dumps({"source": source, **more}).encode()
+        question = len(text).to_bytes(8) + text + bound.to_bytes(8)
         worker = self._free.get()
         try:
             for pause in RETRY_SECONDS:
                 time.sleep(pause)
-                seen = worker.ask(line)
-                if seen[0] != "internal":
+                status, error, frames, seconds, printed = worker.ask(question)
+                if status != "internal":
                     break
         finally:
             self._free.put(worker)
-        return _result("stdin" in question, bound, *seen)
+        value = None
+        try:
+            if status == "ok":
+                value = printed.decode("utf-8", "replace") if "stdin" in more else json.loads(printed.decode())
+        except (ValueError, RecursionError) as e:
+            status, error = "error", f"the answer cannot be read: {e}"
+        return Result(status, value, error, tuple(frames), seconds)
 
     def run_many(self, fn, items) -> list:
         """[fn(item) for item in items], on one thread per worker; fn uses call()."""
@@ -180,12 +191,14 @@ class Sandbox(AbstractContextManager):
 
 
 class _Worker:
-    """The caller's end of a worker process, which the first question starts. A question is a line, as JSON text holds no line
-    break. An answer is a line and then the bytes that the child reported and printed; the line tells how many."""
+    """The caller's end of a worker process, which the first question starts. A question is its length, JSON text, and how much
+    may come back, which the worker reads when the child is there. An answer is a line of JSON, and the bytes that the child
+    printed."""
 
     def __init__(self, settings: dict):
         self.settings, self.closed = settings, False
-        self.process = self.socket = self.scratch = self.layers = None
+        self.process = self.socket = self.scratch = None
+        self.layers = {"seccomp": "unknown", "landlock": "unknown"}
 
     def start(self) -> None:
         self.scratch = f"{tempfile.gettempdir()}/sandbox-{uuid.uuid4()}"  # which the worker makes
@@ -205,25 +218,25 @@ class _Worker:
             self.stop()
         self.layers = json.loads(self.answers.readline())
 
-    def ask(self, question: bytes) -> tuple[str, str, float, int, bytes, bytes]:
-        """What _result takes; "internal" if no process could be started or it died: the next question starts another."""
+    def ask(self, question: bytes) -> list:
+        """Status, error, frames, seconds and what was printed; "internal" if no process could be started or it died: the next
+        question starts another."""
         if self.closed:
             raise RuntimeError("the sandbox is closed")
-        seen = "internal", "the worker died or could not be started", 0.0, 0, b"", b""
+        answer = ["internal", "the worker died or could not be started", (), 0.0, b""]
         try:
             if self.process is None:
                 self.start()
             self.socket.sendall(question)
-            status, error, seconds, code, *counts = self.answers.readline().decode().split("\t")
-            said, printed = (self.answers.read(int(count)) for count in counts)
-            if [len(said), len(printed)] == list(map(int, counts)):
-                seen = status, error, float(seconds), int(code), said, printed
+            *told, size = json.loads(self.answers.readline())
+            if len(printed := self.answers.read(size)) == size:
+                answer = [*told, printed]
         except (OSError, ValueError):
             pass
         finally:  # dead, silent, or Ctrl-C here: a late answer must not meet the next question
-            if seen[0] == "internal":
+            if answer[0] == "internal":
                 self.stop()
-        return seen
+        return answer
 
     def stop(self) -> None:
         process, sock, scratch, self.process = self.process, self.socket, self.scratch, None
@@ -238,43 +251,6 @@ class _Worker:
             process.wait()
         sock.close()
         _remove(scratch)
-
-
-def loads(text: str) -> object:
-    """json.loads, with integers too long for int() as Decimals, which compare equal to integers all the same."""
-
-    def integer(digits: str) -> int | Decimal:
-        try:
-            return int(digits)
-        except ValueError:
-            return Decimal(digits)
-
-    return json.loads(text, parse_int=integer)
-
-
-def _result(script: bool, bound: int, status: str, error: str, seconds: float, code: int, said: bytes, printed: bytes) -> Result:
-    """What became of a call. status and error: why the worker ended it, "" where the child reported or ended of itself. What
-    it said and printed may be the program's forgery: anything may stand there."""
-    value, frames, (report, reported, _) = None, (), said[1:].partition(b"\n")
-    if not status and not reported:
-        ended = f"signal {-code}" if code < 0 else f"exit code {code}"
-        status, error = "error", f"exited without a result ({ended})"
-        if script and code >= 0:  # os._exit: a script may end as it likes
-            status, error = "ok", ""
-    try:
-        if not status:
-            status, _, payload = report.decode().partition("\t")
-            if status not in ("ok", "error", "memory"):
-                raise ValueError("no such status")
-            error, frames = json.loads(payload)
-            error, frames = " ".join(str(error).split()), tuple(map(str, frames))
-        if status in ("ok", "error") and len(printed) > bound:
-            status, error, frames = "output limit", f"more than {bound} bytes of output", ()
-        if status == "ok":
-            value = printed.decode("utf-8", "replace") if script else loads(printed.decode())
-    except (ValueError, TypeError, RecursionError) as e:
-        status, error, frames = "error", f"the answer cannot be read: {e}", ()
-    return Result(status, value, error, frames, seconds)
 
 
 def _remove(path: str) -> None:
@@ -303,27 +279,32 @@ def _serve(worker: SimpleNamespace) -> None:
         worker.libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
         worker.libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     worker.caller = os.dup(0)
-    questions = open(worker.caller, "rb", closefd=False)  # noqa: SIM115
     exec(compile(worker.warm, "<warm>", "exec"), {})  # also: a process's first compilation makes all node types, 2 ms
     layers = _prepare_layers(worker)
     _prepare_program(worker)
     _look(worker)  # sets the time of the last reading, which a program could choose
     clean = _look(worker)
     gc.freeze()  # children share these pages as long as no collection walks over them
-    with suppress(EOFError, ConnectionError):  # the caller has closed or died
+    with suppress(EOFError, OSError):  # the caller has gone; or no process or descriptor is to be had, then another worker comes
         _write(worker.caller, json.dumps(layers).encode() + b"\n")
-        while question := questions.readline():
-            try:
-                answer = _run(question, worker)
-            except OSError as e:  # no process or descriptor to be had, which is not the program's fault
-                answer = f"internal\t{e}\t0\t0\t0\t0\n".encode()
-            _write(worker.caller, answer)
-            del answer  # the next program is not to find it
-            # Nor what this one left in its directory: another worker comes. A new directory for each call would on a slow
-            # disk cost more than the fork.
-            if _look(worker) != clean:
-                break
+        # So does one when a program has left something. A new directory for each call costs more than the fork on a slow disk.
+        while _look(worker) == clean:
+            question = _read(worker.caller, int.from_bytes(_read(worker.caller, 8)))
+            told, printed = _run(question, worker)
+            _write(worker.caller, json.dumps([*told, len(printed)]).encode() + b"\n" + printed)
+            del question, told, printed  # the next program is not to find them
     _remove(worker.scratch)
+
+
+def _read(fd: int, count: int) -> bytearray:
+    """So many bytes, and none of those after them."""
+    content = bytearray()
+    while len(content) < count:
+        part = os.read(fd, count - len(content))
+        if not part:
+            raise EOFError
+        content += part
+    return content
 
 
 def _write(fd: int, data: bytes) -> None:
@@ -342,8 +323,8 @@ def _look(worker: SimpleNamespace) -> list | None:
 
 def _prepare_program(worker: SimpleNamespace) -> None:
     """Everything a child can find ready: each page of memory that it does not have to write saves microseconds."""
-    # Streams over the numbers 0 to 2, made while these are what a child has there: a file in memory, and pipes.
-    # Their descriptors may stay: no child keeps one beyond 2 but its report's and its output's.
+    # Streams over the numbers 0 to 2, made while these are what a child has there, a file in memory and pipes, and before the
+    # preamble names them. Their descriptors may stay: no child keeps one beyond 2 but its report's and its output's.
     standing, pipe_end = os.dup(2), os.pipe()[1]
     for fd, target in enumerate((os.memfd_create("stdin"), pipe_end, pipe_end)):
         os.dup2(target, fd)
@@ -352,7 +333,6 @@ def _prepare_program(worker: SimpleNamespace) -> None:
     os.dup2(standing, 2)  # where an error of the worker's own is seen
     sys.argv = [PROGRAM]
     builtins.exit = builtins.quit = sys.exit  # site's, which is not imported
-    sys.set_int_max_str_digits(INT_DIGITS)
     worker.module, imports = ModuleType("program"), []
     if worker.preamble:
         import random
@@ -365,10 +345,10 @@ def _prepare_program(worker: SimpleNamespace) -> None:
     worker.given = len(vars(worker.module))
 
 
-def _run(question: bytes, worker: SimpleNamespace) -> bytes:
-    """One call: forks the child, waits for its report or its end, kills what is left of it, and answers what it saw."""
+def _run(question: bytes, worker: SimpleNamespace) -> tuple[tuple, bytes]:
+    """One call: forks the child, waits for its report or its end, kills what is left of it, and tells status, error, frames and
+    seconds, and what it printed."""
     start = time.monotonic()
-    bound, question = question.split(b" ", 1)
     report, report_end = os.pipe()
     output, output_end = os.pipe()
     for fd in (report, output):
@@ -381,9 +361,10 @@ def _run(question: bytes, worker: SimpleNamespace) -> bytes:
             os._exit(1)
     os.close(report_end)
     os.close(output_end)
-    said, printed = bytearray(), bytearray()
+    said, printed, bound = bytearray(), bytearray(), 0
     try:
-        status, error = _watch(child, report, output, said, printed, int(bound), worker)
+        bound = int.from_bytes(_read(worker.caller, 8))
+        status, error = _watch(child, report, output, said, printed, bound, worker)
         seconds = time.monotonic() - start
     finally:  # kill first, reap after: until then the number is the child's
         with suppress(ProcessLookupError):
@@ -392,12 +373,28 @@ def _run(question: bytes, worker: SimpleNamespace) -> bytes:
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if worker.forks:
             _kill_orphans()
-        _drain(output, printed, int(bound))  # what it wrote last may still stand in the pipe
+        _drain(output, printed, bound)  # what it wrote last may still stand in the pipe
         os.close(report)
         os.close(output)
-    if not said.startswith(b"+"):
+    if not said:
         raise OSError("the child could not be prepared")
-    return f"{status}\t{error}\t{seconds:.6f}\t{code}\t{len(said)}\t{len(printed)}\n".encode() + said + printed
+    frames = ()
+    if not status:
+        status, error, *frames = _reported(said, code)
+    if status in ("ok", "error") and len(printed) > bound:
+        status, error, frames = "output limit", f"more than {bound} bytes of output", ()
+    return (status, error, frames, round(seconds, 6)), printed
+
+
+def _reported(said: bytearray, code: int) -> list[str]:
+    """Status, error and frames of a child that has reported or ended of itself. Its report may be the program's forgery."""
+    report, reported, _ = said[1:].partition(b"\n")
+    told = report.decode("utf-8", "replace").split("\0")[: 2 + FRAMES]
+    if not reported and said.startswith(SCRIPT) and code >= 0:  # os._exit: a script may end as it likes
+        return ["ok", ""]
+    if not reported:
+        return ["error", f"exited without a result ({f'signal {-code}' if code < 0 else f'exit code {code}'})"]
+    return told if told[0] in ("ok", "error", "memory") and len(told) > 1 else ["error", "the answer cannot be read"]
 
 
 def _watch(child, report: int, output: int, said: bytearray, printed: bytearray, bound: int, worker) -> tuple[str, str]:
@@ -429,6 +426,8 @@ def _watch(child, report: int, output: int, said: bytearray, printed: bytearray,
 def _excess(child: int, worker: SimpleNamespace) -> tuple[str, str] | None:
     """What a program has too much of that no limit of the kernel's bounds."""
     most = MAX_WRITTEN + worker.output_bytes
+    if _files(worker.scratch) > MAX_FILES:
+        return "output limit", f"more than {MAX_FILES} files"
     with suppress(OSError):
         if os.stat(f"/proc/{child}/task").st_nlink - 2 > MAX_THREADS:
             return "error", f"more than {MAX_THREADS} threads"
@@ -436,6 +435,22 @@ def _excess(child: int, worker: SimpleNamespace) -> tuple[str, str] | None:
             counts = dict(line.split(": ") for line in file)
         if max(int(counts["write_bytes"]), int(counts["wchar"])) > most:  # to storage, also by mapping; to anything
             return "output limit", f"more than {most} bytes written"
+
+
+def _files(folder: str) -> int:
+    """How many files and directories there are below, as far as MAX_FILES matters; a directory that is locked is too many."""
+    count, folders = 0, [folder]
+    while folders and count <= MAX_FILES:
+        try:
+            with os.scandir(folders.pop()) as entries:
+                for entry in itertools.islice(entries, MAX_FILES):
+                    count += 1
+                    folders += [entry.path] * entry.is_dir(follow_symlinks=False)
+        except FileNotFoundError:  # removed meanwhile
+            pass
+        except OSError:
+            return MAX_FILES + 1
+    return count
 
 
 def _drain(pipe: int, content: bytearray, bound: int) -> bool:
@@ -463,15 +478,16 @@ def _kill_orphans() -> None:
 
 def _child(question: bytes, report: int, output: int, worker: SimpleNamespace) -> None:
     asked = json.loads(question)
+    script = "stdin" in asked
     _confine(worker, report, output, asked.get("stdin"))
-    os.write(report, b"+")  # from here on the program may write to this pipe as well
+    os.write(report, SCRIPT if script else FUNCTION)  # from here on the program may write to this pipe as well
     try:
-        status, told = "ok", _script(asked, worker) if "stdin" in asked else _function(asked, worker, output)
+        told = ["ok", *(_script(asked, worker) if script else _function(asked, worker, output))]
     except MemoryError:
-        status, told = "memory", ("MemoryError", [])
+        told = ["memory", "MemoryError"]
     except BaseException as e:
-        status, told = "error", _describe(e, asked["source"])
-    _write(report, f"{status}\t{json.dumps(told)}\n".encode())
+        told = ["error", *_describe(e, asked["source"])]
+    _write(report, "\0".join(told).encode("utf-8", "backslashreplace") + b"\n")
     os._exit(0)
 
 
@@ -503,7 +519,7 @@ def _confine(worker: SimpleNamespace, report: int, output: int, stdin: str | Non
         raise OSError
 
 
-def _function(asked: dict, worker: SimpleNamespace, output: int) -> tuple[str, list[str]]:
+def _function(asked: dict, worker: SimpleNamespace, output: int) -> list[str]:
     module = sys.modules["program"] = worker.module  # not __main__: its main block is silent
     exec(compile(asked["source"], PROGRAM, "exec", dont_inherit=True), vars(module))
     owner, _, name = asked["function"].rpartition(".")
@@ -516,7 +532,7 @@ def _function(asked: dict, worker: SimpleNamespace, output: int) -> tuple[str, l
     if not _plain(value):
         raise TypeError("a tuple inside the result, or a key that is no string in a dictionary of it")
     _write(output, text.encode())
-    return "", []
+    return [""]
 
 
 def _plain(value: object) -> bool:
@@ -533,7 +549,7 @@ def _number(value: object) -> object:
     raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
 
-def _script(asked: dict, worker: SimpleNamespace) -> tuple[str, list[str]]:
+def _script(asked: dict, worker: SimpleNamespace) -> list[str]:
     """Runs to the end that Python itself would make: threads joined, exit functions called, output flushed."""
     module = sys.modules["__main__"] = worker.module
     module.__name__, module.__file__ = "__main__", PROGRAM
@@ -560,17 +576,17 @@ def _script(asked: dict, worker: SimpleNamespace) -> tuple[str, list[str]]:
         names[name] = None
     collect(2 if old else 1)
     _flush()
-    return _describe(died[0], asked["source"]) if died else ("", [])
+    return _describe(died[0], asked["source"]) if died else [""]
 
 
 def _flush() -> None:
     for stream in (getattr(sys, "stdout", None), sys.__stdout__):
-        with suppress(AttributeError, ValueError):  # replaced by something else, or closed
+        with suppress(AttributeError, ValueError, OSError):  # replaced by something else, closed, or its descriptor is
             stream.flush()
 
 
-def _describe(error: BaseException, source: str) -> tuple[str, list[str]]:
-    """Type: message (last line of the program on the way), and those lines."""
+def _describe(error: BaseException, source: str) -> list[str]:
+    """Type: message (last line of the program on the way), and those lines. Each is one line without a NUL."""
     line, trace, frames, lines = getattr(error, "lineno", None), error.__traceback__, [], source.split("\n")
     while trace:
         code = trace.tb_frame.f_code
@@ -584,7 +600,8 @@ def _describe(error: BaseException, source: str) -> tuple[str, list[str]]:
     except BaseException:
         message = ""
     text = f"{type(error).__name__[:100]}: {message}".removesuffix(": ")
-    return (text if line is None else f"{text} (line {line})"), frames
+    text = text if line is None else f"{text} (line {line})"
+    return [" ".join(text.replace("\0", " ").split()), *frames]
 
 
 # ---- Layers of the kernel ----------------------------------------------------------------------------------
@@ -602,8 +619,9 @@ connect 42 203, bind 49 200, listen 50 201, accept 43 202, accept4 288 242, bpf 
 setns 308 268, mount 165 40, umount2 166 39, pivot_root 155 41, chroot 161 51, chmod 90 -, fchmod 91 52, fchmodat 268 53,
 chown 92 -, lchown 94 -, fchown 93 55, fchownat 260 54, setxattr 188 5, lsetxattr 189 6, fsetxattr 190 7, removexattr 197 14,
 lremovexattr 198 15, fremovexattr 199 16, utime 132 -, utimes 235 -, futimesat 261 -, utimensat 280 88, quotactl 179 60,
-open_by_handle_at 304 265, name_to_handle_at 303 264, mknod 133 -, mknodat 259 33, shmget 29 194, shmat 30 196, semget 64 190,
-msgget 68 186, mq_open 240 180, keyctl 250 219, add_key 248 217, request_key 249 218, memfd_create 319 279, sendmsg 46 211,
+open_by_handle_at 304 265, name_to_handle_at 303 264, mknod 133 -, mknodat 259 33, shmget 29 194, shmat 30 196, shmctl 31 195,
+semget 64 190, semop 65 193, semtimedop 220 192, semctl 66 191, msgget 68 186, msgsnd 69 189, msgrcv 70 188, msgctl 71 187,
+mq_open 240 180, mq_unlink 241 181, keyctl 250 219, add_key 248 217, request_key 249 218, memfd_create 319 279, sendmsg 46 211,
 sendmmsg 307 269, fallocate 285 47, truncate 76 45, sync 162 81, syncfs 306 267, ioprio_set 251 30, inotify_init 253 -,
 inotify_init1 294 26, inotify_add_watch 254 27, setfsuid 122 151, setfsgid 123 152, setuid 105 146, setgid 106 144,
 setreuid 113 145, setregid 114 143, setresuid 117 147, setresgid 119 149, setgroups 116 159, capset 126 91, personality 135 92,
@@ -611,20 +629,21 @@ setpriority 141 140, sched_setscheduler 144 119, sched_setparam 142 118, sched_s
 init_module 175 105, finit_module 313 273, delete_module 176 106, kexec_load 246 104, kexec_file_load 320 294, reboot 169 142,
 swapon 167 224, swapoff 168 225, acct 163 89, settimeofday 164 170, clock_settime 227 112, clock_adjtime 305 266,
 adjtimex 159 171, sethostname 170 161, setdomainname 171 162, syslog 103 116, fanotify_init 300 262, iopl 172 -, ioperm 173 -,
-modify_ldt 154 -, vhangup 153 58, setrlimit 160 164
+modify_ldt 154 -, vhangup 153 58, setrlimit 160 164, io_setup 206 0
 """
-PRLIMIT64 = (302, 261)
 FIRST_UNKNOWN = 424  # from here on (pidfds, io_uring, clone3, new mounts) no call exists as far as a program is told
-# Calls that one argument decides: numbers, offset of the argument, values, what they get, what all others get. fcntl
-# and ioctl keep what programs need; the rest lets a file signal any process or block who opens it, sets flags and versions
-# that outlive the program, and freezes file systems.
+# Calls that one argument decides: numbers, which argument, its values that are allowed, and what all others get. fcntl and
+# ioctl keep what programs need; the rest lets a file signal any process or block who opens it, sets flags and versions that
+# outlive the program, and freezes file systems.
 CHOSEN = (
-    ((56, 220), 16, (0x3D0F00, 0x7D0F00), ALLOW, DENY),  # clone: the flags of a thread, as glibc and musl set them
-    # fcntl (linux/fcntl.h): F_DUPFD to F_SETLKW, locks of open files, F_DUPFD_CLOEXEC, sizes of pipes
-    ((72, 25), 24, (*range(8), 36, 37, 38, 1030, 1031, 1032), ALLOW, DENY),
+    ((56, 220), 0, (0x3D0F00, 0x7D0F00), DENY),  # clone: the flags of a thread, as glibc and musl set them
+    # fcntl (linux/fcntl.h): F_DUPFD to F_SETLKW, locks of open files, F_DUPFD_CLOEXEC, F_GETPIPE_SZ
+    ((72, 25), 1, (*range(8), 36, 37, 38, 1030, 1032), DENY),
     # ioctl (asm/ioctls.h, linux/fs.h): TCGETS, TCGETS2 (isatty), TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX, FICLONE
-    ((16, 29), 24, (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451, 0x40049409), ALLOW, DENY),
-    ((157, 167), 16, (PR_SET_PDEATHSIG, PR_SET_DUMPABLE), DENY, ALLOW),  # prctl
+    ((16, 29), 1, (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451, 0x40049409), DENY),
+    # prctl (linux/prctl.h): the signal at the parent's death, dumpable, a thread's name (to ask; the name also to set)
+    ((157, 167), 0, (2, 3, 15, 16), DENY),
+    ((302, 261), 2, (0,), PRETEND),  # prlimit64: without new limits it only reads
 )
 
 
@@ -640,14 +659,11 @@ def _seccomp_filter() -> bytes:
     program = [
         (load, 0, 0, 4), (equal, 1, 0, AUDIT_ARCH[machine]), (ret, 0, 0, KILL),  # a call in another machine's numbering
         (load, 0, 0, 0),
-        # A pointer to new limits, low and high half; without one prlimit64 only reads.
-        (equal, 0, 6, PRLIMIT64[column]), (load, 0, 0, 32), (equal, 0, 2, 0), (load, 0, 0, 36), (equal, 1, 0, 0),
-        (ret, 0, 0, PRETEND), (ret, 0, 0, ALLOW),
     ]  # fmt: skip
-    for call, offset, values, verdict, otherwise in CHOSEN:
+    for numbers, argument, values, otherwise in CHOSEN:
         tests = [(equal, len(values) - i, 0, value) for i, value in enumerate(values)]
-        program += [(equal, 0, len(values) + 3, call[column]), (load, 0, 0, offset), *tests]
-        program += [(ret, 0, 0, otherwise), (ret, 0, 0, verdict)]
+        program += [(equal, 0, len(values) + 5, numbers[column]), (load, 0, 0, 20 + 8 * argument), (equal, 0, len(values) + 1, 0)]
+        program += [(load, 0, 0, 16 + 8 * argument), *tests, (ret, 0, 0, otherwise), (ret, 0, 0, ALLOW)]
     program += [(at_least, 0, 1, FIRST_UNKNOWN), (ret, 0, 0, UNKNOWN)]
     program += [(equal, len(denied) - i, 0, number) for i, number in enumerate(denied)]
     program += [(ret, 0, 0, ALLOW), (ret, 0, 0, DENY)]

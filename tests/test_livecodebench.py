@@ -259,6 +259,8 @@ VERDICTS = {
     "import random\nprint(*map(chr, random.choices(range(32, 0xD000), k=5000)))": "wrong answer",
     "print(1 / 0)": "error",
     "def f(:": "error",
+    "raise ValueError(chr(0xD800))": "error",  # whose text must be one that a tokenizer takes
+    "while True: pass": "time-out",
     ENDLESS: "output limit",
 }
 
@@ -268,7 +270,7 @@ def test_verdicts_and_the_reward_that_only_all_tests_earn(load_lcb, sandboxes):
     for (code, verdict), outcome in zip(VERDICTS.items(), verify(task, task.test[0], *VERDICTS)):
         assert outcome.verdict == verdict, code
         assert outcome.reward == (verdict == "passed") != bool(outcome.feedback), code
-        assert len(outcome.feedback) <= 2000 and (outcome.columns["held_out"] == outcome.reward or "x == 5" in code)
+        assert len(outcome.feedback.encode()) <= 6000 and (outcome.columns["held_out"] == outcome.reward or "x == 5" in code)
     sandboxes.asked.clear()
     for outcome in task.verify(task.train * 3, ["print(1)", "```python\nprint(1)", "`" * 5000]):
         assert outcome == Outcome(0, "no code", "Your answer contains no complete ```python code block.")
@@ -326,51 +328,34 @@ def test_of_several_failures_the_gravest_is_the_verdict_and_the_feedback(ran, ve
 # ---- Feedback --------------------------------------------------------------------------------------------------------
 
 
-def test_feedback_on_wrong_answers_shows_the_two_shortest_with_what_was_expected(tmp_path):
-    pairs = [("1 1 1 1\n", "4\n"), ("2\n", "2\n"), ("3 3\n", "a very long expected output\n"), ("4 4 4\n", "12\n")]
-    task = tasks.read("lcb", write(tmp_path / "x.jsonl", [lcb_row(private=pairs, public=())]))
-    (outcome,) = task.verify(task.test, [fence("print('said', input())\nprint()")])
-    assert outcome.feedback == (
-        "Wrong answer.\nInput:\n2\nYour output:\nsaid 2\nExpected output:\n2\n\n"
-        "Wrong answer.\nInput:\n4 4 4\nYour output:\nsaid 4 4 4\nExpected output:\n12"
-    )
+WRONG = "Wrong answer.\nInput:\n{}\nYour output:\n{}\nExpected output:\n{}".format
+long = lambda letter, length, kept=260: f"{letter * kept} ... ({length - kept} characters more)"  # noqa: E731
+TOO_LONG = [("wrong answer", Result("ok", "x" * 7000), letter * 5000, letter * 6000) for letter in "123"]
+CUT = [WRONG(long(letter, 5000), long("x", 7000), long(letter, 6000)) for letter in "12"]
+FRAMES = ("line 2, in a: return b(x)", "line 6, in c: return [][x]")
+FEEDBACK = [  # verdict, result, input and expected output of each failure, the gravest first -> the feedback
+    ([("wrong answer", Result("ok", f"said {given}\n\n"), given + "\n", wanted + "\n") for given, wanted in (
+        ("1 1 1 1", "4"), ("2", "2"), ("3 3", "a very long expected output"), ("4 4 4", "12"),
+    )], f"{WRONG('2', 'said 2', '2')}\n\n{WRONG('4 4 4', 'said 4 4 4', '12')}"),  # the two shortest
+    ([("wrong answer", Result("ok", [1, "\ud800"]), "7", "8")], WRONG("7", '[1, "\\ud800"]', "8")),
+    ([("wrong answer", Result("ok", "\ud800"), "7", "8")], WRONG("7", "?", "8")),  # a tokenizer takes no half of a pair
+    (TOO_LONG[:1], CUT[0]), (TOO_LONG, "\n\n".join(CUT)),
+    ([("time-out", Result("timeout"), "1" * 5000, "2")],
+     f"Your program did not finish within 2 seconds on this input:\n{long('1', 5000, 800)}"),
+    ([("error", Result("error", None, "IndexError: list index out of range (line 6)", FRAMES), "7\n", "8\n")],
+     "Your program stopped with an error:\nIndexError: list index out of range (line 6)\n" + "\n".join(FRAMES) + "\nInput:\n7"),
+    ([("error", Result("error", None, "E: v", ("y" * 900,) * 3), "7", "8")],
+     ("Your program stopped with an error:\nE: v" + f"\n{'y' * 900}" * 3)[:2000]),
+    ([("memory", Result("memory", None, "MemoryError"), "7", "8")], "Your program ran out of memory:\nMemoryError\nInput:\n7"),
+    ([("output limit", Result("output limit", None, "more"), "7", "8")], "Your program printed too much:\nmore\nInput:\n7"),
+    ([("internal", Result("internal", None, "died"), "7", "8")], ""),
+]  # fmt: skip
 
 
-def test_feedback_on_errors_time_memory_and_output(load_lcb):
-    task = load_lcb(lcb_row(private=[("7\n", "8\n")]))
-    deep = "def a(x):\n    return b(x)\ndef b(x):\n    return c(x)\ndef c(x):\n    return [][x]\nprint(\n    a(int(input())))"
-    codes = [deep, "while True: pass", "bytearray(1 << 36)", ENDLESS]
-    error, late, memory, output = (outcome.feedback for outcome in verify(task, task.train[0], *codes))
-    assert error == (  # the last three of its four frames
-        "Your program stopped with an error:\nIndexError: list index out of range (line 6)\n"
-        "line 2, in a: return b(x)\nline 4, in b: return c(x)\nline 6, in c: return [][x]\nInput:\n7"
-    )
-    assert late == "Your program did not finish within 2 seconds on this input:\n7"
-    assert memory.startswith("Your program ran out of memory:\nMemoryError") and memory.endswith("\nInput:\n7")
-    assert output.startswith("Your program printed too much:\n") and output.endswith("\nInput:\n7")
-
-
-def test_feedback_is_cut_to_2000_characters_and_says_what_is_left_out(load_lcb):
-    long = [("1" * 5000 + "\n", "2" * 6000 + "\n"), ("3" * 5000 + "\n", "4" * 6000 + "\n")]
-    task = load_lcb(lcb_row(private=long[:1]), lcb_row("two", private=long))
-    wrong, late = verify(task, task.train[0], "print('x' * 7000)", "while True: pass")
-    assert wrong.feedback == (
-        f"Wrong answer.\nInput:\n{'1' * 260} ... (4740 characters more)\nYour output:\n{'x' * 260} ... (6740 characters "
-        f"more)\nExpected output:\n{'2' * 260} ... (5740 characters more)"
-    )
-    assert late.feedback.endswith(f"on this input:\n{'1' * 800} ... (4200 characters more)")
-    code = f"{'y' * 600} = 1\ndef f(x):\n    raise ValueError('v' * 9000 + 'é' * x) {'#' * 900}\nf(1)"
-    two, error = verify(task, task.test[1], "print('x' * 7000)", code)
-    assert len(two.feedback) <= 2000 and two.feedback.endswith("characters more)") and len(error.feedback) <= 2000
-    assert error.feedback.startswith("Your program stopped with an error:\nValueError: vvvvv")
-
-
-def test_feedback_is_text_that_a_tokenizer_takes(load_lcb, tokenizer):
-    """Half of a surrogate pair is a Python string but no text: a run would die of it when the feedback is encoded."""
-    task = load_lcb(lcb_row(private=[("7\n", "8\n")]), lcb_row("f", private=[("7", "8")], function="f"))
-    codes = ["raise ValueError(chr(0xD800))", "def f(x): return chr(0xD800)", "def f(x): [][chr(0xDC00)]"]
-    for outcome in task.verify([task.train[i] for i in (0, 1, 1)], [fence(code) for code in codes]):
-        assert outcome.feedback.encode() and tokenizer(outcome.feedback)["input_ids"]
+@pytest.mark.parametrize("failed, feedback", FEEDBACK)
+def test_feedback_tells_what_went_wrong_in_at_most_2000_characters(failed, feedback):
+    tests = [(verdict, result, {"input": given, "output": wanted}) for verdict, result, given, wanted in failed]
+    assert livecodebench.failure_text(tests) == feedback
 
 
 # ---- Rules -----------------------------------------------------------------------------------------------------------

@@ -38,17 +38,17 @@ BOXES = {  # sandboxes for the whole module
     "judge": {"workers": 2, "memory_mb": 1024, "preamble": True},  # as competition judges run programs
     "short": {"workers": 5, "time_limit": 0.5, **SMALL},
     "bare": {"without": BARE, **SMALL}, "bare_short": {"without": BARE, "time_limit": 1.0},
-    "only_seccomp": {"without": ("landlock",)}, "no_seccomp": {"without": ("seccomp",)},
+    "layered": SMALL, "only_seccomp": {"without": ("landlock",)}, "no_seccomp": {"without": ("seccomp",)},
     "first_landlock": {"without": ("landlock 2",)},
 }  # fmt: skip
-LAYERED = ("only_seccomp", "first_landlock", "no_seccomp")  # only where the kernel has all layers
+LAYERED = ("layered", "only_seccomp", "first_landlock", "no_seccomp")  # only where the kernel has all layers
 
 
 def box_fixture(name: str):
     @pytest.fixture(scope="module", name=name)
     def fixture(request):
-        if name in LAYERED:
-            request.getfixturevalue("layered")
+        if name in LAYERED and (unsafe := request.getfixturevalue("box").unsafe):
+            pytest.skip(unsafe)
         with S.Sandbox(**{"workers": 1, "time_limit": 10.0, **BOXES[name]}) as box:
             assert works(box)  # every worker has started
             yield box
@@ -57,12 +57,6 @@ def box_fixture(name: str):
 
 
 globals().update({f"{name}_": box_fixture(name) for name in BOXES})
-
-
-@pytest.fixture(scope="module")
-def layered(box):
-    """The sandbox with all its layers; its claims hold where the kernel has them."""
-    return pytest.skip(box.unsafe) if box.unsafe else box
 
 
 def body(lines: str, args: str = "") -> str:
@@ -108,63 +102,175 @@ def notes(box, count: int = 1) -> list[Path]:
     return found()
 
 
-def ask(box, source: str, bound: int | None = None) -> S.Result:
-    """f() of a program that has an f, else the program as a script without input."""
-    return box.call(source, "f", [], bound) if re.search("^(def f|f =)", source, re.M) else box.run(source, "", bound)
+def ask(box, source: str, given=None, bound: int | None = None) -> S.Result:
+    """given: what a script reads, the arguments of f, or (name of a function, arguments). Without: f() of a program that
+    has an f, else a script without input."""
+    if given is None:
+        given = [] if re.search("^(def f|f =)", source, re.M) else ""
+    if isinstance(given, str):
+        return box.run(source, given, bound)
+    name, args = given if isinstance(given, tuple) else ("f", given)
+    return box.call(source, name, args, bound)
 
 
 def in_thread(fn, *args) -> Future:
     return ThreadPoolExecutor(1).submit(fn, *args)
 
 
-# ---- Values and the ends without one -----------------------------------------------------------------------
+# ---- What a program returns, prints or dies of ---------------------------------------------------------------
 
-NESTED = reduce(lambda inner, _: [inner], range(400), [])
-VALUES = [None, True, False, 1, 0, -1, 1.0, 0.1, 10**30, "", "é\n\t\u2028\0\ud800 <b>", [], {}, [1, [True, {"a": None}]], NESTED]
+nested = lambda depth: reduce(lambda inner, _: [inner], range(depth), [])  # noqa: E731
+VALUES = [None, True, False, 1, 0, -1, 1.0, 0.1, 10**30, "", "é\n\t\u2028\0\ud800 <b>", [], {}, [1, [True, {"a": None}]]]
+ODD = "error: TypeError: a tuple inside the result, or a key that is no string in a dictionary of it"
+NOT_JSON = "error: TypeError: Object of type {} is not JSON serializable"
+EQUAL = "    def __eq__(self, other): return True\n    __hash__ = None\ndef f():\n    return C"
+METHODS = """class Solution:
+    calls = 1
+    def double(self, x, y=0): return [2 * x + y, self.calls, __name__]
+    @staticmethod
+    def plain(x): return x
+class Broken:
+    def __init__(self): raise ValueError("no")"""
+LONG = {bound: f"output limit: more than {bound} bytes of output" for bound in (SMALL["output_bytes"], 10)}
+LIMIT = SMALL["output_bytes"]
+DEEP = "def f(n):\n    return 0 if n == 0 else 1 + f(n - 1)"
+NAMES = "def f(x: List[int]):\n    heapify(x)\n    return [x[0], gcd(*x), Counter(x)[6], math.inf > pow(2, 3, 5)]"
+READ = "import sys\nprint([sys.stdin.buffer.read()])"
+TIMERS = """import ctypes
+made, timer = 0, ctypes.c_void_p()
+while made < 1000 and ctypes.CDLL(None).timer_create(0, None, ctypes.byref(timer)) == 0: made += 1
+print(made)"""
+PROGRAMS = {  # sandboxes, program, what is given, and the value or "status: error" ("...": and more); a bound of the output
+    "JSON values return with their types, a tuple at the top as a list": [
+        *(("box", IDENTITY, [value], value) for value in VALUES), ("box judge", IDENTITY, [nested(400)], nested(400)),
+        ("box", body("return x, y, y - y", "x, y"), [-math.inf, math.inf], [-math.inf, math.inf, math.nan]),
+    ],
+    "a value that JSON does not hold as Python does is an error": [  # [(1, 2)] == [[1, 2]] is False
+        ("box judge", f"def f():\n    return {value}", None, error) for values, error in (
+            (("[(1,)]", "(1, (2,))", "{'a': ()}", "[{'a': [(1,)]}]"), ODD),
+            (("{1: 2}", "[{None: 1}]", "{'a': {True: 1}}", "({1.5: 1},)"), ODD),
+            (("{1}",), NOT_JSON.format("set")), (("b''",), NOT_JSON.format("bytes")),
+            (("(x := []) or x.append(x) or x",), "error: ValueError: Circular..."),
+            (("[{'a': 10**50_000}]",), "error: ValueError: Exceeds the limit (50000..."),
+            (("__import__('functools').reduce(lambda x, _: [x], range(10**5), [])",), "error: RecursionError..."),
+        ) for value in values
+    ],
+    "integers of up to 50,000 digits return": [
+        *(("one", f"def f():\n    return [{n}, {{'a': {n} + 1}}]", None, [eval(n), {"a": eval(n) + 1}])
+          for n in ("10**4300", "-10**5000", "10**49_999")),
+        ("one", "print(10**49_999)", None, f"1{'0' * 49_999}\n"),
+    ],
+    "an object that is equal to everything earns nothing": [
+        ("box", f"class C:\n{EQUAL}()", None, NOT_JSON.format("C")),
+        *(("box", f"class C({type(value).__name__}):\n{EQUAL}({value!r})", None, value) for value in ([1], 7, "a", {"a": 1})),
+    ],
+    "a method is called on a new object of its class": [
+        ("box", METHODS, (name, [3]), wanted) for name, wanted in (
+            ("Solution.double", [6, 1, "program"]), ("Solution.plain", 3), ("Broken.double", "error: ValueError: no (line 7)"),
+            ("Solution.triple", "error: AttributeError: 'Solution' object has no attribute 'triple'"),
+            ("Nobody.double", "error: NameError: name 'Nobody' is not defined"),
+            ("print", "error: NameError: name 'print' is not defined"),
+        )
+    ],
+    "every other end is one line of error": [  # which no bound of the output bounds
+        ("box", source, None, wanted, 10) for source, wanted in (
+            ("def g():\n    raise KeyError('a')\ndef f():\n    g()", "error: KeyError: 'a' (line 2)"),
+            ("def f():\n    assert False", "error: AssertionError (line 2)"),
+            ("1 / 0\ndef f(): pass", "error: ZeroDivisionError: division by zero (line 1)"),
+            ("def f():\n    raise ValueError('a\\n  b\\tc\\0d')", "error: ValueError: a b c d (line 2)"),
+            ("def f():\n    raise ValueError('\\ud800')", "error: ValueError: \\ud800 (line 2)"),
+            ("def f(:\n    pass", "error: SyntaxError: invalid syntax (line 1)"),
+            ("f = 3", "error: TypeError: 'int' object is not callable"),
+            ("def f():\n    raise SystemExit(0)", "error: SystemExit: 0 (line 2)"),
+            ("def f():\n    return f()", "error: RecursionError: maximum recursion depth exceeded (line 2)"),
+            ("class E(Exception):\n    def __str__(self): raise self\ndef f():\n    raise E", "error: E (line 4)"),
+            ("def f():\n    raise ValueError('x' * 10**6)", f"error: ValueError: {'x' * S.ERROR_CHARS} (line 2)"),
+            ("def f():\n    raise type('X' * 90_000, (Exception,), {})", f"error: {'X' * 100} (line 2)"),
+            ("import os\ndef f(): os._exit(0)", "error: exited without a result (exit code 0)"),
+            ("import os\ndef f():\n    os.closerange(0, 99)\n    while True: pass", "error: exited without a result (signal 9)"),
+            ("def f():\n    x = []\n    while True: x.append(bytearray(10**6))", "memory: MemoryError"),
+            ("x = bytearray(300 << 20)", "memory: MemoryError"),
+            ("print(1)\nx = 1 / 0", "error: ZeroDivisionError: division by zero (line 2)"),
+            ("print(1)\nraise KeyboardInterrupt", "error: KeyboardInterrupt (line 2)"),
+            ("print('\\ud800')", "error: UnicodeEncodeError: 'utf-8' codec can't encode character '\\ud800' in position 0..."),
+            ("print(1)\nimport ctypes\nctypes.string_at(0)", "error: exited without a result (signal 11)"),
+            ("def f(): return input()", "error: EOFError: EOF when reading a line (line 1)"),
+        )
+    ],
+    "too much output is its own status": [("box", source, None, LONG[min(bound, LIMIT)], bound) for source, bound in (
+        ("while True: print('x' * 10_000)", LIMIT), (f"print('x' * {LIMIT})", LIMIT), ("print('é' * 5)", 10),  # the line's end
+        ("print('x' * 10**6, flush=True)\nraise ValueError", LIMIT),
+        ("import atexit\natexit.register(lambda: print('x' * 10**6))", LIMIT),
+        ("import os\nprint('x' * 60_000, flush=True)\nprint('x' * 60_000, flush=True)\nos._exit(0)", LIMIT),
+        ("def f():\n    return 'x' * 10**7", LIMIT), ("def f():\n    return 'x' * 9", 10),  # eleven with its quotes
+        ("print('x' * 200_000)", 10**9),  # the sandbox's bound is the lower one
+    )],
+    "what is as long as its bound is kept": [
+        ("box", "def f(x):\n    return len(x)", ["é" * 300_000], 300_000),  # a question has no bound
+        *(("box", "def f(n):\n    return 'x' * n", [n - 2], "x" * (n - 2), n) for n in (LIMIT, 10)),
+        *(("box", f"print('x' * {n - 1})", "", "x" * (n - 1) + "\n", n) for n in (LIMIT, 10)),
+    ],
+    "deep recursion is an error, with the preamble from 50,000 on": [
+        ("box", DEEP, [900], 900), ("box", DEEP, [1100], "error: RecursionError..."), ("judge", DEEP, [45_000], 45_000),
+        ("judge", DEEP, [51_000], "error: RecursionError..."),
+        ("judge", "def f(): return f()\nf()", "", "error: RecursionError..."),
+        ("box", f"import sys\nsys.setrecursionlimit(10**6)\n{DEEP}\nprint(f(10**5))", "", "100000\n"),
+    ],
+    "the standard library can be imported, and with the preamble its names are there": [
+        ("box", "import pytest\ndef f(): pass", None, "error: ModuleNotFoundError: No module named 'pytest' (line 1)"),
+        ("box", "import losses\ndef f(): pass", None, "error: ModuleNotFoundError: No module named 'losses' (line 1)"),
+        ("judge", NAMES, [[9, 6]], [6, 3, 1, True]),
+        ("box", NAMES, [[9, 6]], "error: NameError: name 'List' is not defined (line 1)"),
+        ("judge", "print(max(accumulate(map(int, stdin.read().split()))))", "1 2 3", "6\n"),
+        ("judge", "stdout.write('a\\n')\nprint('b')\nstdout.write(stdin.readline())", "c\n", "a\nb\nc\n"),
+        ("box", body("import heapq\nreturn [m for m in ('torch', 'numpy', 'site') if m in sys.modules]"), None, []),
+    ],
+    "a script reads the input of its own call only": [
+        ("one", "print(input())", "first\nsecond\n", "first\n"),
+        ("one", READ, "third", "[b'third']\n"), ("one", READ, "", "[b'']\n"),
+        ("one", READ, "a\ud800\n", "[b'a\\xed\\xa0\\x80\\n']\n"),  # a lone surrogate as its bytes
+        ("one", "print(input())", "\ud800\n", "error: UnicodeDecodeError..."),
+        ("one", "print(sum(map(int, open(0).read().split())))", "7 " * 2_000_000, "14000000\n"),
+    ],
+    "what the kernel counts for all of a user's processes is limited, and no handler of core dumps starts": [
+        ("box", TIMERS, "", "256\n"), ("box", "import resource\nprint(resource.getrlimit(resource.RLIMIT_CORE))", "", "(1, 1)\n"),
+    ],
+    "no capability is left": [("layered only_seccomp no_seccomp", body("""
+        import ctypes, struct
+        sets = (ctypes.c_uint32 * 6)()
+        assert ctypes.CDLL(None).capget(struct.pack("Ii", 0x20080522, 0), sets) == 0
+        return list(sets)
+    """), None, [0] * 6)],
+    "the working directory can be used": [("layered", body("""
+        import pathlib, sqlite3, tempfile
+        os.makedirs("a/b")
+        with open("a/b/c", "w") as file: file.write("text")
+        os.rename("a/b/c", "a/d")
+        with tempfile.TemporaryFile(dir=".") as file: file.write(b"x")
+        sqlite3.connect("f").execute("create table t (x)")
+        return sorted(str(path) for path in pathlib.Path().rglob("*")) + [open("a/d").read(), open("/dev/zero").read(1)]
+    """), None, ["a", "a/b", "a/d", "f", "text", "\0"])],
+}  # fmt: skip
 
 
-def test_json_values_return_with_their_types(box, judge):
-    for value in VALUES:
-        result = box.call(IDENTITY, "f", [value])
-        assert (result.status, repr(result.value)) == ("ok", repr(value))  # repr: True is not 1, 1 is not 1.0
-        assert result.error == "" and 0 < result.seconds < 10
-    assert judge.call(IDENTITY, "f", [NESTED]).value == NESTED
-    low, high, nan = box.call(body("return x, y, y - y", "x, y"), "f", [-math.inf, math.inf]).value
-    assert (low, high) == (-math.inf, math.inf) and math.isnan(nan)  # and a tuple at the top is a list
-    for argument, error in [({1}, TypeError), (reduce(lambda inner, _: [inner], range(10**5), []), RecursionError)]:
-        with pytest.raises(error):  # the caller's
+@pytest.mark.parametrize("claim", PROGRAMS)
+def test_programs(request, claim):
+    for names, source, given, wanted, *bound in PROGRAMS[claim]:
+        for name in names.split():
+            box = request.getfixturevalue(name)
+            result = ask(box, source, given, *bound)
+            told = result.value if result.status == "ok" else f"{result.status}: {result.error}"
+            if isinstance(wanted, str) and wanted.endswith("..."):
+                told = told[: len(wanted) - 3] + "..."
+            assert repr(told) == repr(wanted), source  # repr: True is not 1, 1 is not 1.0
+            assert 0 < result.seconds < 10 and (result.status == "ok") == (result.error == "") and works(box)
+
+
+def test_arguments_that_are_no_json_are_the_callers_error(box):
+    for argument, error in [({1}, TypeError), (nested(10**5), RecursionError)]:
+        with pytest.raises(error):
             box.call(IDENTITY, "f", [argument])
     assert works(box)
-
-
-ODD = "TypeError: a tuple inside the result, or a key that is no string in a dictionary of it"
-
-
-@pytest.mark.parametrize("values, error", [
-    (["[(1,)]", "(1, (2,))", "{'a': ()}", "[{'a': [(1,)]}]", "{1: 2}", "[{None: 1}]", "{'a': {True: 1}}", "({1.5: 1},)"], ODD),
-    (["{1}"], "TypeError: Object of type set is not JSON serializable"), (["b''"], "TypeError: Object of type bytes is not JSON"),
-    (["(x := []) or x.append(x) or x"], "ValueError: Circular"), (["[{'a': 10**50_000}]"], "ValueError: Exceeds the limit (50000"),
-    (["__import__('functools').reduce(lambda x, _: [x], range(10**5), [])"], "RecursionError"),
-])  # fmt: skip
-def test_a_value_that_json_does_not_hold_as_python_does_is_an_error(box, judge, values, error):
-    """[(1, 2)] == [[1, 2]] and {1: 2} == {"1": 2} are False in Python, which JSON cannot tell."""
-    for value in values:
-        for each in (box, judge):
-            result = each.call(f"def f():\n    return {value}", "f", [])
-            assert result.status == "error" and result.value is None and result.error.startswith(error)
-
-
-def test_integers_of_up_to_50000_digits_return(one):
-    """Equal to the integer that was meant and to no neighbour."""
-    for value, zeros in (10**4300, 4300), (-(10**5000), 5000), (10**49_999, 49_999):
-        power = f"{'-' * (value < 0)}10**{zeros}"
-        x, other = one.call(f"def f():\n    return [{power}, {{'a': {power} + 1}}]", "f", []).value
-        assert x == value and x != value + 1 and other == {"a": value + 1}
-        assert one.run(f"print({power})", "").value.strip("-\n") == "1" + "0" * zeros
-    assert S.loads(f"[1, {'9' * 6000}, -1{'0' * 5000}, 1.5]") == [1, 10**6000 - 1, -(10**5000), 1.5]
-    for text in ("", "[", "nonsense", "9" * 5000 + "x"):
-        with pytest.raises(ValueError):
-            S.loads(text)
 
 
 def test_numbers_of_numpy_count_as_pythons():
@@ -177,77 +283,10 @@ def test_numbers_of_numpy_count_as_pythons():
         result = box.call("import numpy as np\ndef f():\n    return np.array([1, 2])", "f", [])
         assert result.error == "TypeError: Object of type ndarray is not JSON serializable"
         for _ in range(2):  # what a worker runs once is loaded in every call, and packages are there; never the caller's
-            source = body("import pytest\nsys.cache.append(2)\nreturn ['numpy' in sys.modules, 'torch' in sys.modules, sys.cache]")
-            assert box.call(source, "f", []).value == [True, False, [1, 2]]
+            source = body("import pytest\nsys.cache.append(2)\nreturn [*map(sys.modules.__contains__, ('numpy', 'torch'))], sys.cache")
+            assert box.call(source, "f", []).value == [[True, False], [1, 2]]
         assert box.run("print('sys' in globals())", "").value == "False\n"
         assert box.call("import losses", "f", []).error == "ModuleNotFoundError: No module named 'losses' (line 1)"
-
-
-def test_an_object_equal_to_everything_earns_nothing(box):
-    equal = "    def __eq__(self, other): return True\n    __hash__ = None\ndef f():\n    return C"
-    assert box.call(f"class C:\n{equal}()", "f", []).error == "TypeError: Object of type C is not JSON serializable"
-    for base, value in [("list", "[1]"), ("int", "7"), ("str", "'a'"), ("dict", "{'a': 1}")]:
-        result = box.call(f"class C({base}):\n{equal}({value})", "f", []).value
-        assert (type(result), repr(result)) == (eval(base), value) and result != 99
-
-
-METHODS = """class Solution:
-    calls = 1
-    def double(self, x, y=0): return [2 * x + y, self.calls, __name__]
-    @staticmethod
-    def plain(x): return x
-class Broken:
-    def __init__(self): raise ValueError("no")"""
-
-
-def test_a_method_is_called_on_a_new_object_of_its_class(box):
-    for name, answer in [
-        ("Solution.double", [6, 1, "program"]), ("Solution.plain", 3), ("Broken.double", "ValueError: no (line 7)"),
-        ("Solution.triple", "AttributeError: 'Solution' object has no attribute 'triple'"),
-        ("Nobody.double", "NameError: name 'Nobody' is not defined"), ("print", "NameError: name 'print' is not defined"),
-    ]:  # fmt: skip
-        result = box.call(METHODS, name, [3])
-        assert (result.error or result.value) == answer
-
-
-LONG = {None: f"more than {SMALL['output_bytes']} bytes of output", 10: "more than 10 bytes of output"}
-
-
-@pytest.mark.parametrize("source, error, bound", [
-    *((source, error, 10) for source, error in [  # which bounds no error
-        ("def g():\n    raise KeyError('a')\ndef f():\n    g()", "KeyError: 'a' (line 2)"),
-        ("def f():\n    assert False", "AssertionError (line 2)"),
-        ("1 / 0\ndef f(): pass", "ZeroDivisionError: division by zero (line 1)"),
-        ("def f():\n    raise ValueError('a\\n  b\\tc')", "ValueError: a b c (line 2)"),
-        ("def f(:\n    pass", "SyntaxError: invalid syntax (line 1)"), ("f = 3", "TypeError: 'int' object is not callable"),
-        ("def f():\n    raise SystemExit(0)", "SystemExit: 0 (line 2)"),
-        ("def f():\n    return f()", "RecursionError: maximum recursion depth exceeded (line 2)"),
-        ("class E(Exception):\n    def __str__(self): raise self\ndef f():\n    raise E", "E (line 4)"),
-        ("def f():\n    raise ValueError('x' * 10**6)", f"ValueError: {'x' * S.ERROR_CHARS} (line 2)"),
-        ("def f():\n    raise type('X' * 90_000, (Exception,), {})", f"{'X' * 100} (line 2)"),
-        ("import os\ndef f(): os._exit(0)", "exited without a result (exit code 0)"),
-        ("import os\ndef f():\n    os.closerange(0, 99)\n    while True: pass", "exited without a result (signal 9)"),
-        ("def f():\n    x = []\n    while True: x.append(bytearray(10**6))", "MemoryError"),
-        ("x = bytearray(300 << 20)", "MemoryError"),
-        ("print(1)\nx = 1 / 0", "ZeroDivisionError: division by zero (line 2)"),
-        ("print(1)\nraise KeyboardInterrupt", "KeyboardInterrupt (line 2)"),
-        ("print('\\ud800')", "UnicodeEncodeError: 'utf-8' codec can't encode character '\\ud800' in position 0: surrogates not "
-         "allowed (line 1)"),
-        ("print(1)\nimport ctypes\nctypes.string_at(0)", "exited without a result (signal 11)"),
-    ]),
-    *((source, LONG[bound], bound) for source, bound in [
-        ("while True: print('x' * 10_000)", None), ("print('x' * 100_000)", None), ("print('é' * 5)", 10),  # the line's end
-        ("print('x' * 10**6, flush=True)\nraise ValueError", None),
-        ("import atexit\natexit.register(lambda: print('x' * 10**6))", None),
-        ("import os\nprint('x' * 60_000, flush=True)\nprint('x' * 60_000, flush=True)\nos._exit(0)", None),
-        ("def f():\n    return 'x' * 10**7", None), ("def f():\n    return 'x' * 9", 10),  # eleven with its quotes
-    ]),
-    ("print('x' * 200_000)", LONG[None], 10**9),  # the sandbox's bound is the lower one
-])  # fmt: skip
-def test_an_end_without_a_value_is_one_line_of_error(box, source, error, bound):
-    """Of a script only an exception, a signal or too much output."""
-    status = "memory" if error == "MemoryError" else "output limit" if error in LONG.values() else "error"
-    assert ask(box, source, bound)[:3] == (status, None, error) and works(box)
 
 
 def test_the_last_three_lines_of_the_program_on_the_way_to_the_error_are_told(box):
@@ -321,14 +360,6 @@ def test_what_a_program_starts_is_dead_after_the_call(bare_short, how, last, sta
 
 # ---- Output, files, threads --------------------------------------------------------------------------------
 
-
-def test_what_is_as_long_as_its_bound_is_kept(box):
-    assert box.call("def f(x):\n    return len(x)", "f", ["é" * 300_000]).value == 300_000  # a question has no bound
-    for length, bound in (99_998, None), (8, 10):
-        assert box.call("def f(n):\n    return 'x' * n", "f", [length], bound).value == "x" * length
-        assert box.run(f"print('x' * {length + 1})", "", bound).value == "x" * (length + 1) + "\n"
-
-
 LIMITS = [
     ("files = [open('/dev/null') for _ in range(100)]", "error", "OSError: [Errno 24] Too many open files"),
     ("open('a', 'w').write('x' * 200_000)", "error", "OSError: [Errno 27] File too large"),
@@ -368,37 +399,29 @@ def test_a_thread_bomb_is_stopped_and_200_threads_are_granted(short, judge):
     assert works(judge) and judge.run(source, "").value == "201\n"
 
 
-FILL = [
+FILL = [  # the last three make files without end
     "with open(str(n), 'wb') as file: file.write(bytes(16 << 20))",
-    "with open(str(n), 'wb') as file: os.posix_fallocate(file.fileno(), 0, 16 << 20)",
-    "keep.append(os.memfd_create('a'))\nos.write(keep[-1], bytes(16 << 20))",
     "with open('a', 'wb+') as file:\n    file.truncate(16 << 20)\n    mmap.mmap(file.fileno(), 0).write(bytes(16 << 20))\n"
     "os.unlink('a')",
+    "for i in range(10**5): os.close(os.open(f'{n}-{i}', os.O_CREAT))",
+    "for i in range(10**5):\n    os.mkdir(str(i))\n    if i % 100 == 0: os.chdir(str(i))",
+    "os.mkdir('../d', 0o300)\nfor i in range(10**6): os.symlink('/', f'../d/{i}')",  # unreadable
 ]
 
 
 def test_the_disk_is_not_filled_and_bytes_that_are_no_utf8_cost_the_caller_little(layered):
-    """16 MiB, 50 times, of which 272 MiB are granted at most."""
+    """16 MiB, 50 times, of which 272 MiB are granted at most; or 5 million files, of which 1000 are."""
     with S.Sandbox(workers=1, time_limit=60.0, output_bytes=16 << 20) as box:
         on_disk = os.major(os.stat(box._workers[0].scratch).st_dev)  # else writes through shared mappings are not counted
-        for lines in FILL if on_disk else FILL[:3]:
-            result = box.run("import mmap, os\nkeep = []\nfor n in range(50):\n" + indent(lines, "    "), "")
-            denied = lines in FILL[1:3] and result.error.startswith("PermissionError: [Errno 1]")
-            assert denied or result[:3] == ("output limit", None, f"more than {272 << 20} bytes written")
-            assert box.run("import os\nprint(os.listdir())", "").value == "[]\n"
+        for lines in FILL if on_disk else FILL[:1] + FILL[2:]:
+            much = f"{272 << 20} bytes written" if lines in FILL[:2] else "1000 files"
+            result = box.run("import mmap, os\nfor n in range(50):\n" + indent(lines, "    "), "")
+            assert result[:3] == ("output limit", None, f"more than {much}") and result.seconds < 30
+            assert box.run("import os\nprint(os.listdir(), os.listdir('..'))", "").value == "[] ['work']\n"
         before, source = time.process_time(), "import os\nfor _ in range(16): os.write(1, b'\\xff' * (1 << 20))"
         assert box.run(source, "", max_output=1 << 16).status == "output limit"
         assert box.run(source, "").value == "\ufffd" * (16 << 20)
         assert time.process_time() - before < 1.0  # 0.15; it was 3 when the bytes came as JSON
-
-
-def test_deep_recursion_is_an_error_and_with_the_preamble_goes_to_50000(box, judge):
-    source = "def f(n):\n    return 0 if n == 0 else 1 + f(n - 1)"
-    for each, n, value in [(box, 900, 900), (box, 1100, None), (judge, 45_000, 45_000), (judge, 51_000, None)]:
-        result = each.call(source, "f", [n])
-        assert result.value == value and result.error.startswith("RecursionError" if value is None else "")
-    assert box.run(f"import sys\nsys.setrecursionlimit(10**6)\n{source}\nprint(f(10**5))", "").value == "100000\n"
-    assert judge.run("def f(): return f()\nf()", "").error.startswith("RecursionError")
 
 
 # ---- What a program sees and leaves behind -----------------------------------------------------------------
@@ -428,7 +451,7 @@ SEEN = """
     "pass", "open('a', 'w').write('x')", "open('a', 'w').close(); os.unlink('a')", "open('../beside', 'w').write('x')",
     "open('../beside', 'w').close(); os.unlink('../beside')",
     "os.makedirs('a/b/c'); os.symlink('/', 'a/b/link')", "os.rmdir(os.getcwd())", "os.rename(os.getcwd(), '../moved')",
-    "[(os.mkdir('d'), os.chdir('d')) for _ in range(1050)]",  # deeper than Python's recursion limit
+    "[(os.mkdir('d'), os.chdir('d')) for _ in range(950)]",
     "[open(f'../{n:0200}', 'w').close() for n in range(300)]",  # the folder grows
     "os.listdir(), os.listdir('..')", "os.chmod('.', 0o751)", "os.setxattr('.', 'user.a', b'x')",
 ])  # fmt: skip
@@ -443,9 +466,11 @@ def test_the_working_directory_tells_nothing_of_the_call_before(one, no_seccomp,
 
 
 def test_locked_directories_and_links_left_are_removed_and_links_not_followed(bare, one, tmp_path):
-    lock = "os.makedirs('a/b/c'); os.symlink('/', 'a/b/link')\nfor path in ('a/b', 'a', '.'): os.chmod(path, 0)\nreturn os.getcwd()"
-    used = bare.call(body(lock), "f", []).value
-    assert bare.call(body("return os.listdir()"), "f", []).value == [] and not os.path.exists(used)
+    lock = "os.makedirs('a/b/c'); os.symlink('/', 'a/b/link')\nfor path in ('a/b', 'a', '.'): os.chmod(path, 0)"
+    assert works(bare)
+    used = f"{bare._workers[0].scratch}/work"
+    assert os.path.exists(used) and ask(bare, body(lock)).status in ("ok", "output limit")  # if it is looked at just then
+    assert ask(bare, body("return os.listdir()")).value == [] and not os.path.exists(used)
     swap = "import os\nhere = os.getcwd()\nos.chdir('..')\nos.rmdir(here)\nos.symlink(input(), here)"
     tmp_path.chmod(0o750)
     for kept in ([], ["file"]):  # a link to an empty folder, and to one that is not
@@ -469,22 +494,11 @@ def test_input_is_empty_and_output_goes_nowhere(box, capfd):
         except OSError: pass
         return sys.stdin.read(), [os.readlink(f"/proc/self/fd/{fd}") for fd in (0, 1, 2)]
     """
-    assert box.call(body(lines), "f", []).value == ["", ["/dev/null"] * 3]
-    assert box.call(body("return input()"), "f", []).error == "EOFError: EOF when reading a line (line 4)"
-    assert capfd.readouterr() == ("", "")
+    assert ask(box, body(lines)).value == ["", ["/dev/null"] * 3] and capfd.readouterr() == ("", "")
 
 
-def test_what_is_importable(box, judge):
-    """The standard library, with `preamble` names unimported; the module itself needs no torch."""
-    lines = "import heapq, decimal\nreturn [sys.path, [m for m in ('torch', 'numpy', 'site') if m in sys.modules]]"
-    path, loaded = box.call(body(lines), "f", []).value
-    assert loaded == [] and not any("site-packages" in p or Path(p) == ROOT for p in path)
-    for name in ("pytest", "losses"):
-        assert box.call(f"import {name}", "f", []).error == f"ModuleNotFoundError: No module named '{name}' (line 1)"
-    source = "def f(x: List[int]):\n    heapify(x)\n    return [x[0], gcd(*x), Counter(x)[6], math.inf > pow(2, 3, 5)]"
-    assert judge.call(source, "f", [[9, 6]]).value == [6, 3, 1, True]
-    assert judge.run("print(max(accumulate(map(int, stdin.read().split()))))", "1 2 3").value == "6\n"
-    assert box.call(source, "f", [[9, 6]]).error == "NameError: name 'List' is not defined (line 1)"
+def test_neither_packages_nor_the_sources_are_on_the_path_and_the_sandbox_needs_no_torch(box):
+    assert not any("site-packages" in path or Path(path) == ROOT for path in ask(box, body("return sys.path")).value)
     subprocess.run([sys.executable, "-c", "import tasks.sandbox, sys; assert 'torch' not in sys.modules"], cwd=ROOT, check=True)
 
 
@@ -499,18 +513,17 @@ FORGE = """
     os.write(report, line.encode("latin-1"))
     time.sleep(60)
 """
-OK = 'ok\t["", []]\n'
 
 
-@pytest.mark.parametrize("line, text, value", [
-    (OK, "99", 99), (OK, "9" * 9000, 10**9000 - 1), *((OK, text, None) for text in ("nonsense", "1 2", "[" * 50_000, "\xff")),
-    *((f"ok\t{payload}\n", "1", None) for payload in ("1", '["", []]\t2', '["", 1]', "[" * 50_000, "\xff")),
-    *((f"error\t{payload}\n", "1", None) for payload in ("[1]", "[[], 1]", "[[], {}]", f'[{"[" * 970 + "]" * 970}, []]')),
-    *((f'{status}\t["", []]\n', "1", None) for status in ("nonsense", "timeout", "internal", "+ok", "")), ("x" * 70_000, "1", None),
-], ids=lambda part: repr(part)[:16] if isinstance(part, str) else "")  # fmt: skip
-def test_a_forged_answer_is_only_an_answer(box, line, text, value):
+@pytest.mark.parametrize("line, text, wanted", [
+    ("ok\0\n", "99", 99), ("ok\0a\0b\n", "9" * 9000, 10**9000 - 1),
+    *(("ok\0\n", text, "the answer cannot be read: ") for text in ("nonsense", "1 2", "[" * 50_000, "\xff", "9" * 60_000)),
+    *((line, "1", "the answer cannot be read") for line in ("ok\n", "\n", "timeout\0\n", "internal\0\n", "sok\0\n", "\xff\0\n")),
+    ("error\0\xff\0b\0c\0d\0e\n", "1", "\ufffd"), ("x" * 70_000, "1", "exited without a result (signal 9)"),
+])  # fmt: skip
+def test_a_forged_answer_is_only_an_answer(box, line, text, wanted):
     result = box.call(body(FORGE, "line, text"), "f", [line, text])
-    assert result[:2] == ("error" if value is None else "ok", value)
+    assert result.value == wanted if result.status == "ok" else result.error.startswith(wanted) and len(result.frames) <= S.FRAMES
     result = box.run(f"import os, time\nline, text = {line!r}, {text!r}\nprint('wrong', flush=True)\n" + dedent(FORGE), "")
     assert result.status in ("ok", "error") and (result.value or "wrong").startswith("wrong")  # judged by what it printed
     assert works(box)
@@ -569,6 +582,17 @@ PYTHON = [  # source, standard input
     (CYCLE + "a, b = A(), [[n] for n in range(10**5)]\nprint('a')", ""),  # in an old generation
     ("import os\nclass A: pass\na = A()\na.a, a.out = a, os.fdopen(1, 'w')\na.out.write('a\\n')", ""),
     ("def f():\n    try: yield 1\n    finally: print('b')\ng = f()\nprint(next(g))", ""),  # a generator left open
+    ("import os\nprint('a', flush=True)\nprint('lost')\nos.close(1)", ""), ("with open(1, 'w') as out: out.write('a\\n')", ""),
+    ("import sys\nprint('a')\nsys.stdout.close()", ""), ("import sys\nprint('a')\ndel sys.stdout", ""),
+    ("import asyncio\nasync def f(n):\n    await asyncio.sleep(0.01)\n    return await asyncio.to_thread(lambda: n)\n"
+     "async def main(): print(await asyncio.gather(*map(f, range(3))))\nasyncio.run(main())", ""),
+    ("from concurrent.futures import ThreadPoolExecutor as Pool\nprint(list(Pool(3).map(len, ['a', 'bc'])))", ""),
+    ("from __future__ import annotations\nimport dataclasses, typing\n@dataclasses.dataclass(order=True)\nclass A:\n    x: int\n"
+     "print(sorted([A(2), A(1)]), typing.get_type_hints(A))", ""),
+    ("import signal, time\ndef f(*_): raise SystemExit(print('late'))\nsignal.signal(signal.SIGALRM, f)\n"
+     "signal.setitimer(signal.ITIMER_REAL, 0.01)\ntime.sleep(5)", ""),
+    ("import io, sys\nsys.stdin = io.StringIO(sys.stdin.read() + 'b\\n')\nprint([*map(str.strip, sys.stdin)])", "a\n"),
+    ("import sys, weakref\nclass A: pass\na = A()\nweakref.finalize(a, print, 'b')\nsys.stdout.write('a\\n')", ""),
 ]  # fmt: skip
 
 
@@ -589,15 +613,6 @@ def test_an_exception_in_a_thread_is_told_beside_the_output(box):
     assert box.run(source, "")[:4] == told
     assert box.run("print('fine')", "")[:4] == ("ok", "fine\n", "", ())
     assert box.run("import sys, threading\nthreading.Thread(target=sys.exit).start()", "").error == ""
-
-
-def test_a_script_reads_the_input_of_its_own_call_only(one):
-    read = "import sys\nprint([sys.stdin.buffer.read()])"
-    assert one.run("print(input())", "first\nsecond\n").value == "first\n"
-    assert one.run(read, "third").value == "[b'third']\n" and one.run(read, "").value == "[b'']\n"
-    assert one.run(read, "a\ud800\n").value == "[b'a\\xed\\xa0\\x80\\n']\n"  # a lone surrogate as its bytes
-    assert one.run("print(input())", "\ud800\n").status == "error" and works(one)
-    assert one.run("print(sum(map(int, open(0).read().split())))", "7 " * 2_000_000).value == "14000000\n"
 
 
 # ---- The kernel's layers -----------------------------------------------------------------------------------
@@ -636,7 +651,7 @@ ATTACKS = SCOPED + [  # each fails with EPERM; signal 0 and a bounded fork do no
     "os.kill(-1, 0)", "os.memfd_create('a')",
     "fcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, pid)", "fcntl.fcntl(os.pipe()[0], 15, struct.pack('ii', 1, pid))",  # F_SETOWN_EX
     "fcntl.fcntl(os.open(os.__file__, os.O_RDONLY), fcntl.F_SETLEASE, fcntl.F_RDLCK)",
-    "fcntl.fcntl(here(), fcntl.F_NOTIFY, fcntl.DN_ACCESS)",
+    "fcntl.fcntl(here(), fcntl.F_NOTIFY, fcntl.DN_ACCESS)", "fcntl.fcntl(os.pipe()[1], 1031, 1 << 20)",  # F_SETPIPE_SZ
     "fcntl.ioctl(pair(), 0x8901, struct.pack('i', pid))",  # FIOSETOWN
     "fcntl.ioctl(pair(), 0x5452, struct.pack('i', 1))", "fcntl.ioctl(0, 0x5412, b'x')",  # FIOASYNC, TIOCSTI
     "fcntl.ioctl(here(), 0x40087602, bytes(8))", "fcntl.ioctl(here(), 0x40086602, bytes(8))",  # FS_IOC_SETVERSION, SETFLAGS
@@ -644,7 +659,8 @@ ATTACKS = SCOPED + [  # each fails with EPERM; signal 0 and a bounded fork do no
     "system('inotify_init')", "system('inotify_add_watch', 0, b'/', 1)", "system('unshare', 0x10000000)",
     "os.posix_fallocate(os.open('a', os.O_CREAT | os.O_RDWR), 0, 9)", "os.sched_setaffinity(pid, [0])",
     "socket.send_fds(socket.socketpair()[0], [b'x'], [0])", "socket.socket(socket.AF_INET, socket.SOCK_DGRAM)",
-    "os.setpriority(os.PRIO_PROCESS, pid, 19)",
+    "os.setpriority(os.PRIO_PROCESS, pid, 19)",  # the last destroy what other processes of the user share
+    *(f"system({call!r}, 99, 0, 0, 0)" for call in "shmctl semctl msgctl semop semtimedop msgsnd msgrcv".split()),
 ]  # fmt: skip
 CHANGES = [  # landlock's work; the last four are seccomp's
     "open(f'{folder}/file', 'w').write('x')", "open(f'{folder}/file', 'a').write('x')", "open(f'{folder}/new', 'w').close()",
@@ -709,12 +725,6 @@ def test_the_layers_deny(layered, only_seccomp, first_landlock, no_seccomp, bare
         assert bare.call(source, "f", arguments).value == "escaped"
 
 
-def test_no_capability_is_left(layered, only_seccomp, no_seccomp):
-    lines = "sets = (ctypes.c_uint32 * 6)()\nsystem('capget', struct.pack('Ii', 0x20080522, 0), sets)\nreturn list(sets)"
-    for box in (layered, only_seccomp, no_seccomp):
-        assert box.call(body(LIBC + lines), "f", []).value == [0] * 6
-
-
 AS_A_USER = """
 import json, os, sys, tempfile
 sys.path.insert(0, sys.argv[1])
@@ -754,19 +764,6 @@ def test_memory_and_processes_are_out_of_reach_of_who_is_not_root(layered):
     pytest.skip("no Python here that a user may run")
 
 
-def test_the_working_directory_can_be_used(layered):
-    lines = """
-        import pathlib, sqlite3, tempfile
-        os.makedirs("a/b")
-        with open("a/b/c", "w") as file: file.write("text")
-        os.rename("a/b/c", "a/d")
-        with tempfile.TemporaryFile(dir=".") as file: file.write(b"x")
-        sqlite3.connect("f").execute("create table t (x)")
-        return sorted(str(path) for path in pathlib.Path().rglob("*")) + [open("a/d").read(), open("/dev/zero").read(1)]
-    """
-    assert layered.call(body(lines), "f", []).value == ["a", "a/b", "a/d", "f", "text", "\0"]
-
-
 LOOK = """import gc, os, re, sys
 def f(control):
     found, seen, frame = set(), set(), sys._getframe()
@@ -779,14 +776,16 @@ def f(control):
         if id(item) in seen or item is seen or item is found: continue
         seen.add(id(item))
         if isinstance(item, (bytes, bytearray)): item = item.decode("latin-1")
-        if isinstance(item, str): found.update(re.findall("EXPECTED-[0-9]+-[a-z]+", item))
+        if isinstance(item, int): item = str(item)
+        if isinstance(item, str): found.update(re.findall("EXPECTED-[0-9]+-[a-z]+|^7654[3]$", item))
         else: todo += gc.get_referents(item)
     return sorted(found)
 """
 
 
 def test_nothing_holds_what_only_the_caller_or_an_earlier_call_knows(box, one, monkeypatch):
-    """The caller's variable, environment and argument vector hold the expected output; the argument is found."""
+    """The caller's variable, environment and argument vector hold the expected output; the argument is found. Nor is it known
+    how long the output may be, which tells the length of the expected one."""
     expected = f"EXPECTED-{os.getpid()}-secret"
     monkeypatch.setenv("EXPECTED", expected)
     monkeypatch.setattr(sys, "argv", [*sys.argv, expected])
@@ -794,8 +793,7 @@ def test_nothing_holds_what_only_the_caller_or_an_earlier_call_knows(box, one, m
     one.run("print('EXPECTED-3-printed')", "EXPECTED-4-input")
     with S.Sandbox(workers=1, without=BARE) as fresh:
         for each in (box, fresh, one):
-            result = each.call(LOOK, "f", ["EXPECTED-0-control"])
-            assert result.value == ["EXPECTED-0-control"] and result.value != expected
+            assert each.call(LOOK, "f", ["EXPECTED-0-control"], 76_543).value == ["EXPECTED-0-control"]
         lines = "return [dict(os.environ), [open(f'/proc/{pid}/environ').read() for pid in (os.getpid(), os.getppid())]]"
         environment, blocks = fresh.call(body(lines), "f", []).value
     assert environment == {} and "PYTHONHASHSEED" in blocks[0] and expected not in "".join(blocks)
@@ -813,19 +811,26 @@ def verdict(code: bytes, number: int, machine: int, args: tuple = ()) -> int:
         if op == 0x20:
             a = struct.unpack_from("<I", data, k)[0]
         else:
-            at += yes if {0x15: a == k, 0x35: a >= k, 0x45: bool(a & k)}[op] else no
+            at += yes if {0x15: a == k, 0x35: a >= k}[op] else no
 
 
 ALLOW, PRETEND, DENY, UNKNOWN, KILL = 0x7FFF0000, 0x50000, 0x50001, 0x50026, 0x80000000
 # By hand, from asm/unistd.h: read, write, openat, mmap, futex, exit_group; execve, execveat, kill, tgkill, socket, connect,
 # setsid, ptrace, process_vm_readv, process_vm_writev, setrlimit, fchmodat, mount, bpf, unshare,
-# inotify_init1, fallocate, memfd_create, sendmsg, ioprio_set, and fork, vfork, chmod; clone, fcntl, ioctl, prctl, prlimit64
+# inotify_init1, fallocate, memfd_create, sendmsg, ioprio_set, shmctl, msgctl, io_setup, and fork, vfork, chmod; the calls
+# of CHOSEN
 BY_HAND = {
     "x86_64": ([0, 1, 257, 9, 202, 231], [59, 322, 62, 234, 41, 42, 112, 101, 310, 311, 160, 268, 165, 321, 272, 294, 285, 319,
-                46, 251, 57, 58, 90], [56, 72, 16, 157, 302]),
+                46, 251, 31, 71, 206, 57, 58, 90], [56, 72, 16, 157, 302]),
     "aarch64": ([63, 64, 56, 222, 98, 94], [221, 281, 129, 131, 198, 203, 157, 117, 270, 271, 164, 53, 40, 280, 97, 26, 47, 279,
-                211, 30], [220, 25, 29, 167, 261]),
+                211, 30, 195, 187, 0], [220, 25, 29, 167, 261]),
 }  # fmt: skip
+CHOSEN = [  # clone, fcntl, ioctl, prctl, prlimit64: the argument that decides, what it may be, and what else is answered
+    (0, (0x3D0F00, 0x7D0F00), DENY), (1, (*range(8), 36, 37, 38, 1030, 1032), DENY),
+    (1, (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451, 0x40049409), DENY), (0, (2, 3, 15, 16), DENY),
+    (2, (0,), PRETEND),
+]  # fmt: skip
+FLAGS = [0x1200011, 0x5402, 0x5410, 0x5412, 0x5452, 0x8901, 0x8902, 0xC0045877, 1 << 31]  # among others fork's, FIOSETOWN, FITHAW
 
 
 @pytest.mark.parametrize("machine", BY_HAND)
@@ -834,25 +839,16 @@ def test_the_filter_decides_as_its_table_says(monkeypatch, machine):
     code, arch, column = S._seccomp_filter(), S.AUDIT_ARCH[machine], list(BY_HAND).index(machine)
     assert len(code) % 8 == 0 and len(code) // 8 < 4096
     table = {int(n) for row in S.DENIED.replace("\n", " ").split(",") if (n := row.split()[1 + column]) != "-"}
-    allowed, denied, (clone, fcntl, ioctl, prctl, prlimit) = BY_HAND[machine]
-    special = {clone: DENY, ioctl: DENY}
-    for number in range(600):
-        wanted = special.get(number, UNKNOWN if number >= S.FIRST_UNKNOWN else DENY if number in table else ALLOW)
-        assert verdict(code, number, arch) == wanted, number
-        assert verdict(code, number, arch ^ 1) == KILL
+    allowed, denied, chosen = BY_HAND[machine]
+    for number in {*range(600), 0x40000000 + 59} - {*chosen}:
+        wanted = UNKNOWN if number >= S.FIRST_UNKNOWN else DENY if number in table else ALLOW
+        assert verdict(code, number, arch) == wanted and verdict(code, number, arch ^ 1) == KILL, number
     for numbers, wanted in (allowed, ALLOW), (denied, DENY):
         assert {verdict(code, number, arch) for number in numbers} == {wanted}
-    for call, args, wanted in [
-        (clone, (0x3D0F00,), ALLOW), (clone, (0x1200011,), DENY), (435, (), UNKNOWN),  # a thread of glibc's, and its fork
-        *((fcntl, (0, command), ALLOW) for command in (*range(8), 36, 38, 1030, 1032)),
-        *((fcntl, (0, command), DENY) for command in (8, 9, 10, 15, 16, 35, 39, 1024, 1026, 1029, 1033, 1 << 31)),
-        *((ioctl, (0, command), ALLOW) for command in (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451, 0x802C542A)),
-        *((ioctl, (0, command), DENY) for command in (0x5402, 0x5410, 0x5412, 0x5452, 0x8901, 0x8902, 0xC0045877, 1 << 40)),
-        (prctl, (1, 9), DENY), (prctl, (4, 0), DENY), (prctl, (15, 0), ALLOW),
-        (prlimit, (0, 7, 0), ALLOW), (prlimit, (0, 7, 8), PRETEND), (prlimit, (0, 7, 1 << 40), PRETEND),
-        (0x40000000 + 59, (), UNKNOWN),
-    ]:  # fmt: skip
-        assert verdict(code, call, arch, args) == wanted, (call, args)
+    for number, (argument, values, otherwise) in zip(chosen, CHOSEN, strict=True):
+        for value in (*range(1100), *values, *FLAGS, *(value + (1 << 32) for value in values)):
+            wanted = ALLOW if value in values else otherwise
+            assert verdict(code, number, arch, (0,) * argument + (value,)) == wanted, (number, value)
     monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine="riscv64"))
     assert S._seccomp_filter() == b""
 
@@ -947,6 +943,7 @@ def test_an_interrupted_call_leaves_no_answer_for_the_next(box):
 
 
 def test_close_ends_workers_and_calls_in_flight():
+    S.Sandbox(workers=2).close()  # of which one has not started
     box = S.Sandbox(workers=2, time_limit=60.0)
     assert works(box)
     scratch = [Path(worker.scratch) for worker in box._workers]
@@ -998,19 +995,6 @@ def test_run_many_keeps_the_order_and_raises_and_every_thread_gets_its_own_answe
     for path in notes(box, count=2):  # both have started before either may end
         path.with_name("go").touch()
     assert [result.result(timeout=10).value for result in results] == ["met", "met"]
-
-
-@pytest.mark.parametrize("source", ["def f():\n    return 1", "print(1)"])
-def test_a_call_costs_milliseconds(one, source):
-    """Processor time of the worker and its children, which a busy machine stretches little."""
-
-    def spent() -> float:
-        fields = Path(f"/proc/{pids(one)[0]}/stat").read_text().rpartition(")")[2].split()
-        return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
-
-    assert works(one)
-    before, worker, statuses = spent(), pids(one), {ask(one, source).status for _ in range(200)}
-    assert statuses == {"ok"} and pids(one) == worker and spent() - before < 200 * 0.008  # about 0.0025
 
 
 @pytest.mark.slow
