@@ -10,6 +10,7 @@ unbiased estimator from n samples. Intervals are 95% bootstrap intervals over pr
 for one trained model; run several seeds to see the spread between runs.
 """
 
+import gc
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -264,6 +265,7 @@ def main(argv: list[str] | None = None) -> None:
         if sampler is not None:  # one network at a time; the engine stays, since both are of one shape
             sampler.sleep()
             sampler.policy = policy = None
+            gc.collect()  # a sharded network holds a method that holds it
             torch.cuda.empty_cache()
         try:
             policy = Policy.load(path, torch.bfloat16 if torch.cuda.is_available() else torch.float32, world=world)

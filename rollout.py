@@ -147,6 +147,8 @@ class VLLMSampler:
     other_engine = True
 
     def __init__(self, policy: Policy, path: str, max_model_len: int, memory_share: float = 0.55, probes: list[Ids] = ()):
+        # The engine seeds every generator of the process, and one of its parts lowers this limit; the trainer's are put back.
+        states, recompile_limit = (random.getstate(), np.random.get_state()), torch.compiler.config.recompile_limit
         # The engine must live in this process, where the weights are.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         from vllm import LLM, SamplingParams  # many seconds, and an import that not every machine has
@@ -160,8 +162,6 @@ class VLLMSampler:
             import vllm._custom_ops
 
             vllm._custom_ops._supports_onednn = False
-        # The engine seeds every generator of the process; the trainer's are put back.
-        states = random.getstate(), np.random.get_state()
         # vLLM makes its own model of some architectures (OLMo3) out of transformers' class, which it changes for everybody.
         theirs = type(policy.model.base_model)
         init = theirs.__init__
@@ -176,7 +176,7 @@ class VLLMSampler:
                 enable_chunked_prefill=cuda,  # vLLM's CPU code cannot draw from a seed after a prompt read in pieces
                 generation_config="vllm",  # no settings from the model's own, which `sample` would have to undo
             )  # fmt: skip
-        theirs.__init__ = init
+        theirs.__init__, torch.compiler.config.recompile_limit = init, recompile_limit
         random.setstate(states[0])
         np.random.set_state(states[1])
         self.sleep()

@@ -115,7 +115,7 @@ NO_RUN = "/bad/config.json is not the configuration of a run: "
 
 @pytest.mark.parametrize("config, log, reason", [
     (None, ROW, f"{NO_RUN}FileNotFoundError"), ('["method"]', ROW, NO_RUN), ("{}", ROW, f"{NO_RUN}it lacks method"),
-    (VPD.replace('"vpd"', "1"), ROW, f"{NO_RUN}its method is no text"), (VPD, None, "/log.jsonl'"),
+    (VPD.replace('"vpd"', "1"), ROW, f"{NO_RUN}its method is 1"), (VPD, None, "/log.jsonl'"),
     (VPD, "", "/log.jsonl has no batch"), (VPD, '{"kind": "resume", "step": 0}', "/log.jsonl has no batch"),
     (VPD, f"{ROW}\n{ROW[:30]}", "/log.jsonl, line 2 is no JSON object"), (VPD, "\0\xff", "/log.jsonl, line 1 is no JSON"),
     (VPD, ROW.replace("0.5", '"high"'), "could not convert string to float: 'high'"),
