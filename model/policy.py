@@ -5,6 +5,7 @@ in as token ids, and what comes out is already shifted, so that place t of a (B,
 No other file shifts anything. Only response places are projected on the vocabulary.
 """
 
+import copy
 import json
 import math
 import shutil
@@ -128,6 +129,8 @@ class Policy:
 
     def frozen_copy(self) -> nn.Module:
         """A copy of the network that never trains: the EMA teacher, or the fixed prior. Sharded like the network."""
+        if not self.world.sharded:
+            return copy.deepcopy(self.model).requires_grad_(False)
         # A sharded model cannot be copied whole. An empty twin takes no memory before it is cut to shards, which are filled.
         twin = placed(_empty(self.model.config, self.dtype).eval(), self.world, self.compute, self.compiled).requires_grad_(False)
         reshard(self.model)
