@@ -33,7 +33,7 @@ import vpd
 from harness import command
 from model.parallel import Shared, World
 from model.policy import Policy
-from neighbours import ovd
+from neighbours import ovd, served
 from rollout import HFSampler, StaleEngine, VLLMSampler
 from tasks import tiny, toy
 from test_rollout import nucleus, same
@@ -364,7 +364,7 @@ def test_a_served_judge_says_what_the_same_weights_say_here(url):
     ask = lambda **flags: ovd.Judge(ovd.Config(**ovd.PRESETS["toy"], task="toy", subset="code-judge", **flags), policy, task)  # noqa: E731
     here, judge = ask().scores(problems, texts, 0), ask(judge_url=url, judge_model="judge")
     assert judge.scores(problems, texts, 0) == pytest.approx(here, abs=1e-4) and max(here) - min(here) > 3
-    assert not +judge.missing and not judge.server.without
+    assert not +judge.missing and judge.server.ways == served.WAYS["judge"]  # the server refuses nothing
 
 
 # ---- Processes -------------------------------------------------------------------------------------------------
