@@ -22,7 +22,7 @@ TIDY = [(re.compile(pattern), new) for pattern, new in (  # what is written in s
      r"|\\(?:text)?color\s*\{\w+\}", ""),
     (r"\{([,.:])\}", r"\1"), (r"\\colon(?![a-z])", ":"),
     (r"\\(?:[dtc]|nice|s)(frac|binom)", r"\\\1"), (r"\\(frac|binom|bar|overline)\s*(\w|\\pi)", r"\\\1{\2}"),
-    (r"\\(frac|binom)(\{[^{}]*\})\s*(\w|\\pi)", r"\\\1\2{\3}"),
+    (r"\\(frac|binom)(\{[^{}]*\})\s*(\w|\\pi)", r"\\\1\2{\3}"), (r"\{(\w+)\s*\\choose\s*(\w+)\}", r"\\binom{\1}{\2}"),
     (r"\\frac\{\\text\{\s*(\w+)\s*\}\}\{\\text\{\s*(\w+)\s*\}\}", r"\\text{\1/\2}"),
     (r"\\lbrace(?![a-z])", r"\\{"), (r"\\rbrace(?![a-z])", r"\\}"), (r"\\langle(?![a-z])", "("),
     (r"\\rangle(?![a-z])", ")"), (r"\\(?:mathbb|Bbb)\s*\{?\s*R\b\s*\}?", r"\\mathbb{R}"),

@@ -116,7 +116,7 @@ PAID = {
     r"(\frac{13}{4},2)": r"(3 1/4, 2) | \bigl(3\frac14,2\bigr) | \left(\frac{13}{4},2\right) | x=3.25,y=2 | "
     r"\langle 13/4,2\rangle",
     r"\frac{1}{6}": r"0.1\overline{6} | \frac{2}{12} | 1:6 | 6^{-1} | \frac16\approx0.167",
-    "3": r"\log_2 8 | \log_28 | \ln e^3 | \sqrt[3]{27} | \lfloor\pi\rfloor | \binom31 | \lg 1000 | 3\text{ apples} | 3 cm",
+    "3": r"\log_2 8 | \log_28 | \ln e^3 | \sqrt[3]{27} | \lfloor\pi\rfloor | \binom31 | {3 \choose 1} | \lg 1000 | 3\text{ apples} | 3 cm",
     r"\frac{1}{\sqrt{m}}": r"\sqrt{1/m} | \sqrt{\frac1m} | \frac{\sqrt m}{m} | m^{-1/2} | m^{-0.5}",
     "14 - i": r"14.0 + -1.0i | -i+14 | 14-\mathrm{i} | (4-i)+10",
     r"\ln 5": r"\log_e 5 | \log_{e}5 | -\ln\frac15",
