@@ -39,7 +39,11 @@ def check(cfg) -> None:
     if cfg.resume and cfg.overwrite:
         raise ValueError("--resume goes on with a run directory and --overwrite deletes it: give one of them")
     out = Path(cfg.out)
-    if not cfg.out or not out.exists() or cfg.resume:
+    if not cfg.out or not out.exists():
+        return
+    if cfg.resume:
+        if out.is_dir() and not (out / "config.json").exists() and {path.name for path in out.iterdir()} - {"lock"}:
+            raise ValueError(f"{out} holds other things than a run: give another --out")
         return
     if not cfg.overwrite:
         raise ValueError(f"{out} exists: give another --out, --resume to go on with it, or --overwrite to delete it")

@@ -95,6 +95,7 @@ def test_an_existing_run_is_refused_and_overwrite_deletes_only_runs(tmp_path):
         (out / "model", "--overwrite", "deletes run directories only"),  # a model's folder has a config.json too
         (out, "--overwrite", "--model", out / "model" / ".." / "model", "this run's own --model"),
         (out, "--overwrite", "--data", out / "log.jsonl", "this run's own --data"),
+        (tmp_path, "--resume", "holds other things than a run"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             runs.check(parsed("--out", *map(str, flags)))
