@@ -79,10 +79,12 @@ class BatchLog:
 
     def e_update(self, loss: float, norm: float, u: torch.Tensor, r: torch.Tensor, c: torch.Tensor) -> None:
         """u: r~ - delta of the rows; c: the loss's slope in each token's log q. A row has died when its pull, sigma(-u) on a
-        success and sigma(u) on a failure, is below 0.01, or when it has none."""
+        success and sigma(u) on a failure, is below 0.01; a failure that is spared has none though its sigma(u) is larger."""
+        died = torch.where(r == 1, torch.sigmoid(-u), torch.sigmoid(u)) < 0.01
         self.e_losses.append(loss)
         self.e_norms.append(norm)
-        self.died.append((torch.where(r == 1, torch.sigmoid(-u), torch.sigmoid(u)) < 0.01) | (c == 0).all(1))
+        self.died.append(died)
+        self.skip("e_step: failure spared", int((~died & (c == 0).all(1)).sum()))
 
     def m_pass(self, rows: list[int], view, loss: torch.Tensor, scores, has_C: torch.Tensor, measures: bool) -> None:
         """A pass over `rows`, a part of an update. has_C: (B,), rows that have a D; measures: the pass is at the weights that

@@ -7,11 +7,12 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from harness import hub
 from harness.command import write
 from tasks.base import one_line
 
 # What readers of a config.json look up, split and count by.
-KINDS = dict.fromkeys(("task", "model", "method", "commit"), str)
+KINDS = dict.fromkeys(("task", "subset", "data", "train_tests", "since", "until", "model", "method", "commit"), str)
 KINDS |= dict.fromkeys(("eval_samples", "max_response_tokens", "steps", "epochs", "prompts_per_batch", "prompts_dropped"), int)
 KINDS |= dict.fromkeys(("eval_temperature", "eval_top_p"), int | float)
 
@@ -42,8 +43,9 @@ def check(cfg) -> None:
     if not cfg.out or not out.exists():
         return
     if cfg.resume:
-        if out.is_dir() and not (out / "config.json").exists() and {path.name for path in out.iterdir()} - {"lock"}:
-            raise ValueError(f"{out} holds other things than a run: give another --out")
+        for folder in (out / "model", out / "best"):
+            if folder.is_dir() and any(folder.iterdir()) and not hub.holds_model(folder):
+                raise ValueError(f"{folder} holds other things than a model: give another --out")
         return
     if not cfg.overwrite:
         raise ValueError(f"{out} exists: give another --out, --resume to go on with it, or --overwrite to delete it")

@@ -46,7 +46,7 @@ FIGURES = {  # file: panels of (subset, measure, variants)
                  for subset in ("trace", "code")],  # Fig. 2
     "long": [("trace-120", key, ("vpd likelier lr 1e-3", "vpd likelier", "vpd lr 1e-3", "vpd"))
              for key in ("avg", "teacher", "entropy")],
-    "dialect": [("trace-dialect", key, ("vpd likelier", "vpd F=1", "vpd F=5", "sdpo no E-step"))
+    "dialect": [("trace-dialect", key, ("vpd likelier", "vpd F=1", "vpd F=2", "vpd F=5", "sdpo no E-step"))
                 for key in ("avg", "teacher", "margin")],
 }  # fmt: skip
 
@@ -101,7 +101,7 @@ def of_runs(folders: list[Path]) -> dict:
         run, label = series([*json_rows(folder / "log.jsonl")]), label_of(config, configs)
         if not any(values(run, measure) for measure in MEASURES):
             raise ValueError(f"{folder}/log.jsonl has no batch and no evaluation yet: there is nothing to draw")
-        curves.setdefault((str(config.get("model")), label.lower()), (label, []))[1].append(run)
+        curves.setdefault((str(config.get("model")), label), (label, []))[1].append(run)
     return curves
 
 
@@ -193,7 +193,9 @@ def main(argv: list[str] | None = None) -> None:
             chosen = lambda subset, variants: {key: curves[key] for v in variants if (key := (subset, v)) in curves}  # noqa: E731
             figures = {out / f"{file}.png": [(f"{subset}: ", measure, chosen(subset, of)) for subset, measure, of in panels]
                        for file, panels in FIGURES.items()}  # fmt: skip
-        looks = STYLES | dict(zip(sorted({variant for _, variant in curves} - STYLES.keys()), cycle(SPARE)))
+        variants = sorted({variant for _, variant in curves})
+        looks = dict(zip([variant for variant in variants if variant.lower() not in STYLES], cycle(SPARE)))
+        looks |= {variant: STYLES[variant.lower()] for variant in variants if variant not in looks}
         dpi = 110 if args.runs else 200
         pictures = {path: draw(panels, looks, format=path.suffix[1:], dpi=dpi) for path, panels in figures.items()}
     except (ValueError, OSError) as error:

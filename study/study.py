@@ -216,7 +216,7 @@ def report(names: list[str], rows: dict[str, list[str]], known: dict, folder: Pa
         if known.get(name, {}).get("command") != line:  # its settings have changed since
             known[name] = {"label": label_of(name), "command": line, "runs": {}}
     jobs = {path_of(folder, name, f"seed{seed}"): (name, "runs", str(seed), [*rows[name], "--seed", str(seed)])
-            for seed in range(1, 11) for name in names if seed <= REPORTED[name][1]}  # fmt: skip
+            for seed in range(1, 21) for name in names if seed <= REPORTED[name][1]}  # fmt: skip
     return perform_all(jobs, known, at_once, test=True)
 
 
@@ -358,7 +358,8 @@ def texts(results: Path, readme: Path) -> dict[Path, str]:
     runs += [run for settings in tuned.values() for of in settings.values() for run in of.values()]
     listed = lambda key: "; ".join(sorted({run[key] for run in runs}))  # noqa: E731
     hours = sum(run["seconds"] for run in runs) / 3600
-    page = [f"{len(runs)} runs, tuning included, {hours:.1f} CPU hours; {listed('hardware')}; commits {listed('commit')}.", ""]
+    total = f"{len(runs)} runs, tuning included, {hours:.1f} hours of wall clock, two at a time"
+    page = [f"{total}; {listed('hardware')}; commits {listed('commit')}.", ""]
     for subset in dict.fromkeys(name.split("/")[0] for name in rows):
         page += [f"## {subset}", "", *table(subset, rows)]
     for heading, claims in CLAIMS.items():

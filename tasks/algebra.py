@@ -44,6 +44,8 @@ def equal(gold: str, answer: str) -> bool:
     if isinstance(point, Tuple) and not point.has(*INFINITE) and isinstance(right, FiniteSet) and r"\{" not in answer:
         elements = written(right)  # 1,2 for (1,2), and y=2,x=1
         by_name = all(isinstance(e, Eq) and str(e.lhs) in "xyz" for e in elements)
+        if by_name and len({e.lhs for e in elements}) < len(elements):  # x=1,x=2
+            return False
         right = Tuple(*sorted(elements, key=str) if by_name else elements)
     elif {gold[0], answer[0]} == {"(", "["} or {gold[-1], answer[-1]} == {")", "]"}:
         return False
@@ -76,7 +78,10 @@ def read(text: str):
     for word, join in (("or", Union), ("and", Intersection)):  # of inequalities; of anything else they make a list
         parts = re.split(rf"\\text\s*{{\s*{word}\s*}}|\b{word}\b", text)
         if len(parts) > 1 and all(re.search(r"[<>]|\\[lg]e(?:q|qslant)?(?![a-z])", part) for part in parts):
-            return join(*[read(part).as_set() for part in parts])
+            relations = [read(part) for part in parts]
+            if len(set().union(*(relation.free_symbols for relation in relations))) > 1:
+                raise ValueError(f"several unknowns: {text}")
+            return join(*[relation.as_set() for relation in relations])
     if r"\pm" in text and "," not in text:
         return FiniteSet(*[read(text.replace(r"\pm", sign)) for sign in "+-"])
     latex = normalize_latex(text, FORM)

@@ -37,7 +37,7 @@ TIDY = [(re.compile(pattern), new) for pattern, new in (  # what is written in s
     (r"\\?%|\s*(?:\\text\{\s*|\b)(?:percent|pct)\b\s*\}?", r"\\%"),
     (r"\s*(?:\\text\{\s*|\b)degrees?\b(?!\s*[A-Za-z])\s*\}?|\\degree(?![a-z])|\^\s*\{\s*\\circ\s*\}", r"^\\circ"),
     (rf"\s*(?:(\\text\{{)\s*|\b)({'|'.join(MULTIPLES)})\b", lambda m: rf"\cdot10^{{{MULTIPLES[m[2]]}}}{m[1] or ''}"),
-    (r"^\w\s*\\in\s*(?=\\mathbb)", ""), (r"^\((\w+)\)_", r"\1_"),
+    (r"^[A-Za-z]'+\s*\(\w\)\s*=\s*", ""), (r"^\w\s*\\in\s*(?=\\mathbb)", ""), (r"^\((\w+)\)_", r"\1_"),
     (r"^\\\{\s*\w+\s*(?:\\in\s*\\mathbb\{R\}\s*)?(?:\\mid\b|[:|])(.*[<>lg].*)\\\}$", r"\1"),  # {x | 2 < x}
     (r"(?<=\d) (?=\d{3}(?!\d|\s*/))", ""),  # a thin space in a number
     (r"(?<![\w.}/^])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),  # 3 1/4

@@ -42,6 +42,7 @@ def load(path: str) -> Task:
     for field, kinds in {"notes": (list, tuple), "lacks": (list, tuple), "close": Callable}.items():
         if not isinstance(value := getattr(task, field), kinds):
             raise BadTask(f"{path}: the task's {field} cannot be {value!r:.80}")
+    task.notes = [*map(str, task.notes)]
     for split, problems in splits.items():
         setattr(task, split, [problem_of(problem, path) for problem in problems])
         for id, count in Counter(str(problem.id) for problem in problems).most_common(1):
@@ -57,12 +58,13 @@ def problem_of(problem: Problem, path: str) -> Problem:
     """The problem with texts that a tokenizer takes. Raises BadTask where it has others."""
     try:
         messages = [{**message, "content": text_of(message["content"])} for message in problem.messages]
-        if messages[-1]["role"] == "user" and all("role" in message for message in messages):
+        if isinstance(problem.id, str | int) and messages[-1]["role"] == "user" and all("role" in message for message in messages):
             return replace(problem, messages=messages, reference=text_of(problem.reference))
     except (TypeError, AttributeError, LookupError):
         pass
     raise BadTask(
-        f"{path}: problem {problem.id!r}: messages must be a list of {{role, content}}, the last a user's, the reference text"
+        f"{path}: problem {problem.id!r}: its id must be text or a number, messages a list of {{role, content}}, the last a user's, "
+        "the reference text"
     )
 
 

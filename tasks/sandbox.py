@@ -317,7 +317,7 @@ def _look(worker: SimpleNamespace) -> list | None:
     """All that a program may have left at its directory and beside it."""
     with suppress(OSError):
         stats = [os.lstat(path) for path in (worker.directory, worker.scratch)]
-        names = os.listdir(worker.directory), os.listdir(worker.scratch)
+        names = [[name for name, _ in _entries(path)] for path in (worker.directory, worker.scratch)]
         return [*names, *((stat.st_ino, stat.st_size, stat.st_ctime_ns, stat.st_atime_ns) for stat in stats)]
 
 
@@ -427,7 +427,7 @@ def _excess(child: int, worker: SimpleNamespace) -> tuple[str, str] | None:
     """What a program has too much of that no limit of the kernel's bounds."""
     most = MAX_WRITTEN + worker.output_bytes
     if _files(worker.scratch) > MAX_FILES:
-        return "output limit", f"more than {MAX_FILES} files"
+        return "output limit", f"more than {MAX_FILES} files, or a directory that cannot be read"
     with suppress(OSError):
         if os.stat(f"/proc/{child}/task").st_nlink - 2 > MAX_THREADS:
             return "error", f"more than {MAX_THREADS} threads"
@@ -441,16 +441,26 @@ def _files(folder: str) -> int:
     """How many files and directories there are below, as far as MAX_FILES matters; a directory that is locked is too many."""
     count, folders = 0, [folder]
     while folders and count <= MAX_FILES:
+        folder = folders.pop()
         try:
-            with os.scandir(folders.pop()) as entries:
-                for entry in itertools.islice(entries, MAX_FILES):
-                    count += 1
-                    folders += [entry.path] * entry.is_dir(follow_symlinks=False)
+            entries = _entries(folder)
         except FileNotFoundError:  # removed meanwhile
-            pass
+            continue
         except OSError:
             return MAX_FILES + 1
+        count += len(entries)
+        folders += [f"{folder}/{name}" for name, is_folder in entries if is_folder]
     return count
+
+
+def _entries(folder: str) -> list[tuple[str, bool]]:
+    """(name, is it a directory) of what there is, not much more than MAX_FILES; the time of the last reading stays as it is."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOATIME)
+    try:
+        with os.scandir(fd) as entries:
+            return [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in itertools.islice(entries, MAX_FILES + 1)]
+    finally:
+        os.close(fd)
 
 
 def _drain(pipe: int, content: bytearray, bound: int) -> bool:

@@ -69,6 +69,8 @@ def questions(source: Iterable[dict], where: str, domain: str = "") -> tuple[lis
         return Problem(name, messages, get(row, "answerKey").strip(), part=part)
 
     problems = list(filter(None, made := each(source, where, problem)))
+    if len(problems) == len(made) and not counts:
+        return problems, f"sciknoweval: all {len(made)} rows of {where}"
     return problems, f"sciknoweval: {len(problems)} of {len(made)} rows are L3 questions with 4 or 2 choices"
 
 

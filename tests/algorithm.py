@@ -242,8 +242,7 @@ def e_step(state, rows, old_logp, s, after_update):
         update(state, "e", loss, s, after_update)
         losses.append(loss.item())
         u = r_tilde.detach() - state.delta
-        spared = (rewards == 0) & (r_tilde.detach() <= 0) & (s.e_failures == "likelier")
-        died += ((torch.sigmoid(torch.where(rewards == 1, -u, u)) < 0.01) | spared).tolist()
+        died += (torch.sigmoid(torch.where(rewards == 1, -u, u)) < 0.01).tolist()
     return losses, died
 
 

@@ -116,7 +116,9 @@ PAID = {
     r"(\frac{13}{4},2)": r"(3 1/4, 2) | \bigl(3\frac14,2\bigr) | \left(\frac{13}{4},2\right) | x=3.25,y=2 | "
     r"\langle 13/4,2\rangle",
     r"\frac{1}{6}": r"0.1\overline{6} | \frac{2}{12} | 1:6 | 6^{-1} | \frac16\approx0.167",
-    "3": r"\log_2 8 | \log_28 | \ln e^3 | \sqrt[3]{27} | \lfloor\pi\rfloor | \binom31 | {3 \choose 1} | \lg 1000 | 3\text{ apples} | 3 cm",
+    "3": r"\log_2 8 | \log_28 | \ln e^3 | \sqrt[3]{27} | \lfloor\pi\rfloor | \binom31 | {3 \choose 1} | \lg 1000 | 3 cm | "
+    r"3\text{ apples}",
+    "2x": r"f'(x)=2x | 2\cdot x",
     r"\frac{1}{\sqrt{m}}": r"\sqrt{1/m} | \sqrt{\frac1m} | \frac{\sqrt m}{m} | m^{-1/2} | m^{-0.5}",
     "14 - i": r"14.0 + -1.0i | -i+14 | 14-\mathrm{i} | (4-i)+10",
     r"\ln 5": r"\log_e 5 | \log_{e}5 | -\ln\frac15",
@@ -176,6 +178,7 @@ REFUSED = {
     "5": r"5\text{ million} | 5\text{ or }6 | \text{at most }5 | 3=5 | 5>3 | \pm5 | \{3,5\} | 5x | x | "
     r"\text{five} | 5 hundred | 5,5 | 2x-y=5 | 2x=5 | 2(3) | 5:1:1 | 5' ",
     "2": r"(1)(1) | 1(1)",
+    "(1,2)": r"x=1,x=2 | y=1,y=2 | x>1 \text{ and } y<2",
     r"\frac73": r"2(1/3) | 2\left(\frac13\right) | (2)\frac13",
     "1:2:3": r"1:2:4 | \frac16 | 1:6",
     r"5\text{ ft }6\text{ in}": r"6\text{ ft }5\text{ in} | 5 ft 5 in | 30\text{ ft in} | 11\text{ in}",

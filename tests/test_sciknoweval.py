@@ -48,6 +48,8 @@ def test_it_takes_level_3_questions_with_4_or_2_choices_of_the_domain(tmp_path):
     assert problems["physics-1"].reference == "C" and "\nD: option 3\nPlease" in problems["physics-1"].messages[1]["content"]
     read = tasks.read("sciknoweval", data)  # a file's rows are all test problems
     assert len(read.test) == 11 and read.train == []
+    finished = write(tmp_path / "finished.jsonl", [{"idx": 1, "prompt": "Which?", "answer": "A"}])
+    assert tasks.read("sciknoweval", finished).notes[0].startswith("sciknoweval: all 1 rows of ")
 
 
 def test_split_is_that_of_datasets_with_seed_42_and_the_same_on_every_load(tmp_path):

@@ -90,12 +90,14 @@ def test_an_existing_run_is_refused_and_overwrite_deletes_only_runs(tmp_path):
     run(out, "--overwrite", steps=1)
     assert not (out / "left").exists()
     none.mkdir()
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "notes").touch()
     for *flags, words in (
         (out, "--overwrite to delete it"), (none, "--overwrite", "deletes run directories only"),
         (out / "model", "--overwrite", "deletes run directories only"),  # a model's folder has a config.json too
         (out, "--overwrite", "--model", out / "model" / ".." / "model", "this run's own --model"),
         (out, "--overwrite", "--data", out / "log.jsonl", "this run's own --data"),
-        (tmp_path, "--resume", "holds other things than a run"),
+        (tmp_path, "--resume", "best holds other things than a model"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             runs.check(parsed("--out", *map(str, flags)))

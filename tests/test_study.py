@@ -128,7 +128,7 @@ def test_the_report_by_hand(tmp_path, monkeypatch):
     study.main(["--tables", "--results", str(tmp_path)])
     text, page = ((tmp_path / name).read_text() for name in ("MAIN.md", "README.md"))
     assert "| VPD | 0.820 [0.770, 0.870] |  |" in text and "| SDPO |  |  |" in text  # of which nothing is there
-    assert page.startswith(study.MARKS[0]) and "10 runs, tuning included, 0.1 CPU hours" in page
+    assert page.startswith(study.MARKS[0]) and "10 runs, tuning included, 0.1 hours of wall clock" in page
     assert "a machine; another; commits abc; def." in page and "\npython vpd\n" in page
     assert "| VPD | 3 | 0.820 [0.770, 0.870] | 0.80 0.82 0.84 |  | 0.25 to 0.50 | 1 | 2.0 |" in page
     assert "| trace/vpd | **lr 2e-3: 0.60 0.60**; lr 1e-3: 0.40 0.40 |" in page

@@ -256,6 +256,7 @@ def test_a_verifier_that_fails_later_is_one_line_that_names_the_files_line(body,
     ("return Task('a', [Problem('p', [])], None, [], None)", "must return a tasks.Task"),
     ("return Task('a', [Problem('p', [{'role': x, 'content': ''} for x in ('user', '')])], [], [], None)", "the last a user's"),
     ("return Task('a', [Problem('p', [{'role': 'user', 'content': ''}], 3)], [], [], None)", "the reference text"),
+    ("return Task('a', [Problem((1,), [{'role': 'user', 'content': ''}])], [], [], None)", "id must be text or a number"),
     ("return Task('a', [Problem(i, [{'role': 'user', 'content': ''}]) for i in (1, '1')], [], [], None)", "twice"),
     ("return Task('a', [Problem('p', [{'role': 'user', 'content': ''}])], [], [], None)", "'NoneType' object is not callable"),
     *((f"return Task('a', [Problem('p', [])], [], [], None, {field}=None)", f"task's {field} cannot be None")
