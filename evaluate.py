@@ -55,8 +55,7 @@ class Config:
     split: Literal["train", "validation", "test"] = SAMPLES("test", "of the task's problems")
     n: int = SAMPLES(4, "samples per problem", above=0)
     seed: int = SAMPLES(0, "of the samples")
-    greedy: bool = SAMPLES(False, "temperature 0 and one sample")
-    temperature: float = SAMPLES(0.6, "of the samples", least=0)
+    temperature: float = SAMPLES(0.6, "of the samples; 0: the likeliest token", least=0)
     top_p: float = SAMPLES(0.95, "of the samples", above=0, most=1)
     max_tokens: int = SAMPLES(8192, "a longer response is cut, and graded as it is", above=0)
     sampler: Literal["", "vllm", "hf"] = SAMPLES("", "vLLM on a GPU and transformers on a CPU by default")
@@ -199,7 +198,7 @@ def settings(argv: list[str] | None = None) -> Config:
             found = {name: config[name] for name in ("task", "subset", "unsafe_sandbox") if name in config}
             found |= dict(n=config["eval_samples"], temperature=config["eval_temperature"], top_p=config["eval_top_p"],
                           max_tokens=config["max_response_tokens"], out=str(out / "evaluation.json"))  # fmt: skip
-        return found | (dict(n=1, temperature=0.0) if given.get("greedy") else {})
+        return found
 
     return parse(argv, Config, "evaluate.py", "avg@n and pass@k of a model on a task, or grades of responses.", below)
 
@@ -211,8 +210,6 @@ def prepare(cfg: Config) -> tuple[tasks.Task, dict[str, str]]:
         raise ValueError("give one of --model, --run and --responses")
     if cfg.responses and not cfg.data:
         raise ValueError("--responses needs --data, the problems they answer")
-    if cfg.greedy and (cfg.n, cfg.temperature) != (1, 0):
-        raise ValueError("--greedy is one sample at temperature 0: it goes without another --n or --temperature")
     if cfg.out:
         check_out(Path(cfg.out))
         if Path(cfg.out).resolve() in [Path(file).resolve() for file in (cfg.responses, cfg.data) if file]:

@@ -149,13 +149,12 @@ REFUSED = [
         ("n", 0), ("max_tokens", 0), ("temperature", "nan"), ("temperature", "inf"), ("temperature", -1), ("top_p", 0),
         ("top_p", 1.1), ("engine_memory", 0), ("engine_memory", 5))],
     (f"{MODEL} --subset chess", "chess"), (f"{MODEL} --out no/such/dir/x.json", "no/such/dir"),
-    (f"{MODEL} --greedy --n 4", "--greedy is one sample"), (f"{MODEL} --greedy --temperature 1", "--greedy is one sample"),
     (f"{MODEL} --task math --data x.jsonl --split train", "goes without --subset and --split"),
     (f"{MODEL} --task math --data x.jsonl --subset dapo", "goes without --subset and --split"),
     ("--run no/such/run", "no/such/run"), (ANSWERS, "--responses needs --data"), (f"{ANSWERS} --task chess --data x", "chess"),
     (f"{ANSWERS} --data {FIXTURES}/lcb.jsonl", "task toy has no files"), (f"{GRADED} --out no/such/dir/x.jsonl", "no/such/dir"),
     *[(f"{GRADED} {flag}", f"{flag.split()[0]} is for --model and --run") for flag in (
-        "--split test", "--n 4", "--greedy", "--seed 3", "--sampler hf", "--temperature 0", "--top_p 1", "--max_tokens 9")],
+        "--split test", "--n 4", "--seed 3", "--sampler hf", "--temperature 0", "--top_p 1", "--max_tokens 9")],
     (f"{GRADED} --out {FIXTURES}/math500.jsonl", "would replace a file that is read"),
     (f"{GRADED} --out {FIXTURES}/math_responses.jsonl", "would replace a file that is read"),
     *[(f"{MODEL} --sampler vllm", "vllm is not installed")] * (importlib.util.find_spec("vllm") is None),
@@ -200,7 +199,6 @@ def command(monkeypatch):
     [("toy", "", (4, 1.0, 1.0, 100)), ("lcb", "", (4, 0.6, 0.95, 8192)), ("math", "", (4, 0.6, 0.95, 8192)),
      ("sciknoweval", "", (16, 0.6, 0.95, 8192)), ("sciknoweval", "--n 3", (3, 0.6, 0.95, 8192)),
      ("own", "", (4, 0.6, 0.95, 1024)), ("reasoning_gym", "--unsafe_sandbox", (4, 0.6, 0.95, 512)),
-     ("math", "--greedy", (1, 0.0, 0.95, 8192)), ("math", "--greedy --n 1 --temperature 0", (1, 0.0, 0.95, 8192)),
      ("lcb", "--temperature 0 --top_p 0.5 --max_tokens 7 --n 2", (2, 0.0, 0.5, 7))],
 )  # fmt: skip
 def test_defaults_of_sampling_are_the_papers_by_task(task, options, settings, command, capsys):
