@@ -63,15 +63,16 @@ def here(gold: str, answer: str, seconds: float = 3.0) -> str:
     """The verdict without a sandbox, each comparison within so much CPU time."""
 
     def equal(left: str, right: str) -> str:
-        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
         try:
-            return "correct" if algebra.equal(left, right) else "wrong"
+            try:
+                signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+                return "correct" if algebra.equal(left, right) else "wrong"
+            finally:
+                signal.setitimer(signal.ITIMER_VIRTUAL, 0)  # the signal may come here, too
         except Late:
             return "time-out"
         except Exception:
             return "unreadable"
-        finally:
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
     return compare(gold, answer, equal)
 
