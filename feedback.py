@@ -225,7 +225,7 @@ def check_prompts(tokenizer, problems: list, cfg) -> list[int]:
 
 def request_parts(request: str, messages: list[dict[str, str]], attempt: str, **texts: str) -> list[str]:
     """What a critic (Sec. 4.2) or a judge is asked, the texts in the request's holes at the odd places: {question}, {attempt}
-    without its thoughts, and those of `texts`. Joined it is the message for a served model."""
+    without its thoughts, and those of `texts`. Joined it is the question to a served model."""
     texts |= {"question": messages[-1]["content"], "attempt": strip_thinking(attempt)}
     parts = re.split(r"\{(" + "|".join(texts) + r")\}", request)
     parts[1::2] = [texts[hole] for hole in parts[1::2]]
@@ -242,7 +242,7 @@ class Critic:
     def __init__(self, cfg, policy, sampler=None):
         self.cfg, self.policy, self.sampler, self.server, self.missing = cfg, policy, sampler, None, Counter()
         if cfg.critic_url:
-            from neighbours.served import Served  # openai, which only its users need
+            from neighbours.served import Served  # which imports this file
 
             self.server = Served("critic", cfg.critic_url, cfg.critic_model, cfg.server_timeout, policy.world, self.missing)
 
@@ -253,7 +253,7 @@ class Critic:
         asked = [request_parts(request, problems[i].messages, responses[i], reference=problems[i].reference) for i in failed]
         settings = seed_for(cfg.seed, step, "critiques"), cfg.max_critique_tokens, cfg.temperature, cfg.top_p
         if self.server:
-            replies = self.server.reply([[{"role": "user", "content": "".join(parts)}] for parts in asked], *settings)
+            replies = self.server.reply(["".join(parts) for parts in asked], *settings)
         else:
             tokenizer, limit = self.policy.tokenizer, cfg.max_teacher_tokens
             prompts = [encode(tokenizer, problems[i].messages[-1:], parts, limit)[0] for i, parts in zip(failed, asked)]

@@ -81,3 +81,8 @@ def holds_model(folder: Path) -> bool:
     except (OSError, ValueError, TypeError):
         return False
     return named and not any(path.is_dir() for path in folder.iterdir())
+
+
+def holds_others(folder: Path) -> bool:
+    """Whether a folder holds other things than a model, so that none may be saved in its place."""
+    return folder.is_dir() and any(folder.iterdir()) and not holds_model(folder)

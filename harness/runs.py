@@ -44,7 +44,7 @@ def check(cfg) -> None:
         return
     if cfg.resume:
         for folder in (out / "model", out / "best"):
-            if folder.is_dir() and any(folder.iterdir()) and not hub.holds_model(folder):
+            if hub.holds_others(folder):
                 raise ValueError(f"{folder} holds other things than a model: give another --out")
         return
     if not cfg.overwrite:

@@ -108,7 +108,7 @@ class Policy:
         part, old = folder.with_name(f"part-{folder.name}"), folder.with_name(f"part-old-{folder.name}")
 
         def write() -> None:
-            if folder.is_dir() and any(folder.iterdir()) and not hub.holds_model(folder):
+            if hub.holds_others(folder):
                 raise CannotWrite(f"{folder}: it is a folder that holds other things than a model")
             for left in (part, old):
                 shutil.rmtree(left, ignore_errors=True)

@@ -87,7 +87,7 @@ class Judge:
         cfg, tokenizer = self.cfg, self.policy.tokenizer
         parts = [feedback.request_parts(cfg.judge_request, p.messages, text) for p, text in zip(problems, texts)]
         if self.server:
-            asked = [[{"role": "user", "content": "".join(p)}] for p in parts]
+            asked = ["".join(p) for p in parts]
             return self.server.score(asked, seed_for(cfg.seed, step, "scores"), cfg.max_judge_tokens)
         prompts = [feedback.encode(tokenizer, p.messages[-1:], q, cfg.max_teacher_tokens)[0] for p, q in zip(problems, parts)]
         # A judge that has something else to say than a digit, more likely than not, has named none.

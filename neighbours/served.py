@@ -61,27 +61,27 @@ class Served:
         self.refusals = openai.BadRequestError, openai.UnprocessableEntityError, openai.PermissionDeniedError
         self.who, self.url, self.model, self.world, self.missing = who, url, model, world, missing
         self.ways, self.silent, self.lock = WAYS[who], 0, threading.Lock()
-        ask, question = partial(self._chat, max_tokens=8), [{"role": "user", "content": "1 +"}]
+        ask, question = partial(self._chat, max_tokens=8), "1 +"
         ((_, why),) = world.first(lambda: self._at_once(ask, [question], 0))
         if why and not why.startswith("ValueError"):  # an empty reply is an answer
             raise ValueError(f"--{who}_url {url} with --{who}_model {model} does not answer: {why}")
 
-    def reply(self, messages: list[list[dict]], seed: int, max_tokens: int, temperature: float, top_p: float) -> list[str | None]:
-        """One reply to each conversation."""
+    def reply(self, questions: list[str], seed: int, max_tokens: int, temperature: float, top_p: float) -> list[str | None]:
+        """One reply to each question."""
         how = dict(max_tokens=max_tokens, temperature=temperature, top_p=top_p)
-        return self._each(lambda *asked: self._chat(*asked, **how).message.content, messages, seed)
+        return self._each(lambda *asked: self._chat(*asked, **how).message.content, questions, seed)
 
-    def score(self, messages: list[list[dict]], seed: int, max_tokens: int) -> list[float | None]:
+    def score(self, questions: list[str], seed: int, max_tokens: int) -> list[float | None]:
         """The score in each reply, 0 to 9: the expected digit where the server tells the probabilities at the reply's digit, else
         the digit; None for a reply without one as well, which is counted. Greedy."""
         how = dict(max_tokens=max_tokens, temperature=0.0)
-        scores = self._each(lambda *asked: (read_score(self._chat(*asked, **how)),), messages, seed)
+        scores = self._each(lambda *asked: (read_score(self._chat(*asked, **how)),), questions, seed)
         self.missing["judge: no digit, kept"] += scores.count((None,))
         return [score and score[0] for score in scores]
 
-    def _chat(self, messages: list[dict], seed: int, **how):
+    def _chat(self, question: str, seed: int, **how):
         """A reply, asked for in the first of the ways that the server takes; from then on the ways before it are not tried."""
-        ways = self.ways
+        ways, messages = self.ways, [{"role": "user", "content": question}]
         for k, (left_out, settings) in enumerate(ways):
             try:
                 answer = self.client.chat.completions.create(model=self.model, messages=messages, seed=seed, **how, **settings)

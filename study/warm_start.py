@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     there = args.out.exists()
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        if any(args.out.iterdir()) and not hub.holds_model(args.out):
+        if hub.holds_others(args.out):
             parser.error(f"--out {args.out} holds other things than a model: it will not be replaced")
         if not there:
             args.out.rmdir()

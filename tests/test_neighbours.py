@@ -38,10 +38,6 @@ def served(server):
     return opened
 
 
-def ask(*texts):
-    return [[{"role": "user", "content": text}] for text in texts]
-
-
 def bodies(server):
     """The requests so far, by what they asked."""
     return {body["messages"][-1]["content"]: body for _, _, body in server.seen}
@@ -51,11 +47,11 @@ def test_replies_come_in_order_to_the_environments_key_each_with_a_seed_of_its_o
     monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
     server.answer = lambda body, _: server.reply_with(body["messages"][-1]["content"].upper())
     critic, texts = served("critic"), [f"text {i}" for i in range(20)]
-    assert critic.reply(ask(*texts), 3, 7, 0.5, 0.9) == [text.upper() for text in texts] and not critic.missing
+    assert critic.reply(texts, 3, 7, 0.5, 0.9) == [text.upper() for text in texts] and not critic.missing
     assert {(path, key) for path, key, _ in server.seen} == {("/v1/chat/completions", "Bearer secret-key")}
     first = bodies(server)
     assert {(b["model"], b["max_tokens"], b["temperature"], b["top_p"]) for b in first.values()} == {("m", 7, 0.5, 0.9)}
-    critic.reply(ask(*texts[::-1]), 3, 7, 0.5, 0.9)
+    critic.reply(texts[::-1], 3, 7, 0.5, 0.9)
     seeds, again = ([b["seed"] for b in found.values()] for found in (first, bodies(server)))
     assert len(set(seeds)) == 20 and set(seeds) == set(again)  # by the place of the question
     assert bodies(server)["text 3"]["seed"] == first["text 16"]["seed"]
@@ -74,10 +70,10 @@ def test_what_three_attempts_do_not_bring_is_missing_and_told_by_the_first_proce
 
     server.answer = answer
     critic = served("critic", world=SimpleNamespace(rank=rank, first=lambda ask: ask()))
-    replies = critic.reply(ask("good", "never", "third time", "no protocol", "empty"), 0, 5, 1.0, 1.0)
+    replies = critic.reply(["good", "never", "third time", "no protocol", "empty"], 0, 5, 1.0, 1.0)
     assert replies == ["fine", None, "fine", None, None] and (server.attempts["never"], server.attempts["third time"]) == (3, 3)
     critic.client = critic.client.with_options(timeout=0.2)
-    assert critic.reply(ask("slow"), 0, 5, 1.0, 1.0) == [None] and server.attempts["slow"] == 3
+    assert critic.reply(["slow"], 0, 5, 1.0, 1.0) == [None] and server.attempts["slow"] == 3
     assert critic.missing == {"critic: the server failed": 4}
     told = capsys.readouterr().err.splitlines()
     assert len(told) == (0 if rank else 4) and all(line.startswith("critic: ") and line.endswith(" (1 times)") for line in told)
@@ -87,7 +83,7 @@ def test_a_server_without_an_answer_for_three_batches_in_a_row_ends_the_run(serv
     monkeypatch.setattr(served_models, "AT_ONCE", 1)
     server.answer = lambda body, _: server.reply_with("yes") if body["messages"][-1]["content"] == "9" else (400, "no")
     critic = served("critic")
-    asks = lambda *texts: critic.reply(ask(*texts), 0, 5, 1.0, 1.0)  # noqa: E731
+    asks = lambda *texts: critic.reply(texts, 0, 5, 1.0, 1.0)  # noqa: E731
     for _ in range(2):
         assert asks(*"0123") == [None] * 4 and list(bodies(server)) == ["0"]  # the others were not asked
     assert asks(*"9012") == ["yes", None, None, None] and len(bodies(server)) == 4  # one answer is enough
@@ -116,14 +112,14 @@ def test_what_a_server_refuses_is_left_out_and_never_asked_for_again(served, ser
     monkeypatch.setattr(served_models, "AT_ONCE", 1)
     server.answer = lambda body, _: (status, "no") if set(refused) & set(body) else server.reply_with("6")
     judge = served()
-    assert judge.score(ask("a", "b", "c"), 3, 7) == [6.0] * 3 and not +judge.missing
+    assert judge.score(["a", "b", "c"], 3, 7) == [6.0] * 3 and not +judge.missing
     asked = [[name for name in ("logprobs", "chat_template_kwargs") if name in body] for _, _, body in server.seen]
     kept = [name for name in ("logprobs", "chat_template_kwargs") if name not in refused]
     assert asked[0] == ["logprobs", "chat_template_kwargs"] and asked[-3:] == [kept] * 3 and len(asked) <= 6
     assert server.seen[0][2]["chat_template_kwargs"] == {"enable_thinking": False}
     assert all(body["seed"] == server.seen[0][2]["seed"] for _, _, body in server.seen[:-2])
     monkeypatch.setattr(served_models, "AT_ONCE", 16)  # several questions find out at the same time
-    served().score(ask(*"abcdefgh"), 3, 7)
+    served().score([*"abcdefgh"], 3, 7)
     one, other = capsys.readouterr().err.splitlines()  # said once by each
     assert one == other and one.startswith(f"{server.url} does without {told}: ") and str(status) in one
 
@@ -158,7 +154,7 @@ def test_a_score_is_the_expected_digit_at_the_replys_digit_or_that_digit(served,
     said |= {"down": (500, "busy"), "too long": (400, "no")}
     server.answer = lambda body, _: said[body["messages"][0]["content"]]
     judge, expected = served(), [score for *_, score in TOLD.values()]
-    found = judge.score(ask(*said), seed=3, max_tokens=7)
+    found = judge.score([*said], seed=3, max_tokens=7)
     for case, score, right in zip(said, found, [*expected, *CUT.values(), None, None], strict=True):
         assert score == (right if right is None else pytest.approx(right)), case
     assert judge.missing == {"judge: no digit, kept": 3, "judge: the server failed": 2}
@@ -217,8 +213,8 @@ def test_a_served_judge_reads_the_same_request_and_draws_anew_at_each_step(judge
     calls = []
     judge.server = SimpleNamespace(score=lambda *how: calls.append(how) or [8.0, None, None, 0.0, 7.5])
     assert [judge.scores(PROBLEMS, ATTEMPTS, step) for step in (5, 6)] == [[8.0, None, None, 0.0, 7.5]] * 2
-    (messages, seed, most), (_, other, _) = calls
-    assert [one["content"] for (one,) in messages][:2] == ["question 0|one|0 TO 9", "question 1|two|0 TO 9"]
+    (questions, seed, most), (_, other, _) = calls
+    assert questions[:2] == ["question 0|one|0 TO 9", "question 1|two|0 TO 9"]
     assert most == judge.cfg.max_judge_tokens and seed != other
 
 
