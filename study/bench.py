@@ -1,13 +1,12 @@
-"""How fast, and in how much memory: toy training steps and the loss head, each beside the matrix products that it needs.
+"""Time and memory of toy training steps and of the loss head, next to the matrix products that each of them needs.
 
-    python -m study.bench [--only steps head] [--out FILE]
+    python -m study.bench [--only steps head]
 
-Measurements of steps and memory run in a process of their own.
+Each measurement runs in a process of its own.
 """
 
 import contextlib
 import io
-import json
 import multiprocessing
 import statistics
 import tempfile
@@ -18,19 +17,19 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from transformers import AutoModelForCausalLM
 
 import losses
 import vpd
-from harness.command import Parser, check_out, run, write
+from harness.command import Parser, run
 from model import head
+from tasks.base import json_rows
 
 HERE = Path(__file__).resolve().parents[1]
 HEAD = dict(tokens=8 * 256, vocabulary=151936, width=256, top_k=20)  # the vocabulary of Qwen3
 
 
 def fresh(function, **settings):
-    """What `function(**settings)` returns in a new process."""
+    """`function(**settings)` in a new process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(function, **settings).result()
 
@@ -39,7 +38,7 @@ def fresh(function, **settings):
 
 
 def steps(flags: list[str]) -> list[dict]:
-    """Median seconds of each phase of a step, and of its floor: the matrix products that it cannot do without."""
+    """Median seconds of each phase of a step, and of its floor: the matrix products that it needs at least."""
     model, batches, roll_out = HERE / "tasks" / "toy_models" / "trace", [], vpd.roll_out
 
     def noted(*args):
@@ -47,10 +46,11 @@ def steps(flags: list[str]) -> list[dict]:
         return batches[-1]
 
     with tempfile.TemporaryDirectory() as folder:
-        flags = ["--task", "toy", "--model", str(model), "--eval_every", "0", *flags, "--out", f"{folder}/run"]
         with contextlib.redirect_stdout(io.StringIO()), mock.patch.object(vpd, "roll_out", noted):
-            vpd.main(flags)
-        log = [json.loads(line) for line in Path(folder, "run", "log.jsonl").read_text().splitlines()]
+            vpd.main(["--task", "toy", "--model", str(model), "--eval_every", "0", *flags, "--out", f"{folder}/run"])
+        log = list(json_rows(Path(folder, "run", "log.jsonl")))
+    from transformers import AutoModelForCausalLM  # takes seconds, which the processes of the head can do without
+
     network = AutoModelForCausalLM.from_pretrained(model)
     products = [passes(batch, row["e_rows"] or 0) for batch, row in zip(batches, log, strict=True)]
     rows = [{"case": phase, "seconds": statistics.median(row["seconds"][phase] for row in log)} for phase in log[0]["seconds"]]
@@ -62,9 +62,8 @@ def steps(flags: list[str]) -> list[dict]:
 
 
 def passes(batch: vpd.Batch, e_rows: int) -> dict[str, list[tuple[int, int, bool]]]:
-    """The passes that each phase of VPD's step needs at least: tokens through the layers, tokens through the head, and
-    whether there is a backward pass. Padding is left out; a prompt that rows share is counted in each. e_rows: those that the
-    E-step took."""
+    """The passes that each phase of VPD's step needs at least: tokens through the layers, tokens through the head, and whether there
+    is a backward pass. Padding is left out; a prompt is counted in every row that has it. e_rows: how many rows the E-step used."""
     x, y = [len(prompt) for prompt in batch.x], [len(tokens) for tokens in batch.y]
     read = [i for i, has in enumerate(batch.has_C) if has]
     scored = sum(y[i] for i in read)
@@ -80,7 +79,7 @@ def passes(batch: vpd.Batch, e_rows: int) -> dict[str, list[tuple[int, int, bool
 
 
 def floor(model, of_phase: list[tuple[int, int, bool]]) -> float:
-    """Seconds of these passes' products with the model's matrices and of nothing else; attention's own are left out."""
+    """Seconds of these passes' products with the model's matrices; those within attention are left out."""
     body = [p.detach() for p in model.base_model.layers.parameters() if p.ndim == 2]
     output = [model.get_output_embeddings().weight.detach()]
     todo = [(tokens, matrix, backward) for layers, heads, backward in of_phase
@@ -101,7 +100,7 @@ def floor(model, of_phase: list[tuple[int, int, bool]]) -> float:
 
 
 def resident(which: str) -> int:
-    """Bytes in memory, VmRSS now or VmHWM at most since this program started (getrusage counts its parent in)."""
+    """Bytes in memory: VmRSS now, VmHWM at the peak since this program started (getrusage would include its parent's)."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(which))
     return int(line.split()[1]) * 1024
 
@@ -119,15 +118,15 @@ def products(hidden, matrix, t_hidden, t_matrix) -> None:
         d_matrix.addmm_(logits.T, hidden[at])
 
 
-CASES = {  # of a loss: the divergence, and whether over the top k
+CASES = {  # the divergence, and whether it is over the top k
     "the four products": None, "top-k, KL(student||teacher)": ("kl_student_teacher", True), "all of V, JS": ("js", False),
     "log-probs only": ("", False),
 }  # fmt: skip
 
 
 def head_case(case: str, tokens: int, vocabulary: int, width: int, top_k: int) -> dict:
-    """CPU seconds of forward and backward with the head's gradient, float32, one thread, and the peak memory above the
-    inputs', in logits tensors: tokens x vocabulary numbers of 4 bytes."""
+    """CPU seconds of forward and backward with the head's gradient (float32, one thread), and the peak memory above that of the
+    inputs, in logits tensors of tokens x vocabulary float32 numbers."""
 
     def drawn(tokens, vocabulary):
         make = torch.Generator().manual_seed(0)
@@ -146,13 +145,12 @@ def head_case(case: str, tokens: int, vocabulary: int, width: int, top_k: int) -
         student.loss(objective, mask / len(ids), None, *divergence)[0].backward()
 
     torch.set_num_threads(1)
-    forward_and_backward(*drawn(2, max(top_k, 64)))  # libraries load at first use
+    forward_and_backward(*drawn(2, max(top_k, 64)))  # libraries load on first use
     given = drawn(tokens, vocabulary)
-    base, wall, start = resident("VmRSS"), time.perf_counter(), time.process_time()
+    base, start = resident("VmRSS"), time.process_time()
     forward_and_backward(*given)
-    cpu, wall = time.process_time() - start, time.perf_counter() - wall
-    above = (resident("VmHWM") - base) / (4 * tokens * vocabulary)
-    return {"case": case, "cpu_seconds": cpu, "seconds": wall, "logits_tensors": above}
+    seconds = time.process_time() - start
+    return {"case": case, "cpu_seconds": seconds, "logits_tensors": (resident("VmHWM") - base) / (4 * tokens * vocabulary)}
 
 
 def heads(**sizes) -> list[dict]:
@@ -171,21 +169,10 @@ SECTIONS = {
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("bench.py", __doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument("--out", type=Path, help="JSON of all numbers")
-    args = parser.parse_args(argv)
-    try:
-        if args.out:
-            check_out(args.out)
-    except ValueError as error:
-        parser.error(error)
-    found = {}
-    for section in args.only:
-        found[section] = SECTIONS[section]()
-        for row in found[section]:
+    for section in parser.parse_args(argv).only:
+        for row in SECTIONS[section]():
             numbers = [f"{name} {value:.4g}" for name, value in row.items() if name != "case"]
             print(f"{section:8}{row['case']:30}{'  '.join(numbers)}", flush=True)
-    if args.out:
-        write(args.out, json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python -m study.figures runs/toy-vpd-seed1 runs/toy-vpd-seed2 runs/toy-grpo-seed1 --out curves.png
     python -m study.figures      study/results/study.json -> study/results/margin.png, progress.png, ...
 
-Runs that differ only in their seed share a colour: the line is the mean over seeds, the band goes from the lowest
-to the highest seed. The grey line is the pass rate of the base model. Steps count the rollout batches before a measurement.
+Runs that differ only in their seed share a colour: the line is the mean over seeds, and the band spans the lowest to the highest
+seed, at steps where every seed has a value. The grey line is the pass rate of the base model. Steps count rollout batches.
 """
 
 import io
@@ -19,8 +19,8 @@ from harness.command import Parser, check_out, run, write
 from harness.runs import config_of
 from tasks.base import json_rows
 
-# Okabe and Ito's palette with a line style each, for colour-blind readers and for print. A method looks the same in
-# every figure; a curve without a look of its own takes a spare one.
+# Okabe and Ito's palette with a line style each, for colour-blind readers and for print. A method looks the same in every figure;
+# other curves take a spare look.
 STYLES = {
     "vpd": ("#0072B2", "-"), "sdpo": ("#D55E00", "--"), "grpo": ("#009E73", "-."), "joint": ("#CC79A7", ":"),
     "reshape": ("#E69F00", "-"), "reweight": ("#56B4E9", "--"), "distil": ("#000000", "-."), "ovd": ("#999999", ":"),
@@ -28,11 +28,11 @@ STYLES = {
 }  # fmt: skip
 SPARE = [(colour, dash) for dash in ((0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
          for colour in ("#000000", "#882255", "#E69F00", "#56B4E9", "#CC79A7")]  # fmt: skip
-SERIES = {  # what is kept of a log, {kind of row: {name: key in the row}}
+SERIES = {  # what study.json keeps of a log, {kind of row: {name: key in the row}}
     "eval": {"step": "step", "avg": "avg", "teacher": "teacher_avg"},
     "train": {key: key for key in ("reward", "margin", "entropy", "divergence", "with_context", "response_length", "shift")},
 }
-MEASURES = {  # one of the series: title, kind of row; those of training are smoothed over neighbouring batches
+MEASURES = {  # series: title, kind of row; those of training are smoothed over neighbouring batches
     "avg": ("pass rate on validation problems", "eval"),
     "teacher": ("teacher's pass rate on fixed base failures", "eval"),  # falls when reading collapses
     "reward": ("reward of the rollouts", "train"),
@@ -40,6 +40,8 @@ MEASURES = {  # one of the series: title, kind of row; those of training are smo
     "entropy": ("student's entropy, nats per token", "train"),
     "divergence": ("each method's D(student, teacher)", "train"),  # KL of one, JS of another
 }
+ASIDE = set("seed method out resume overwrite track command commit device torch processes task_name model_files prompts_dropped"
+            .split())  # in a config.json, but no part of a label  # fmt: skip
 FIGURES = {  # file: panels of (subset, measure, variants)
     "margin": [("trace", "margin", ("vpd", "sdpo", "sdpo live"))],  # Fig. 1
     "progress": [(subset, "avg", ("vpd", "vpd likelier", "sdpo", "sdpo live", "grpo", "joint", "reshape", "reweight"))
@@ -55,7 +57,7 @@ FIGURES = {  # file: panels of (subset, measure, variants)
 
 
 def load(path: Path, missing: dict | None = None) -> dict:
-    """The object of a JSON file, or `missing` where there is none. Raises ValueError with one line for what is none."""
+    """The object in a JSON file, or `missing` if there is no file. Raises ValueError with one line for anything else."""
     if missing is not None and not path.exists():
         return missing
     try:
@@ -64,18 +66,26 @@ def load(path: Path, missing: dict | None = None) -> dict:
         reason = f"it is a {type(found).__name__}"
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-    raise ValueError(f"{path} is no JSON object: {reason}")
+    raise ValueError(f"{path} is not a JSON object: {reason}")
+
+
+def rows_of(path: Path, missing: dict | None = None) -> dict:
+    """The rows of a study.json."""
+    rows = load(path, missing).get("rows")
+    if not isinstance(rows, dict):
+        raise ValueError(f"{path} has no rows: it is not a study.json")
+    return rows
 
 
 def series(rows: list[dict]) -> dict[str, dict[str, list]]:
-    """The rows of a log.jsonl as study.json has them: {"eval": {"step": [...], "avg": [...]}, "train": {"reward": [...]}}, None
+    """The rows of a log.jsonl in the form of study.json: {"eval": {"step": [...], "avg": [...]}, "train": {"reward": [...]}}, None
     where a row has no value. Batches are numbered from 0, and each has a row."""
     return {kind: {name: [row.get(key) for row in rows if row.get("kind") == kind] for name, key in keys.items()}
             for kind, keys in SERIES.items()}  # fmt: skip
 
 
 def values(run: dict, measure: str) -> dict[int, float]:
-    """{step: value} of a run as `series` gives it, without the steps that have none."""
+    """{step: value} of a run in the form of `series`, without steps that have no value."""
     kind = MEASURES[measure][1]
     found = run[kind].get(measure) or []  # null: the method has none
     steps = run[kind]["step"] if kind == "eval" else range(len(found))
@@ -83,19 +93,18 @@ def values(run: dict, measure: str) -> dict[int, float]:
 
 
 def label_of(config: dict, all_configs: list[dict]) -> str:
-    """The method, and every other setting in which the runs of this figure differ (the seed aside)."""
-    aside = {"seed", "out", "command", "commit", "method", "overwrite", "prompts_dropped"}
+    """The method, and every other setting in which this figure's runs of the method differ, except for the seed."""
     same_method = [c for c in all_configs if c["method"] == config["method"]]
-    differ = [k for k in config if k not in aside and len({json.dumps(c.get(k)) for c in same_method}) > 1]
+    differ = [k for k in config if k not in ASIDE and len({json.dumps(c.get(k)) for c in same_method}) > 1]
     return " ".join([config["method"].upper(), *(f"{k}={config[k]}" for k in differ)])
 
 
-# Curves: {(what the runs start from, variant): (label, runs in the form of `series`, one for each seed)}. A variant looks the
-# same wherever it starts.
+# Curves: {(base model, variant): (label, runs in the form of `series`, one for each seed)}. A variant looks the same whatever its
+# base model.
 
 
 def of_runs(folders: list[Path]) -> dict:
-    """Run directories, those that differ only in their seed together. Raises ValueError with one line where one is none."""
+    """The curves of run directories. Raises ValueError with one line for a folder that is not a run."""
     curves, configs = {}, [config_of(folder, ("method",)) for folder in folders]
     for folder, config in zip(folders, configs):
         run, label = series([*json_rows(folder / "log.jsonl")]), label_of(config, configs)
@@ -106,12 +115,12 @@ def of_runs(folders: list[Path]) -> dict:
 
 
 def of_study(path: Path) -> dict:
-    """The rows of a study.json."""
+    """The curves of a study.json's rows."""
     curves = {}
-    for name, row in load(path)["rows"].items():
+    for name, row in rows_of(path).items():
         evals = [run["eval"] for run in row["runs"].values()]
         end = max(of_run["step"][-1] for of_run in evals)
-        for of_run in evals:  # one that ended early, since it made no update any more, stays where it ended
+        for of_run in evals:  # a run that ended early, because no update was left to make, stays where it ended
             if of_run["step"][-1] < end:
                 of_run.update({key: [*of_run[key], end if key == "step" else of_run[key][-1]] for key in of_run})
         subset, _, variant = name.partition("/")
@@ -123,15 +132,14 @@ def of_study(path: Path) -> dict:
 
 
 def smooth(values: np.ndarray, width: int = 5) -> np.ndarray:
-    """Centred moving average, at the ends over what is there."""
+    """Centred moving average, over fewer values at the ends."""
     half = width // 2
     return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
 
 
 def draw(panels: list[tuple[str, str, dict]], looks: dict[str, tuple], **how) -> tuple[bytes, list[str]]:
-    """panels: what to put before the title, measure, curves; one of which no run has a value is left out. looks: colour and line
-    style of each variant. Returns the picture, made as `how` says, and what its legend says of each curve; nothing where
-    there is no curve."""
+    """panels: (start of the title, measure, curves); panels without a value are left out. looks: colour and line style of each
+    variant. how: format and resolution. Returns the picture (empty if there is no curve) and its legend."""
     width = 13 if len(panels) > 2 else 9  # inches
     panels = [panel for panel in panels if any(values(run, panel[1]) for _, runs in panel[2].values() for run in runs)]
     down = len(panels) // 4 + 1
@@ -143,7 +151,7 @@ def draw(panels: list[tuple[str, str, dict]], looks: dict[str, tuple], **how) ->
         bases: dict[str, list[float]] = {}
         for (base, variant), (label, runs) in curves.items():
             found = [of_seed for run in runs if (of_seed := values(run, measure))]
-            # Only steps that every seed has: a mean over a changing set of seeds would jump.
+            # A mean over a changing set of seeds would jump.
             steps = sorted(set.intersection(*map(set, found))) if found else []
             if not steps:
                 continue
@@ -166,25 +174,25 @@ def draw(panels: list[tuple[str, str, dict]], looks: dict[str, tuple], **how) ->
     picture = io.BytesIO()
     if legend:
         lines, texts = [*shown.values(), *base_lines[:1]], [*legend, "base model"]
-        figure.legend(lines, texts[: len(lines)], loc="outside lower center", ncols=3, handlelength=3.5,
-                      fontsize="medium" if width > 9 else "small")  # fmt: skip
+        size = "medium" if width > 9 else "small"
+        figure.legend(lines, texts[: len(lines)], loc="outside lower center", ncols=3, handlelength=3.5, fontsize=size)
         figure.savefig(picture, **how)
     return picture.getvalue(), legend
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("figures.py", "Curves of runs, or the paper's figures on the toy tasks.")
-    parser.add_argument("runs", nargs="*", type=Path, help="run directories; none: the paper's figures from --study")
-    parser.add_argument("--out", type=Path, help="file of the curves, or folder of the figures")
+    parser.add_argument("runs", nargs="*", type=Path, help="run directories (none: the paper's figures, from --study)")
+    parser.add_argument("--out", type=Path, help="file for the curves, or folder for the figures")
     parser.add_argument("--study", type=Path, help="default study/results/study.json")
     args = parser.parse_args(argv)
     if args.study and args.runs:
-        parser.error("--study goes without runs")
+        parser.error("give --study or runs, not both")
     try:
         if args.runs:
             out, curves = args.out or Path("curves.png"), of_runs(args.runs)
             if not out.suffix and not out.is_dir():
-                out = out.with_name(f"{out.name}.png")  # as the library names it
+                out = out.with_name(f"{out.name}.png")  # the library would add it anyway
             check_out(out)
             figures = {out: [("", measure, curves) for measure in ("avg", "reward", "margin", "teacher")]}
         else:
@@ -193,9 +201,8 @@ def main(argv: list[str] | None = None) -> None:
             chosen = lambda subset, variants: {key: curves[key] for v in variants if (key := (subset, v)) in curves}  # noqa: E731
             figures = {out / f"{file}.png": [(f"{subset}: ", measure, chosen(subset, of)) for subset, measure, of in panels]
                        for file, panels in FIGURES.items()}  # fmt: skip
-        variants = sorted({variant for _, variant in curves})
-        looks = dict(zip([variant for variant in variants if variant.lower() not in STYLES], cycle(SPARE)))
-        looks |= {variant: STYLES[variant.lower()] for variant in variants if variant not in looks}
+        spare = cycle(SPARE)
+        looks = {variant: STYLES.get(variant.lower()) or next(spare) for variant in sorted({variant for _, variant in curves})}
         dpi = 110 if args.runs else 200
         pictures = {path: draw(panels, looks, format=path.suffix[1:], dpi=dpi) for path, panels in figures.items()}
     except (ValueError, OSError) as error:
@@ -203,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
     for path, (picture, legend) in pictures.items():
         if picture:
             write(path, picture)
-        print(f"{path}: {', '.join(legend) or 'not drawn, none of its rows is there'}")
+        print(f"{path}: {', '.join(legend) or 'not drawn: none of its rows has runs'}")
 
 
 if __name__ == "__main__":

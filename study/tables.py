@@ -1,9 +1,9 @@
-"""The paper's tables: our numbers beside the paper's, in percent, from runs that `evaluate.py --run` has measured.
+"""The paper's tables: our numbers next to the paper's, in percent, from runs that `evaluate.py --run` has measured.
 
     python -m study.tables runs/*
 
-study/paper.txt lists the paper's rows. A run is in a row only if it was trained and evaluated with that row's settings: its
-task's preset, which has the paper's settings, and the row's flags.
+study/paper.txt lists the paper's rows. A run enters a row only if it was trained and evaluated with that row's settings: the task's
+preset, which has the paper's settings, and the row's flags.
 """
 
 import sys
@@ -20,11 +20,11 @@ from study.figures import load
 from study.study import interval, lines_of, settings_of
 from tasks.sciknoweval import DOMAINS
 
-# Settings that change neither what a run trains on nor how; those of its evaluation are in evaluation.json.
+# Settings that change neither what a run trains on nor how. Those of the evaluation are checked in evaluation.json.
 FREE = {"seed", "subset", "checkpoint_every", "log_samples", "micro_batch_tokens", "sampler", "engine_memory", "server_timeout",
         "eval_every", "eval_samples", "eval_temperature", "eval_top_p", "teacher_probe"}  # fmt: skip
-PROBLEMS = ("data", "since", "until", "train_tests", "smoke")  # the settings that matter to the weights before training
-NEEDED = ("model", "seed", "method", "feedback", "e_step_every", "prior")  # without them a run could be in another run's row
+PROBLEMS = ("data", "since", "until", "train_tests", "smoke")  # the settings that matter for the weights before training
+NEEDED = ("model", "seed", "method", "feedback", "e_step_every", "prior")  # without them a run could enter the wrong row
 
 
 class Row(NamedTuple):
@@ -35,7 +35,7 @@ class Row(NamedTuple):
     columns: tuple[str, ...]
     model: str
     label: str
-    flags: str  # beside the task's preset; base: before training
+    flags: str  # on top of the task's preset; base: the weights before training
     paper: tuple[str, ...]  # percent, in the order of the columns
 
 
@@ -46,7 +46,7 @@ settings = cache(lambda task, flags: settings_of(["--task", task, *flags.removep
 
 
 def outside(row: Row, config: dict, result: dict) -> list[str]:
-    """What keeps a run with this config.json and this measurement out of a row."""
+    """The reasons why a run with this config.json and this measurement does not enter a row."""
     wanted = settings(row.task, row.flags)
     unread = {"feedback"} if not wanted["teacher"] else set()  # no teacher, no feedback
     names = PROBLEMS if row.flags == "base" else sorted(wanted.keys() - FREE - unread)
@@ -58,8 +58,8 @@ def outside(row: Row, config: dict, result: dict) -> list[str]:
 
 def collect(runs: dict[str, tuple[dict, dict]]) -> tuple[dict, list[str]]:
     """runs: config.json and evaluation.json of each. Returns {(row, whether one model was trained on all domains): {column: {seed:
-    avg@n}}}, and a note for each run whose last weights are in no row: what differs from the nearest one. Raises ValueError with
-    one line for files that are something else."""
+    avg@n}}}, and a note for each run whose last weights enter no row, with the differences from the nearest one. Raises ValueError
+    with one line for other files."""
     found, notes = {}, []
     for name, (config, evaluation) in runs.items():
         try:
@@ -78,13 +78,13 @@ def collect(runs: dict[str, tuple[dict, dict]]) -> tuple[dict, list[str]]:
                         if seed not in seeds:
                             seeds[seed] = avg
                         elif when == "after":
-                            reasons[-1] = [f"seed {seed} of these settings is there already"]
+                            reasons[-1] = [f"another run has these settings and seed {seed}"]
             other_method = f"method={config['method']}"
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{name}: not a run and the evaluation of `evaluate.py --run`: {error!r}") from None
-        nearest = min(reasons, key=lambda of: (other_method in of, len(of)), default=[f"the paper has no {task} of {model}"])
+            raise ValueError(f"{name} is not a run that `evaluate.py --run` has measured: {error!r}") from None
+        nearest = min(reasons, key=lambda of: (other_method in of, len(of)), default=[f"the paper has no {task} with {model}"])
         if nearest:
-            notes.append(f"{name}: its last weights are in no table: {', '.join(nearest[:3])}{' ...' * (len(nearest) > 3)}")
+            notes.append(f"{name}: not in the tables: {', '.join(nearest[:3])}{' ...' * (len(nearest) > 3)}")
     for columns in found.values():
         domains = [columns.get(domain, {}) for domain in DOMAINS]
         seeds = set.intersection(*map(set, domains))
@@ -93,14 +93,14 @@ def collect(runs: dict[str, tuple[dict, dict]]) -> tuple[dict, list[str]]:
 
 
 def percent(values: list[float]) -> str:
-    """Nothing for no value; the mean in percent, from two seeds on ± half the 95% t interval over seeds (how many)."""
+    """The mean in percent; with several seeds also half of the 95% t interval and their number. Empty without values."""
     mean, _, high = interval(values)
     several = f" ± {100 * (high - mean):.2f} ({len(values)})" if len(values) > 1 else ""
     return f"{100 * mean:.2f}{several}" if values else ""
 
 
 def lines(found: dict) -> list[str]:
-    """The tables in which something was measured, as aligned text."""
+    """The tables with at least one measured row, as aligned text."""
     printed = []
     for title, rows in groupby(ROWS, key=lambda row: row.table):
         rows = [(row, together) for row in rows for together in (False, True)]
@@ -120,14 +120,14 @@ def lines(found: dict) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser("tables.py", "The paper's tables, our numbers beside the paper's, from evaluated runs.")
+    parser = Parser("tables.py", "The paper's tables, with our numbers next to the paper's.")
     parser.add_argument("runs", nargs="+", type=Path, help="run directories that evaluate.py --run has measured")
     folders, runs = parser.parse_args(argv).runs, {}
     try:
         for folder in folders:
             runs[str(folder)] = config_of(folder, NEEDED), load(folder / "evaluation.json", {})
             if not runs[str(folder)][1]:
-                raise ValueError(f"{folder} has no evaluation.json: python evaluate.py --run {folder} makes it")
+                raise ValueError(f"{folder} has no evaluation.json: run python evaluate.py --run {folder}")
         found, notes = collect(runs)
     except ValueError as error:
         parser.error(error)

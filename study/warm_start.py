@@ -32,13 +32,11 @@ def build_policy(subset: str, seed: int = 0) -> Policy:
 
 
 def encode(tokenizer, example: dict) -> tuple[list[int], list[int]]:
-    """Prompt and answer ids of a warm-up example, through the very functions that training uses."""
+    """Prompt and answer ids of a warm-up example, from the functions that training uses."""
     messages, attempt, context = example["messages"], example.get("attempt"), example.get("context")
-    if "reference" in example:
-        parts = feedback.request_parts(TEMPLATES.request, messages, attempt, reference=example["reference"])
-        prompt, _ = feedback.encode(tokenizer, messages[-1:], parts, 10**6)
-    elif attempt is not None:
-        parts = feedback.request_parts(JUDGE_REQUEST, messages, attempt)
+    if attempt is not None:  # a critic, who sees the reference, or a judge
+        request = TEMPLATES.request if "reference" in example else JUDGE_REQUEST
+        parts = feedback.request_parts(request, messages, attempt, reference=example.get("reference", ""))
         prompt, _ = feedback.encode(tokenizer, messages[-1:], parts, 10**6)
     elif context is not None:
         prompt, _ = feedback.teacher_prompt(tokenizer, messages, context, TEMPLATES, 10**6)
@@ -88,21 +86,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=0, help="0: the subset's own number")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    # What stands in the way of the weights is said before the minutes that they take.
     if args.steps < 0:
         parser.error(f"--steps must be 0 or positive, not {args.steps}")
     there = args.out.exists()
-    try:
+    try:  # before the minutes of training
         args.out.mkdir(parents=True, exist_ok=True)
         if hub.holds_others(args.out):
-            parser.error(f"--out {args.out} holds other things than a model: it will not be replaced")
+            parser.error(f"--out {args.out} holds other things than a model and will not be replaced")
         if not there:
             args.out.rmdir()
     except OSError as error:
         parser.error(f"--out {args.out} cannot be the model's folder: {error.strerror}")
     torch.set_num_threads(1)
     warmed = warm_start(args.subset, args.steps, args.seed)
-    warmed.save(args.out.resolve())  # `.` has no name to put another beside
+    warmed.save(args.out.resolve())  # `.` has no name
     size = sum(p.numel() for p in warmed.model.parameters())
     print(f"{args.subset}: {size:,} parameters in {args.out}")
 

@@ -136,9 +136,10 @@ def test_arguments_that_cannot_be_are_one_line_exit_2_and_nothing_written(tmp_pa
     for argv, reason in (
         ("{0}/nowhere", "/nowhere/config.json"), ("{0}/study.json", "Not a directory"), ("{0}/a --out {0}", "it is a folder"),
         ("{0}/a --out {0}/no/x.png", "there is no folder"), ("{0}/a --out {0}/x.foo", "foo"),
-        ("a --study b", "--study goes without"), ("--study {0}/study.json --out {0}/study.json", "File exists"),
-        ("--study {0}/none --out {0}/new", "none is no JSON object"), ("--study {0}/list --out {0}/new", "it is a list"),
-        ("--study {0}/a/log.jsonl --out {0}/new", "log.jsonl is no JSON object"),
+        ("a --study b", "not both"), ("--study {0}/study.json --out {0}/study.json", "File exists"),
+        ("--study {0}/none --out {0}/new", "none is not a JSON object"), ("--study {0}/list --out {0}/new", "it is a list"),
+        ("--study {0}/a/log.jsonl --out {0}/new", "log.jsonl is not a JSON object"),
+        ("--study {0}/a/config.json --out {0}/new", "config.json has no rows"),
     ):  # fmt: skip
         assert_refused(figures, argv.format(tmp_path).split(), reason, capsys)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "list", "study.json"]
@@ -160,7 +161,7 @@ def test_what_is_there_of_the_figures_is_drawn(tmp_path, monkeypatch, capsys, dr
     draw("--study", path, "--out", tmp_path / "new" / "folder")
     said = capsys.readouterr().out.replace(f"{tmp_path}/new/folder/", "").splitlines()
     assert said == ["margin.png: VPD (1 seed)", "progress.png: VPD (1 and 3 seeds)",  # where panels differ
-                    "long.png: VPD (1 seed)", "dialect.png: not drawn, none of its rows is there"]  # fmt: skip
+                    "long.png: VPD (1 seed)", "dialect.png: not drawn: none of its rows has runs"]  # fmt: skip
     assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == ["long.png", "margin.png", "progress.png"]
 
 
@@ -267,7 +268,7 @@ def test_a_run_is_in_the_row_of_its_settings_beside_the_papers_number(runs, expe
 def test_a_seed_counts_once():
     printed, (note,) = rows(evaluated("--task lcb --seed 1"), evaluated("--task lcb --seed 1", 0.7))
     assert printed["1/Qwen3-8B VPD"] == "50.00 49.62" and note.startswith("run1: ")
-    assert note.endswith("no table: seed 1 of these settings is there already")
+    assert note.endswith("not in the tables: another run has these settings and seed 1")
 
 
 def test_every_row_of_the_paper_is_that_of_a_run_with_its_flags():
@@ -284,13 +285,13 @@ def test_all_settings_count_but_those_of_the_machine_and_the_log():
     assert free | {"method", "teacher", "steps", "lr", "top_k"} < config.keys()
     for name in config.keys() - {"model", "commit", *NOT_OF_THE_RUN}:
         found, notes = tables.collect({"run": (config | {name: "another"}, evaluation)})
-        assert notes == ([] if name in free else [f"run: its last weights are in no table: {name}=another"])
+        assert notes == ([] if name in free else [f"run: not in the tables: {name}=another"])
         # what training changes keeps no base out, what changes the problems does
         assert bool(found) == (name not in ("data", "since", "until", "train_tests", "smoke"))
 
 
 @pytest.mark.parametrize("flags, differs, reason", [
-    ("--task lcb --model Qwen/Qwen3-1.7B", {}, "the paper has no lcb of qwen3-1.7b"), (OLMO, {}, "lr=1e-05"),
+    ("--task lcb --model Qwen/Qwen3-1.7B", {}, "the paper has no lcb with qwen3-1.7b"), (OLMO, {}, "lr=1e-05"),
     (f"{SMALL} --feedback critique --method reshape", {}, "feedback=critique"),
     ("--task lcb --beta 0.2 --lr 2e-6 --steps 10", {}, "beta=0.2, lr=2e-06, steps=10"),
     ("--task lcb --beta 0.2 --lr 2e-6 --steps 10 --top_k 0", {}, "beta=0.2, lr=2e-06, steps=10 ..."),
@@ -299,7 +300,7 @@ def test_all_settings_count_but_those_of_the_machine_and_the_log():
 ])  # fmt: skip
 def test_a_run_with_settings_or_an_evaluation_of_no_row_is_in_no_table_and_told_why(flags, differs, reason):
     found, (note,) = tables.collect({"run": evaluated(flags, **differs)})
-    assert note == f"run: its last weights are in no table: {reason}"
+    assert note == f"run: not in the tables: {reason}"
     assert all(row.flags == "base" for row, _ in found) and not (found and differs)
 
 
@@ -315,7 +316,7 @@ def test_the_command_prints_tables_and_names_the_runs_that_are_in_none(tmp_path,
     for runs in ([toy], [lcb, toy]):
         tables.main(runs)
         out, error = capsys.readouterr()
-        assert error == f"tables.py: {toy}: its last weights are in no table: the paper has no toy of trace\n"
+        assert error == f"tables.py: {toy}: not in the tables: the paper has no toy with trace\n"
         lines = out.splitlines()
         assert lines == [] or lines[0] == "Table 1: LiveCodeBench v6, avg@4, percent" and lcb in runs
     assert len({len(line) for line in lines[1:9]}) == 1  # columns are under each other
@@ -329,5 +330,5 @@ def test_the_command_prints_tables_and_names_the_runs_that_are_in_none(tmp_path,
 def test_run_that_was_not_evaluated_or_is_none_is_one_line_and_exit_2(name, text, tmp_path, capsys):
     write_run(tmp_path, "--task lcb")
     (tmp_path / name).write_text(text) if text else (tmp_path / name).unlink()
-    reason = f"{tmp_path} has no evaluation.json: python evaluate.py --run {tmp_path} makes it"
+    reason = f"{tmp_path} has no evaluation.json: run python evaluate.py --run {tmp_path}"
     assert_refused(tables, [tmp_path], str(tmp_path) if text else reason, capsys)

@@ -1,4 +1,4 @@
-"""The study: rows that mean what they say, quantities and verdicts by hand, tables, and runs that are commands."""
+"""The study: its rows, quantities and verdicts by hand, the tables, and runs as commands."""
 
 import json
 import os
@@ -6,14 +6,16 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from scipy import stats
 
+import evaluate
 import vpd
 from study import study
 from study.study import Claim
@@ -26,7 +28,7 @@ TUNED = json.loads((RESULTS / "tuning.json").read_text())
 # ---- Rows, claims, what was tuned --------------------------------------------------------------------------
 
 
-def test_every_row_tried_as_many_different_settings_and_they_work_together():
+def test_every_row_tries_sixteen_different_settings_that_are_valid():
     for row, of in study.TRIED.items():
         tried = [vpd.settings([*study.task_of(row), *flags.split()]) for flags in of]
         for cfg in tried:
@@ -35,7 +37,7 @@ def test_every_row_tried_as_many_different_settings_and_they_work_together():
         assert len(set(map(repr, tried))) == len(of) == 16, row
 
 
-def test_reported_rows_are_those_of_the_best_settings_and_work_together():
+def test_reported_rows_use_the_best_settings_and_are_valid():
     tuned = {row: {flags: {"101": {"avg": 0.5}, "102": {"avg": float(k == 3)}} for k, flags in enumerate(of)}
              for row, of in study.TRIED.items()}  # fmt: skip
     rows = study.reported(tuned)
@@ -48,15 +50,15 @@ def test_reported_rows_are_those_of_the_best_settings_and_work_together():
             assert flags == study.task_of(row) + study.TRIED[row][3].split()
     with_e, without = (vpd.settings(rows[f"trace-dialect/{name}"]) for name in ("vpd F=5", "sdpo no E-step"))
     assert (with_e.lr, with_e.divergence, with_e.reader()) == (without.lr, without.divergence, without.reader())
-    tuned["trace/vpd"]["--lr 9"] = {"101": {"avg": 9.0}, "102": {"avg": 9.0}}  # listed no more
+    tuned["trace/vpd"]["--lr 9"] = {"101": {"avg": 9.0}, "102": {"avg": 9.0}}  # no longer listed
     assert study.reported(tuned) == rows
-    del tuned["trace/vpd"][study.TRIED["trace/vpd"][5]]["102"]  # one is still to be run
+    del tuned["trace/vpd"][study.TRIED["trace/vpd"][5]]["102"]  # one run is missing
     assert not any(name in study.reported(tuned) for name in ("trace/vpd", "trace-dialect/vpd F=5"))
 
 
-def test_claims_are_about_rows_that_are_reported_and_quantities_that_have_a_name():
+def test_claims_name_reported_rows_and_known_quantities():
     for claim in sum(study.CLAIMS.values(), []):
-        assert {claim.above, claim.below} - {"0", "base"} <= study.REPORTED.keys() and claim.quantity in study.QUANTITIES
+        assert {claim.above, claim.below} - {"0"} <= study.REPORTED.keys() and claim.quantity in study.QUANTITIES
 
 
 # ---- Quantities and verdicts by hand -----------------------------------------------------------------------
@@ -79,47 +81,46 @@ def rows_of(**averages):
 def test_quantities_of_a_run():
     run = made(0.6, margin=[0.0, 0.1, None, 0.2, 0.3, 0.4, 1, 1, 1, 1, 6], teacher=[0.25, None, 0.5])
     first, last = (0.0 + 0.1 + 0.2 + 0.3 + 0.4) / 5, (1 + 1 + 1 + 1 + 6) / 5  # batches without a margin do not count
-    assert study.quantity("margin change", run) == pytest.approx(last - first)
-    assert study.quantity("teacher change", run) == pytest.approx(0.25) and study.quantity("avg", run) == 0.6
-    assert np.isnan(study.quantity("margin change", made(margin=[1.0] * 9)))  # first and last would overlap
+    expected = {"avg": 0.6, "margin rise": last - first, "margin fall": first - last, "teacher gain": 0.25}
+    assert {name: study.quantity(name, run) for name in study.QUANTITIES} == pytest.approx(expected)
+    assert np.isnan(study.quantity("margin rise", made(margin=[1.0] * 9)))  # first and last would overlap
     for teacher in ([None, None], [None, 0.5]):
-        assert np.isnan(study.quantity("teacher change", made(teacher=teacher)))
+        assert np.isnan(study.quantity("teacher gain", made(teacher=teacher)))
     ended = [((0.1, 0.5, 0.3), True), ((0.1, 0.5, 0.31), False), ((0.1, 0.15, 0.0), True), ((0.0, 0.0), False)]
     assert all(study.collapsed(made(evals=avg)) == fell for avg, fell in ended)
 
 
-def test_pairs_are_of_the_same_seed_holm_corrects_over_the_family_and_a_claim_holds_one_way():
+def test_claims_are_paired_by_seed_corrected_over_the_family_and_directed():
     one, two, three = [0.5, 0.7, 0.6, 0.9], [0.4, 0.5, 0.6, 0.7], [0.52, 0.7, 0.58, 0.95]
-    rows = rows_of(vpd=one, grpo=two, sdpo=three)  # of joint nobody has run anything
+    rows = rows_of(vpd=one, grpo=two, sdpo=three)  # joint has no runs
     del rows["trace/vpd"]["runs"]["4"], rows["trace/grpo"]["runs"]["1"]  # seeds 2 and 3 are left, 1 to 3 with sdpo
     claims = [Claim("a", "avg", "trace/vpd", f"trace/{name}") for name in ("grpo", "sdpo")]
-    claims += [Claim("b", "avg", "trace/sdpo", "base"), Claim("c", "avg", "trace/grpo", "trace/joint")]
+    claims += [Claim("b", "avg", "trace/sdpo", "0"), Claim("c", "avg", "trace/grpo", "trace/joint")]
     found = study.judge(claims, rows)
-    assert [claim for claim, _, _ in found] == claims[:3]  # nobody ran joint
+    assert [claim for claim, _, _ in found] == claims[:3]
     p = [stats.ttest_rel(one[1:3], two[1:3]).pvalue, stats.ttest_rel(one[:3], three[:3]).pvalue,
-         stats.ttest_1samp(three, 0.1).pvalue]  # fmt: skip
+         stats.ttest_1samp(three, 0).pvalue]  # fmt: skip
     low, middle, high = sorted(p)
     holm = {low: 4 * low, middle: max(4 * low, 3 * middle), high: max(4 * low, 3 * middle, 2 * high)}
-    for (_, text, so), value in zip(found, p):
+    for (_, text, _), value in zip(found, p):
         assert text.endswith(f", p {min(1, holm[value]):.3g}")
-        assert so == ("yes" if holm[value] < 0.05 else "undecided")
-    assert [so for *_, so in found] == ["undecided", "undecided", "yes"]
+    assert [verdict for *_, verdict in found] == ["undecided", "undecided", "yes"]
     assert found[0][1].startswith("0.650 against 0.550: +0.100 [") and ", 2 pairs" in found[0][1]
     high, low = rows_of(vpd=[0.8, 0.82, 0.84, 0.8]), rows_of(grpo=[0.2, 0.21, 0.25, 0.3])
-    for pair, so in ((("vpd", "grpo"), "yes"), (("grpo", "vpd"), "no, the opposite")):
+    for pair, expected in ((("vpd", "grpo"), "yes"), (("grpo", "vpd"), "no, the opposite")):
         ((_, _, verdict),) = study.judge([Claim("", "avg", *(f"trace/{name}" for name in pair))], high | low)
-        assert verdict == so
+        assert verdict == expected
 
 
 # ---- Tables ------------------------------------------------------------------------------------------------
 
 
 def test_the_report_by_hand(tmp_path, monkeypatch):
-    """Whatever else it says, and that all of it is between the marks, is seen on the shipped tables."""
+    """The test of the shipped tables sees the rest, and that all of it is between the marks."""
     rows = rows_of(vpd=[0.8, 0.82, 0.84], grpo=[0.2, 0.22, 0.25])
     rows["trace/vpd"]["runs"]["1"]["eval"]["avg"] = [0.1, 0.5, 0.3]
     run = {"commit": "def", "hardware": "another", "seconds": 36.0}
-    tried = {"trace/vpd": {f"--lr {lr}": {"101": run | {"avg": avg}, "102": run | {"avg": avg}}
+    tried = {"trace/vpd": {f"--teacher live --lr {lr}": {"101": run | {"avg": avg}, "102": run | {"avg": avg}}
                            for lr, avg in (("1e-3", 0.4), ("2e-3", 0.6))}}  # fmt: skip
     (tmp_path / "study.json").write_text(json.dumps({"rows": rows}))
     (tmp_path / "tuning.json").write_text(json.dumps(tried))
@@ -127,11 +128,11 @@ def test_the_report_by_hand(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "README", tmp_path / "MAIN.md")
     study.main(["--tables", "--results", str(tmp_path)])
     text, page = ((tmp_path / name).read_text() for name in ("MAIN.md", "README.md"))
-    assert "| VPD | 0.820 [0.770, 0.870] |  |" in text and "| SDPO |  |  |" in text  # of which nothing is there
-    assert page.startswith(study.MARKS[0]) and "10 runs, tuning included, 0.1 hours of wall clock" in page
-    assert "a machine; another; commits abc; def." in page and "\npython vpd\n" in page
+    assert "| VPD | 0.820 [0.770, 0.870] |  |" in text and "| SDPO |  |  |" in text  # without runs
+    assert page.startswith(study.MARKS[0]) and "10 runs, tuning included, two at a time; their durations add up to 0.1 h" in page
+    assert "Hardware: a machine; another. Commits: abc; def." in page and "\npython vpd\n" in page
     assert "| VPD | 3 | 0.820 [0.770, 0.870] | 0.80 0.82 0.84 |  | 0.25 to 0.50 | 1 | 2.0 |" in page
-    assert "| trace/vpd | **lr 2e-3: 0.60 0.60**; lr 1e-3: 0.40 0.40 |" in page
+    assert "| trace/vpd, teacher live | **lr 2e-3: 0.60 0.60**; lr 1e-3: 0.40 0.40 |" in page
     assert "| VPD beats GRPO (Tables 1, 2) | trace | 0.820 against 0.223: +0.597 [" in page
 
 
@@ -158,11 +159,11 @@ LOG = [{"kind": "train", "step": 0, "seconds": {"rollout": 1.0, "sync": 0.5}, "r
 
 @pytest.fixture
 def quick(tmp_path, monkeypatch):
-    """Instead of training, a program that writes the run directory of TINY at once, and leaves as a run that makes no update any
-    more, or fails where the flags have -1. The pass rate is the seed."""
+    """Programs in place of training and evaluation. vpd.py writes the run directory of TINY at once and ends like a run without an
+    update left to make, or fails if the flags have -1. Its pass rate is the seed. evaluate.py fails on the folder "full"."""
     cfg = vpd.settings(TINY)
     config = asdict(cfg) | {"teacher": cfg.reader(), "commit": "abcdefghij+ (changed)"}  # as a run records them
-    (tmp_path / "evaluate.py").write_text("")
+    (tmp_path / "evaluate.py").write_text("import sys; sys.exit('no space left' if sys.argv[2].endswith('full') else 0)")
     (tmp_path / "vpd.py").write_text(f"""
 import json, pathlib, sys
 if "-1" in sys.argv: sys.exit("first\\nvpd.py: error: --lr must be positive")
@@ -170,13 +171,25 @@ out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
 (out / "model").mkdir(parents=True, exist_ok=True)
 (out / "config.json").write_text({json.dumps(config)!r})
 (out / "log.jsonl").write_text({chr(10).join(map(json.dumps, LOG))!r}.replace("0.75", sys.argv[sys.argv.index("--seed") + 1]))
+(out / "evaluation.json").write_text("{{}}")
 sys.exit(1)
 """)
     monkeypatch.setattr(study, "HERE", tmp_path)
     return config
 
 
-def test_a_run_is_the_training_command_and_an_evaluation_and_its_weights_go(tmp_path):
+def test_a_run_trains_evaluates_and_deletes_its_weights(tmp_path, monkeypatch):
+    """The two commands run in this process, which has imported what they need."""
+
+    class Started:
+        def __init__(self, line, stdout, **_):
+            with redirect_stdout(stdout):
+                {"vpd.py": vpd, "evaluate.py": evaluate}[line[1]].main(line[2:])
+
+        def wait(self):
+            return 0
+
+    monkeypatch.setattr(study, "subprocess", SimpleNamespace(Popen=Started, STDOUT=None))
     study.perform(TINY, tmp_path / "run", test=True)
     found = study.record(tmp_path / "run", test=True)
     assert len(found["train"]["reward"]) == 2 and found["eval"]["step"] == [0, 1, 2]
@@ -184,7 +197,7 @@ def test_a_run_is_the_training_command_and_an_evaluation_and_its_weights_go(tmp_
     assert "done: " in (tmp_path / "run.txt").read_text() and not (tmp_path / "run" / "model").exists()
 
 
-def test_finished_runs_are_kept_stopped_ones_start_again_and_a_failure_is_named(quick, tmp_path):
+def test_finished_runs_are_kept_interrupted_ones_start_again_and_failures_are_named(quick, tmp_path):
     finished, stopped, changed, wrong = (tmp_path / name for name in ("finished", "stopped", "changed", "wrong"))
     for folder, seed in ((finished, 3), (stopped, 3), (changed, 4)):
         folder.mkdir()
@@ -200,9 +213,11 @@ def test_finished_runs_are_kept_stopped_ones_start_again_and_a_failure_is_named(
     for folder in (stopped, changed):
         assert "mark" not in json.loads((folder / "config.json").read_text())
         assert (folder / "done.json").exists() and not (folder / "model").exists()
+    with pytest.raises(RuntimeError, match="exit status 1: no space left"):  # unlike training's, an evaluation's status 1 is an error
+        study.perform(TINY, tmp_path / "full", test=True)
 
 
-def test_tuning_and_reporting_fill_their_files_and_keep_what_is_there(quick, tmp_path, monkeypatch):
+def test_tuning_and_reporting_add_to_their_files(quick, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "README", tmp_path / "none.md")
     monkeypatch.setattr(study, "texts", lambda *_: {})
     monkeypatch.setattr(study, "TRIED", {"trace/vpd": ["--lr 1", "--lr -1"], "trace/sdpo": ["--lr 1"]})
@@ -218,9 +233,9 @@ def test_tuning_and_reporting_fill_their_files_and_keep_what_is_there(quick, tmp
     assert tuned["trace/sdpo"] == old["trace/sdpo"] and list(tuned) == ["trace/vpd", "trace/sdpo"]
     kept = {seed: (run["avg"], run["commit"]) for seed, run in tuned["trace/vpd"]["--lr 1"].items()}
     assert kept == {"101": (101, "abcdefg+"), "102": (102, "abcdefg+")}  # +: with changes
-    assert study.best("trace/sdpo", tuned) == "--lr 1" and study.best("trace/vpd", tuned) is None  # of --lr -1 nothing is known
+    assert study.best("trace/sdpo", tuned) == "--lr 1" and study.best("trace/vpd", tuned) is None  # --lr -1 has no result
     command = "python vpd.py --task toy --subset trace --method sdpo --lr 1 --seed N --out DIR"
-    for before, kept in ((command, "old"), ("another command", None)):  # whose runs say nothing of these settings
+    for before, kept in ((command, "old"), ("another command", None)):  # runs of other settings go
         (tmp_path / "study.json").write_text(json.dumps({"rows": {"trace/sdpo": {"command": before, "runs": {"9": "old"}}}}))
         with fails():
             study.main(flags)
@@ -230,17 +245,19 @@ def test_tuning_and_reporting_fill_their_files_and_keep_what_is_there(quick, tmp
 
 
 def test_stopping_the_study_stops_its_processes(tmp_path):
-    """When a study gets SIGTERM during two runs, it leaves neither processes nor half a table."""
+    """When a study gets SIGTERM during two runs (of a program that sleeps), it leaves neither processes nor half a table."""
     flags = ["--tune", "--only", "trace/vpd", "--folder", str(tmp_path / "runs"), "--results", str(tmp_path)]
-    study_run = subprocess.Popen([sys.executable, "-m", "study.study", *flags], cwd=ROOT, stdout=subprocess.PIPE,
-                                 stderr=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
-    deadline = time.time() + 120
-    while len([*tmp_path.glob("runs/*/log.jsonl")]) < 2 and time.time() < deadline and study_run.poll() is None:
-        time.sleep(0.2)
+    (tmp_path / "vpd.py").write_text("import sys, time; open(sys.argv[sys.argv.index('--out') + 1], 'w'); time.sleep(600)")
+    code = f"import pathlib; from study import study; study.HERE = pathlib.Path({str(tmp_path)!r}); study.main({flags})"
+    study_run = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                 start_new_session=True)  # fmt: skip
+    deadline = time.time() + 60
+    while len([*tmp_path.glob("runs/*[0-9]")]) < 2 and time.time() < deadline and study_run.poll() is None:
+        time.sleep(0.05)
     study_run.terminate()
     try:
         _, errors = study_run.communicate(timeout=30)
-        with pytest.raises(ProcessLookupError):  # nobody is left in its session
+        with pytest.raises(ProcessLookupError):  # its session is empty
             for _ in range(50):
                 os.killpg(study_run.pid, 0)
                 time.sleep(0.1)
@@ -266,10 +283,11 @@ def assert_refused(module, argv, words, capsys):
     *[(argv, "", "", words) for argv, words in (
         ("--only chess", "--only chess: no row starts like this"), ("--jobs 0", "--jobs"), ("--cores 2", "--cores"),
         ("--results no/such/folder", "--results"), ("--tune --only trace-dialect", "no row starts like this"),
-        ("--tune --tables", "--tune makes runs and --tables none"), (f"--folder {__file__}", __file__))],
+        ("--tune --tables", "--tables: not allowed with argument --tune"), (f"--folder {__file__}", __file__))],
     ("--tables", "tuning.json", "{}", "study.json has no runs to make tables of"),
-    *[(mode, name, text, f"{name} is no JSON object") for mode in ("--tables", "--tune")  # which runs would change
-      for name, text in (("study.json", "{"), ("study.json", "[]"), ("tuning.json", "["))],
+    *[(mode, name, text, f"{name} {words}") for mode in ("--tables", "--tune") for name, text, words in (
+        ("study.json", "{", "is not a JSON object"), ("study.json", "[]", "is not a JSON object: it is a list"),
+        ("study.json", "{}", "has no rows"), ("tuning.json", "[", "is not a JSON object"))],
 ])  # fmt: skip
 def test_wrong_flags_and_files_are_one_line_and_nothing_written(argv, name, text, words, tmp_path, capsys, monkeypatch):
     (tmp_path / "README.md").write_text("as it was")
@@ -282,7 +300,7 @@ def test_wrong_flags_and_files_are_one_line_and_nothing_written(argv, name, text
     assert (tmp_path / "README.md").read_text() == "as it was"
 
 
-def test_numbers_are_kept_to_what_they_are_good_for_and_a_series_is_a_line(tmp_path):
+def test_numbers_are_rounded_and_each_series_is_a_line_of_the_file(tmp_path):
     assert [study.rounded(x) for x in (0.123456, -12.3456, 3, None, 1234.5)] == [0.1235, -12.3, 3, None, 1230.0]
     content = {"a": {"series": [0.5, None, 2], "name": "x [y, z]"}, "empty": []}
     study.write(tmp_path / "x.json", content)
