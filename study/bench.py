@@ -62,8 +62,8 @@ def steps(flags: list[str]) -> list[dict]:
 
 
 def passes(batch: vpd.Batch, e_rows: int) -> dict[str, list[tuple[int, int, bool]]]:
-    """The passes that each phase of VPD's step needs at least: tokens through the layers, tokens through the head, and whether there
-    is a backward pass. Padding is left out; a prompt is counted in every row that has it. e_rows: how many rows the E-step used."""
+    """The passes that each phase of VPD's step needs at least: tokens through the layers, tokens through the head, and whether
+    there is a backward pass. Padding is left out; every row counts its prompt. e_rows: how many rows the E-step used."""
     x, y = [len(prompt) for prompt in batch.x], [len(tokens) for tokens in batch.y]
     read = [i for i, has in enumerate(batch.has_C) if has]
     scored = sum(y[i] for i in read)
@@ -84,8 +84,9 @@ def floor(model, of_phase: list[tuple[int, int, bool]]) -> float:
     output = [model.get_output_embeddings().weight.detach()]
     todo = [(tokens, matrix, backward) for layers, heads, backward in of_phase
             for tokens, matrices in ((layers, body), (heads, output)) for matrix in matrices]  # fmt: skip
-    buffer = lambda width: torch.randn(max(tokens for tokens, *_ in todo), width)  # noqa: E731
-    buffers = {m.shape: [*(buffer(m.shape[side]) for side in (1, 0, 1)), torch.empty_like(m)] for _, m, _ in todo}
+    longest = max(tokens for tokens, *_ in todo)
+    buffers = {(rows, width): [*(torch.randn(longest, n) for n in (width, rows, width)), torch.empty(rows, width)]
+               for rows, width in {matrix.shape for _, matrix, _ in todo}}  # fmt: skip
     start = time.perf_counter()
     for tokens, matrix, backward in todo:
         given, made, d_given, d_matrix = buffers[matrix.shape]

@@ -191,8 +191,6 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if args.runs:
             out, curves = args.out or Path("curves.png"), of_runs(args.runs)
-            if not out.suffix and not out.is_dir():
-                out = out.with_name(f"{out.name}.png")  # the library would add it anyway
             check_out(out)
             figures = {out: [("", measure, curves) for measure in ("avg", "reward", "margin", "teacher")]}
         else:

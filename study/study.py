@@ -125,7 +125,8 @@ def perform(flags: list[str], out: Path, test: bool) -> None:
             ended_early = program == "vpd.py" and status == 1 and (out / "model").is_dir()
             if status and not ended_early:
                 raise RuntimeError(f"exit status {status}: {['', *text.read_text().splitlines()][-1]} (see {text})")
-    (out / "done.json").write_text(json.dumps({"seconds": round(time.perf_counter() - start, 1)}) + "\n")
+    done = {"seconds": round(time.perf_counter() - start, 1), "hardware": hardware()}
+    (out / "done.json").write_text(json.dumps(done) + "\n")
     for part in ("model", "best", "checkpoints"):  # not needed again, and a study has hundreds of them
         shutil.rmtree(out / part, ignore_errors=True)
 
@@ -169,7 +170,7 @@ def record(out: Path, test: bool) -> dict:
     """What tables and figures need of a finished run; of a tuning run, only its last validation pass rate."""
     log = list(json_rows(out / "log.jsonl"))
     commit, changed, _ = config_of(out, ["commit"])["commit"].partition("+")
-    result = {"commit": commit[:7] + changed, "hardware": hardware(), **load(out / "done.json")}
+    result = {"commit": commit[:7] + changed, **load(out / "done.json")}
     curves = {kind: {name: [*map(rounded, column)] for name, column in of.items()} for kind, of in series(log).items()}
     if not test:
         return result | {"avg": curves["eval"]["avg"][-1]}
@@ -255,7 +256,7 @@ def collapsed(run: dict) -> bool:
     return avg[-1] <= max(avg) - 0.2 or avg[-1] == 0 < avg[0]
 
 
-def judge(claims: list[Claim], rows: dict) -> list[tuple[Claim, str, str]]:
+def judge(claims: list[Claim], rows: dict) -> list[tuple[str, str, str]]:
     """(claim, its numbers, its verdict) for the claims of one family whose rows have at least two seeds. Rows are paired by seed,
     with the same problems. The verdict is that of a paired t test at 5%, after Holm's correction over the whole family, including
     claims that cannot be judged yet. The interval is not corrected."""
@@ -271,13 +272,13 @@ def judge(claims: list[Claim], rows: dict) -> list[tuple[Claim, str, str]]:
             continue
         mean, low, high = interval(differences)
         text = f"{pairs[:, 0].mean():.3f} against {pairs[:, 1].mean():.3f}: {mean:+.3f} [{low:+.3f}, {high:+.3f}]"
-        found.append((claim, f"{QUANTITIES[claim.quantity]}{text}, {len(pairs)} pairs", mean))
+        found.append((claim.says, f"{QUANTITIES[claim.quantity]}{text}, {len(pairs)} pairs", mean))
         p.append(stats.ttest_1samp(differences, 0).pvalue)
     # Holm: the smallest p times the number of claims, the next times one less, ...
     order, corrected = np.argsort(p), np.array(p)
     corrected[order] = np.maximum.accumulate(corrected[order] * (len(claims) - np.arange(len(p)))).clip(max=1)
     verdict = lambda mean, p: "undecided" if p >= 0.05 else "yes" if mean > 0 else "no, the opposite"  # noqa: E731
-    return [(claim, f"{text}, p {p:.3g}", verdict(mean, p)) for (claim, text, mean), p in zip(found, corrected)]
+    return [(says, f"{text}, p {p:.3g}", verdict(mean, p)) for (says, text, mean), p in zip(found, corrected)]
 
 
 # ---- Tables ------------------------------------------------------------------------------------------------------
@@ -315,17 +316,13 @@ def table(rows: dict) -> list[str]:
 
 
 def tried_list(tuned: dict) -> list[str]:
-    """Every setting tried, best first, with the avg@4 on validation problems of both tuning seeds. Flags that all settings of a row
-    share are given once, after its name."""
+    """Every setting tried, best first, with the avg@4 on validation problems of both tuning seeds."""
+    rates = lambda runs: " ".join(f"{run['avg']:.2f}" for run in runs.values())  # noqa: E731
     cells = [("row", "settings: pass rates")]
     for row, settings in tuned.items():
-        flags = {setting: re.findall(r"--(\w+ \S+)", setting) for setting in settings}
-        shared = [flag for flag in next(iter(flags.values())) if len(flags) > 1 and all(flag in of for of in flags.values())]
-        each = []
-        for setting, runs in sorted(settings.items(), key=lambda item: -mean_avg(item[1])):
-            rates = " ".join(f"{run['avg']:.2f}" for run in runs.values())
-            each.append(f"{' '.join(flag for flag in flags[setting] if flag not in shared)}: {rates}")
-        cells.append((", ".join([row, *shared]), f"**{each[0]}**; {'; '.join(each[1:])}"))
+        ranked = sorted(settings.items(), key=lambda item: -mean_avg(item[1]))
+        each = [f"{flags.replace('--', '')}: {rates(runs)}" for flags, runs in ranked]
+        cells.append((row, f"**{each[0]}**; {'; '.join(each[1:])}"))
     return markdown(*cells)
 
 
@@ -359,8 +356,7 @@ def texts(results: Path, readme: Path) -> dict[Path, str]:
     for subset in dict.fromkeys(name.split("/")[0] for name in rows):
         page += [f"## {subset}", "", *table({name: row for name, row in rows.items() if name.split("/")[0] == subset})]
     for heading, claims in CLAIMS.items():
-        judged = [(claim.says, claim.above.split("/")[0], text, verdict) for claim, text, verdict in judge(claims, rows)]
-        page += [f"## {heading}", "", *markdown(("", "where", "measured", "verdict"), *judged)]
+        page += [f"## {heading}", "", *markdown(("", "measured", "verdict"), *judge(claims, rows))]
     page += ["## What was tried", "", *tried_list(tuned)[:-1]]
     own = results / "README.md"
     page = replaced(own.read_text() if own.exists() else "\n".join(MARKS), MARKS, page)

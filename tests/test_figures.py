@@ -74,7 +74,7 @@ RATE, TEACHER, REWARD, MARGIN = (figures.MEASURES[name][0] for name in ("avg", "
 def test_seeds_are_one_curve_settings_that_differ_are_named_and_so_is_the_picture(tmp_path, capsys):
     runs = [run(tmp_path / str(i), method, seed, [0.3, 0.4], e_step_every=every)
             for i, (method, seed, every) in enumerate((("vpd", 1, 1), ("vpd", 2, 1), ("vpd", 1, 5), ("grpo", 1, 1)))]  # fmt: skip
-    figures.main([*map(str, runs), "--out", str(tmp_path / "curves")])
+    figures.main([*map(str, runs), "--out", str(tmp_path / "curves.png")])
     says = f"{tmp_path}/curves.png: VPD e_step_every=1 (2 seeds), VPD e_step_every=5 (1 seed), GRPO (1 seed)\n"
     assert capsys.readouterr() == (says, "") and (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
@@ -135,7 +135,7 @@ def test_arguments_that_cannot_be_are_one_line_exit_2_and_nothing_written(tmp_pa
     (tmp_path / "list").write_text("[]")
     for argv, reason in (
         ("{0}/nowhere", "/nowhere/config.json"), ("{0}/study.json", "Not a directory"), ("{0}/a --out {0}", "it is a folder"),
-        ("{0}/a --out {0}/no/x.png", "there is no folder"), ("{0}/a --out {0}/x.foo", "foo"),
+        ("{0}/a --out {0}/no/x.png", "there is no folder"), ("{0}/a --out {0}/x.foo", "foo"), ("{0}/a --out {0}/x", "Format"),
         ("a --study b", "not both"), ("--study {0}/study.json --out {0}/study.json", "File exists"),
         ("--study {0}/none --out {0}/new", "none is not a JSON object"), ("--study {0}/list --out {0}/new", "it is a list"),
         ("--study {0}/a/log.jsonl --out {0}/new", "log.jsonl is not a JSON object"),

@@ -97,7 +97,7 @@ def test_claims_are_paired_by_seed_corrected_over_the_family_and_directed():
     claims = [Claim("a", "avg", "trace/vpd", f"trace/{name}") for name in ("grpo", "sdpo")]
     claims += [Claim("b", "avg", "trace/sdpo", "0"), Claim("c", "avg", "trace/grpo", "trace/joint")]
     found = study.judge(claims, rows)
-    assert [claim for claim, _, _ in found] == claims[:3]
+    assert [says for says, *_ in found] == ["a", "a", "b"]
     p = [stats.ttest_rel(one[1:3], two[1:3]).pvalue, stats.ttest_rel(one[:3], three[:3]).pvalue,
          stats.ttest_1samp(three, 0).pvalue]  # fmt: skip
     low, middle, high = sorted(p)
@@ -120,7 +120,7 @@ def test_the_report_by_hand(tmp_path, monkeypatch):
     rows = rows_of(vpd=[0.8, 0.82, 0.84], grpo=[0.2, 0.22, 0.25])
     rows["trace/vpd"]["runs"]["1"]["eval"]["avg"] = [0.1, 0.5, 0.3]
     run = {"commit": "def", "hardware": "another", "seconds": 36.0}
-    tried = {"trace/vpd": {f"--teacher live --lr {lr}": {"101": run | {"avg": avg}, "102": run | {"avg": avg}}
+    tried = {"trace/vpd": {f"--lr {lr}": {"101": run | {"avg": avg}, "102": run | {"avg": avg}}
                            for lr, avg in (("1e-3", 0.4), ("2e-3", 0.6))}}  # fmt: skip
     (tmp_path / "study.json").write_text(json.dumps({"rows": rows}))
     (tmp_path / "tuning.json").write_text(json.dumps(tried))
@@ -132,8 +132,8 @@ def test_the_report_by_hand(tmp_path, monkeypatch):
     assert page.startswith(study.MARKS[0]) and "10 runs, tuning included, two at a time; their durations add up to 0.1 h" in page
     assert "Hardware: a machine; another. Commits: abc; def." in page and "\npython vpd\n" in page
     assert "| VPD | 3 | 0.820 [0.770, 0.870] | 0.80 0.82 0.84 |  | 0.25 to 0.50 | 1 | 2.0 |" in page
-    assert "| trace/vpd, teacher live | **lr 2e-3: 0.60 0.60**; lr 1e-3: 0.40 0.40 |" in page
-    assert "| VPD beats GRPO (Tables 1, 2) | trace | 0.820 against 0.223: +0.597 [" in page
+    assert "| trace/vpd | **lr 2e-3: 0.60 0.60**; lr 1e-3: 0.40 0.40 |" in page
+    assert "| VPD beats GRPO (Tables 1, 2) | 0.820 against 0.223: +0.597 [" in page
 
 
 def test_the_shipped_tables_are_those_of_the_shipped_numbers(tmp_path, monkeypatch):
@@ -181,15 +181,12 @@ sys.exit(1)
 def test_a_run_trains_evaluates_and_deletes_its_weights(tmp_path, monkeypatch):
     """The two commands run in this process, which has imported what they need."""
 
-    class Started:
-        def __init__(self, line, stdout, **_):
-            with redirect_stdout(stdout):
-                {"vpd.py": vpd, "evaluate.py": evaluate}[line[1]].main(line[2:])
+    def started(line, stdout, **_):
+        with redirect_stdout(stdout):
+            {"vpd.py": vpd, "evaluate.py": evaluate}[line[1]].main(line[2:])
+        return SimpleNamespace(wait=lambda: 0)
 
-        def wait(self):
-            return 0
-
-    monkeypatch.setattr(study, "subprocess", SimpleNamespace(Popen=Started, STDOUT=None))
+    monkeypatch.setattr(study, "subprocess", SimpleNamespace(Popen=started, STDOUT=None))
     study.perform(TINY, tmp_path / "run", test=True)
     found = study.record(tmp_path / "run", test=True)
     assert len(found["train"]["reward"]) == 2 and found["eval"]["step"] == [0, 1, 2]
@@ -204,16 +201,17 @@ def test_finished_runs_are_kept_interrupted_ones_start_again_and_failures_are_na
         (folder / "config.json").write_text(json.dumps(quick | {"seed": seed, "mark": "old"}))
         (folder / "log.jsonl").write_text("\n".join(map(json.dumps, LOG)))
         if folder != stopped:
-            (folder / "done.json").write_text('{"seconds": 1}')
+            (folder / "done.json").write_text('{"seconds": 1, "hardware": "another machine"}')
     jobs, results = {out: (out.name, "--flags", "3", TINY) for out in (finished, stopped, changed)}, {}
     failed = study.perform_all(jobs | {wrong: ("wrong", "", "3", [*TINY, "--lr", "-1"])}, results, at_once=2, test=False)
     assert str(failed.pop(wrong)) == f"exit status 1: vpd.py: error: --lr must be positive (see {wrong}.txt)" and not failed
     assert not (wrong / "done.json").exists() and results.keys() == {"finished", "stopped", "changed"}
-    assert results["finished"]["--flags"]["3"]["seconds"] == 1 and "mark" in json.loads((finished / "config.json").read_text())
+    assert "mark" in json.loads((finished / "config.json").read_text())
+    assert results["finished"]["--flags"]["3"] == {"commit": "abcdefg+", "avg": 0.75, "seconds": 1, "hardware": "another machine"}
     for folder in (stopped, changed):
         assert "mark" not in json.loads((folder / "config.json").read_text())
         assert (folder / "done.json").exists() and not (folder / "model").exists()
-    with pytest.raises(RuntimeError, match="exit status 1: no space left"):  # unlike training's, an evaluation's status 1 is an error
+    with pytest.raises(RuntimeError, match="exit status 1: no space left"):  # an evaluation that fails is no result
         study.perform(TINY, tmp_path / "full", test=True)
 
 
