@@ -1,10 +1,9 @@
-"""Figures and tables: what is averaged, what is grouped, which run is in which row, and the one-line errors."""
+"""Figures and tables: means, groups, which run enters which row, and one-line errors."""
 
 import json
 import re
 from dataclasses import asdict
 
-import numpy as np
 import pytest
 
 import vpd
@@ -32,7 +31,7 @@ def study(tmp_path, rows):
 
 @pytest.fixture
 def draw(monkeypatch):
-    """Runs the command and returns the panels of what it drew, {title: axis}, of all figures; no PNG is made."""
+    """Runs the command and returns the panels of all its figures, {title: axis}; no PNG is made."""
     drawn = []
 
     def saved(figure, file, **_):
@@ -71,15 +70,16 @@ RATE, TEACHER, REWARD, MARGIN = (figures.MEASURES[name][0] for name in ("avg", "
 # ---- Curves of runs --------------------------------------------------------------------------------------------
 
 
-def test_seeds_are_one_curve_settings_that_differ_are_named_and_so_is_the_picture(tmp_path, capsys):
-    runs = [run(tmp_path / str(i), method, seed, [0.3, 0.4], e_step_every=every)
-            for i, (method, seed, every) in enumerate((("vpd", 1, 1), ("vpd", 2, 1), ("vpd", 1, 5), ("grpo", 1, 1)))]  # fmt: skip
+def test_seeds_share_a_curve_and_the_command_names_settings_that_differ(tmp_path, capsys):
+    settings = (("vpd", 1, 1), ("vpd", 2, 1), ("vpd", 1, 5), ("grpo", 1, 1))
+    runs = [run(tmp_path / str(i), method, seed, [0.3, 0.4], e_step_every=every, torch=str(i), model_files=str(i))
+            for i, (method, seed, every) in enumerate(settings)]  # fmt: skip
     figures.main([*map(str, runs), "--out", str(tmp_path / "curves.png")])
     says = f"{tmp_path}/curves.png: VPD e_step_every=1 (2 seeds), VPD e_step_every=5 (1 seed), GRPO (1 seed)\n"
     assert capsys.readouterr() == (says, "") and (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_measures_that_a_run_has_are_drawn_where_it_has_a_value(tmp_path, draw):
+def test_a_measure_is_drawn_where_a_run_has_values(tmp_path, draw):
     one, two = run(tmp_path / "a", "vpd", 1, [0.1, 0.2], [None, 0.5], 0.25), run(tmp_path / "b", "grpo", 1, [0.0])
     assert list(draw(two, "--out", tmp_path / "x.png")) == [RATE, REWARD]
     panels = draw(one, two, "--out", tmp_path / "x.png")
@@ -88,7 +88,7 @@ def test_measures_that_a_run_has_are_drawn_where_it_has_a_value(tmp_path, draw):
     assert [curves(panels[title])[1] for title in (RATE, REWARD)] == [([0], [0.0])] * 2  # a rate of 0 is a value
 
 
-def test_the_base_model_is_a_line_at_its_mean_pass_rate_one_for_each_model(tmp_path, draw):
+def test_each_base_model_is_a_line_at_its_mean_pass_rate(tmp_path, draw):
     starts = (("vpd", 1, 0.1, "a"), ("vpd", 2, 0.3, "a"), ("grpo", 1, 0.2, "a"), ("grpo", 1, 0.8, "b"))
     runs = [run(tmp_path / str(i), method, seed, [avg, 1.0], model=model) for i, (method, seed, avg, model) in enumerate(starts)]
     panels = draw(*runs, "--out", tmp_path / "x.png")
@@ -96,17 +96,12 @@ def test_the_base_model_is_a_line_at_its_mean_pass_rate_one_for_each_model(tmp_p
 
 
 @pytest.mark.parametrize("start, last", [(0.23, 0.31), (-0.2, -0.1), (-1, 2)])
-def test_zero_is_on_the_margins_axis_so_that_noise_is_no_rise(start, last, tmp_path, draw):
+def test_the_margins_axis_includes_zero(start, last, tmp_path, draw):
     margins = [start] * 5 + [last] * 5
     panels = draw(run(tmp_path / "a", "vpd", 1, [0.1] * 10, margins), "--out", tmp_path / "x.png")
     low, high = panels[MARGIN].get_ylim()
     assert panels[RATE].get_ylim() == panels[REWARD].get_ylim() == (0, 1) and low <= start < last <= high
     assert low == 0 if start > 0 else high == 0 if last < 0 else low < 0 < high
-
-
-def test_smoothing_is_a_centred_mean_that_shrinks_at_the_ends():
-    expected = [(1 + 2 + 6) / 3, (1 + 2 + 6 + 3) / 4, 15 / 5, (2 + 6 + 3 + 3 + 9) / 5, (6 + 3 + 3 + 9) / 4, (3 + 3 + 9) / 3]
-    assert figures.smooth(np.array([1.0, 2.0, 6.0, 3.0, 3.0, 9.0])) == pytest.approx(expected)
 
 
 VPD, ROW = '{"method": "vpd"}', '{"kind": "train", "step": 0, "reward": 0.5}'
@@ -120,7 +115,7 @@ NO_RUN = "/bad/config.json is not the configuration of a run: "
     (VPD, f"{ROW}\n{ROW[:30]}", "/log.jsonl, line 2 is no JSON object"), (VPD, "\0\xff", "/log.jsonl, line 1 is no JSON"),
     (VPD, ROW.replace("0.5", '"high"'), "could not convert string to float: 'high'"),
 ])  # fmt: skip
-def test_a_run_that_lacks_a_file_or_has_another_is_one_line_and_exit_2(config, log, reason, tmp_path, capsys):
+def test_a_run_with_a_missing_or_wrong_file_is_refused_in_one_line(config, log, reason, tmp_path, capsys):
     (tmp_path / "bad").mkdir()
     for name, text in (("config.json", config), ("log.jsonl", log)):
         if text is not None:
@@ -129,7 +124,7 @@ def test_a_run_that_lacks_a_file_or_has_another_is_one_line_and_exit_2(config, l
     assert not (tmp_path / "x.png").exists()
 
 
-def test_arguments_that_cannot_be_are_one_line_exit_2_and_nothing_written(tmp_path, capsys):
+def test_wrong_arguments_are_refused_in_one_line_and_nothing_is_written(tmp_path, capsys):
     run(tmp_path / "a", "vpd", 1, [0.1])
     study(tmp_path, {"trace/vpd": [made()]})
     (tmp_path / "list").write_text("[]")
@@ -148,7 +143,7 @@ def test_arguments_that_cannot_be_are_one_line_exit_2_and_nothing_written(tmp_pa
 # ---- The study's figures ---------------------------------------------------------------------------------------
 
 
-def test_what_is_there_of_the_figures_is_drawn(tmp_path, monkeypatch, capsys, draw):
+def test_figures_are_drawn_from_the_rows_that_have_runs(tmp_path, monkeypatch, capsys, draw):
     series = [0.1, 0.2, 0.3]
     names = {f"{subset}/{v}" for panels in figures.FIGURES.values() for subset, _, variants in panels for v in variants}
     (results := tmp_path / "study" / "results").mkdir(parents=True)
@@ -165,24 +160,25 @@ def test_what_is_there_of_the_figures_is_drawn(tmp_path, monkeypatch, capsys, dr
     assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == ["long.png", "margin.png", "progress.png"]
 
 
-def test_a_curve_is_the_mean_over_seeds_with_their_extremes_and_one_that_ended_early_stays(tmp_path, draw):
-    """Margins are smoothed for each seed before the mean. The second seed has none of batch 1, so it is left out of both."""
+def test_a_curve_is_the_mean_over_seeds_with_their_extremes_and_an_early_end_stays(tmp_path, draw):
+    """Margins are smoothed per seed, by a centred mean that shrinks at the ends. The second seed, twice the first, lacks batch 1,
+    and so does the curve."""
     runs = [made(evals=(0.1, 0.3, 0.5)), made(evals=(0.1, 0.2, 0.3)), made(evals=(0.4, 0.8))]
     runs[1]["eval"]["step"][2] = 17
-    margins = [made(margin=[1, 9, 2, 6]), made(margin=[3, None, 4, 5])]
+    margins = [made(margin=[1, 0, 2, 6, 3, 3, 9]), made(margin=[2, None, 4, 12, 6, 6, 18])]
     panels = draw("--study", study(tmp_path, {"code/vpd": runs, "trace/vpd": margins}), "--out", tmp_path)
     rate, margin = panels[f"code: {RATE}"], panels[f"trace: {MARGIN}"]
     first = (0.1 + 0.1 + 0.4) / 3
     assert curves(rate) == [([0, 10, 20], [first, 1.3 / 3, (0.5 + 0.3 + 0.8) / 3])] and base(rate) == pytest.approx([first])
     band = {tuple(point) for point in rate.collections[0].get_paths()[0].vertices}
     assert band == {(0, 0.1), (0, 0.4), (10, 0.2), (10, 0.8), (20, 0.3), (20, 0.8)}
-    one, two = (1 + 2 + 6) / 3, (3 + 4 + 5) / 3  # three batches each, less than the width of 5: their mean everywhere
-    assert curves(margin) == [([0, 2, 3], [(one + two) / 2] * 3)]
-    assert {y for _, y in margin.collections[0].get_paths()[0].vertices} == {one, two}
+    smooth = [(1 + 2 + 6) / 3, (1 + 2 + 6 + 3) / 4, 15 / 5, (2 + 6 + 3 + 3 + 9) / 5, (6 + 3 + 3 + 9) / 4, (3 + 3 + 9) / 3]
+    assert curves(margin) == [([0, 2, 3, 4, 5, 6], [1.5 * y for y in smooth])]
+    assert {y for _, y in margin.collections[0].get_paths()[0].vertices} == {*smooth, *(2 * y for y in smooth)}
     assert (rate.get_ylabel(), margin.get_ylabel()) == ("", "mean of 5 batches")
 
 
-def test_method_looks_the_same_in_every_figure_and_no_two_look_alike(tmp_path, draw):
+def test_a_method_looks_the_same_in_every_figure_and_no_two_look_alike(tmp_path, draw):
     seed = made(margin=[0.5], teacher=None)
     rows = "code/grpo trace/vpd trace/sdpo trace/grpo trace/new".split()
     panels = draw("--study", study(tmp_path, {name: [seed] for name in rows}), "--out", tmp_path)
@@ -201,7 +197,7 @@ def test_method_looks_the_same_in_every_figure_and_no_two_look_alike(tmp_path, d
 
 
 def evaluated(argv, after=0.5, before=0.3, parts=None, **differs):
-    """config.json and evaluation.json of a run started with these flags; `differs`: changes of its evaluation."""
+    """config.json and evaluation.json of a run with these flags; `differs`: changes to the evaluation."""
     cfg = vpd.settings(argv.split())
     config = asdict(cfg) | {"out": "x", "teacher": cfg.reader(), "commit": "c"}
     subset = cfg.subset or {"lcb": "v6", "sciknoweval": "biology", "math": "dapo", "toy": "trace"}[cfg.task]
@@ -239,7 +235,7 @@ TOGETHER = "60.00 64.75 70.00 81.88 50.00 77.06 80.00 73.67 65.00 74.34"  # ours
      {"1/Qwen3-8B Base": "30.00 28.05", "1/Qwen3-8B VPD": "50.00 ± 25.41 (2) 49.62", "1/Qwen3-8B GRPO": "45.61"}),
     ([f"{SMALL} --subset physics --feedback critique --method sdpo"],
      {"3/Qwen3-1.7B SDPO": "62.12 78.66 71.21 50.00 58.13 67.53", "2/Qwen3-1.7B SDPO": "61.50 72.41 71.54 59.92 66.34"}),
-    # GRPO reads no feedback, so that it is in Table 2 whatever the source is
+    # GRPO reads no feedback, so it is in Table 2 whatever the source
     ([f"{SMALL} --subset physics --feedback critique --method grpo"],
      {"2/Qwen3-1.7B GRPO": "61.25 75.65 74.93 50.00 67.42 69.81"}),
     ([f"{SMALL} --subset physics {flags}" for flags in ("--e_step_every 1", "--prior fixed")],
@@ -250,7 +246,6 @@ TOGETHER = "60.00 64.75 70.00 81.88 50.00 77.06 80.00 73.67 65.00 74.34"  # ours
      {"D.3/Qwen3-4B-Base Base": "29.37 32.71 50.84 30.00 51.33 41.06",
       "D.3/Qwen3-4B-Base VPD": "48.50 70.45 64.03 50.00 72.81 63.95"}),
     (DOMAINS, {"2/Qwen3-1.7B VPD": TOGETHER}),
-    (DOMAINS[1:], {"2/Qwen3-1.7B VPD": "64.75 70.00 81.88 50.00 77.06 80.00 73.67 74.34"}),
     # the average has only seeds with every domain; 12.706 x 0.1
     ([*DOMAINS, (f"{SMALL} --subset physics --seed 2", 0.6)],
      {"2/Qwen3-1.7B VPD": TOGETHER.replace("80.00", "70.00 ± 127.06 (2)")}),
@@ -259,26 +254,20 @@ TOGETHER = "60.00 64.75 70.00 81.88 50.00 77.06 80.00 73.67 65.00 74.34"  # ours
      {"2/Qwen3-1.7B VPD": TABLE_2, "2/Qwen3-1.7B VPD, one model for all domains": TOGETHER}),
     ([("--task math --method grpo", 0.5, 0.3, {"math500": 0.8, "aime24": 0.2})], {"Section 4.2/Qwen3-8B GRPO": "80.00 83.80"}),
 ])  # fmt: skip
-def test_a_run_is_in_the_row_of_its_settings_beside_the_papers_number(runs, expected):
+def test_a_run_enters_the_row_of_its_settings_next_to_the_papers_number(runs, expected):
     printed, notes = rows(*(evaluated(*[run] if isinstance(run, str) else run) for run in runs))
     assert notes == [] and {key: printed.get(key) for key in expected} == expected
     assert any(key.startswith("3/") for key in printed) == any(key.startswith("3/") for key in expected)
 
 
-def test_a_seed_counts_once():
-    printed, (note,) = rows(evaluated("--task lcb --seed 1"), evaluated("--task lcb --seed 1", 0.7))
-    assert printed["1/Qwen3-8B VPD"] == "50.00 49.62" and note.startswith("run1: ")
-    assert note.endswith("not in the tables: another run has these settings and seed 1")
-
-
-def test_every_row_of_the_paper_is_that_of_a_run_with_its_flags():
+def test_every_row_of_the_paper_takes_a_run_with_its_flags():
     for row in (row for row in tables.ROWS if row.flags != "base"):
         found, notes = tables.collect({"run": evaluated(f"--task {row.task} --model a/folder/{row.model}/ {row.flags}")})
         assert {(of.model, of.flags) for of, _ in found} - {(row.model, "base")} == {(row.model, row.flags)} and notes == []
         assert len(row.paper) == len(row.columns)
 
 
-def test_all_settings_count_but_those_of_the_machine_and_the_log():
+def test_all_settings_count_except_those_of_the_machine_and_the_log():
     free = {"seed", "subset", "checkpoint_every", "log_samples", "micro_batch_tokens", "sampler", "engine_memory", "server_timeout",
             "eval_every", "eval_samples", "eval_temperature", "eval_top_p", "teacher_probe"}  # fmt: skip
     config, evaluation = evaluated("--task lcb")
@@ -286,7 +275,7 @@ def test_all_settings_count_but_those_of_the_machine_and_the_log():
     for name in config.keys() - {"model", "commit", *NOT_OF_THE_RUN}:
         found, notes = tables.collect({"run": (config | {name: "another"}, evaluation)})
         assert notes == ([] if name in free else [f"run: not in the tables: {name}=another"])
-        # what training changes keeps no base out, what changes the problems does
+        # the base's row ignores settings of training, not those of the problems
         assert bool(found) == (name not in ("data", "since", "until", "train_tests", "smoke"))
 
 
@@ -298,27 +287,30 @@ def test_all_settings_count_but_those_of_the_machine_and_the_log():
     *[("--task lcb", {name: value}, f"evaluated with {name}={value}")
       for name, value in dict(n=1, temperature=0.0, top_p=1.0, split="train", max_tokens=9).items()],
 ])  # fmt: skip
-def test_a_run_with_settings_or_an_evaluation_of_no_row_is_in_no_table_and_told_why(flags, differs, reason):
+def test_a_run_outside_the_tables_is_told_why(flags, differs, reason):
     found, (note,) = tables.collect({"run": evaluated(flags, **differs)})
     assert note == f"run: not in the tables: {reason}"
     assert all(row.flags == "base" for row, _ in found) and not (found and differs)
 
 
-def write_run(folder, flags):
+def write_run(folder, *run):
     folder.mkdir(exist_ok=True)
-    for name, content in zip(("config.json", "evaluation.json"), evaluated(flags)):
+    for name, content in zip(("config.json", "evaluation.json"), evaluated(*run)):
         (folder / name).write_text(json.dumps(content))
     return str(folder)
 
 
-def test_the_command_prints_tables_and_names_the_runs_that_are_in_none(tmp_path, capsys):
+def test_the_command_prints_tables_and_names_runs_outside_them(tmp_path, capsys):
     lcb, toy = write_run(tmp_path / "a", "--task lcb"), write_run(tmp_path / "b", "--task toy")
-    for runs in ([toy], [lcb, toy]):
-        tables.main(runs)
-        out, error = capsys.readouterr()
-        assert error == f"tables.py: {toy}: not in the tables: the paper has no toy with trace\n"
-        lines = out.splitlines()
-        assert lines == [] or lines[0] == "Table 1: LiveCodeBench v6, avg@4, percent" and lcb in runs
+    notes = [f"tables.py: {toy}: not in the tables: the paper has no toy with trace"]
+    tables.main([toy])
+    assert capsys.readouterr() == ("", notes[0] + "\n")
+    again = write_run(tmp_path / "c", "--task lcb", 0.7)  # a seed counts once
+    notes += [f"tables.py: {again}: not in the tables: another run has these settings and seed 0"]
+    tables.main([lcb, toy, again])
+    out, error = capsys.readouterr()
+    lines = out.splitlines()
+    assert error.splitlines() == notes and lines[0] == "Table 1: LiveCodeBench v6, avg@4, percent"
     assert len({len(line) for line in lines[1:9]}) == 1  # columns are under each other
     assert lines[1].endswith("     v6  paper") and lines[8].endswith("  50.00  49.62")
 
@@ -327,7 +319,7 @@ def test_the_command_prints_tables_and_names_the_runs_that_are_in_none(tmp_path,
     ("evaluation.json", None), ("evaluation.json", "[]"), ("evaluation.json", '{"after": {}}'), ("config.json", "{}"),
     ("config.json", '{"model": "Qwen/Qwen3-8B", "task": "lcb", "seed": 1}'),
 ])  # fmt: skip
-def test_run_that_was_not_evaluated_or_is_none_is_one_line_and_exit_2(name, text, tmp_path, capsys):
+def test_a_folder_that_is_no_evaluated_run_is_refused_in_one_line(name, text, tmp_path, capsys):
     write_run(tmp_path, "--task lcb")
     (tmp_path / name).write_text(text) if text else (tmp_path / name).unlink()
     reason = f"{tmp_path} has no evaluation.json: run python evaluate.py --run {tmp_path}"
