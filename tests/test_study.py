@@ -18,11 +18,10 @@ from scipy import stats
 import evaluate
 import vpd
 from study import study
-from study.study import Claim
+from study.study import Claim, load
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "study" / "results"
-TUNED = json.loads((RESULTS / "tuning.json").read_text())
 
 
 # ---- Rows, claims, what was tuned --------------------------------------------------------------------------
@@ -91,9 +90,9 @@ def test_quantities_of_a_run():
 
 
 def test_claims_are_paired_by_seed_corrected_over_the_family_and_directed():
-    vpd, grpo, sdpo, reshape = [0.5, 0.7, 0.6, 0.9], [0.4, 0.5, 0.6, 0.7], [0.9, 0.92, 0.88, 0.95], [0.1, 0.13, 0.1, 0.15]
+    vpd, grpo, sdpo, reshape = [0.5, 0.7, 0.6, np.nan], [0.4, 0.5, 0.6, 0.7], [0.9, 0.92, 0.88, 0.95], [0.1, 0.13, 0.1, 0.15]
     rows = rows_of(vpd=vpd, grpo=grpo, sdpo=sdpo, reshape=reshape)
-    del rows["trace/vpd"]["runs"]["4"], rows["trace/grpo"]["runs"]["1"]  # seeds 2 and 3 are left
+    del rows["trace/grpo"]["runs"]["1"]  # with vpd's nan, seeds 2 and 3 are left
     pairs = (("vpd", "grpo"), ("sdpo", "reshape"), ("reshape", "sdpo"), ("grpo", "joint"))  # joint has no runs
     claims = [Claim(above, "avg", f"trace/{above}", f"trace/{below}") for above, below in pairs]
     small, large = stats.ttest_rel(sdpo, reshape).pvalue, stats.ttest_rel(vpd[1:3], grpo[1:3]).pvalue
@@ -137,8 +136,8 @@ def test_the_shipped_tables_are_those_of_the_shipped_numbers(tmp_path, monkeypat
     study.main(["--tables", "--results", str(tmp_path)])
     assert (tmp_path / "MAIN.md").read_text() == (ROOT / "README.md").read_text()
     assert (tmp_path / "README.md").read_text() == (RESULTS / "README.md").read_text()
-    now = study.reported(TUNED)
-    for name, row in json.loads((RESULTS / "study.json").read_text())["rows"].items():
+    now = study.reported(load(RESULTS / "tuning.json"))
+    for name, row in load(RESULTS / "study.json")["rows"].items():
         assert row["command"] == f"python vpd.py {' '.join(now[name])} --seed N --out DIR"  # as it was run
 
 
@@ -147,7 +146,7 @@ def test_the_shipped_tables_are_those_of_the_shipped_numbers(tmp_path, monkeypat
 TINY = ["--task", "toy", "--subset", "choice", "--method", "vpd", "--steps", "2", "--eval_every", "1", "--prompts_per_batch", "2",
         "--minibatch_prompts", "2", "--e_minibatch_prompts", "2", "--group_size", "4", "--eval_samples", "1", "--teacher_probe", "2",
         "--seed", "3"]  # fmt: skip
-LOG = [{"kind": "train", "step": 0, "seconds": {"rollout": 1.0, "sync": 0.5}, "reward": 0.123456},
+LOG = [{"kind": "train", "step": 0, "seconds": {"rollout": 1.0, "sync": 0.5}, "reward": 0.123456, "margin": -12.3456},
        {"kind": "eval", "step": 1, "avg": 0.75}]  # fmt: skip
 
 
@@ -162,7 +161,8 @@ def quick(tmp_path, monkeypatch):
 import json, pathlib, sys
 if "-1" in sys.argv: sys.exit("first\\nvpd.py: error: --lr must be positive")
 out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
-(out / "model").mkdir(parents=True, exist_ok=True)
+out.mkdir(exist_ok="--overwrite" in sys.argv)
+(out / "model").mkdir()
 (out / "config.json").write_text({json.dumps(config)!r})
 (out / "log.jsonl").write_text({chr(10).join(map(json.dumps, LOG))!r}.replace("0.75", sys.argv[sys.argv.index("--seed") + 1]))
 (out / "evaluation.json").write_text("{{}}")
@@ -200,11 +200,11 @@ def test_finished_runs_are_kept_interrupted_ones_start_again_and_failures_are_na
     failed = study.perform_all(jobs | {wrong: ("wrong", "", "3", [*TINY, "--lr", "-1"])}, results, at_once=2, test=False)
     assert str(failed.pop(wrong)) == f"exit status 1: vpd.py: error: --lr must be positive (see {wrong}.txt)" and not failed
     assert not (wrong / "done.json").exists() and results.keys() == {"finished", "stopped", "changed"}
-    assert "mark" in json.loads((finished / "config.json").read_text())
+    assert "mark" in load(finished / "config.json")
     assert results["finished"]["--flags"]["3"] == {"commit": "abcdefg+", "avg": 0.75, "seconds": 1, "hardware": "another machine"}
     for folder in (stopped, changed):
-        assert "mark" not in json.loads((folder / "config.json").read_text())
-        assert (folder / "done.json").exists() and not (folder / "model").exists()
+        assert "mark" not in load(folder / "config.json")
+        assert load(folder / "done.json")["hardware"] == study.hardware() and not (folder / "model").exists()
     with pytest.raises(RuntimeError, match="exit status 1: no space left"):  # an evaluation that fails is no result
         study.perform(TINY, tmp_path / "full", test=True)
 
@@ -221,7 +221,7 @@ def test_tuning_and_reporting_add_to_their_files(quick, tmp_path, monkeypatch):
     fails = lambda: pytest.raises(SystemExit, check=lambda stop: stop.code == 1)  # noqa: E731  since one of them does
     with fails():
         study.main(["--tune", *flags])
-    tuned = json.loads((tmp_path / "tuning.json").read_text())
+    tuned = load(tmp_path / "tuning.json")
     assert tuned["trace/sdpo"] == old["trace/sdpo"] and list(tuned) == ["trace/vpd", "trace/sdpo"]
     kept = {seed: (run["avg"], run["commit"]) for seed, run in tuned["trace/vpd"]["--lr 1"].items()}
     assert kept == {"101": (101, "abcdefg+"), "102": (102, "abcdefg+")}  # +: with changes
@@ -231,7 +231,8 @@ def test_tuning_and_reporting_add_to_their_files(quick, tmp_path, monkeypatch):
         (tmp_path / "study.json").write_text(json.dumps({"rows": {"trace/sdpo": {"command": before, "runs": {"9": "old"}}}}))
         with fails():
             study.main(flags)
-        ((name, row),) = json.loads((tmp_path / "study.json").read_text())["rows"].items()
+        assert '"reward": [0.1235],\n' in (text := (tmp_path / "study.json").read_text()) and '"margin": [-12.3],\n' in text
+        ((name, row),) = json.loads(text)["rows"].items()
         assert name == "trace/sdpo" and row["command"] == command and row["runs"].get("9") == kept
         assert [row["runs"][seed]["eval"]["avg"] for seed in "12"] == [[1], [2]]
 
@@ -290,11 +291,3 @@ def test_wrong_flags_and_files_are_one_line_and_nothing_written(argv, name, text
     assert_refused(study, ["--folder", tmp_path / "runs", *argv.split()], words, capsys)
     assert {path.name for path in tmp_path.iterdir()} == {"README.md", name or "README.md"}
     assert (tmp_path / "README.md").read_text() == "as it was"
-
-
-def test_numbers_are_rounded_and_each_series_is_a_line_of_the_file(tmp_path):
-    assert [study.rounded(x) for x in (0.123456, -12.3456, 3, None, 1234.5)] == [0.1235, -12.3, 3, None, 1230.0]
-    content = {"a": {"series": [0.5, None, 2], "name": "x [y, z]"}, "empty": []}
-    study.write(tmp_path / "x.json", content)
-    assert json.loads((tmp_path / "x.json").read_text()) == content
-    assert '"series": [0.5,null,2]' in (tmp_path / "x.json").read_text() and len(list(tmp_path.iterdir())) == 1
