@@ -52,7 +52,6 @@ CASES = {  # name: (model, program, flags, whether the rollouts are those of one
     "sampled float64": ("tied", vpd, f"{E_STEP} {DOUBLE} --eval_every 3 --eval_samples 1 --checkpoint_every 2", False),
     "critiques float64": ("untied", vpd, f"{E_STEP} {DOUBLE} --feedback critique --max_critique_tokens 6", False),
 }
-REFUSED = {"a file less": "No such file", "cut short": "incomplete"}  # folder: what the message names
 LOSSES = ("reward", "margin", "e_loss", "shift", "m_loss", "m_grad_norm", "divergence", "entropy", "demonstration_ratio")
 
 
@@ -163,7 +162,7 @@ def check_compute_is_bfloat16_and_weights_gradients_and_optimizer_float32(out: P
 
 def check_shards_score_as_a_plainly_loaded_model_or_are_refused(folder: Path, world: World) -> None:
     x, y = [[5, 6, 7, 9, 3, 8, 30, 2], [8]], [[10, 11, 2], list(range(3, 20))]
-    if named := REFUSED.get(folder.name):
+    if named := {"a file less": "No such file", "cut short": "incomplete"}.get(folder.name):
         with pytest.raises(ValueError, match="^cannot load a model and its tokenizer from [^\n]*$") as error:
             Policy.load(str(folder), torch.float64, world)
         assert named in str(error.value)

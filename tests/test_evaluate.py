@@ -334,15 +334,13 @@ def write(path, rows):
      ("math", "aime24", [{"id": 61, "response": r"\boxed{125}"}], [61], ["correct"],
       ("1 responses to 1 problems", "1.0000 [1.0000, 1.0000]"))],
 )  # fmt: skip
-def test_responses_are_graded_in_order_by_the_first_process(
-    task, data, responses, ids, expected, said, tmp_path, capsys, monkeypatch
-):
+def test_responses_are_graded_in_order_by_the_first_process(task, data, responses, ids, expected, said, tmp_path, capsys):
     path = write(tmp_path / "r.jsonl", responses) if isinstance(responses, list) else FIXTURES / f"{responses}.jsonl"
     argv = ["--responses", path, "--task", task, "--data", FIXTURES / f"{data}.jsonl", "--out", tmp_path / "grades"]
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RANK", "1")
         evaluate.main([str(word) for word in argv])
-    assert capsys.readouterr().out == "" and not (tmp_path / "grades").exists()
+    assert capsys.readouterr().out == "" and not argv[-1].exists()
     evaluate.main([str(word) for word in argv])
     rows = [json.loads(line) for line in (tmp_path / "grades").read_text().splitlines()]
     assert all(list(row) == ["id", "reward", "verdict", "feedback"] for row in rows)

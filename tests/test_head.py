@@ -218,10 +218,7 @@ def test_the_overlap_is_the_share_of_the_students_top_k_in_the_teachers(monkeypa
     assert chunked(hidden, weight, tokens, weights, A, teacher, "js")[1].overlap is None
 
 
-TAILS = [(kind, 22) for kind in (*losses.DIVERGENCES, "cross_entropy")] + [("kl_student_teacher", 200), ("js", 200)]
-
-
-@pytest.mark.parametrize("kind, depth", TAILS)
+@pytest.mark.parametrize("kind, depth", [*((kind, 22) for kind, k in KINDS if k == 4), ("kl_student_teacher", 200), ("js", 200)])
 def test_a_tail_that_holds_next_to_nothing_is_exact_in_float32(kind, depth):
     """The student's top 2 hold all but 1e-9, and 30% of the teacher's mass is elsewhere, so that 1 - sum p is far off in float32.
     At a depth of 200 the tail is empty."""
