@@ -39,7 +39,7 @@ class World:
             if not cuda:
                 return cls()
             os.environ |= ALONE
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
         if cuda:
             if device.index >= torch.cuda.device_count():
                 raise ValueError(f"more processes on this machine than its {torch.cuda.device_count()} GPUs")

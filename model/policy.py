@@ -52,7 +52,7 @@ class Policy:
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-            if hasattr(module, "attention_dropout"):
+            if isinstance(getattr(module, "attention_dropout", None), float):
                 module.attention_dropout = 0.0
         if self.recompute < math.inf:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -284,12 +284,11 @@ def _packed(ordered: list[int], lengths: Sequence[int], limit: int) -> list[list
     filled = 0
     for row in ordered:
         padded = (len(batches[-1]) + 1) * lengths[row] if batches else 0
-        if batches and padded <= limit and padded - (filled + lengths[row]) <= max(0.1 * padded, 1024):
-            batches[-1].append(row)
-            filled += lengths[row]
-        else:
-            batches.append([row])
-            filled = lengths[row]
+        if not batches or padded > limit or padded - (filled + lengths[row]) > max(0.1 * padded, 1024):
+            batches.append([])
+            filled = 0
+        batches[-1].append(row)
+        filled += lengths[row]
     return batches
 
 
