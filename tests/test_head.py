@@ -94,14 +94,6 @@ def test_loss_gradients_and_scores_are_those_of_the_plain_losses(small, kind, to
     close(weight.grad, wanted[1], tol)
 
 
-def test_a_drawn_token_is_where_the_cumulative_distribution_passes_the_number(small):
-    hidden = torch.eye(3)[[0, 0, 0, 0, 0, 1, 1, 2, 2, 2]]  # rows pick columns: (.2, .5, .3), (0, 0, 1), (.7, .1, .2)
-    weight = torch.tensor([[0.2, 0.0, 0.7], [0.5, 0.0, 0.1], [0.3, 1.0, 0.2]]).clamp(min=1e-30).log()
-    uniform = torch.tensor([[0.0, 0.199, 0.201, 0.699, 0.701, 1e-9, 0.999, 0.699, 0.701, 0.801]], dtype=torch.float64)
-    drawn = view(hidden, weight, torch.zeros(10, dtype=torch.long)).draw(uniform)
-    assert drawn.tolist() == [[0, 0, 1, 1, 2, 2, 2, 0, 1, 2]]
-
-
 @pytest.mark.parametrize("uniform, token", [(0.0, 1), (1 - 2**-53, 35)])  # the ends of what torch.rand can give
 def test_a_token_of_probability_0_is_never_drawn(uniform, token):
     p = torch.rand(500, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.01  # the sum is not 1
@@ -156,13 +148,6 @@ def test_no_tensor_as_large_as_the_logits_exists_forward_or_backward(kind, top_k
     with torch.no_grad(), Largest() as seen:
         chunked(hidden, weight, tokens, weights, A, teacher, kind, top_k)
     assert seen.elements == 2 * V
-
-
-def test_a_known_teacher_logp_replaces_that_of_the_pass():
-    hidden, weight, tokens, weights, A, _ = inputs()
-    known = {"teacher_logp": A[None]}
-    found, _ = view(hidden, weight, tokens).loss(lambda t: t.teacher_logp + 0 * t.logp, weights[None], known)
-    close(found, (weights * A).sum())
 
 
 def test_a_second_backward_is_refused():

@@ -133,16 +133,6 @@ def test_processes_get_as_many_micro_batches_of_equal_size_as_they_can(policy, r
 # ---- Teachers ------------------------------------------------------------------------------------------------
 
 
-def test_a_frozen_copy_shares_no_storage_and_never_trains(policy):
-    start, frozen = weights(policy.model), policy.frozen_copy()
-    assert not any(p.requires_grad for p in frozen.parameters()) and not frozen.training
-    assert not {p.data_ptr() for p in frozen.parameters()} & {p.data_ptr() for p in policy.model.parameters()}
-    assert frozen.lm_head.weight is frozen.model.embed_tokens.weight  # still tied
-    put_gradient(policy.model, 1.0)
-    policy.step(torch.optim.AdamW(policy.model.parameters()), 1e-3, 1.0)
-    assert torch.equal(weights(frozen), start) and not torch.equal(weights(policy.model), start)
-
-
 def test_ema_moves_tied_weights_once_by_its_rate_in_the_teachers_precision(make_model):
     teacher, student = make_model(dtype=torch.float32), make_model(dtype=torch.bfloat16).requires_grad_(False)
     for p in student.parameters():
