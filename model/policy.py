@@ -50,10 +50,9 @@ class Policy:
         self.vocabulary = len(model.get_output_embeddings().weight)
         # No dropout anywhere: the student that is scored is the student that sampled.
         for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-            if isinstance(getattr(module, "attention_dropout", None), float):
-                module.attention_dropout = 0.0
+            rates = [name for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)]
+            for name in rates + ["p"] * isinstance(module, nn.Dropout):
+                setattr(module, name, 0.0)
         if self.recompute < math.inf:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model = placed(model.eval(), world, self.compute, compiled)
@@ -97,7 +96,9 @@ class Policy:
         hidden = states(self.model, ids)[0]
         plain = (hidden @ output.weight.T.to(hidden.dtype)).float()
         reshard(self.model)
-        if getattr(output, "bias", None) is not None or not (logits - plain).norm() <= 0.02 * plain.norm():
+        if not logits.isfinite().all():
+            raise ValueError("its logits are not finite numbers")
+        if getattr(output, "bias", None) is not None or (logits - plain).norm() > 0.02 * plain.norm():
             raise ValueError("its head is not a plain matrix on the last states (a bias, scale or cap on the logits)")
 
     def save(self, folder: str | Path) -> None:

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
 import losses
 from model.parallel import World, whole
@@ -121,13 +121,19 @@ def test_a_large_micro_batch_has_at_most_a_tenth_of_padding(policy):
     lengths = [min(10_000, int(rng.lognormvariate(7.8, 0.7)) + 300) for _ in range(256)]
     padded = sum(len(part) * lengths[part[-1]] for part in policy.micro_batches(range(256), lengths))
     assert 1 - sum(lengths) / padded < 0.03
-    assert len(policy.micro_batches([0, 1], [2_000, 7_000])) == 2  # 5,000 of 14,000 would be padding
+    assert len(policy.micro_batches(range(3), [9_000, 2_000, 7_000])) == 3  # 5,000 of 14,000 or 2,000 of 18,000 would be padding
 
 
 @pytest.mark.parametrize("rank, expected", [(0, [[[0, 1, 2]], [[3]]]), (1, [[[3, 4]], [[]]])])
 def test_processes_get_as_many_micro_batches_of_equal_size_as_they_can(policy, rank, expected):
     policy.world, policy.micro_batch_tokens = World(rank, 2), 40  # four rows in one process would leave one to the other
     assert [policy.micro_batches(rows, [10] * 5) for rows in (range(5), [3])] == expected
+
+
+def test_no_dropout_is_left_in_training_mode():
+    sizes = dict(vocab_size=40, hidden_size=16, word_embed_proj_dim=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2)
+    policy = Policy(OPTForCausalLM(OPTConfig(**sizes, dropout=0.5)), NO_TEXT, recompute=0)  # its rate is a plain attribute
+    assert torch.equal(*(policy.view(X, Y).hidden for _ in range(2)))
 
 
 # ---- Teachers ------------------------------------------------------------------------------------------------
@@ -209,6 +215,7 @@ DAMAGES = {  # how a saved model is damaged, and what the message names
     "a tensor less": (lambda folder: rewritten(folder, lambda w: w.pop(QUERIES)), QUERIES),
     "a row less": (lambda folder: rewritten(folder, lambda w: w.update({QUERIES: w[QUERIES][:-1].clone()})), QUERIES),
     "a layer more": (deeper, "model.layers.2."),
+    "not a number": (lambda folder: rewritten(folder, lambda w: w[QUERIES].fill_(math.nan)), "not finite"),
 }
 for name in ("config.json", "model.safetensors", "tokenizer.json"):
     DAMAGES[f"half of {name}"] = (lambda folder, name=name: (folder / name).write_text("{"), "")
