@@ -215,7 +215,7 @@ DAMAGES = {  # how a saved model is damaged, and what the message names
     "a tensor less": (lambda folder: rewritten(folder, lambda w: w.pop(QUERIES)), QUERIES),
     "a row less": (lambda folder: rewritten(folder, lambda w: w.update({QUERIES: w[QUERIES][:-1].clone()})), QUERIES),
     "a layer more": (deeper, "model.layers.2."),
-    "not a number": (lambda folder: rewritten(folder, lambda w: w[QUERIES].fill_(math.nan)), "not finite"),
+    "not a number": (lambda folder: rewritten(folder, lambda w: w["model.norm.weight"].fill_(math.nan)), "not finite"),
 }
 for name in ("config.json", "model.safetensors", "tokenizer.json"):
     DAMAGES[f"half of {name}"] = (lambda folder, name=name: (folder / name).write_text("{"), "")
