@@ -212,7 +212,7 @@ def prepare(cfg: Config, config: dict) -> tuple[tasks.Task, dict[str, str]]:
             raise ValueError(f"--out {cfg.out} would replace a file that is read")
     of_problems = cfg.data and cfg.task not in ("own", "reasoning_gym")  # whose --data is code, and settings
     if of_problems and (cfg.subset or cfg.split != "test"):
-        raise ValueError("--data takes all rows of a file: it goes without --subset and --split")
+        raise ValueError("--data takes all rows of a file: leave out --subset and --split")
     unsafe = machine.judged(*machine.sandbox(cfg))
     models, source, folder = {"model": cfg.model}, {"data": cfg.data}, Path(cfg.run)
     if cfg.run:

@@ -149,8 +149,8 @@ REFUSED = [
         ("n", 0), ("max_tokens", 0), ("temperature", "nan"), ("temperature", "inf"), ("temperature", -1), ("top_p", 0),
         ("top_p", 1.1), ("engine_memory", 0), ("engine_memory", 5))],
     (f"{MODEL} --subset chess", "chess"), (f"{MODEL} --out no/such/dir/x.json", "no/such/dir"),
-    (f"{MODEL} --task math --data x.jsonl --split train", "goes without --subset and --split"),
-    (f"{MODEL} --task math --data x.jsonl --subset dapo", "goes without --subset and --split"),
+    (f"{MODEL} --task math --data x.jsonl --split train", "leave out --subset and --split"),
+    (f"{MODEL} --task math --data x.jsonl --subset dapo", "leave out --subset and --split"),
     ("--run no/such/run", "no/such/run"), (ANSWERS, "--responses needs --data"), (f"{ANSWERS} --task chess --data x", "chess"),
     (f"{ANSWERS} --data {FIXTURES}/lcb.jsonl", "task toy has no files"), (f"{GRADED} --out no/such/dir/x.jsonl", "no/such/dir"),
     *[(f"{GRADED} {flag}", f"{flag.split()[0]} is for --model and --run") for flag in (
