@@ -90,12 +90,8 @@ def restore(folder: Path, models: dict[str, nn.Module], optimizers: Optimizers, 
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-    def newest() -> tuple[int, Path | None]:
-        found = sorted(folder.glob("step-*"), reverse=True)
-        return len(found), next(filter(_is_whole, found), None)
-
-    count, checkpoint = world.first(newest)
-    if not count:
+    checkpoint = world.first(lambda: next(filter(_is_whole, sorted(folder.glob("step-*"), reverse=True)), None))
+    if checkpoint is None and not any(folder.glob("step-*")):
         return None
     if checkpoint is None:
         raise Damaged(f"every checkpoint in {folder} is damaged: --overwrite starts the run again")

@@ -214,8 +214,8 @@ def tiny():
 
 
 def step_of(method: str, model, known: dict, **placed) -> tuple[float, float, torch.Tensor, torch.Tensor]:
-    """(loss, norm, gradient, change of the weights) of one AdamW step over several micro-batches, the last one empty, as in a process
-    with fewer rows than others."""
+    """(loss, norm, gradient, change of the weights) of one AdamW step over several micro-batches, the last one empty, as in a
+    process with fewer rows than others."""
     policy = Policy(copy.deepcopy(model), TOKENIZER, micro_batch_tokens=90, **placed)
     objective, prompts, compared = STEPS[method]
     optimizer, total = torch.optim.AdamW(policy.model.parameters(), weight_decay=0.0), 0.0

@@ -283,8 +283,9 @@ def run(tmp_path, monkeypatch):
     def train(out, *flags, program=vpd):
         e_step = ["--e_minibatch_prompts", "4", "--e_step_every", "2"] * (program is vpd)
         program.main([*(
-            f"--subset choice --model {tmp_path}/model --sampler vllm --prompts_per_batch 4 --minibatch_prompts 2 --group_size 4 "
-            f"--max_response_tokens 12 --steps 3 --eval_every 3 --eval_samples 1 --checkpoint_every 1 --feedback environment --out {out}"
+            f"--subset choice --model {tmp_path}/model --out {out} --sampler vllm --prompts_per_batch 4 --minibatch_prompts 2 "
+            "--group_size 4 --max_response_tokens 12 --steps 3 --eval_every 3 --eval_samples 1 --checkpoint_every 1 "
+            "--feedback environment"
         ).split(), *e_step, *flags])  # fmt: skip
         assert [row["step"] for row in log_of(out)] == [0, 1, 2]
         return log_of(out)
