@@ -1,17 +1,17 @@
-"""avg@k and pass@k on a task's problems, with bootstrap intervals, for any model folder or hub id; or grades of ready-made
-responses.
+"""avg@k and pass@k on a task's problems, with bootstrap intervals, for any model folder or hub id; or grades of given responses.
 
     python evaluate.py --model tasks/toy_models/trace --task toy --split test --n 4 --out base.json
     python evaluate.py --run runs/my-run       the weights it started from and those it ended with, same settings
     python evaluate.py --responses answers.jsonl --task math --data math500.jsonl --out grades.jsonl
 
-avg@n is the mean reward over problems and n samples each; pass@k the chance that at least one of k samples passes, by the
-unbiased estimator from n samples. Intervals are 95% bootstrap intervals over problems: they cover the choice of problems
-for one trained model; run several seeds to see the spread between runs.
+avg@n is the mean reward over problems and n samples of each; pass@k is the chance that at least one of k samples passes, by the
+unbiased estimator from n samples. Intervals are 95% bootstrap intervals over problems: they cover the choice of problems for
+one trained model; run several seeds to see the spread between runs.
 """
 
 import gc
 import json
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,14 +49,14 @@ class Config:
     unsafe_sandbox: bool = COMMAND(False, "run programs although a layer of the sandbox is missing")
 
     task: Literal[*tasks.TASKS] = PROBLEMS("toy", "whose problems and verifier")
-    subset: str = PROBLEMS("", "of the task; its first by default")
-    data: str = PROBLEMS("", "problems in the source's own schema: a file, all of which is used")
+    subset: str = PROBLEMS("", "subset of the task; its first by default")
+    data: str = PROBLEMS("", "file of problems in the source's own schema, all of which are used")
 
-    split: Literal["train", "validation", "test"] = SAMPLES("test", "of the task's problems")
+    split: Literal["train", "validation", "test"] = SAMPLES("test", "which of the task's problems")
     n: int = SAMPLES(4, "samples per problem", above=0)
-    seed: int = SAMPLES(0, "of the samples")
-    temperature: float = SAMPLES(0.6, "of the samples; 0: the likeliest token", least=0)
-    top_p: float = SAMPLES(0.95, "of the samples", above=0, most=1)
+    seed: int = SAMPLES(0, "seed of the samples")
+    temperature: float = SAMPLES(0.6, "sampling temperature; 0: the likeliest token", least=0)
+    top_p: float = SAMPLES(0.95, "sampling from the likeliest tokens that hold this mass", above=0, most=1)
     max_tokens: int = SAMPLES(8192, "a longer response is cut, and graded as it is", above=0)
     sampler: Literal["", "vllm", "hf"] = SAMPLES("", "vLLM on a GPU and transformers on a CPU by default")
     engine_memory: float = SAMPLES(0.6, "vLLM's share of the GPU's memory", above=0, most=1)
@@ -74,16 +74,16 @@ PROTOCOLS = {
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Probability that k of n samples, c of them correct, drawn without replacement, hold a correct one:
+    """The chance that k samples, drawn without replacement from n of which c are correct, hold a correct one:
     1 − C(n−c, k) / C(n, k), the unbiased estimator of pass@k."""
     return 1.0 - comb(n - c, k) / comb(n, k)
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """95% percentile bootstrap interval of the mean over problems; fixed seed, so that a table can be made again."""
+    """95% percentile bootstrap interval of the mean over problems, with a fixed seed, so that tables are reproducible."""
     if len(values) < 2 or np.ptp(values) == 0:
         return float(np.mean(values)), float(np.mean(values))
-    from scipy import stats  # most of a second, which training can do without
+    from scipy import stats  # takes most of a second, which commands that need no interval save
 
     found = stats.bootstrap((values,), np.mean, n_resamples=9999, method="percentile", rng=np.random.default_rng(0))
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
@@ -103,10 +103,9 @@ def summarise(rewards: np.ndarray) -> dict:
 
 def measure(policy: Policy, sampler, verify: Callable, problems: list[tasks.Problem], n: int, seed: int, max_tokens: int,
             temperature: float, top_p: float, prompts: list[list[int]] | None = None) -> dict:  # fmt: skip
-    """Samples n responses to each problem (`prompts`: token ids, by default the student's) and grades them: `summarise`'s
-    figures; the share of truncated responses; how many the grader itself failed on (they count as failures); under
-    "parts" a summary of each part of the benchmark and under "columns" of the verifier's further columns; under
-    "rewards" the outcomes of each problem by id."""
+    """Samples n responses to each problem (`prompts`: token ids, by default the student's) and grades them. Returns `summarise`'s
+    numbers; the share of truncated responses; how many the grader itself failed on (they count as failures); a summary of each
+    of the benchmark's "parts" and of the verifier's further "columns"; and each problem's "rewards" by id."""
     prompts = prompts or [student_prompt(policy.tokenizer, p.messages) for p in problems]
     rows = [p for p in problems for _ in range(n)]
     rollouts = sampler.sample(prompts, n, seed, max_tokens, temperature, top_p, grading(verify, rows, policy))
@@ -136,7 +135,7 @@ def measure(policy: Policy, sampler, verify: Callable, problems: list[tasks.Prob
 
 
 def line(result: dict) -> str:
-    """One line of a table."""
+    """The numbers of one row of a table."""
     show = lambda name, value, v: f"{name} {value:.3f} [{v['low']:.3f}, {v['high']:.3f}]"  # noqa: E731
     cells = [show(f"avg@{result['n']}", result["avg"], result)]
     cells += [show(k, v["value"], v) for k, v in result.items() if k.startswith("pass@")]
@@ -147,24 +146,21 @@ def line(result: dict) -> str:
 
 def table(name: str, label: str, result: dict) -> list[str]:
     """The lines of one model: the whole benchmark, then its parts."""
-    row = lambda first, second, figures: f"  {first:8s}{second:40s} {figures}"  # noqa: E731
-    lines = [row(name, label, line(result))]
-    for part, figures in result["parts"].items():
-        lines.append(row("", f"  {part}, {figures['problems']} problems", line(figures)))
-    if result["parts"] and result["task"].startswith("sciknoweval"):  # the paper's AVG: domains count alike
-        mean = np.mean([figures["avg"] for figures in result["parts"].values()])
-        lines.append(row("", "  mean of the domains", f"avg@{result['n']} {mean:.3f}"))
-    return lines
+    rows = [(name, label, line(result))]
+    rows += [("", f"  {part}, {summary['problems']} problems", line(summary)) for part, summary in result["parts"].items()]
+    if result["parts"] and result["task"].startswith("sciknoweval"):  # the paper's AVG: each domain counts equally
+        mean = np.mean([summary["avg"] for summary in result["parts"].values()])
+        rows.append(("", "  mean of the domains", f"avg@{result['n']} {mean:.3f}"))
+    return [f"  {first:8s}{second:40s} {numbers}" for first, second, numbers in rows]
 
 
 def grade(task: tasks.Task, path: Path) -> tuple[list[str], list[dict]]:
     """Grades the rows {"id", "response"} of a JSONL file. Returns the lines to print, and {"id", "reward", "verdict",
     "feedback"} for each row. Raises ValueError with one line for rows that cannot be graded."""
-    problems = {p.id: p for p in task.test}
-    for name, count in Counter(p.id for p in task.test).items():
-        if count > 1:
-            raise ValueError(f"two problems of --data share the id {name!r}")
-    rows, rewards = list(tasks.rows(path)), {}
+    problems, rows, rewards = {p.id: p for p in task.test}, list(tasks.rows(path)), {}
+    if len(problems) < len(task.test):
+        (name, _), *_ = Counter(p.id for p in task.test).most_common()
+        raise ValueError(f"two problems of --data share the id {name!r}")
     for number, row in enumerate(rows, 1):
         if not isinstance(row.get("response"), str) or "id" not in row:
             raise ValueError(f'{path}, row {number}: a response is {{"id": ..., "response": text}}')
@@ -187,24 +183,24 @@ def grade(task: tasks.Task, path: Path) -> tuple[list[str], list[dict]]:
 # ---- The command -------------------------------------------------------------------------------------------------
 
 
-def settings(argv: list[str] | None = None) -> Config:
-    """What a command's flags mean. Raises ValueError for a --run that is none."""
+def settings(argv: list[str] | None = None) -> tuple[Config, dict]:
+    """What a command's flags mean, and what the config.json of --run holds. Raises ValueError for a --run that is none."""
+    config = {}
 
     def below(given: dict) -> dict:
-        """What the flags stand over: the settings of the run, or the task's protocol."""
-        found = PROTOCOLS.get(given.get("task", "toy"), {})
-        if "run" in given:
-            out, config = Path(given["run"]), runs.settings_of(Path(given["run"]))
-            found = {name: config[name] for name in ("task", "subset", "unsafe_sandbox") if name in config}
-            found |= dict(n=config["eval_samples"], temperature=config["eval_temperature"], top_p=config["eval_top_p"],
-                          max_tokens=config["max_response_tokens"], out=str(out / "evaluation.json"))  # fmt: skip
-        return found
+        """The settings that flags override: those of the run, or of the task's protocol."""
+        if "run" not in given:
+            return PROTOCOLS.get(given.get("task", "toy"), {})
+        config.update(runs.settings_of(Path(given["run"])))
+        return {name: config[name] for name in ("task", "subset", "unsafe_sandbox") if name in config} | dict(
+            n=config["eval_samples"], temperature=config["eval_temperature"], top_p=config["eval_top_p"],
+            max_tokens=config["max_response_tokens"], out=str(Path(given["run"]) / "evaluation.json"))  # fmt: skip
 
-    return parse(argv, Config, "evaluate.py", "avg@n and pass@k of a model on a task, or grades of responses.", below)
+    return parse(argv, Config, "evaluate.py", "avg@n and pass@k of a model on a task, or grades of responses.", below), config
 
 
-def prepare(cfg: Config) -> tuple[tasks.Task, dict[str, str]]:
-    """The task, and the models by name. Raises ValueError with one line for what cannot be evaluated."""
+def prepare(cfg: Config, config: dict) -> tuple[tasks.Task, dict[str, str]]:
+    """The task, and the models by name. config: of the run. Raises ValueError with one line for what cannot be evaluated."""
     check_flags(cfg)
     if sum(map(bool, (cfg.model, cfg.run, cfg.responses))) != 1:
         raise ValueError("give one of --model, --run and --responses")
@@ -214,16 +210,15 @@ def prepare(cfg: Config) -> tuple[tasks.Task, dict[str, str]]:
         check_out(Path(cfg.out))
         if Path(cfg.out).resolve() in [Path(file).resolve() for file in (cfg.responses, cfg.data) if file]:
             raise ValueError(f"--out {cfg.out} would replace a file that is read")
-    whole = cfg.data and cfg.task not in ("own", "reasoning_gym")  # a file of problems; theirs are code, and settings
-    if whole and (cfg.subset or cfg.split != "test"):
-        raise ValueError("--data takes all rows of a file: it goes without --subset and --split")
+    of_problems = cfg.data and cfg.task not in ("own", "reasoning_gym")  # whose --data is code, and settings
+    if of_problems and (cfg.subset or cfg.split != "test"):
+        raise ValueError("--data takes all rows of a file: leave out --subset and --split")
     unsafe = machine.judged(*machine.sandbox(cfg))
-    models, source = {"model": cfg.model}, {"data": cfg.data}
+    models, source, folder = {"model": cfg.model}, {"data": cfg.data}, Path(cfg.run)
     if cfg.run:
-        folder, config = Path(cfg.run), runs.settings_of(Path(cfg.run))
         models = {"before": runs.first_weights(folder, config), "after": str(folder / "model")}
         source = {key: config[key] for key in ("data", "train_tests", "since", "until") if key in config}
-    if whole:
+    if of_problems:
         task = tasks.read(cfg.task, cfg.data, official=bool(cfg.responses))
     else:
         task = tasks.load(cfg.task, cfg.subset, **source)
@@ -239,8 +234,10 @@ def prepare(cfg: Config) -> tuple[tasks.Task, dict[str, str]]:
 
 def main(argv: list[str] | None = None) -> None:
     try:
-        cfg = settings(argv)
-        task, models = prepare(cfg)
+        cfg, config = settings(argv)
+        if cfg.responses and os.environ.get("RANK", "0") != "0":
+            return  # the first process grades them all
+        task, models = prepare(cfg, config)
         lines, graded = grade(task, Path(cfg.responses)) if cfg.responses else ([], [])
         world = World() if cfg.responses else World.start()
     except (ValueError, OSError) as error:
@@ -250,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
         print("\n".join([*task.notes, *lines]))
         if cfg.out:
             write(Path(cfg.out), "".join(json.dumps(row) + "\n" for row in graded))
-            print(f"{cfg.out}: every response's grade")
+            print(f"{cfg.out}: the grade of each response")
         return
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
@@ -259,10 +256,10 @@ def main(argv: list[str] | None = None) -> None:
     how = f"{cfg.n} samples each, temperature {cfg.temperature}, top_p {cfg.top_p}"
     print("\n".join([*task.notes, f"{task.name}, {len(problems)} {cfg.split} problems, {how}"]))
     for name, path in models.items():
-        if sampler is not None:  # one network at a time; the engine stays, since both are of one shape
+        if sampler is not None:  # one network at a time; the engine stays, since both networks have the same shape
             sampler.sleep()
             sampler.policy = policy = None
-            gc.collect()  # a sharded network holds a method that holds it
+            gc.collect()  # a sharded network is in a cycle with a method of its own
             torch.cuda.empty_cache()
         try:
             policy = Policy.load(path, torch.bfloat16 if torch.cuda.is_available() else torch.float32, world=world)
@@ -278,7 +275,7 @@ def main(argv: list[str] | None = None) -> None:
     task.close()
     if cfg.out and world.rank == 0:
         write(Path(cfg.out), json.dumps(results if cfg.run else results["model"], indent=1) + "\n")
-        print(f"{cfg.out}: these numbers, and every problem's rewards")
+        print(f"{cfg.out}: these numbers, and each problem's rewards")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The state of a run on disk: weights, optimizers, moving average, and the few numbers beside them.
+"""The state of a run on disk: weights, optimizers, moving average, and a few numbers.
 
-A checkpoint is a folder `step-N`, the state after N rollout batches. It is written under a temporary name and renamed when
-all of it is there, so a run that is killed at any moment leaves whole checkpoints only. Tensors are written by
-torch.distributed.checkpoint, in shards, and may be read by another number of processes. `manifest.json` holds the size and
-CRC-32 of every file, so that damage is found before anything is loaded. No generator's state is saved, because every random
-number is a function of seed, batch and row (rollout.py).
+A checkpoint is a folder `step-N`, the state after N rollout batches. It is written under a temporary name and renamed when it is
+complete, so a run that is killed at any moment leaves only whole checkpoints. torch.distributed.checkpoint writes the tensors
+in shards, which another number of processes may read. `manifest.json` holds the size and CRC-32 of every file, so that damage
+is found before anything is loaded. No generator's state is saved, because every random number is a function of seed, batch and
+row (rollout.py).
 """
 
 import json
@@ -21,7 +21,7 @@ from torch import nn
 from harness.command import CannotWrite, write
 from model.parallel import World
 
-warnings.filterwarnings("ignore", "torch.distributed is ")  # that one process by itself has no group is no news
+warnings.filterwarnings("ignore", "torch.distributed is ")  # not available or initialized: one process has no group
 KEPT = 2
 
 
@@ -32,20 +32,20 @@ class Damaged(ValueError):
 Optimizers = dict[str, tuple[nn.Module, torch.optim.Optimizer]]
 
 
-def save(folder: Path, step: int, models: dict[str, nn.Module], optimizers: Optimizers, state: dict, world: World) -> Path:
-    """Writes `folder/step-N` and removes all but the last two. models and optimizers by name; state: what JSON can hold.
-    Collective. Returns the checkpoint's path. Raises CannotWrite."""
+def save(folder: Path, step: int, models: dict[str, nn.Module], optimizers: Optimizers, state: dict, world: World) -> None:
+    """Writes `folder/step-N` and removes all but the last two checkpoints. models and optimizers by name; state: what JSON can
+    hold. Collective. Raises CannotWrite."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
     final, part = folder / f"step-{step:06d}", folder / f"part-{step:06d}"
-    # An optimizer that has made no step yet has no state: asking for it would make one up, and change the run.
+    # Before its first step an optimizer has no state, and asking for it would create one, which changes the run.
     stepped = [name for name, (_, optimizer) in optimizers.items() if optimizer.state]
     tensors = {f"model.{name}": model.state_dict() for name, model in models.items()}
     tensors |= {f"optimizer.{name}": get_optimizer_state_dict(*optimizers[name]) for name in stepped}
 
     def begin() -> None:
-        for left in folder.glob("part-[0-9]*"):  # of a save that was cut short
+        for left in folder.glob("part-[0-9]*"):  # left by a save that was cut short
             shutil.rmtree(left)
         part.mkdir(parents=True)
 
@@ -53,10 +53,10 @@ def save(folder: Path, step: int, models: dict[str, nn.Module], optimizers: Opti
         (part / "state.json").write_text(json.dumps({"step": step, "stepped": stepped, **state}))
         files = {name: _sum(part / name) for name in (".metadata", "state.json")}
         (part / "manifest.json").write_text(json.dumps(files | written))
-        shutil.rmtree(final, ignore_errors=True)  # one that was damaged: no run saves a step twice
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one: no run saves a step twice
         part.rename(final)
         for old in sorted(folder.glob("step-*"))[:-KEPT]:
-            shutil.rmtree(old)  # a half of it is seen by its manifest
+            shutil.rmtree(old)  # if this is cut short, the manifest shows it
 
     try:
         world.first(begin)
@@ -64,18 +64,17 @@ def save(folder: Path, step: int, models: dict[str, nn.Module], optimizers: Opti
         written = world.together({path.name: _sum(path) for path in part.glob(f"__{world.rank}_*")})
         world.first(finish)
     except BaseException as error:  # the library's own is no Exception
-        first = causes(error)[0]
-        full = shutil.disk_usage(folder.parent).free < 1 << 20  # of which the library's errors say nothing
+        first = cause(error)
+        full = shutil.disk_usage(folder.parent).free < 1 << 20  # the library's errors do not say so
         shutil.rmtree(part, ignore_errors=True)
         if not isinstance(first, Exception):  # Ctrl-C
             raise first from None
         raise CannotWrite(f"{final}: {'no space left on the disk' if full else ' '.join(str(first).split())}") from error
-    return final
 
 
-def causes(error: BaseException) -> list[BaseException]:
-    """What torch.distributed.checkpoint has wrapped in an error of its own, which is no Exception; any other error itself."""
-    return [cause for cause, _ in error.failures.values()] if hasattr(error, "failures") else [error]
+def cause(error: BaseException) -> BaseException:
+    """The first error that torch.distributed.checkpoint has wrapped in one of its own; any other error itself."""
+    return next(iter(error.failures.values()))[0] if hasattr(error, "failures") else error
 
 
 def last(out: Path) -> str:
@@ -85,15 +84,14 @@ def last(out: Path) -> str:
 
 
 def restore(folder: Path, models: dict[str, nn.Module], optimizers: Optimizers, world: World) -> dict | None:
-    """Loads the newest whole checkpoint of `folder` into models and optimizers. Returns what `save` was given as state, with
-    "step"; None if there is no checkpoint. A damaged one is named on standard error and the one before it taken. Raises
-    Damaged when every one is damaged. Collective."""
+    """Loads the newest whole checkpoint of `folder` into models and optimizers. Returns the state that `save` was given, with
+    "step"; None if there is no checkpoint. Damaged ones are named on standard error and skipped. Raises Damaged if all are.
+    Collective."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-    found = world.first(lambda: sorted(folder.glob("step-*"), reverse=True))
-    checkpoint = world.first(lambda: next(filter(_is_whole, found), None))
-    if not found:
+    checkpoint = world.first(lambda: next(filter(_is_whole, sorted(folder.glob("step-*"), reverse=True)), None))
+    if checkpoint is None and not any(folder.glob("step-*")):
         return None
     if checkpoint is None:
         raise Damaged(f"every checkpoint in {folder} is damaged: --overwrite starts the run again")
@@ -108,8 +106,8 @@ def restore(folder: Path, models: dict[str, nn.Module], optimizers: Optimizers, 
 
 
 def cut_log(path: Path, step: int) -> int:
-    """Drops from a JSONL log what was written after the checkpoint of `step` batches: rows of later batches, and a torn
-    line. An evaluation's step counts batches done, every other row's names the batch. Returns the number dropped."""
+    """Drops from a JSONL log what was written after the checkpoint of `step` batches: rows of later batches, and a torn line.
+    The step of an evaluation or a resume counts the batches done, any other row's is its batch. Returns the number dropped."""
     if not path.exists():
         return 0
     kept, lines = [], path.read_text(errors="replace").splitlines()
@@ -132,7 +130,7 @@ def _sum(path: Path) -> list[int]:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint's files are what was written. Standard error names one that is damaged."""
+    """Whether a checkpoint's files are as they were written. A damaged one is named on standard error."""
     try:
         files = json.loads((checkpoint / "manifest.json").read_text())
         wrong = [name for name in {".metadata", "state.json"} | files.keys() if _sum(checkpoint / name) != files.get(name)]
@@ -140,5 +138,5 @@ def _is_whole(checkpoint: Path) -> bool:
     except (OSError, ValueError, AttributeError) as error:
         damage = f"{type(error).__name__}: {error}"
     if damage:
-        print(f"checkpoint {checkpoint} is damaged ({damage}): taking the one before it", file=sys.stderr)
+        print(f"checkpoint {checkpoint} is damaged and skipped: {damage}", file=sys.stderr)
     return not damage

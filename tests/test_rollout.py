@@ -1,7 +1,7 @@
-"""What rollout.py promises: rollouts come from the distribution they claim, with the log-probs the trainer computes, and
-depend on nothing but weights, prompt, seed and row.
+"""rollout.py: rollouts come from the distribution they claim, have the log-probs that the trainer computes, and depend only on
+weights, prompt, seed and row.
 
-Tiny random models with small vocabularies; expected distributions come from plain forward passes (conftest.py).
+The models are tiny and random, with small vocabularies; expected distributions come from plain forward passes (conftest.py).
 """
 
 import itertools
@@ -54,21 +54,22 @@ def nucleus(logits, temperature, top_p):
 # ---- The distribution ------------------------------------------------------------------------------------------
 
 EVEN = [PROMPTS[0], PROMPTS[0][::-1]]  # no padding at all
-WITH_EOS = [[EOS, EOS, 4, 0, EOS, 6, EOS], [EOS], [0, 7]]  # and with what is on padding
+WITH_EOS = [[EOS, EOS, 4, 0, EOS, 6, EOS], [EOS], [0, 7]]  # 0 is the padding token
 CASES = [(family, prompts, 1.0, 1.0) for family in FAMILIES for prompts in (PROMPTS, EVEN, WITH_EOS, [[5]])]
-CASES += [("qwen3-tied", PROMPTS, *cut) for cut in ((0.7, 1.0), (1.0, 0.8), (1.5, 0.5))] + [("qwen3-untied", PROMPTS, 0, 1.0)]
+CASES += [("qwen3-tied", PROMPTS, *cut) for cut in ((0.7, 1.0), (1.0, 0.8), (1.5, 0.5))] + [("qwen3-untied", PROMPTS, 0, 0.5)]
 
 
 @pytest.mark.parametrize("family, prompts, temperature, top_p", CASES)
 def test_tokens_and_logp_are_of_the_distribution_after_temperature_and_top_p(
     make_policy, plain_logits, family, prompts, temperature, top_p
 ):
-    """At temperature 0 the likeliest tokens."""
+    """At temperature 0 tokens are the likeliest, and top_p is ignored."""
     policy, state = make_policy(family), torch.manual_seed(99).get_state()
     rollouts = HFSampler(policy).sample(prompts, **MIXED, temperature=temperature, top_p=top_p)
     assert torch.equal(torch.get_rng_state(), state)  # the global generator is left alone
     for row, rollout in enumerate(rollouts):  # row i n + j answers prompt i
-        log_p = nucleus(plain_logits(policy.model, prompts[row // 4], rollout.tokens).detach(), temperature or 1, top_p)
+        logits = plain_logits(policy.model, prompts[row // 4], rollout.tokens).detach()
+        log_p = nucleus(logits, temperature, top_p) if temperature else nucleus(logits, 1, 1)
         uniform = torch.rand(8, generator=torch.Generator().manual_seed(seed_for(3, row)), dtype=torch.float64)
         passed = log_p.exp().cumsum(-1) <= uniform[: len(log_p), None]
         assert rollout.tokens == (passed.sum(-1) if temperature else log_p.argmax(-1)).tolist()
@@ -130,7 +131,7 @@ def test_seed_for_is_a_known_63_bit_number_that_keeps_its_parts_apart():
 
 
 @pytest.mark.parametrize("which, gpu, lacks", [("", True, True), ("", False, False), ("hf", True, False), ("vllm", False, True)])
-def test_vllm_is_missed_at_once_where_it_would_sample(which, gpu, lacks, monkeypatch):
+def test_a_missing_vllm_is_refused_only_where_it_would_sample(which, gpu, lacks, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(rollout.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="vllm is not installed") if lacks else nullcontext():

@@ -1,7 +1,7 @@
-"""What rollout.py promises of VLLMSampler, with the real engine: `bash run.sh test-vllm`.
+"""VLLMSampler with the real engine, on tiny random models and vLLM's CPU kernels: `bash run.sh test-vllm`.
 
-Tiny random models on vLLM's CPU kernels. Run as a script, by torchrun or plainly, this file is what `test_two_processes`
-compares: one training step between two pushes, and a push that one process misses.
+`test_two_processes` runs this file as a script, plainly and by torchrun: a training step between two pushes, and a push that one
+process misses.
 """
 
 import json
@@ -44,7 +44,7 @@ ROOT = Path(__file__).resolve().parents[1]
 JUDGE = ROOT / "tasks" / "toy_models" / "code-judge"
 EOS, LIMIT = 2, 384
 SIZES = dict(hidden_size=64, head_dim=32, max_position_embeddings=1024)
-# A float64 trainer gets a float32 engine. vLLM runs OLMo3 by way of transformers' own classes, which it changes.
+# A float64 trainer gets a float32 engine. vLLM runs OLMo3 through transformers' own classes, which it changes.
 FAMILIES = {"qwen3-tied": torch.float32, "qwen3-untied": torch.float64, "olmo3": torch.float32}
 # The engine on a CPU caches prefixes in blocks of 128 tokens, so the long prompt is cached and the short ones are not.
 PROMPTS = [[3 + 7 * i % 300 for i in range(300)], [12, 3], [5, 5, 13, 4, 6]]
@@ -52,7 +52,7 @@ MIXED = dict(n=4, seed=3, max_tokens=24)
 
 
 def make(family: str, folder: Path, world: World = World(), dtype: torch.dtype | None = None) -> Policy:
-    """A policy of random weights. The folder gets a configuration, no weights, and generation settings that must change nothing."""
+    """A policy with random weights. The folder gets a configuration, no weights, and generation settings that must be ignored."""
     window = {"sliding_window": 128} if family == "olmo3" else {}
     model = tiny_network(family, 320, torch.float32, **SIZES, **window).to(dtype or FAMILIES[family])
     model.config.architectures = [type(model).__name__]
@@ -113,7 +113,7 @@ def engine(request, tmp_path_factory):
 
 @pytest.fixture
 def pair(engine):
-    """(policy, sampler) in step, with the weights of the start and their first probes; a test may do to them what it likes."""
+    """(policy, sampler) in step, with the weights and probes of the start; a test may change them."""
     with torch.no_grad():
         for p, start in zip(engine.policy.model.parameters(), engine.start):
             p.copy_(start)
@@ -139,7 +139,7 @@ def test_after_an_update_and_a_push_rollouts_come_from_the_new_weights(pair):
     assert [r.tokens for r in after] != [r.tokens for r in before]
 
 
-def test_logp_is_that_of_the_distribution_after_temperature_and_top_p_or_the_likeliest_tokens(pair):
+def test_tokens_and_logp_are_of_the_distribution_after_temperature_and_top_p(pair):
     policy, sampler = pair
     for row, r in enumerate(sampler.sample(PROMPTS, **MIXED, temperature=0.7, top_p=0.9)):
         log_p = nucleus(view_logits(policy, PROMPTS[row // 4], r.tokens), 0.7, 0.9)
@@ -167,7 +167,7 @@ def test_a_second_network_of_the_class_is_made_and_pushed_beside_the_engine(pair
     assert torch.equal(policy.score([[3]], [[4]], model=twin)[0], policy.score([[3]], [[4]])[0])
 
 
-def test_the_seed_decides_taken_whole_and_not_a_rows_company(pair, monkeypatch):
+def test_a_row_depends_on_all_bits_of_its_seed_and_not_on_other_rows(pair, monkeypatch):
     _, sampler = pair
     first = sampler.sample(PROMPTS, **MIXED)
     assert same(sampler.sample(PROMPTS, **MIXED), first, tol=1e-5)
@@ -282,11 +282,11 @@ def run(tmp_path, monkeypatch):
 
     def train(out, *flags, program=vpd):
         e_step = ["--e_minibatch_prompts", "4", "--e_step_every", "2"] * (program is vpd)
-        program.main([
-            "--subset", "choice", "--model", str(tmp_path / "model"), "--sampler", "vllm", "--prompts_per_batch", "4",
-            "--minibatch_prompts", "2", "--group_size", "4", "--max_response_tokens", "12", "--steps", "3", "--eval_every", "3",
-            "--eval_samples", "1", "--checkpoint_every", "1", "--feedback", "environment", "--out", str(out), *e_step, *flags,
-        ])  # fmt: skip
+        program.main([*(
+            f"--subset choice --model {tmp_path}/model --out {out} --sampler vllm --prompts_per_batch 4 --minibatch_prompts 2 "
+            "--group_size 4 --max_response_tokens 12 --steps 3 --eval_every 3 --eval_samples 1 --checkpoint_every 1 "
+            "--feedback environment"
+        ).split(), *e_step, *flags])  # fmt: skip
         assert [row["step"] for row in log_of(out)] == [0, 1, 2]
         return log_of(out)
 
@@ -311,7 +311,7 @@ def test_ovds_demonstrations_have_the_log_probs_that_the_teacher_drew_them_with(
     def watched(cfg, run, teacher, batch, *rest):
         shown = demonstrate(cfg, run, teacher, batch, *rest)
         prompts, drawn = [batch.xC[i] for i in shown], [rollout for rollout, _ in shown.values()]
-        # Whose weights the engine was to have, and the student.
+        # The gap to the weights that the engine should have, and to the student.
         seen.append([gap(run.policy, drawn, prompts, model)[0] for model in (teacher, None)])
         return shown
 
@@ -328,8 +328,8 @@ def test_ovds_demonstrations_have_the_log_probs_that_the_teacher_drew_them_with(
 
 @pytest.fixture
 def url(tmp_path):
-    """vLLM's own OpenAI-compatible server, with the toy model that judges. Its generation settings would cut a distribution to
-    its likeliest token, as those of real models cut it to a few."""
+    """vLLM's own OpenAI-compatible server with the toy model that judges. Its generation settings would cut the distribution to
+    the likeliest token, as those of real models cut it to a few."""
     model = shutil.copytree(JUDGE, tmp_path / "model")
     settings_there = json.loads((model / "generation_config.json").read_text()) | {"top_k": 1}
     (model / "generation_config.json").write_text(json.dumps(settings_there))
@@ -376,7 +376,7 @@ def script(out: Path) -> None:
     for family in FAMILIES:
         policy = make(family, out / family, world, torch.float32)
         sampler = engine_of(policy, out / family)
-        alive.append(sampler)  # an engine that is collected takes vLLM's groups along, the next one's too
+        alive.append(sampler)  # an engine that is collected destroys vLLM's groups, the next one's too
         sampler.sync(policy)
         # Two rows of three begin to be graded in the process that drew them, every fourth row as what it is not in the end.
         grade = Shared(world, lambda rows, tokens: [(row, sum(y), len(rows)) for row, y in zip(rows, tokens)], threads=2)
@@ -403,7 +403,7 @@ def script(out: Path) -> None:
 
 
 def fail_in_one(out: Path) -> None:
-    """The others wait for it in a push, with an engine whose end waits for everybody."""
+    """One process fails while the other waits for it in a push, with an engine whose end waits for all processes."""
     world = World.start()
     policy = make("qwen3-tied", out / "tied", world, torch.float32)
     sampler = engine_of(policy, out / "tied")
@@ -433,8 +433,8 @@ def by_processes(tmp_path_factory):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_processes(by_processes, family):
-    """Over sharded weights: the rollouts of one process, before and after an update, and one verdict on a push that one
-    of them missed."""
+    """Over sharded weights, the rollouts are those of one process before and after an update, and both processes refuse a push
+    that one of them missed."""
     one, *two = [found[family] for size in (1, 2) for found in by_processes[size]]
     for share, found in zip((6, 3, 3), (one, *two)):
         sums = [(row, sum(r["tokens"])) for row, r in enumerate(found["drawn"][0])]
