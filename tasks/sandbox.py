@@ -124,7 +124,8 @@ class Sandbox(AbstractContextManager):
         for worker in self._workers:
             self._free.put(worker)
         atexit.register(self.close)
-        self.call("f = int", "f", [])  # starts a worker, which tells the layers
+        if self.call("f = int", "f", []).status == "internal":  # starts a worker, which reports its layers
+            raise OSError("the sandbox could not start a worker process; what it wrote is above")
         self._active = self._workers[0].layers
 
     @property
@@ -198,7 +199,6 @@ class _Worker:
     def __init__(self, settings: dict):
         self.settings, self.closed = settings, False
         self.process = self.socket = self.scratch = None
-        self.layers = {"seccomp": "unknown", "landlock": "unknown"}
 
     def start(self) -> None:
         self.scratch = f"{tempfile.gettempdir()}/sandbox-{uuid.uuid4()}"  # which the worker makes
@@ -225,14 +225,13 @@ class _Worker:
             raise RuntimeError("the sandbox is closed")
         answer = ["internal", "the worker died or could not be started", (), 0.0, b""]
         try:
-            if self.process is None:
-                self.start()
-            self.socket.sendall(question)
-            *told, size = json.loads(self.answers.readline())
-            if len(printed := self.answers.read(size)) == size:
-                answer = [*told, printed]
-        except (OSError, ValueError):
-            pass
+            with suppress(OSError, ValueError):
+                if self.process is None:
+                    self.start()
+                self.socket.sendall(question)
+                *told, size = json.loads(self.answers.readline())
+                if len(printed := self.answers.read(size)) == size:
+                    answer = [*told, printed]
         finally:  # dead, silent, or Ctrl-C here: a late answer must not meet the next question
             if answer[0] == "internal":
                 self.stop()
@@ -282,7 +281,8 @@ def _serve(worker: SimpleNamespace) -> None:
     exec(compile(worker.warm, "<warm>", "exec"), {})  # also: a process's first compilation makes all node types, 2 ms
     layers = _prepare_layers(worker)
     _prepare_program(worker)
-    _look(worker)  # sets the time of the last reading, which a program could choose
+    for folder in (worker.directory, worker.scratch):
+        os.listdir(folder)  # sets the time of the last reading, which a program could choose
     clean = _look(worker)
     gc.freeze()  # children share these pages as long as no collection walks over them
     with suppress(EOFError, OSError):  # the caller has gone; or no process or descriptor is to be had, then another worker comes
@@ -329,6 +329,7 @@ def _prepare_program(worker: SimpleNamespace) -> None:
     for fd, target in enumerate((os.memfd_create("stdin"), pipe_end, pipe_end)):
         os.dup2(target, fd)
     sys.stdin, sys.stdout, sys.stderr = (open(fd, "w" if fd else "r", newline="\n", closefd=False) for fd in range(3))
+    sys.stderr.reconfigure(errors="backslashreplace")  # as Python has it
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
     os.dup2(standing, 2)  # where an error of the worker's own is seen
     sys.argv = [PROGRAM]
@@ -418,8 +419,10 @@ def _watch(child, report: int, output: int, said: bytearray, printed: bytearray,
             raise EOFError
         if output in ready and not _drain(output, printed, bound):
             poll.unregister(output)
-        if report in ready and not _drain(report, said, ERROR_BYTES):
-            break
+        if report in ready and not _drain(report, said, ERROR_BYTES):  # the child has ended, or the program closed it
+            if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                break
+            time.sleep(0.0001)
     return "", ""
 
 
@@ -497,8 +500,9 @@ def _child(question: bytes, report: int, output: int, worker: SimpleNamespace) -
         told = ["memory", "MemoryError"]
     except BaseException as e:
         told = ["error", *_describe(e, asked["source"])]
-    _write(report, "\0".join(told).encode("utf-8", "backslashreplace") + b"\n")
-    os._exit(0)
+    with suppress(OSError):  # the program may have closed it
+        _write(report, "\0".join(told).encode("utf-8", "backslashreplace") + b"\n")
+    os._exit(0) if told[0] == "ok" else os.abort()  # a script that exits, with whatever code, is no error
 
 
 def _confine(worker: SimpleNamespace, report: int, output: int, stdin: str | None) -> None:
@@ -562,7 +566,7 @@ def _number(value: object) -> object:
 def _script(asked: dict, worker: SimpleNamespace) -> list[str]:
     """Runs to the end that Python itself would make: threads joined, exit functions called, output flushed."""
     module = sys.modules["__main__"] = worker.module
-    module.__name__, module.__file__ = "__main__", PROGRAM
+    module.__name__, module.__file__, module.__builtins__ = "__main__", PROGRAM, builtins
     died, collect, get_stats = [], gc.collect, gc.get_stats
     before = get_stats()[1:]
     if "threading" in asked["source"]:
@@ -654,6 +658,8 @@ CHOSEN = (
     # prctl (linux/prctl.h): the signal at the parent's death, dumpable, a thread's name (to ask; the name also to set)
     ((157, 167), 0, (2, 3, 15, 16), DENY),
     ((302, 261), 2, (0,), PRETEND),  # prlimit64: without new limits it only reads
+    ((53, 199), 0, (1,), DENY),  # socketpair (linux/socket.h): AF_UNIX
+    ((44, 206), 4, (0,), DENY),  # sendto: without an address, thus to its pair only
 )
 
 
