@@ -14,14 +14,13 @@ forged answer earns anything.
 Covered, each with its test in tests/test_sandbox.py (Linux):
 - a fresh process and an empty working directory per call: nothing a program sets or writes there reaches the next
 - wall time: at `time_limit` the child and all that it started are killed, even if it swallows every exception
-- limits on memory, CPU time, threads, timers, open files, the number of files, the bytes written to one and to all, and the
-  length of an answer
+- limits on memory, CPU time, threads, timers, open files, files, bytes per file and in all, and the length of an answer
 - every way to end without a value: exceptions, SystemExit, syntax errors, os._exit, signals, values JSON cannot hold
 - `call`: standard input is empty and what is printed is discarded. `run`: the program is __main__ with a real standard input
   and output, exits as Python would (threads joined, atexit run), and is judged by what it printed
 - the environment is empty, and string hashes are the same in every call
-- a worker that dies, hangs or finds the disk or the process table full is replaced and the call repeated, finally after a
-  pause of seconds. If that does not help, the status is "internal"
+- a worker that dies, hangs or finds the disk or the process table full is replaced and the call repeated, with pauses of up
+  to 5 s; the status is "internal" if all tries fail
 - no process outlives close(), the interpreter's exit, or the death of its caller or worker
 - programs have no capabilities, even as root, and cannot read the caller's memory (for other users than root, this needs a
   kernel that allows user namespaces or has landlock)
@@ -31,9 +30,9 @@ Covered where the kernel allows it (x86_64 and aarch64); `layers` says what is o
 - landlock: a program can read only Python's own files and the system's libraries, and write only to its working directory
 
 Not covered:
-- without seccomp a program can use the network, signal and trace other processes of its user, and kill its worker; what
-  it starts is killed as long as the worker lives. Without landlock it can read, write and delete its user's files: the
-  benchmark's answers, for root also the switches in /proc and /sys
+- without seccomp a program can use the network, signal and trace other processes of its user, and kill its worker (what it
+  starts is killed while the worker lives). Without landlock it can read, write and delete its user's files, the benchmark's
+  answers included, and as root use the switches in /proc and /sys
 - stat, readlink, getxattr and the like work on any path; landlock does not confine them
 - a program that scans its own memory may find what its worker held and freed: the input or output of an earlier call
 - threads, files and written bytes are counted every 10 ms, so a program can exceed its limit by that much; on a tmpfs,
@@ -135,8 +134,7 @@ class Sandbox(AbstractContextManager):
 
     @property
     def unsafe(self) -> str:
-        """The layers that this machine lacks and what to do, in one line; "" if it has all. Training runs programs that nobody
-        has read, so it should not start without them."""
+        """One line with the layers that this machine lacks and what to do, or "": training should not start without them."""
         missing = " and ".join(name for name, state in self._active.items() if not state.startswith("on"))
         return missing and (
             f"{missing} not available: a program could read the tests' answers or harm other processes; use x86_64 or "
@@ -150,9 +148,8 @@ class Sandbox(AbstractContextManager):
         return self._ask(source, max_output, function=function, args=args)
 
     def run(self, source: str, stdin: str, max_output: int | None = None) -> Result:
-        """Runs the program `source` as a script that reads `stdin`; the value is what it printed, with invalid UTF-8
-        replaced. More than max_output bytes is an "output limit". SystemExit and os._exit with any code are normal ends; only
-        other exceptions and signals are errors."""
+        """Runs the program `source` as a script that reads `stdin`; the value is what it printed, with invalid UTF-8 replaced, at
+        most max_output bytes. SystemExit and os._exit with any code are normal ends, other exceptions and signals errors."""
         return self._ask(source, max_output, stdin=stdin)
 
     def _ask(self, source: str, max_output: int | None = None, **more) -> Result:
@@ -452,7 +449,7 @@ def _files(folder: str) -> int:
 
 def _entries(folder: str) -> list[tuple[str, bool]]:
     """(name, is it a directory) of each entry, cut above MAX_FILES; leaves the time of the last reading unchanged."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOATIME)
+    fd = os.open(folder, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NOATIME)
     try:
         with os.scandir(fd) as entries:
             return [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in itertools.islice(entries, MAX_FILES + 1)]
@@ -495,7 +492,7 @@ def _child(question: bytes, report: int, output: int, worker: SimpleNamespace) -
         told = ["error", *_describe(e, asked["source"])]
     with suppress(OSError):  # the program may have closed it
         _write(report, "\0".join(told).encode("utf-8", "backslashreplace") + b"\n")
-    os._exit(0) if told[0] == "ok" else os.abort()  # a script that exits, with whatever code, is no error
+    os.abort() if script and told[0] != "ok" else os._exit(0)  # a script without a report is an error if a signal ended it
 
 
 def _confine(worker: SimpleNamespace, report: int, output: int, stdin: str | None) -> None:
@@ -660,8 +657,7 @@ def _seccomp_filter() -> bytes:
     column = list(AUDIT_ARCH).index(machine)
     denied = [int(number) for row in DENIED.split(",") if (number := row.split()[1 + column]) != "-"]
     load, ret, equal, at_least = 0x20, 0x06, 0x15, 0x35  # (code, jump if true, jump if false, value)
-    # `load` reads struct seccomp_data: the call is at 0, the machine, which says whose numbers it uses, at 4, and argument i at
-    # 16 + 8 i, low half first.
+    # `load` reads struct seccomp_data: call number at 0, whose numbers (a machine) at 4, argument i at 16 + 8 i, low half first.
     program = [(load, 0, 0, 4), (equal, 1, 0, AUDIT_ARCH[machine]), (ret, 0, 0, KILL), (load, 0, 0, 0)]
     for numbers, argument, values, otherwise in CHOSEN:
         tests = [(equal, len(values) - i, 0, value) for i, value in enumerate(values)]
@@ -703,20 +699,18 @@ def _prepare_layers(worker: SimpleNamespace) -> dict[str, str]:
     worker.filter = ctypes.create_string_buffer(code)
     program = struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(worker.filter))  # sock_fprog
     ruleset, version = _landlock_ruleset(worker)
-    layers = {"seccomp": lambda: worker.libc.prctl(PR_SET_SECCOMP, 2, program, 0, 0),
-              "landlock": lambda: worker.libc.syscall(446, ruleset, 0)}  # fmt: skip
-    states = {"seccomp": "on", "landlock": f"on (version {version})"}
-    for name, confine in layers.items():
-        trial = os.fork()
-        if trial == 0:
+    layers = {"seccomp": ("on", lambda: worker.libc.prctl(PR_SET_SECCOMP, 2, program, 0, 0)),
+              "landlock": (f"on (version {version})", lambda: worker.libc.syscall(446, ruleset, 0))}  # fmt: skip
+    for name, (_, confine) in layers.items():
+        if (trial := os.fork()) == 0:
             os._exit(confine() != 0)
         if os.waitpid(trial, 0)[1]:
-            states[name], layers[name] = "not available", lambda: 0
-    worker.seccomp, worker.landlock = layers.values()
-    worker.forks = states["seccomp"] != "on"
+            layers[name] = ("not available", lambda: 0)
+    (seccomp, worker.seccomp), (landlock, worker.landlock) = layers.values()
+    worker.forks = seccomp != "on"
     if not worker.forks:
         del worker.rlimits["NPROC"]
-    return states
+    return {"seccomp": seccomp, "landlock": landlock}
 
 
 if __name__ == "__main__":

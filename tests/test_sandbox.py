@@ -176,13 +176,10 @@ PROGRAMS = {  # sandboxes, program, what `ask` is given, the value or "status: e
         ("box", source, None, wanted, 10) for source, wanted in (
             ("def g():\n    raise KeyError('a')\ndef f():\n    g()", "error: KeyError: 'a' (line 2)"),
             ("def f():\n    assert False", "error: AssertionError (line 2)"),
-            ("1 / 0\ndef f(): pass", "error: ZeroDivisionError: division by zero (line 1)"),
             ("def f():\n    raise ValueError('a\\n  b\\tc\\0d')", "error: ValueError: a b c d (line 2)"),
             ("def f():\n    raise ValueError('\\ud800')", "error: ValueError: \\ud800 (line 2)"),
             ("def f(:\n    pass", "error: SyntaxError: invalid syntax (line 1)"),
-            ("f = 3", "error: TypeError: 'int' object is not callable"),
             ("def f():\n    raise SystemExit(0)", "error: SystemExit: 0 (line 2)"),
-            ("def f():\n    return f()", "error: RecursionError: maximum recursion depth exceeded (line 2)"),
             ("class E(Exception):\n    def __str__(self): raise self\ndef f():\n    raise E", "error: E (line 4)"),
             ("def f():\n    raise ValueError('x' * 10**6)", f"error: ValueError: {'x' * S.ERROR_CHARS} (line 2)"),
             ("def f():\n    raise type('X' * 90_000, (Exception,), {})", f"error: {'X' * 100} (line 2)"),
@@ -194,7 +191,6 @@ PROGRAMS = {  # sandboxes, program, what `ask` is given, the value or "status: e
             ("print(1)\nraise KeyboardInterrupt", "error: KeyboardInterrupt (line 2)"),
             ("print('\\ud800')", "error: UnicodeEncodeError: 'utf-8' codec can't encode character '\\ud800' in position 0..."),
             ("print(1)\nimport ctypes\nctypes.string_at(0)", "error: exited without a result (signal 11)"),
-            ("def f(): return input()", "error: EOFError: EOF when reading a line (line 1)"),
         )
     ],
     "too much output is its own status": [("box", source, None, LONG[min(bound, LIMIT)], bound) for source, bound in (
@@ -283,7 +279,7 @@ def test_numbers_of_numpy_count_as_pythons():
         result = box.call("import numpy as np\ndef f():\n    return np.array([1, 2])", "f", [])
         assert result.error == "TypeError: Object of type ndarray is not JSON serializable"
         for _ in range(2):  # every call finds what `warm` loaded, and packages, but nothing of another call
-            source = body("import pytest\nsys.cache.append(2)\nreturn [*map(sys.modules.__contains__, ('numpy', 'torch'))], sys.cache")
+            source = body("import pytest\nsys.cache.append(2)\nreturn ['numpy' in sys.modules, 'torch' in sys.modules], sys.cache")
             assert box.call(source, "f", []).value == [[True, False], [1, 2]]
         assert box.run("print('sys' in globals())", "").value == "False\n"
 
@@ -310,8 +306,8 @@ FOREVER = "while True: pass"
 SWALLOW = "while True:\n    try:\n        while True: pass\n    except BaseException: pass"
 DEAF = "import signal as s\nfor n in set(s.Signals) - {9, 19}: s.signal(n, s.SIG_IGN)\n" + FOREVER
 LOOPS = [
-    body(FOREVER), body(f"os.closerange(0, 99)\n{FOREVER}"), FOREVER + "\ndef f(): pass", body("time.sleep(60)"), body("while True: print()"), body("return 9**9**8"),
-    body(SWALLOW), body(DEAF),
+    body(f"os.closerange(0, 99)\n{FOREVER}"), FOREVER + "\ndef f(): pass", body("time.sleep(60)"), body("while True: print()"),
+    body("return 9**9**8"), body(SWALLOW), body(DEAF),
     body(f"import threading\ndef g():\n    {FOREVER}\nfor _ in range(4): threading.Thread(target=g).start()\ng()"),
     body(f"class E(Exception):\n    def __str__(self):\n        {FOREVER}\nraise E"),
     f"print(42, flush=True)\n{FOREVER}",  # scripts, this one after the right output
@@ -350,8 +346,7 @@ ESCAPE = """
     ("stop", 0, "timeout", range(1)), ("bomb", 0, "timeout", range(6, 33)), ("own session", 60, "timeout", range(1, 2)),
     *((how, 0, "ok", range(1, 2)) for how in ("same group", "own session", "daemon")),
 ])  # fmt: skip
-def test_what_a_program_starts_is_dead_after_the_call(bare_short, how, last, status, count, tmp_path):
-    """Where the kernel lets it start anything."""
+def test_processes_that_a_program_starts_are_dead_after_the_call(bare_short, how, last, status, count, tmp_path):
     assert bare_short.call(body(ESCAPE, "folder, how, last"), "f", [str(tmp_path), how, last]).status == status
     escaped = [int(path.name) for path in tmp_path.iterdir()]
     assert len(escaped) in count and not any(map(running, escaped)) and works(bare_short)
@@ -387,7 +382,7 @@ start = lambda: threading.Thread(target=time.sleep, args=(60,), daemon=True).sta
 
 
 def test_a_thread_bomb_is_stopped_and_200_threads_are_granted(short, judge):
-    """By the memory that stacks take, at the limit, or by their number."""
+    """The first two by the memory of their stacks or the time limit, the others by their number."""
     bombs = [START + "while True:\n    start()", START + "while True:\n    try: start()\n    except BaseException: pass"]
     assert short.run(bombs[0].format(0), "").status in ("timeout", "error", "memory")
     assert short.run(bombs[1].format(0), "").status == "timeout" and works(short)
@@ -398,7 +393,7 @@ def test_a_thread_bomb_is_stopped_and_200_threads_are_granted(short, judge):
     assert works(judge) and judge.run(source, "").value == "201\n"
 
 
-FILL = [  # the last three make files without end
+FILL = [  # the last three make ever more files
     "with open(str(n), 'wb') as file: file.write(bytes(16 << 20))",
     "with open('a', 'wb+') as file:\n    file.truncate(16 << 20)\n    mmap.mmap(file.fileno(), 0).write(bytes(16 << 20))\n"
     "os.unlink('a')",
@@ -408,10 +403,10 @@ FILL = [  # the last three make files without end
 ]
 
 
-def test_the_disk_is_not_filled_and_bytes_that_are_no_utf8_cost_the_caller_little(layered):
-    """16 MiB, 50 times, of which 272 MiB are granted at most; or 5 million files, of which 1000 are."""
+def test_the_disk_is_not_filled_and_invalid_utf8_costs_the_caller_little(layered):
+    """50 times 16 MiB, of which 272 MiB are granted, or 5 million files, of which 1000 are."""
     with S.Sandbox(workers=1, time_limit=60.0, output_bytes=16 << 20) as box:
-        on_disk = os.major(os.stat(box._workers[0].scratch).st_dev)  # else writes through shared mappings are not counted
+        on_disk = os.major(os.stat(box._workers[0].scratch).st_dev)  # a tmpfs does not count writes through shared mappings
         for lines in FILL if on_disk else FILL[:1] + FILL[2:]:
             much = f"{272 << 20} bytes written" if lines in FILL[:2] else "1000 files, or a directory that cannot be read"
             result = box.run("import mmap, os\nfor n in range(50):\n" + indent(lines, "    "), "")
@@ -420,7 +415,7 @@ def test_the_disk_is_not_filled_and_bytes_that_are_no_utf8_cost_the_caller_littl
         before, source = time.process_time(), "import os\nfor _ in range(16): os.write(1, b'\\xff' * (1 << 20))"
         assert box.run(source, "", max_output=1 << 16).status == "output limit"
         assert box.run(source, "").value == "\ufffd" * (16 << 20)
-        assert time.process_time() - before < 1.0  # 0.15; it was 3 when the bytes came as JSON
+        assert time.process_time() - before < 1.0  # takes 0.15
 
 
 # ---- What a program sees and leaves behind -----------------------------------------------------------------
@@ -465,15 +460,15 @@ def test_the_working_directory_shows_nothing_of_the_call_before(one, no_seccomp,
     assert (now == used) == (leave == "pass" or "listdir" in leave and not strict) == os.path.exists(used)
 
 
-def test_locked_directories_and_links_left_are_removed_and_links_not_followed(bare, one, tmp_path):
+def test_locked_directories_and_links_are_removed_without_following_links(bare, one, tmp_path):
     lock = "os.makedirs('a/b/c'); os.symlink('/', 'a/b/link')\nfor path in ('a/b', 'a', '.'): os.chmod(path, 0)"
     assert works(bare)
     used = f"{bare._workers[0].scratch}/work"
-    assert os.path.exists(used) and ask(bare, body(lock)).status in ("ok", "output limit")  # if it is looked at just then
+    assert os.path.exists(used) and ask(bare, body(lock)).status in ("ok", "output limit")  # if the files are counted just then
     assert ask(bare, body("return os.listdir()")).value == [] and not os.path.exists(used)
     swap = "import os\nhere = os.getcwd()\nos.chdir('..')\nos.rmdir(here)\nos.symlink(input(), here)"
     tmp_path.chmod(0o750)
-    for kept in ([], ["file"]):  # a link to an empty folder, and to one that is not
+    for kept in ([], ["file"]):  # a link to an empty folder, then to one with a file
         for name in kept:
             (tmp_path / name).touch()
         assert one.run(swap, str(tmp_path)).status == "ok" and works(one)
@@ -490,15 +485,9 @@ def test_input_is_empty_and_output_goes_nowhere(box, capfd):
         print("ok\\t1")
         sys.stderr.write("ok\\t2\\n")
         for fd in (0, 1, 2): os.write(fd, b"ok\\t3\\n")
-        try: os.system("echo hello; echo hello >&2")
-        except OSError: pass
         return sys.stdin.read(), [os.readlink(f"/proc/self/fd/{fd}") for fd in (0, 1, 2)]
     """
     assert ask(box, body(lines)).value == ["", ["/dev/null"] * 3] and capfd.readouterr() == ("", "")
-
-
-def test_the_sandbox_does_not_import_torch():
-    subprocess.run([sys.executable, "-c", "import tasks.sandbox, sys; assert 'torch' not in sys.modules"], cwd=ROOT, check=True)
 
 
 # ---- Forged answers ----------------------------------------------------------------------------------------
@@ -540,7 +529,7 @@ def test_a_forged_answer_is_only_an_answer(box, line, text, wanted):
     ("class U(list):\n    def write(self, text, to=sys.stdout): to.write(text)\n    def flush(self): pass\nsys.stdout = U()",
      "honest\n"),
 ])  # fmt: skip
-def test_overwriting_what_the_sandbox_uses_forges_ones_own_answer_at_most(box, lines, printed):
+def test_overwriting_what_the_sandbox_uses_changes_only_ones_own_answer(box, lines, printed):
     lines = f"import atexit, builtins, gc, json, os, sys\n{lines}\n"
     result = box.call(body(lines + "return 'honest'"), "f", [])
     assert result.status in ("ok", "error") and result.value in ("honest", "forged", None)
@@ -551,16 +540,14 @@ def test_overwriting_what_the_sandbox_uses_forges_ones_own_answer_at_most(box, l
 
 # ---- Scripts -----------------------------------------------------------------------------------------------
 
-NUMBERS = "3\n1 2\n3 4\n5 6\n"
+NUMBERS = "3\n1 2\n"
 CYCLE = "class A:\n    def __init__(self): self.me = self\n    def __del__(self): print('b')\n"
 PYTHON = [  # source, standard input
-    ("for _ in range(int(input())): print(sum(map(int, input().split())))", NUMBERS),
     ("import sys\nprint(sys.stdin.buffer.readline(), sys.stdin.buffer.read())", NUMBERS),
     ("print(open('/dev/stdin').read())", NUMBERS),
     ("import mmap, os\nprint(mmap.mmap(0, 0, prot=mmap.PROT_READ)[:], os.read(0, os.fstat(0).st_size))", NUMBERS),
     ("import sys\nprint([input(), *sys.stdin])", "a\r\nb\rc\n\nd"),
     ("print(input()[::-1], '\\u2028', ascii(input()))", "héß\U0001f600\n\u2028x\n"),
-    ("import sys\nprint([sys.stdin.read()])\ntry: input()\nexcept EOFError as e: print(e)", ""),
     ("import sys\nsys.stdout.buffer.write(b'a\\0b\\xff\\xfe\\xc3(b\\xed\\xa0\\x80\\n')", ""),  # no UTF-8
     ("import os, sys\nprint('\\udc80', file=sys.stderr)\nprint('a')\nos.closerange(3, 99)\nprint(__builtins__.len('b'))", ""),
     ("import os, time\nos.closerange(3, 99)\nprint('a', flush=True)\ntime.sleep(0.05)\nprint('b')", ""),
@@ -575,7 +562,7 @@ PYTHON = [  # source, standard input
     ("import os\nprint('a', flush=True)\nos._exit(3)", ""), ("import atexit\natexit.register(lambda: 1 / 0)\nprint('a')", ""),
     ("import atexit, sys\natexit.register(print, 'b')\n@atexit.register\ndef f(): print('a')\nprint('0')\nsys.exit()", ""),
     ("import os\nout = os.fdopen(1, 'w')\nout.write('a\\n')", ""),  # a second stream, never closed
-    ("class A:\n    def __del__(self): print('b')\na = A()\nprint('a')", ""), (CYCLE + "a = A()\nprint('a')", ""),
+    (CYCLE + "a = A()\nprint('a')", ""),
     (CYCLE + "A()\nprint('a')", ""), (CYCLE + "import gc\na = [A(), A()]\ngc.collect()\ngc.disable()\nprint('a')", ""),
     (CYCLE + "a, b = A(), [[n] for n in range(10**5)]\nprint('a')", ""),  # in an old generation
     ("import os\nclass A: pass\na = A()\na.a, a.out = a, os.fdopen(1, 'w')\na.out.write('a\\n')", ""),
@@ -585,10 +572,6 @@ PYTHON = [  # source, standard input
     ("import asyncio\nasync def f(n):\n    await asyncio.sleep(0.01)\n    return await asyncio.to_thread(lambda: n)\n"
      "async def main(): print(await asyncio.gather(*map(f, range(3))))\nasyncio.run(main())", ""),
     ("from concurrent.futures import ThreadPoolExecutor as Pool\nprint(list(Pool(3).map(len, ['a', 'bc'])))", ""),
-    ("from __future__ import annotations\nimport dataclasses, typing\n@dataclasses.dataclass(order=True)\nclass A:\n    x: int\n"
-     "print(sorted([A(2), A(1)]), typing.get_type_hints(A))", ""),
-    ("import signal, time\ndef f(*_): raise SystemExit(print('late'))\nsignal.signal(signal.SIGALRM, f)\n"
-     "signal.setitimer(signal.ITIMER_REAL, 0.01)\ntime.sleep(5)", ""),
 ]  # fmt: skip
 
 
@@ -614,7 +597,7 @@ def test_an_exception_in_a_thread_is_reported_with_the_output(box):
 # ---- The kernel's layers -----------------------------------------------------------------------------------
 
 
-def test_layers_are_told_in_one_line(layered, only_seccomp, first_landlock, no_seccomp, bare):
+def test_layers_and_what_is_missing_are_one_line_each(layered, only_seccomp, first_landlock, no_seccomp, bare):
     no, on, version = "not available", "on", r"on \(version \d+\)"
     for box, seccomp, landlock, missing in [
         (layered, on, version, ""), (first_landlock, on, r"on \(version 1\)", ""), (only_seccomp, on, no, "landlock"),
@@ -656,10 +639,10 @@ ATTACKS = SCOPED + [  # each fails with EPERM; signal 0 and a bounded fork do no
     "os.posix_fallocate(os.open('a', os.O_CREAT | os.O_RDWR), 0, 9)", "os.sched_setaffinity(pid, [0])",
     "socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)[0].sendto(b'x', '/nowhere')", "socket.socketpair(socket.AF_INET)",
     "socket.send_fds(socket.socketpair()[0], [b'x'], [0])", "socket.socket(socket.AF_INET, socket.SOCK_DGRAM)",
-    "os.setpriority(os.PRIO_PROCESS, pid, 19)",  # the last destroy what other processes of the user share
+    "os.setpriority(os.PRIO_PROCESS, pid, 19)",  # the rest destroys what other processes of the user share
     *(f"system({call!r}, 99, 0, 0, 0)" for call in "shmctl semctl msgctl semop semtimedop msgsnd msgrcv".split()),
 ]  # fmt: skip
-CHANGES = [  # landlock's work; the last four are seccomp's
+CHANGES = [  # landlock denies all but the last four, seccomp those
     "open(f'{folder}/file', 'w').write('x')", "open(f'{folder}/file', 'a').write('x')", "open(f'{folder}/new', 'w').close()",
     "os.unlink(f'{folder}/file')", "os.rmdir(f'{folder}/empty')", "shutil.rmtree(folder)", "os.mkdir(f'{folder}/new')",
     "os.rename(f'{folder}/file', f'{folder}/new')", "os.rename(f'{folder}/file', 'file')", "os.mkfifo(f'{folder}/new')",
@@ -670,7 +653,7 @@ CHANGES = [  # landlock's work; the last four are seccomp's
     "os.chmod(f'{folder}/file', 0o777)", "os.chown(f'{folder}/file', os.getuid(), os.getgid())",
     "os.utime(f'{folder}/file', (0, 0))", "os.setxattr(f'{folder}/file', 'user.a', b'x')",
 ]  # fmt: skip
-MEMORY = [  # out of reach without landlock, too
+MEMORY = [  # denied even without landlock
     *(f"open(f'/proc/{{{who}}}/{file}', 'rb').read(0)" for file in ("mem", "maps", "environ", "auxv") for who in ("pid", "caller")),
     "open(f'/proc/{caller}/task/{caller}/mem', 'rb').read(0)", "[os.stat(f'/proc/{caller}/fd/{fd}') for fd in (0, 1, 2)]",
 ]  # fmt: skip
@@ -685,7 +668,7 @@ EITHER = ("PermissionError: [Errno 1]", "PermissionError: [Errno 13]", "OSError:
 
 @pytest.fixture(scope="module")
 def listener():
-    """Port and abstract name of sockets that nobody may reach."""
+    """Port and abstract name of sockets that no program may reach."""
     name = f"sandbox-test-{os.getpid()}"
     with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(socket.AF_UNIX) as unix:
         unix.bind("\0" + name)
@@ -693,7 +676,7 @@ def listener():
         yield tcp.getsockname()[1], name
         for server in (tcp, unix):
             server.setblocking(False)
-            with pytest.raises(BlockingIOError):  # nobody did
+            with pytest.raises(BlockingIOError):  # none did
                 server.accept()
 
 
@@ -704,7 +687,7 @@ def tree(folder: Path) -> list:
 
 @pytest.mark.parametrize("lines", ATTACKS + CHANGES + READS)
 def test_the_layers_deny(layered, only_seccomp, first_landlock, no_seccomp, bare, listener, tmp_path, lines):
-    """What each denies where the other is missing, too. What is denied to read is there: without the layers it is read."""
+    """Each layer also denies its part if the other is missing. What cannot be read exists: without layers it is read."""
     (tmp_path / "file").write_text("kept")
     (tmp_path / "empty").mkdir()
     scopes = int(re.search(r"version (\d+)", no_seccomp.layers)[1]) >= 6  # landlock confines signals and sockets
@@ -716,7 +699,7 @@ def test_the_layers_deny(layered, only_seccomp, first_landlock, no_seccomp, bare
         workers, result = pids(box), box.call(source, "f", arguments)
         denied = EITHER[:1] if lines in ATTACKS and box is not no_seccomp else EITHER
         assert result[:2] == ("error", None) and result.error.startswith(denied)
-        touched = re.search(r"open\('a|, 'link'", lines)  # its working directory, for which the worker is replaced
+        touched = re.search(r"open\('a|, 'link'", lines)  # the working directory, after which the worker is replaced
         assert works(box) and (touched or pids(box) == workers) and tree(tmp_path) == before
     if lines in READS:
         assert bare.call(source, "f", arguments).value == "escaped"
@@ -736,7 +719,7 @@ for without in (), ("landlock 2",), ("landlock",):
     with sandbox.Sandbox(workers=1, without=without) as box:
         before = box._workers[0].process.pid
         if "landlock" in without and os.system("unshare -U true") != 0:
-            memory = []  # no namespaces for users: then only landlock keeps memory apart, and `unsafe` says so
+            memory = []  # without user namespaces only landlock protects memory, and `unsafe` says so
         for source in (*memory, *attacks):
             result = box.call(source, "f", [os.getpid()])
             assert result.error.startswith("PermissionError: [Errno 1"), (without, source, result)
@@ -747,12 +730,12 @@ print("held")
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="every test runs as a user")
-def test_memory_and_processes_are_out_of_reach_of_who_is_not_root(layered):
+def test_users_other_than_root_cannot_reach_memory_or_processes(layered):
     attacks = [SCOPED[0], READV, *(lines for lines in ATTACKS if "F_SETOWN, " in lines or "0x8901" in lines)]
     programs = [[body(LIBC + lines + "\nreturn 'out'", "caller") for lines in some] for some in (MEMORY, attacks)]
     user = {"user": 65533, "group": 65533, "extra_groups": [], "env": {}, "cwd": "/", "text": True, "capture_output": True}
     for python in (sys.executable, "/usr/bin/python3"):
-        with suppress(OSError):  # it is root's only
+        with suppress(OSError):  # only root may run it
             if subprocess.run([python, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"], **user).returncode == 0:
                 command = [python, "-Bc", AS_A_USER, str(ROOT / "tasks")]
                 ran = subprocess.run(command, input=json.dumps(programs), timeout=60, **user)
@@ -781,8 +764,8 @@ def f(control):
 
 
 def test_nothing_holds_what_only_the_caller_or_an_earlier_call_knows(box, one, monkeypatch):
-    """The caller's variable, environment and argument vector hold the expected output; the argument is found. Nor is it known
-    how long the output may be, which tells the length of the expected one."""
+    """The caller's variable, environment and argument vector hold the expected output; only the call's own argument is found.
+    Neither is max_output, which would reveal the length of the expected output."""
     expected = f"EXPECTED-{os.getpid()}-secret"
     monkeypatch.setenv("EXPECTED", expected)
     monkeypatch.setattr(sys, "argv", [*sys.argv, expected])
@@ -797,7 +780,7 @@ def test_nothing_holds_what_only_the_caller_or_an_earlier_call_knows(box, one, m
 
 
 def verdict(code: bytes, number: int, machine: int, args: tuple = ()) -> int:
-    """A classic BPF machine, as far as the filter uses one."""
+    """Runs the part of classic BPF that the filter uses."""
     data = struct.pack("<IIQ6Q", number, machine, 0, *args, *[0] * (6 - len(args)))
     a = at = 0
     while True:
@@ -857,11 +840,11 @@ def test_hashes_sets_and_random_numbers_are_the_same_in_every_call_and_worker(ju
     assert len(set(texts)) == 1 and len(texts[0]) > 60
 
 
-# ---- Workers that die, and what the machine lacks ----------------------------------------------------------
+# ---- Workers that die, and machines that are full ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("disarm", ["pass", "import ctypes; ctypes.CDLL(None).prctl(1, 0)"])
-def test_a_killed_worker_is_replaced_its_child_ends_and_its_call_is_made_again(layered, disarm):
+def test_a_killed_worker_is_replaced_its_child_ends_and_its_call_is_repeated(layered, disarm):
     with S.Sandbox(workers=1, time_limit=10.0) as box:
         idle = pids(box)
         os.kill(idle[0], signal.SIGKILL)
@@ -892,20 +875,20 @@ def test_a_silent_worker_is_replaced(tmp_path):
         assert works(box)
         silent, patience = pids(box), box._workers[0].socket
         assert patience.gettimeout() == 10.0 + S.GRACE_SECONDS
-        patience.settimeout(1.0)  # of this worker only
+        patience.settimeout(1.0)  # for this worker only
         assert box.call(body(lines, "path"), "f", [str(tmp_path / "mark")]).value == "again"
         assert ends([*silent, int((tmp_path / "mark").read_text())])
 
 
-def test_a_call_that_the_machine_kept_from_starting_is_made_again(monkeypatch):
+def test_a_call_is_repeated_when_descriptors_disk_or_processes_run_out(monkeypatch):
     popen, refused = subprocess.Popen, []
 
-    def full(*args, **options):  # the process table
+    def full(*args, **options):
         refused.append(1)
         return open("/nowhere") if len(refused) < 3 else popen(*args, **options)
 
     with S.Sandbox(workers=1, time_limit=10.0) as box:
-        resource.prlimit(pids(box)[0], resource.RLIMIT_NOFILE, (5, 5))  # descriptors
+        resource.prlimit(pids(box)[0], resource.RLIMIT_NOFILE, (5, 5))
         assert works(box) and works(box)
         shutil.rmtree(box._workers[0].scratch)
         assert works(box) and works(box)
@@ -918,7 +901,9 @@ def test_a_call_that_the_machine_kept_from_starting_is_made_again(monkeypatch):
         before = len(os.listdir("/proc/self/fd"))
         for _ in range(3):
             assert box.run("", "")[:3] == ("internal", None, "the worker died or could not be started")
-        assert len(os.listdir("/proc/self/fd")) <= before + 1 and not os.path.exists(box._workers[0].scratch)
+        with pytest.raises(OSError, match="could not start a worker"):
+            S.Sandbox(workers=1)
+        assert len(os.listdir("/proc/self/fd")) <= before + 2 and not os.path.exists(box._workers[0].scratch)
 
 
 def test_an_interrupted_call_leaves_no_answer_for_the_next(box):
@@ -939,7 +924,7 @@ def test_an_interrupted_call_leaves_no_answer_for_the_next(box):
 
 
 def test_close_ends_workers_and_calls_in_flight():
-    S.Sandbox(workers=2).close()  # of which one has not started
+    S.Sandbox(workers=2).close()  # one has not started
     box = S.Sandbox(workers=2, time_limit=60.0)
     assert works(box)
     scratch = [Path(worker.scratch) for worker in box._workers]
@@ -967,12 +952,12 @@ while not (notes and os.path.getsize(notes[0])):
     notes = [path for worker in box._workers for path in glob.glob(worker.scratch + "/*/note")]
 print(open(notes[0]).read(), *(w.process.pid for w in box._workers), *(w.scratch for w in box._workers), flush=True)
 """
-STOP_A_WORKER = "os.kill(box._workers[1].process.pid, 19)"  # it cannot end of itself: only atexit helps
+STOP_A_WORKER = "os.kill(box._workers[1].process.pid, 19)"  # it cannot end by itself: only atexit helps
 
 
 @pytest.mark.parametrize("end", ["sys.exit(3)", STOP_A_WORKER, "os.kill(os.getpid(), 9)"])
 def test_no_process_survives_the_caller(end):
-    """A call is in flight on a second thread, and nobody closes the sandbox."""
+    """A second thread is in a call, and nobody closes the sandbox."""
     caller = subprocess.run([sys.executable, "-c", CALLER + end], cwd=ROOT, capture_output=True, text=True, timeout=30)
     *left, first, second = caller.stdout.split()
     assert len(left) == 3 and ends(list(map(int, left)))
@@ -988,14 +973,14 @@ def test_run_many_keeps_the_order_and_raises_and_every_thread_gets_its_own_answe
         box.run_many(lambda n: 1 / n, [1, 0])
     meet = body(NOTE + "while not os.path.exists('go'): time.sleep(0.01)\nreturn 'met'")
     results = [in_thread(box.call, meet, "f", []) for _ in range(2)]
-    for path in notes(box, count=2):  # both have started before either may end
+    for path in notes(box, count=2):  # both start before either may end
         path.with_name("go").touch()
     assert [result.result(timeout=10).value for result in results] == ["met", "met"]
 
 
 @pytest.mark.slow
 def test_5120_tests_take_seconds_on_2_workers():
-    """256 programs with 20 tests each, called and run; the best of five, since others use the machine too."""
+    """256 programs with 20 tests each, called and run; the best of five, since the machine may be busy."""
     call = lambda box, n, x: box.call(f"def f(x):\n    return x + {n}", "f", [x]).value == x + n  # noqa: E731
     run = lambda box, n, x: box.run(f"print(int(input()) + {n})", f"{x}\n").value == f"{x + n}\n"  # noqa: E731
     with S.Sandbox(workers=2) as box:
@@ -1005,11 +990,11 @@ def test_5120_tests_take_seconds_on_2_workers():
                 start = time.monotonic()
                 assert all(box.run_many(lambda n: all(right(box, n, x) for x in range(20)), range(256)))
                 seconds.append(time.monotonic() - start)
-            assert min(seconds) <= 12.0, seconds  # 6.5 to 8.5 on two cores, by the machine
+            assert min(seconds) <= 12.0, seconds  # 6.5 to 8.5 on two idle cores
 
 
 def test_counting_files_leaves_the_time_of_reading_as_it_was(tmp_path):
-    """Where every reading sets it, workers would otherwise take the time for a message of the program and be replaced."""
+    """Otherwise, on a file system where every reading sets it, workers would be replaced after each call."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
     os.utime(tmp_path, ns=(1, os.stat(tmp_path).st_mtime_ns))  # older than the last change: the next reading would set it
