@@ -676,14 +676,14 @@ def _landlock_ruleset(worker: SimpleNamespace) -> tuple[int, int]:
     version = min([syscall(444, None, ctypes.c_size_t(0), 1), *(first - 1 for first in below)])
     if version < 1:
         return -1, 0
-    execute, write, read, read_dir, device = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 15
+    execute, write, read, read_dir = 1 << 0, 1 << 1, 1 << 2, 1 << 3
     files = (1 << (13, 14, 15, 15, 16)[min(version, 5) - 1]) - 1  # every right that this version knows
     network, scopes = (3 if version >= 4 else 0), (3 if version >= 6 else 0)  # TCP; abstract sockets, signals
     ruleset = syscall(444, struct.pack("QQQ", files, network, scopes), ctypes.c_size_t(24), 0)
     system = "/usr/lib /usr/lib64 /lib /lib64 /etc/ld.so.cache /usr/share/zoneinfo /etc/localtime /dev/urandom /dev/zero"
     python = [*sys.path, os.path.join(sys.prefix, "lib"), os.path.join(sys.base_prefix, "lib")]
     rules = dict.fromkeys([*system.split(), *python], execute | read | read_dir)
-    for path, rights in (rules | {os.devnull: read | write, worker.scratch: files & ~device}).items():
+    for path, rights in (rules | {os.devnull: read | write, worker.scratch: files}).items():
         if os.path.exists(path):
             handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
             if not os.path.isdir(path):
