@@ -1,7 +1,7 @@
-"""One test or more for each line of sandbox.py's docstring; the programs are as hostile as the line says.
+"""At least one test for each line of sandbox.py's docstring, with programs as hostile as the line says.
 
-Time limits are 0.5 s where a test waits for one and 10 s elsewhere, so that a busy machine fails nothing else. Programs
-that attack are kept small (32 processes, signal 0), so that a sandbox that lets them through harms no machine.
+Time limits are 0.5 s where a test waits for one and 10 s elsewhere, so that a busy machine fails nothing else. Attacks are
+small (32 processes, signal 0), so that they do no harm if the sandbox lets them through.
 """
 
 import json
@@ -30,18 +30,18 @@ sys.path.insert(0, str(ROOT))  # the sources are one folder up; pytest may start
 from tasks import sandbox as S  # noqa: E402
 
 IDENTITY = "def f(x):\n    return x"
-BARE = ("seccomp", "landlock")  # without them programs misbehave as any process can
+BARE = ("seccomp", "landlock")  # without them a program can do what any process can
 SMALL = {"memory_mb": 256, "output_bytes": 100_000}
 BOXES = {  # sandboxes for the whole module
     "box": {"workers": 2, **SMALL},
-    "one": {},  # one worker: every call meets the one that ran the call before
+    "one": {},  # one worker, so it also ran the call before
     "judge": {"workers": 2, "memory_mb": 1024, "preamble": True},  # as competition judges run programs
     "short": {"workers": 5, "time_limit": 0.5, **SMALL},
     "bare": {"without": BARE, **SMALL}, "bare_short": {"without": BARE, "time_limit": 1.0},
     "layered": SMALL, "only_seccomp": {"without": ("landlock",)}, "no_seccomp": {"without": ("seccomp",)},
     "first_landlock": {"without": ("landlock 2",)},
 }  # fmt: skip
-LAYERED = ("layered", "only_seccomp", "first_landlock", "no_seccomp")  # only where the kernel has all layers
+LAYERED = ("layered", "only_seccomp", "first_landlock", "no_seccomp")  # skipped unless the kernel has all layers
 
 
 def box_fixture(name: str):
@@ -65,7 +65,7 @@ def body(lines: str, args: str = "") -> str:
 
 
 def works(box) -> bool:
-    """The next call of every worker is right."""
+    """Does the next call of every worker return the right value?"""
     return all(box.call(IDENTITY, "f", [n]).value == n for n in range(len(box._workers)))
 
 
@@ -81,7 +81,7 @@ def comes(condition, within: float = 5.0) -> bool:
 
 
 def running(pid: int) -> bool:
-    """A zombie has ended: who is to reap it is not the sandbox's business."""
+    """A zombie counts as ended, whoever has to reap it."""
     with suppress(FileNotFoundError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     return False
@@ -96,15 +96,15 @@ SLEEP = body(NOTE + "time.sleep(60)")
 
 
 def notes(box, count: int = 1) -> list[Path]:
-    """The files `note` that programs wrote in their working directories, once there are `count`."""
+    """The files `note` that programs wrote in their working directories; waits until there are `count`."""
     found = lambda: [path for worker in box._workers for path in Path(worker.scratch).glob("*/note")]  # noqa: E731
     assert comes(lambda: len(found()) >= count and all(path.read_text().endswith("\n") for path in found()), 10.0)
     return found()
 
 
 def ask(box, source: str, given=None, bound: int | None = None) -> S.Result:
-    """given: what a script reads, the arguments of f, or (name of a function, arguments). Without: f() of a program that
-    has an f, else a script without input."""
+    """given: the input of a script, the arguments of f, or (name of a function, arguments); by default f() if the program
+    defines f, otherwise a script without input."""
     if given is None:
         given = [] if re.search("^(def f|f =)", source, re.M) else ""
     if isinstance(given, str):
@@ -117,7 +117,7 @@ def in_thread(fn, *args) -> Future:
     return ThreadPoolExecutor(1).submit(fn, *args)
 
 
-# ---- What a program returns, prints or dies of ---------------------------------------------------------------
+# ---- What a program returns, prints or raises ----------------------------------------------------------------
 
 nested = lambda depth: reduce(lambda inner, _: [inner], range(depth), [])  # noqa: E731
 VALUES = [None, True, False, 1, 0, -1, 1.0, 0.1, 10**30, "", "é\n\t\u2028\0\ud800 <b>", [], {}, [1, [True, {"a": None}]]]
@@ -140,12 +140,12 @@ TIMERS = """import ctypes
 made, timer = 0, ctypes.c_void_p()
 while made < 1000 and ctypes.CDLL(None).timer_create(0, None, ctypes.byref(timer)) == 0: made += 1
 print(made)"""
-PROGRAMS = {  # sandboxes, program, what is given, and the value or "status: error" ("...": and more); a bound of the output
+PROGRAMS = {  # sandboxes, program, what `ask` is given, the value or "status: error" ("...": any ending), and max_output
     "JSON values return with their types, a tuple at the top as a list": [
         *(("box", IDENTITY, [value], value) for value in VALUES), ("box judge", IDENTITY, [nested(400)], nested(400)),
         ("box", body("return x, y, y - y", "x, y"), [-math.inf, math.inf], [-math.inf, math.inf, math.nan]),
     ],
-    "a value that JSON does not hold as Python does is an error": [  # [(1, 2)] == [[1, 2]] is False
+    "a value that JSON would change is an error": [  # [(1, 2)] == [[1, 2]] is False
         ("box judge", f"def f():\n    return {value}", None, error) for values, error in (
             (("[(1,)]", "(1, (2,))", "{'a': ()}", "[{'a': [(1,)]}]"), ODD),
             (("{1: 2}", "[{None: 1}]", "{'a': {True: 1}}", "({1.5: 1},)"), ODD),
@@ -172,29 +172,25 @@ PROGRAMS = {  # sandboxes, program, what is given, and the value or "status: err
             ("print", "error: NameError: name 'print' is not defined"),
         )
     ],
-    "every other end is one line of error": [  # which no bound of the output bounds
+    "every other end is one line of error": [  # which max_output does not cut
         ("box", source, None, wanted, 10) for source, wanted in (
             ("def g():\n    raise KeyError('a')\ndef f():\n    g()", "error: KeyError: 'a' (line 2)"),
             ("def f():\n    assert False", "error: AssertionError (line 2)"),
-            ("1 / 0\ndef f(): pass", "error: ZeroDivisionError: division by zero (line 1)"),
             ("def f():\n    raise ValueError('a\\n  b\\tc\\0d')", "error: ValueError: a b c d (line 2)"),
             ("def f():\n    raise ValueError('\\ud800')", "error: ValueError: \\ud800 (line 2)"),
             ("def f(:\n    pass", "error: SyntaxError: invalid syntax (line 1)"),
-            ("f = 3", "error: TypeError: 'int' object is not callable"),
             ("def f():\n    raise SystemExit(0)", "error: SystemExit: 0 (line 2)"),
-            ("def f():\n    return f()", "error: RecursionError: maximum recursion depth exceeded (line 2)"),
             ("class E(Exception):\n    def __str__(self): raise self\ndef f():\n    raise E", "error: E (line 4)"),
             ("def f():\n    raise ValueError('x' * 10**6)", f"error: ValueError: {'x' * S.ERROR_CHARS} (line 2)"),
             ("def f():\n    raise type('X' * 90_000, (Exception,), {})", f"error: {'X' * 100} (line 2)"),
             ("import os\ndef f(): os._exit(0)", "error: exited without a result (exit code 0)"),
-            ("import os\ndef f():\n    os.closerange(0, 99)\n    while True: pass", "error: exited without a result (signal 9)"),
+            ("import os\ndef f(): os.closerange(0, 99)", "error: exited without a result (exit code 0)"),
+            ("import os\nprint('a', flush=True)\nos.closerange(3, 99)\n1 / 0", "error: exited without a result (signal..."),
             ("def f():\n    x = []\n    while True: x.append(bytearray(10**6))", "memory: MemoryError"),
-            ("x = bytearray(300 << 20)", "memory: MemoryError"),
             ("print(1)\nx = 1 / 0", "error: ZeroDivisionError: division by zero (line 2)"),
             ("print(1)\nraise KeyboardInterrupt", "error: KeyboardInterrupt (line 2)"),
             ("print('\\ud800')", "error: UnicodeEncodeError: 'utf-8' codec can't encode character '\\ud800' in position 0..."),
             ("print(1)\nimport ctypes\nctypes.string_at(0)", "error: exited without a result (signal 11)"),
-            ("def f(): return input()", "error: EOFError: EOF when reading a line (line 1)"),
         )
     ],
     "too much output is its own status": [("box", source, None, LONG[min(bound, LIMIT)], bound) for source, bound in (
@@ -203,22 +199,26 @@ PROGRAMS = {  # sandboxes, program, what is given, and the value or "status: err
         ("import atexit\natexit.register(lambda: print('x' * 10**6))", LIMIT),
         ("import os\nprint('x' * 60_000, flush=True)\nprint('x' * 60_000, flush=True)\nos._exit(0)", LIMIT),
         ("def f():\n    return 'x' * 10**7", LIMIT), ("def f():\n    return 'x' * 9", 10),  # eleven with its quotes
-        ("print('x' * 200_000)", 10**9),  # the sandbox's bound is the lower one
+        ("print('x' * 200_000)", 10**9),  # output_bytes is lower
     )],
-    "what is as long as its bound is kept": [
-        ("box", "def f(x):\n    return len(x)", ["é" * 300_000], 300_000),  # a question has no bound
+    "output of just max_output bytes is kept": [
+        ("box", "def f(x):\n    return len(x)", ["é" * 300_000], 300_000),  # arguments have no limit
         *(("box", "def f(n):\n    return 'x' * n", [n - 2], "x" * (n - 2), n) for n in (LIMIT, 10)),
         *(("box", f"print('x' * {n - 1})", "", "x" * (n - 1) + "\n", n) for n in (LIMIT, 10)),
     ],
-    "deep recursion is an error, with the preamble from 50,000 on": [
+    "deep recursion is an error, with the preamble above 50,000": [
         ("box", DEEP, [900], 900), ("box", DEEP, [1100], "error: RecursionError..."), ("judge", DEEP, [45_000], 45_000),
-        ("judge", DEEP, [51_000], "error: RecursionError..."),
+        ("judge", DEEP, [51_000], "error: RecursionError..."), ("judge", f"@functools.cache\n{DEEP}", [24_900], 24_900),
         ("judge", "def f(): return f()\nf()", "", "error: RecursionError..."),
         ("box", f"import sys\nsys.setrecursionlimit(10**6)\n{DEEP}\nprint(f(10**5))", "", "100000\n"),
     ],
-    "the standard library can be imported, and with the preamble its names are there": [
+    "a function reads nothing and prints to nowhere": [("box", body("""
+        for fd in (0, 1, 2): os.write(fd, b"ok\\t1\\n")
+        return sys.stdin.read(), [os.readlink(f"/proc/self/fd/{fd}") for fd in (0, 1, 2)]
+    """), None, ["", ["/dev/null"] * 3])],
+    "only the standard library can be imported, and the preamble's names need no import": [
+        ("box", body("return [path for path in sys.path if 'site-packages' in path or path.endswith('tasks')]"), None, []),
         ("box", "import pytest\ndef f(): pass", None, "error: ModuleNotFoundError: No module named 'pytest' (line 1)"),
-        ("box", "import losses\ndef f(): pass", None, "error: ModuleNotFoundError: No module named 'losses' (line 1)"),
         ("judge", NAMES, [[9, 6]], [6, 3, 1, True]),
         ("box", NAMES, [[9, 6]], "error: NameError: name 'List' is not defined (line 1)"),
         ("judge", "print(max(accumulate(map(int, stdin.read().split()))))", "1 2 3", "6\n"),
@@ -232,8 +232,9 @@ PROGRAMS = {  # sandboxes, program, what is given, and the value or "status: err
         ("one", "print(input())", "\ud800\n", "error: UnicodeDecodeError..."),
         ("one", "print(sum(map(int, open(0).read().split())))", "7 " * 2_000_000, "14000000\n"),
     ],
-    "what the kernel counts for all of a user's processes is limited, and no handler of core dumps starts": [
-        ("box", TIMERS, "", "256\n"), ("box", "import resource\nprint(resource.getrlimit(resource.RLIMIT_CORE))", "", "(1, 1)\n"),
+    "timers and CPU time are limited, and no handler of core dumps starts": [
+        ("box", TIMERS, "", "256\n"),
+        ("box", "import resource as r\nprint(r.getrlimit(r.RLIMIT_CORE), r.getrlimit(r.RLIMIT_CPU))", "", "(1, 1) (12, 12)\n"),
     ],
     "no capability is left": [("layered only_seccomp no_seccomp", body("""
         import ctypes, struct
@@ -241,7 +242,7 @@ PROGRAMS = {  # sandboxes, program, what is given, and the value or "status: err
         assert ctypes.CDLL(None).capget(struct.pack("Ii", 0x20080522, 0), sets) == 0
         return list(sets)
     """), None, [0] * 6)],
-    "the working directory can be used": [("layered", body("""
+    "the working directory is usable": [("layered", body("""
         import pathlib, sqlite3, tempfile
         os.makedirs("a/b")
         with open("a/b/c", "w") as file: file.write("text")
@@ -266,7 +267,7 @@ def test_programs(request, claim):
             assert 0 < result.seconds < 10 and (result.status == "ok") == (result.error == "") and works(box)
 
 
-def test_arguments_that_are_no_json_are_the_callers_error(box):
+def test_arguments_that_are_not_json_raise(box):
     for argument, error in [({1}, TypeError), (nested(10**5), RecursionError)]:
         with pytest.raises(error):
             box.call(IDENTITY, "f", [argument])
@@ -282,14 +283,13 @@ def test_numbers_of_numpy_count_as_pythons():
         assert repr(result.value) == repr([[1.5, 3, True, 7], {"a": 0.5}])
         result = box.call("import numpy as np\ndef f():\n    return np.array([1, 2])", "f", [])
         assert result.error == "TypeError: Object of type ndarray is not JSON serializable"
-        for _ in range(2):  # what a worker runs once is loaded in every call, and packages are there; never the caller's
-            source = body("import pytest\nsys.cache.append(2)\nreturn [*map(sys.modules.__contains__, ('numpy', 'torch'))], sys.cache")
+        for _ in range(2):  # every call finds what `warm` loaded, and packages, but nothing of another call
+            source = body("import pytest\nsys.cache.append(2)\nreturn ['numpy' in sys.modules, 'torch' in sys.modules], sys.cache")
             assert box.call(source, "f", []).value == [[True, False], [1, 2]]
         assert box.run("print('sys' in globals())", "").value == "False\n"
-        assert box.call("import losses", "f", []).error == "ModuleNotFoundError: No module named 'losses' (line 1)"
 
 
-def test_the_last_three_lines_of_the_program_on_the_way_to_the_error_are_told(box):
+def test_frames_are_the_last_three_lines_of_the_program_in_the_traceback(box):
     source = """import json
 def third(text): return json.loads(text)  # json's own lines are not the program's
 def second(text): return third(text)
@@ -311,8 +311,8 @@ FOREVER = "while True: pass"
 SWALLOW = "while True:\n    try:\n        while True: pass\n    except BaseException: pass"
 DEAF = "import signal as s\nfor n in set(s.Signals) - {9, 19}: s.signal(n, s.SIG_IGN)\n" + FOREVER
 LOOPS = [
-    body(FOREVER), FOREVER + "\ndef f(): pass", body("time.sleep(60)"), body("while True: print()"), body("return 9**9**8"),
-    body(SWALLOW), body(DEAF),
+    body(f"os.closerange(0, 99)\n{FOREVER}"), FOREVER + "\ndef f(): pass", body("time.sleep(60)"), body("while True: print()"),
+    body("return 9**9**8"), body(SWALLOW), body(DEAF),
     body(f"import threading\ndef g():\n    {FOREVER}\nfor _ in range(4): threading.Thread(target=g).start()\ng()"),
     body(f"class E(Exception):\n    def __str__(self):\n        {FOREVER}\nraise E"),
     f"print(42, flush=True)\n{FOREVER}",  # scripts, this one after the right output
@@ -351,8 +351,7 @@ ESCAPE = """
     ("stop", 0, "timeout", range(1)), ("bomb", 0, "timeout", range(6, 33)), ("own session", 60, "timeout", range(1, 2)),
     *((how, 0, "ok", range(1, 2)) for how in ("same group", "own session", "daemon")),
 ])  # fmt: skip
-def test_what_a_program_starts_is_dead_after_the_call(bare_short, how, last, status, count, tmp_path):
-    """Where the kernel lets it start anything."""
+def test_processes_that_a_program_starts_are_dead_after_the_call(bare_short, how, last, status, count, tmp_path):
     assert bare_short.call(body(ESCAPE, "folder, how, last"), "f", [str(tmp_path), how, last]).status == status
     escaped = [int(path.name) for path in tmp_path.iterdir()]
     assert len(escaped) in count and not any(map(running, escaped)) and works(bare_short)
@@ -388,7 +387,7 @@ start = lambda: threading.Thread(target=time.sleep, args=(60,), daemon=True).sta
 
 
 def test_a_thread_bomb_is_stopped_and_200_threads_are_granted(short, judge):
-    """By the memory that stacks take, at the limit, or by their number."""
+    """The first two by the memory of their stacks or the time limit, the others by their number."""
     bombs = [START + "while True:\n    start()", START + "while True:\n    try: start()\n    except BaseException: pass"]
     assert short.run(bombs[0].format(0), "").status in ("timeout", "error", "memory")
     assert short.run(bombs[1].format(0), "").status == "timeout" and works(short)
@@ -399,7 +398,7 @@ def test_a_thread_bomb_is_stopped_and_200_threads_are_granted(short, judge):
     assert works(judge) and judge.run(source, "").value == "201\n"
 
 
-FILL = [  # the last three make files without end
+FILL = [  # the last three make ever more files
     "with open(str(n), 'wb') as file: file.write(bytes(16 << 20))",
     "with open('a', 'wb+') as file:\n    file.truncate(16 << 20)\n    mmap.mmap(file.fileno(), 0).write(bytes(16 << 20))\n"
     "os.unlink('a')",
@@ -409,19 +408,21 @@ FILL = [  # the last three make files without end
 ]
 
 
-def test_the_disk_is_not_filled_and_bytes_that_are_no_utf8_cost_the_caller_little(layered):
-    """16 MiB, 50 times, of which 272 MiB are granted at most; or 5 million files, of which 1000 are."""
-    with S.Sandbox(workers=1, time_limit=60.0, output_bytes=16 << 20) as box:
-        on_disk = os.major(os.stat(box._workers[0].scratch).st_dev)  # else writes through shared mappings are not counted
-        for lines in FILL if on_disk else FILL[:1] + FILL[2:]:
+def test_the_disk_is_not_filled_and_invalid_utf8_costs_the_caller_little(layered, monkeypatch):
+    """50 times 16 MiB, of which 272 MiB are granted, or 5 million files, of which 1000 are."""
+    for lines in FILL:
+        monkeypatch.setattr(S.tempfile, "tempdir", "/dev/shm" if lines == FILL[0] else None)  # where only system calls count
+        with S.Sandbox(workers=1, time_limit=60.0, output_bytes=16 << 20) as box:
+            if lines == FILL[1] and not os.major(os.stat(box._workers[0].scratch).st_dev):
+                continue  # on a tmpfs, writes through shared mappings do not count
             much = f"{272 << 20} bytes written" if lines in FILL[:2] else "1000 files, or a directory that cannot be read"
             result = box.run("import mmap, os\nfor n in range(50):\n" + indent(lines, "    "), "")
             assert result[:3] == ("output limit", None, f"more than {much}") and result.seconds < 30
             assert box.run("import os\nprint(os.listdir(), os.listdir('..'))", "").value == "[] ['work']\n"
-        before, source = time.process_time(), "import os\nfor _ in range(16): os.write(1, b'\\xff' * (1 << 20))"
-        assert box.run(source, "", max_output=1 << 16).status == "output limit"
-        assert box.run(source, "").value == "\ufffd" * (16 << 20)
-        assert time.process_time() - before < 1.0  # 0.15; it was 3 when the bytes came as JSON
+            before, source = time.process_time(), "import os\nfor _ in range(16): os.write(1, b'\\xff' * (1 << 20))"
+            assert box.run(source, "", max_output=1 << 16).status == "output limit"
+            assert box.run(source, "").value == "\ufffd" * (16 << 20)
+            assert time.process_time() - before < 1.0  # takes 0.15
 
 
 # ---- What a program sees and leaves behind -----------------------------------------------------------------
@@ -455,25 +456,26 @@ SEEN = """
     "[open(f'../{n:0200}', 'w').close() for n in range(300)]",  # the folder grows
     "os.listdir(), os.listdir('..')", "os.chmod('.', 0o751)", "os.setxattr('.', 'user.a', b'x')",
 ])  # fmt: skip
-def test_the_working_directory_tells_nothing_of_the_call_before(one, no_seccomp, leave):
+def test_the_working_directory_shows_nothing_of_the_call_before(one, no_seccomp, leave):
     one = no_seccomp if "chmod" in leave or "xattr" in leave else one
     before, _, _ = one.call(body(SEEN), "f", []).value
+    strict = not os.statvfs(one._workers[0].scratch).f_flag & (os.ST_NOATIME | os.ST_RELATIME)  # each reading sets the time
     lines = f"used = os.getcwd()\ntime.sleep(0.02)\nstart = time.time_ns()\ntime.sleep(0.02)\n{leave}\ntime.sleep(0.02)"
     used, start, end = one.call(body(lines + "\nreturn used, start, time.time_ns()"), "f", []).value
     after, times, now = one.call(body(SEEN), "f", []).value
     assert before == after and before[:2] == [[], 1] and not any(start < at < end - 10**7 for at in sum(times, []))
-    assert "listdir" in leave or (now == used) == (leave == "pass") == os.path.exists(used)
+    assert (now == used) == (leave == "pass" or "listdir" in leave and not strict) == os.path.exists(used)
 
 
-def test_locked_directories_and_links_left_are_removed_and_links_not_followed(bare, one, tmp_path):
+def test_locked_directories_and_links_are_removed_without_following_links(bare, one, tmp_path):
     lock = "os.makedirs('a/b/c'); os.symlink('/', 'a/b/link')\nfor path in ('a/b', 'a', '.'): os.chmod(path, 0)"
     assert works(bare)
     used = f"{bare._workers[0].scratch}/work"
-    assert os.path.exists(used) and ask(bare, body(lock)).status in ("ok", "output limit")  # if it is looked at just then
+    assert os.path.exists(used) and ask(bare, body(lock)).status in ("ok", "output limit")  # if the files are counted just then
     assert ask(bare, body("return os.listdir()")).value == [] and not os.path.exists(used)
     swap = "import os\nhere = os.getcwd()\nos.chdir('..')\nos.rmdir(here)\nos.symlink(input(), here)"
     tmp_path.chmod(0o750)
-    for kept in ([], ["file"]):  # a link to an empty folder, and to one that is not
+    for kept in ([], ["file"]):  # a link to an empty folder, then to one with a file
         for name in kept:
             (tmp_path / name).touch()
         assert one.run(swap, str(tmp_path)).status == "ok" and works(one)
@@ -485,30 +487,10 @@ def test_locked_directories_and_links_left_are_removed_and_links_not_followed(ba
     assert not os.path.lexists(link) and tmp_path.stat().st_mode & 0o777 == 0o550 and os.listdir(tmp_path) == ["file"]
 
 
-def test_input_is_empty_and_output_goes_nowhere(box, capfd):
-    lines = """
-        print("ok\\t1")
-        sys.stderr.write("ok\\t2\\n")
-        for fd in (0, 1, 2): os.write(fd, b"ok\\t3\\n")
-        try: os.system("echo hello; echo hello >&2")
-        except OSError: pass
-        return sys.stdin.read(), [os.readlink(f"/proc/self/fd/{fd}") for fd in (0, 1, 2)]
-    """
-    assert ask(box, body(lines)).value == ["", ["/dev/null"] * 3] and capfd.readouterr() == ("", "")
-
-
-def test_neither_packages_nor_the_sources_are_on_the_path_and_the_sandbox_needs_no_torch(box):
-    assert not any("site-packages" in path or Path(path) == ROOT for path in ask(box, body("return sys.path")).value)
-    subprocess.run([sys.executable, "-c", "import tasks.sandbox, sys; assert 'torch' not in sys.modules"], cwd=ROOT, check=True)
-
-
 # ---- Forged answers ----------------------------------------------------------------------------------------
 
 FORGE = """
-    def opened(fd):
-        try: return os.fstat(fd)
-        except OSError: pass
-    report, output = filter(opened, range(3, 64))  # pipes
+    report, output = (fd for fd in range(3, 64) if os.path.exists(f"/proc/self/fd/{fd}"))  # pipes
     os.write(output, text.encode("latin-1"))
     os.write(report, line.encode("latin-1"))
     time.sleep(60)
@@ -541,7 +523,7 @@ def test_a_forged_answer_is_only_an_answer(box, line, text, wanted):
     ("class U(list):\n    def write(self, text, to=sys.stdout): to.write(text)\n    def flush(self): pass\nsys.stdout = U()",
      "honest\n"),
 ])  # fmt: skip
-def test_overwriting_what_the_sandbox_uses_forges_ones_own_answer_at_most(box, lines, printed):
+def test_overwriting_what_the_sandbox_uses_changes_only_ones_own_answer(box, lines, printed):
     lines = f"import atexit, builtins, gc, json, os, sys\n{lines}\n"
     result = box.call(body(lines + "return 'honest'"), "f", [])
     assert result.status in ("ok", "error") and result.value in ("honest", "forged", None)
@@ -552,18 +534,17 @@ def test_overwriting_what_the_sandbox_uses_forges_ones_own_answer_at_most(box, l
 
 # ---- Scripts -----------------------------------------------------------------------------------------------
 
-NUMBERS = "3\n1 2\n3 4\n5 6\n"
+NUMBERS = "3\n1 2\n"
 CYCLE = "class A:\n    def __init__(self): self.me = self\n    def __del__(self): print('b')\n"
 PYTHON = [  # source, standard input
-    ("for _ in range(int(input())): print(sum(map(int, input().split())))", NUMBERS),
     ("import sys\nprint(sys.stdin.buffer.readline(), sys.stdin.buffer.read())", NUMBERS),
     ("print(open('/dev/stdin').read())", NUMBERS),
     ("import mmap, os\nprint(mmap.mmap(0, 0, prot=mmap.PROT_READ)[:], os.read(0, os.fstat(0).st_size))", NUMBERS),
     ("import sys\nprint([input(), *sys.stdin])", "a\r\nb\rc\n\nd"),
     ("print(input()[::-1], '\\u2028', ascii(input()))", "héß\U0001f600\n\u2028x\n"),
-    ("import sys\nprint([sys.stdin.read()])\ntry: input()\nexcept EOFError as e: print(e)", ""),
     ("import sys\nsys.stdout.buffer.write(b'a\\0b\\xff\\xfe\\xc3(b\\xed\\xa0\\x80\\n')", ""),  # no UTF-8
-    ("import io, sys\nreal, sys.stdout = sys.stdout, io.StringIO()\nprint('a')\nreal.write(sys.stdout.getvalue() * 2)", ""),
+    ("import os, sys\nprint('\\udc80', file=sys.stderr)\nprint('a')\nos.closerange(3, 99)\nprint(__builtins__.len('b'))", ""),
+    ("import os, time\nos.closerange(3, 99)\nprint('a', flush=True)\ntime.sleep(0.05)\nprint('b')", ""),
     ("import sys, pickle\nclass A: pass\nif __name__ == '__main__':\n"
      "    print(pickle.loads(pickle.dumps(A())).__class__ is A, sys.modules['__main__'].A is A, 'A' in globals())", ""),
     ("import sys\nprint(len(sys.argv), sys.argv[1:], sys.stdin.isatty(), sys.stdout.isatty(), sys.stdin.fileno())", ""),
@@ -574,10 +555,8 @@ PYTHON = [  # source, standard input
     ("import sys\nprint('a')\nsys.exit(1)\nprint('b')", ""), ("print('a')\nexit()", ""),
     ("import os\nprint('a', flush=True)\nos._exit(3)", ""), ("import atexit\natexit.register(lambda: 1 / 0)\nprint('a')", ""),
     ("import atexit, sys\natexit.register(print, 'b')\n@atexit.register\ndef f(): print('a')\nprint('0')\nsys.exit()", ""),
-    ("import atexit, io, os, sys\nout = sys.stdout = io.BytesIO()\n"
-     "atexit.register(lambda: os.write(1, out.getvalue()))\nsys.stdout.write(b'a\\n')", ""),
     ("import os\nout = os.fdopen(1, 'w')\nout.write('a\\n')", ""),  # a second stream, never closed
-    ("class A:\n    def __del__(self): print('b')\na = A()\nprint('a')", ""), (CYCLE + "a = A()\nprint('a')", ""),
+    (CYCLE + "a = A()\nprint('a')", ""),
     (CYCLE + "A()\nprint('a')", ""), (CYCLE + "import gc\na = [A(), A()]\ngc.collect()\ngc.disable()\nprint('a')", ""),
     (CYCLE + "a, b = A(), [[n] for n in range(10**5)]\nprint('a')", ""),  # in an old generation
     ("import os\nclass A: pass\na = A()\na.a, a.out = a, os.fdopen(1, 'w')\na.out.write('a\\n')", ""),
@@ -587,12 +566,6 @@ PYTHON = [  # source, standard input
     ("import asyncio\nasync def f(n):\n    await asyncio.sleep(0.01)\n    return await asyncio.to_thread(lambda: n)\n"
      "async def main(): print(await asyncio.gather(*map(f, range(3))))\nasyncio.run(main())", ""),
     ("from concurrent.futures import ThreadPoolExecutor as Pool\nprint(list(Pool(3).map(len, ['a', 'bc'])))", ""),
-    ("from __future__ import annotations\nimport dataclasses, typing\n@dataclasses.dataclass(order=True)\nclass A:\n    x: int\n"
-     "print(sorted([A(2), A(1)]), typing.get_type_hints(A))", ""),
-    ("import signal, time\ndef f(*_): raise SystemExit(print('late'))\nsignal.signal(signal.SIGALRM, f)\n"
-     "signal.setitimer(signal.ITIMER_REAL, 0.01)\ntime.sleep(5)", ""),
-    ("import io, sys\nsys.stdin = io.StringIO(sys.stdin.read() + 'b\\n')\nprint([*map(str.strip, sys.stdin)])", "a\n"),
-    ("import sys, weakref\nclass A: pass\na = A()\nweakref.finalize(a, print, 'b')\nsys.stdout.write('a\\n')", ""),
 ]  # fmt: skip
 
 
@@ -607,7 +580,7 @@ def test_a_script_prints_what_python_prints(one, tmp_path, source, text):
     assert (result.status, result.value) == ("ok", real.stdout.decode("utf-8", "replace")) and result.seconds < 5.0
 
 
-def test_an_exception_in_a_thread_is_told_beside_the_output(box):
+def test_an_exception_in_a_thread_is_reported_with_the_output(box):
     source = "import threading\ndef f():\n    return [][0]\nt = threading.Thread(target=f)\nt.start()\nt.join()\nprint('after')"
     told = ("ok", "after\n", "IndexError: list index out of range (line 3)", ("line 3, in f: return [][0]",))
     assert box.run(source, "")[:4] == told
@@ -618,7 +591,7 @@ def test_an_exception_in_a_thread_is_told_beside_the_output(box):
 # ---- The kernel's layers -----------------------------------------------------------------------------------
 
 
-def test_layers_are_told_in_one_line(layered, only_seccomp, first_landlock, no_seccomp, bare):
+def test_layers_and_what_is_missing_are_one_line_each(layered, only_seccomp, first_landlock, no_seccomp, bare):
     no, on, version = "not available", "on", r"on \(version \d+\)"
     for box, seccomp, landlock, missing in [
         (layered, on, version, ""), (first_landlock, on, r"on \(version 1\)", ""), (only_seccomp, on, no, "landlock"),
@@ -658,11 +631,12 @@ ATTACKS = SCOPED + [  # each fails with EPERM; signal 0 and a bounded fork do no
     "system('prctl', 4, 0, 0, 0, 0)", "system('prctl', 1, 0, 0, 0, 0)",  # not dumpable, no death signal
     "system('inotify_init')", "system('inotify_add_watch', 0, b'/', 1)", "system('unshare', 0x10000000)",
     "os.posix_fallocate(os.open('a', os.O_CREAT | os.O_RDWR), 0, 9)", "os.sched_setaffinity(pid, [0])",
+    "socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)[0].sendto(b'x', '/nowhere')", "socket.socketpair(socket.AF_INET)",
     "socket.send_fds(socket.socketpair()[0], [b'x'], [0])", "socket.socket(socket.AF_INET, socket.SOCK_DGRAM)",
-    "os.setpriority(os.PRIO_PROCESS, pid, 19)",  # the last destroy what other processes of the user share
+    "os.setpriority(os.PRIO_PROCESS, pid, 19)",  # the rest destroys what other processes of the user share
     *(f"system({call!r}, 99, 0, 0, 0)" for call in "shmctl semctl msgctl semop semtimedop msgsnd msgrcv".split()),
 ]  # fmt: skip
-CHANGES = [  # landlock's work; the last four are seccomp's
+CHANGES = [  # landlock denies all but the last four, seccomp those
     "open(f'{folder}/file', 'w').write('x')", "open(f'{folder}/file', 'a').write('x')", "open(f'{folder}/new', 'w').close()",
     "os.unlink(f'{folder}/file')", "os.rmdir(f'{folder}/empty')", "shutil.rmtree(folder)", "os.mkdir(f'{folder}/new')",
     "os.rename(f'{folder}/file', f'{folder}/new')", "os.rename(f'{folder}/file', 'file')", "os.mkfifo(f'{folder}/new')",
@@ -673,7 +647,7 @@ CHANGES = [  # landlock's work; the last four are seccomp's
     "os.chmod(f'{folder}/file', 0o777)", "os.chown(f'{folder}/file', os.getuid(), os.getgid())",
     "os.utime(f'{folder}/file', (0, 0))", "os.setxattr(f'{folder}/file', 'user.a', b'x')",
 ]  # fmt: skip
-MEMORY = [  # out of reach without landlock, too
+MEMORY = [  # denied even without landlock
     *(f"open(f'/proc/{{{who}}}/{file}', 'rb').read(0)" for file in ("mem", "maps", "environ", "auxv") for who in ("pid", "caller")),
     "open(f'/proc/{caller}/task/{caller}/mem', 'rb').read(0)", "[os.stat(f'/proc/{caller}/fd/{fd}') for fd in (0, 1, 2)]",
 ]  # fmt: skip
@@ -688,7 +662,7 @@ EITHER = ("PermissionError: [Errno 1]", "PermissionError: [Errno 13]", "OSError:
 
 @pytest.fixture(scope="module")
 def listener():
-    """Port and abstract name of sockets that nobody may reach."""
+    """Port and abstract name of sockets that no program may reach."""
     name = f"sandbox-test-{os.getpid()}"
     with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(socket.AF_UNIX) as unix:
         unix.bind("\0" + name)
@@ -696,7 +670,7 @@ def listener():
         yield tcp.getsockname()[1], name
         for server in (tcp, unix):
             server.setblocking(False)
-            with pytest.raises(BlockingIOError):  # nobody did
+            with pytest.raises(BlockingIOError):  # none did
                 server.accept()
 
 
@@ -707,7 +681,7 @@ def tree(folder: Path) -> list:
 
 @pytest.mark.parametrize("lines", ATTACKS + CHANGES + READS)
 def test_the_layers_deny(layered, only_seccomp, first_landlock, no_seccomp, bare, listener, tmp_path, lines):
-    """What each denies where the other is missing, too. What is denied to read is there: without the layers it is read."""
+    """Each layer also denies its part if the other is missing. What cannot be read exists: without layers it is read."""
     (tmp_path / "file").write_text("kept")
     (tmp_path / "empty").mkdir()
     scopes = int(re.search(r"version (\d+)", no_seccomp.layers)[1]) >= 6  # landlock confines signals and sockets
@@ -719,7 +693,7 @@ def test_the_layers_deny(layered, only_seccomp, first_landlock, no_seccomp, bare
         workers, result = pids(box), box.call(source, "f", arguments)
         denied = EITHER[:1] if lines in ATTACKS and box is not no_seccomp else EITHER
         assert result[:2] == ("error", None) and result.error.startswith(denied)
-        touched = re.search(r"open\('a|, 'link'", lines)  # its working directory, for which the worker is replaced
+        touched = re.search(r"open\('a|, 'link'", lines)  # the working directory, after which the worker is replaced
         assert works(box) and (touched or pids(box) == workers) and tree(tmp_path) == before
     if lines in READS:
         assert bare.call(source, "f", arguments).value == "escaped"
@@ -739,7 +713,7 @@ for without in (), ("landlock 2",), ("landlock",):
     with sandbox.Sandbox(workers=1, without=without) as box:
         before = box._workers[0].process.pid
         if "landlock" in without and os.system("unshare -U true") != 0:
-            memory = []  # no namespaces for users: then only landlock keeps memory apart, and `unsafe` says so
+            memory = []  # without user namespaces only landlock protects memory, and `unsafe` says so
         for source in (*memory, *attacks):
             result = box.call(source, "f", [os.getpid()])
             assert result.error.startswith("PermissionError: [Errno 1"), (without, source, result)
@@ -750,12 +724,12 @@ print("held")
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="every test runs as a user")
-def test_memory_and_processes_are_out_of_reach_of_who_is_not_root(layered):
+def test_users_other_than_root_cannot_reach_memory_or_processes(layered):
     attacks = [SCOPED[0], READV, *(lines for lines in ATTACKS if "F_SETOWN, " in lines or "0x8901" in lines)]
     programs = [[body(LIBC + lines + "\nreturn 'out'", "caller") for lines in some] for some in (MEMORY, attacks)]
     user = {"user": 65533, "group": 65533, "extra_groups": [], "env": {}, "cwd": "/", "text": True, "capture_output": True}
     for python in (sys.executable, "/usr/bin/python3"):
-        with suppress(OSError):  # it is root's only
+        with suppress(OSError):  # only root may run it
             if subprocess.run([python, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"], **user).returncode == 0:
                 command = [python, "-Bc", AS_A_USER, str(ROOT / "tasks")]
                 ran = subprocess.run(command, input=json.dumps(programs), timeout=60, **user)
@@ -784,8 +758,8 @@ def f(control):
 
 
 def test_nothing_holds_what_only_the_caller_or_an_earlier_call_knows(box, one, monkeypatch):
-    """The caller's variable, environment and argument vector hold the expected output; the argument is found. Nor is it known
-    how long the output may be, which tells the length of the expected one."""
+    """The caller's variable, environment and argument vector hold the expected output; only the call's own argument is found.
+    Neither is max_output, which would reveal the length of the expected output."""
     expected = f"EXPECTED-{os.getpid()}-secret"
     monkeypatch.setenv("EXPECTED", expected)
     monkeypatch.setattr(sys, "argv", [*sys.argv, expected])
@@ -800,7 +774,7 @@ def test_nothing_holds_what_only_the_caller_or_an_earlier_call_knows(box, one, m
 
 
 def verdict(code: bytes, number: int, machine: int, args: tuple = ()) -> int:
-    """A classic BPF machine, as far as the filter uses one."""
+    """Runs the part of classic BPF that the filter uses."""
     data = struct.pack("<IIQ6Q", number, machine, 0, *args, *[0] * (6 - len(args)))
     a = at = 0
     while True:
@@ -815,20 +789,19 @@ def verdict(code: bytes, number: int, machine: int, args: tuple = ()) -> int:
 
 
 ALLOW, PRETEND, DENY, UNKNOWN, KILL = 0x7FFF0000, 0x50000, 0x50001, 0x50026, 0x80000000
-# By hand, from asm/unistd.h: read, write, openat, mmap, futex, exit_group; execve, execveat, kill, tgkill, socket, connect,
-# setsid, ptrace, process_vm_readv, process_vm_writev, setrlimit, fchmodat, mount, bpf, unshare,
-# inotify_init1, fallocate, memfd_create, sendmsg, ioprio_set, shmctl, msgctl, io_setup, and fork, vfork, chmod; the calls
-# of CHOSEN
+# By hand, from asm/unistd.h. Allowed: read, write, openat, mmap, futex, exit_group. Denied: execve, execveat, kill, tgkill,
+# socket, connect, setsid, ptrace, process_vm_readv, process_vm_writev, setrlimit, fchmodat, mount, bpf, unshare, inotify_init1,
+# fallocate, memfd_create, sendmsg, ioprio_set, shmctl, msgctl, io_setup, and fork, vfork, chmod. Then the calls of CHOSEN.
 BY_HAND = {
     "x86_64": ([0, 1, 257, 9, 202, 231], [59, 322, 62, 234, 41, 42, 112, 101, 310, 311, 160, 268, 165, 321, 272, 294, 285, 319,
-                46, 251, 31, 71, 206, 57, 58, 90], [56, 72, 16, 157, 302]),
+                46, 251, 31, 71, 206, 57, 58, 90], [56, 72, 16, 157, 302, 53, 44]),
     "aarch64": ([63, 64, 56, 222, 98, 94], [221, 281, 129, 131, 198, 203, 157, 117, 270, 271, 164, 53, 40, 280, 97, 26, 47, 279,
-                211, 30, 195, 187, 0], [220, 25, 29, 167, 261]),
+                211, 30, 195, 187, 0], [220, 25, 29, 167, 261, 199, 206]),
 }  # fmt: skip
-CHOSEN = [  # clone, fcntl, ioctl, prctl, prlimit64: the argument that decides, what it may be, and what else is answered
+CHOSEN = [  # clone, fcntl, ioctl, prctl, prlimit64, socketpair, sendto: the argument that decides, allowed values, else
     (0, (0x3D0F00, 0x7D0F00), DENY), (1, (*range(8), 36, 37, 38, 1030, 1032), DENY),
     (1, (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451, 0x40049409), DENY), (0, (2, 3, 15, 16), DENY),
-    (2, (0,), PRETEND),
+    (2, (0,), PRETEND), (0, (1,), DENY), (4, (0,), DENY),
 ]  # fmt: skip
 FLAGS = [0x1200011, 0x5402, 0x5410, 0x5412, 0x5452, 0x8901, 0x8902, 0xC0045877, 1 << 31]  # among others fork's, FIOSETOWN, FITHAW
 
@@ -841,7 +814,7 @@ def test_the_filter_decides_as_its_table_says(monkeypatch, machine):
     table = {int(n) for row in S.DENIED.replace("\n", " ").split(",") if (n := row.split()[1 + column]) != "-"}
     allowed, denied, chosen = BY_HAND[machine]
     for number in {*range(600), 0x40000000 + 59} - {*chosen}:
-        wanted = UNKNOWN if number >= S.FIRST_UNKNOWN else DENY if number in table else ALLOW
+        wanted = UNKNOWN if number >= 424 else DENY if number in table else ALLOW
         assert verdict(code, number, arch) == wanted and verdict(code, number, arch ^ 1) == KILL, number
     for numbers, wanted in (allowed, ALLOW), (denied, DENY):
         assert {verdict(code, number, arch) for number in numbers} == {wanted}
@@ -861,11 +834,11 @@ def test_hashes_sets_and_random_numbers_are_the_same_in_every_call_and_worker(ju
     assert len(set(texts)) == 1 and len(texts[0]) > 60
 
 
-# ---- Workers that die, and what the machine lacks ----------------------------------------------------------
+# ---- Workers that die, and machines that are full ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("disarm", ["pass", "import ctypes; ctypes.CDLL(None).prctl(1, 0)"])
-def test_a_killed_worker_is_replaced_its_child_ends_and_its_call_is_made_again(layered, disarm):
+def test_a_killed_worker_is_replaced_its_child_ends_and_its_call_is_repeated(layered, disarm):
     with S.Sandbox(workers=1, time_limit=10.0) as box:
         idle = pids(box)
         os.kill(idle[0], signal.SIGKILL)
@@ -881,8 +854,6 @@ def test_a_worker_that_dies_at_each_try_is_internal(bare, monkeypatch):
     kill = body("os.kill(os.getppid(), 9)\nreturn 1")
     for result in (bare.call(kill, "f", []), bare.run(kill + "\nf()", "")):
         assert result[:3] == ("internal", None, "the worker died or could not be started") and works(bare)
-    assert bare.call(body("os.kill(os.getpid(), 9)"), "f", []).error == "exited without a result (signal 9)"
-    assert works(bare)
 
 
 def test_a_silent_worker_is_replaced(tmp_path):
@@ -896,20 +867,20 @@ def test_a_silent_worker_is_replaced(tmp_path):
         assert works(box)
         silent, patience = pids(box), box._workers[0].socket
         assert patience.gettimeout() == 10.0 + S.GRACE_SECONDS
-        patience.settimeout(1.0)  # of this worker only
+        patience.settimeout(1.0)  # for this worker only
         assert box.call(body(lines, "path"), "f", [str(tmp_path / "mark")]).value == "again"
         assert ends([*silent, int((tmp_path / "mark").read_text())])
 
 
-def test_a_call_that_the_machine_kept_from_starting_is_made_again(monkeypatch):
+def test_a_call_is_repeated_when_descriptors_disk_or_processes_run_out(monkeypatch):
     popen, refused = subprocess.Popen, []
 
-    def full(*args, **options):  # the process table
+    def full(*args, **options):
         refused.append(1)
         return open("/nowhere") if len(refused) < 3 else popen(*args, **options)
 
     with S.Sandbox(workers=1, time_limit=10.0) as box:
-        resource.prlimit(pids(box)[0], resource.RLIMIT_NOFILE, (5, 5))  # descriptors
+        resource.prlimit(pids(box)[0], resource.RLIMIT_NOFILE, (5, 5))
         assert works(box) and works(box)
         shutil.rmtree(box._workers[0].scratch)
         assert works(box) and works(box)
@@ -922,7 +893,9 @@ def test_a_call_that_the_machine_kept_from_starting_is_made_again(monkeypatch):
         before = len(os.listdir("/proc/self/fd"))
         for _ in range(3):
             assert box.run("", "")[:3] == ("internal", None, "the worker died or could not be started")
-        assert len(os.listdir("/proc/self/fd")) <= before + 1 and not os.path.exists(box._workers[0].scratch)
+        with pytest.raises(OSError, match="could not start a worker"):
+            S.Sandbox(workers=1)
+        assert len(os.listdir("/proc/self/fd")) <= before + 2 and not os.path.exists(box._workers[0].scratch)
 
 
 def test_an_interrupted_call_leaves_no_answer_for_the_next(box):
@@ -943,7 +916,7 @@ def test_an_interrupted_call_leaves_no_answer_for_the_next(box):
 
 
 def test_close_ends_workers_and_calls_in_flight():
-    S.Sandbox(workers=2).close()  # of which one has not started
+    S.Sandbox(workers=2).close()  # one has not started
     box = S.Sandbox(workers=2, time_limit=60.0)
     assert works(box)
     scratch = [Path(worker.scratch) for worker in box._workers]
@@ -952,9 +925,8 @@ def test_close_ends_workers_and_calls_in_flight():
     box.close()
     assert ends(everyone) and not any(path.exists() for path in scratch)
     assert str(failed.exception(timeout=5)) == "the sandbox is closed"
-    for source in (IDENTITY, ""):
-        with pytest.raises(RuntimeError, match="closed"):
-            ask(box, source)
+    with pytest.raises(RuntimeError, match="closed"):
+        box.run("", "")
     box.close()  # twice is no error
 
 
@@ -971,12 +943,11 @@ while not (notes and os.path.getsize(notes[0])):
     notes = [path for worker in box._workers for path in glob.glob(worker.scratch + "/*/note")]
 print(open(notes[0]).read(), *(w.process.pid for w in box._workers), *(w.scratch for w in box._workers), flush=True)
 """
-STOP_A_WORKER = "os.kill(box._workers[1].process.pid, 19)"  # it cannot end of itself: only atexit helps
 
 
-@pytest.mark.parametrize("end", ["sys.exit(3)", STOP_A_WORKER, "os.kill(os.getpid(), 9)"])
+@pytest.mark.parametrize("end", ["sys.exit(3)", "os.kill(box._workers[1].process.pid, 19)", "os.kill(os.getpid(), 9)"])
 def test_no_process_survives_the_caller(end):
-    """A call is in flight on a second thread, and nobody closes the sandbox."""
+    """A second thread is in a call, and nobody closes the sandbox. The second way stops a worker, which only atexit can end."""
     caller = subprocess.run([sys.executable, "-c", CALLER + end], cwd=ROOT, capture_output=True, text=True, timeout=30)
     *left, first, second = caller.stdout.split()
     assert len(left) == 3 and ends(list(map(int, left)))
@@ -992,14 +963,14 @@ def test_run_many_keeps_the_order_and_raises_and_every_thread_gets_its_own_answe
         box.run_many(lambda n: 1 / n, [1, 0])
     meet = body(NOTE + "while not os.path.exists('go'): time.sleep(0.01)\nreturn 'met'")
     results = [in_thread(box.call, meet, "f", []) for _ in range(2)]
-    for path in notes(box, count=2):  # both have started before either may end
+    for path in notes(box, count=2):  # both start before either may end
         path.with_name("go").touch()
     assert [result.result(timeout=10).value for result in results] == ["met", "met"]
 
 
 @pytest.mark.slow
 def test_5120_tests_take_seconds_on_2_workers():
-    """256 programs with 20 tests each, called and run; the best of five, since others use the machine too."""
+    """256 programs with 20 tests each, called and run; the best of five, since the machine may be busy."""
     call = lambda box, n, x: box.call(f"def f(x):\n    return x + {n}", "f", [x]).value == x + n  # noqa: E731
     run = lambda box, n, x: box.run(f"print(int(input()) + {n})", f"{x}\n").value == f"{x + n}\n"  # noqa: E731
     with S.Sandbox(workers=2) as box:
@@ -1009,11 +980,11 @@ def test_5120_tests_take_seconds_on_2_workers():
                 start = time.monotonic()
                 assert all(box.run_many(lambda n: all(right(box, n, x) for x in range(20)), range(256)))
                 seconds.append(time.monotonic() - start)
-            assert min(seconds) <= 12.0, seconds  # 6.5 to 8.5 on two cores, by the machine
+            assert min(seconds) <= 12.0, seconds  # 6.5 to 8.5 on two idle cores
 
 
 def test_counting_files_leaves_the_time_of_reading_as_it_was(tmp_path):
-    """Where every reading sets it, workers would otherwise take the time for a message of the program and be replaced."""
+    """Otherwise, on a file system where every reading sets it, workers would be replaced after each call."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
     os.utime(tmp_path, ns=(1, os.stat(tmp_path).st_mtime_ns))  # older than the last change: the next reading would set it
