@@ -40,26 +40,40 @@ def equal(gold: str, answer: str) -> bool:
     if QUESTION.search(answer) and not QUESTION.search(gold) or bool(CLOSED.search(gold)) != bool(CLOSED.search(answer)):
         return False
     left, right = read(gold), read(answer)
-    point = shaped(left)
-    if isinstance(point, Tuple) and not point.has(*INFINITE) and isinstance(right, FiniteSet) and r"\{" not in answer:
-        elements = written(right)  # 1,2 for (1,2), and y=2,x=1
-        by_name = all(isinstance(e, Eq) and str(e.lhs) in "xyz" for e in elements)
-        if by_name and len({e.lhs for e in elements}) < len(elements):  # x=1,x=2
-            return False
-        right = Tuple(*sorted(elements, key=str) if by_name else elements)
-    elif {gold[0], answer[0]} == {"(", "["} or {gold[-1], answer[-1]} == {")", "]"}:
+    point, names = shaped(left), named(left)
+    if names and isinstance(right, Eq) and isinstance(right.lhs, Tuple):  # (x,y)=(1,2) for x=1,y=2
+        left, right = (Tuple(*sorted(part, key=str)) for part in (left, map(Eq, right.lhs, shaped(right.rhs).args)))
+    elif names or isinstance(point, Tuple) and not point.has(*INFINITE):  # 1,2 for (1,2), and y=2,x=1
+        left = Tuple(*sorted(written(left), key=str)) if names else left
+        if isinstance(right, FiniteSet) and r"\{" not in answer:
+            elements = written(right)
+            by_name = named(right) and (names or named(right) <= set("xyz"))
+            if not by_name and len({e.lhs for e in elements if isinstance(e, Eq)}) == 1:  # x=1,x=2
+                return False
+            right = Tuple(*sorted(elements, key=str) if by_name else elements)
+    elif r"\cup" not in gold and ({gold[0], answer[0]} == {"(", "["} or {gold[-1], answer[-1]} == {")", "]"}):
         return False
     return same(left, right) and endless(left) == endless(right)
 
 
-def endless(value) -> tuple[bool, bool]:
-    """Whether it holds an infinity, and whether an undefined value, as it is written or in any part of it once evaluated:
-    such a value equals nothing without."""
-    parts = [part for part in sympy.preorder_traversal(value) if isinstance(part, sympy.Expr)]
-    bases = [part.args[1] for part in parts if isinstance(part, sympy.log) and part.args[1:]]  # sympy's log(5, 0) is 0
-    parts += [sympy.log(base, evaluate=False) for base in bases]
-    parts = [value, shaped(value), *map(clean, parts)]
-    return any(part.has(*INFINITE) for part in parts), any(part.has(*UNDEFINED) for part in parts)
+def named(value) -> set[str]:
+    """The names in x=1,y=2; none in x=1,x=2 and whatever else."""
+    equations = written(value) if isinstance(value, FiniteSet) else []
+    names = {str(e.lhs) for e in equations if isinstance(e, Eq) and isinstance(e.lhs, Symbol)}
+    return names if len(names) == len(equations) > 1 else set()
+
+
+def endless(value) -> tuple[bool, bool, bool]:
+    """Whether it holds an infinity, as it is written or in any part of it once evaluated; whether an undefined value; and
+    whether an infinity has gone, as in 1/oo. A value equals only those that agree in all three."""
+    raw = [part for part in sympy.preorder_traversal(value) if isinstance(part, sympy.Expr)]
+    bases = [part.args[1] for part in raw if isinstance(part, sympy.log) and part.args[1:]]  # sympy's log(5, 0) is 0
+    parts = [value, shaped(value), *raw, *map(clean, raw), *(clean(sympy.log(base, evaluate=False)) for base in bases)]
+    undefined = any(part.has(*UNDEFINED) for part in parts) or any(
+        part.is_Pow and clean(part.base) == clean(part.exp) == 0 for part in raw  # 0^0, which sympy takes for 1
+    )
+    gone = any(part.has(*INFINITE) and not clean(part).has(*INFINITE) for part in raw)
+    return any(part.has(*INFINITE) for part in parts), undefined, gone
 
 
 class Reader(_Latex2Sympy):
