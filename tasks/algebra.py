@@ -39,11 +39,11 @@ def equal(gold: str, answer: str) -> bool:
     """Whether the answer's value is the gold one's. Raises for what cannot be read."""
     if QUESTION.search(answer) and not QUESTION.search(gold) or bool(CLOSED.search(gold)) != bool(CLOSED.search(answer)):
         return False
-    left, right = read(gold), read(answer)
+    if r"\cup" not in gold and ({gold[0], answer[0]} == {"(", "["} or {gold[-1], answer[-1]} == {")", "]"}):
+        return False
+    left, right = equations(read(gold)), equations(read(answer))
     point, names = shaped(left), named(left)
-    if names and isinstance(right, Eq) and isinstance(right.lhs, Tuple):  # (x,y)=(1,2) for x=1,y=2
-        left, right = (Tuple(*sorted(part, key=str)) for part in (left, map(Eq, right.lhs, shaped(right.rhs).args)))
-    elif names or isinstance(point, Tuple) and not point.has(*INFINITE):  # 1,2 for (1,2), and y=2,x=1
+    if names or isinstance(point, Tuple) and not point.has(*INFINITE):  # 1,2 for (1,2), and y=2,x=1
         left = Tuple(*sorted(written(left), key=str)) if names else left
         if isinstance(right, FiniteSet) and r"\{" not in answer:
             elements = written(right)
@@ -51,9 +51,13 @@ def equal(gold: str, answer: str) -> bool:
             if not by_name and len({e.lhs for e in elements if isinstance(e, Eq)}) == 1:  # x=1,x=2
                 return False
             right = Tuple(*sorted(elements, key=str) if by_name else elements)
-    elif r"\cup" not in gold and ({gold[0], answer[0]} == {"(", "["} or {gold[-1], answer[-1]} == {")", "]"}):
-        return False
     return same(left, right) and endless(left) == endless(right)
+
+
+def equations(value):
+    """(x,y)=(1,2) as x=1,y=2."""
+    pairs = isinstance(value, Eq) and isinstance(value.lhs, Tuple)
+    return FiniteSet(*map(Eq, value.lhs, shaped(value.rhs).args)) if pairs else value
 
 
 def named(value) -> set[str]:
@@ -89,13 +93,13 @@ def read(text: str):
     if re.search(r"\\\$|'|dots|\.\.", text):  # the parser would drop it
         raise ValueError(f"a currency, a prime or dots within: {text}")
     text = re.sub(r"(\d*\\frac\{\w+\}\{\w+\})\\%", r"\\frac{\1}{100}", text)
-    for word, join in (("or", Union), ("and", Intersection)):  # of inequalities; of anything else they make a list
+    for word, join in (("or", Union), ("and", Intersection)):  # of inequalities and intervals; of others they make a list
         parts = re.split(rf"\\text\s*{{\s*{word}\s*}}|\b{word}\b", text)
-        if len(parts) > 1 and all(re.search(r"[<>]|\\[lg]e(?:q|qslant)?(?![a-z])", part) for part in parts):
-            relations = [read(part) for part in parts]
-            if len(set().union(*(relation.free_symbols for relation in relations))) > 1:
+        if len(parts) > 1 and all(re.search(r"[<>\[\]]|\\infty|\\[lgn]e(?:q|qslant)?(?![a-z])", part) for part in parts):
+            sets = [read(part) for part in parts]
+            if len(set().union(*(part.free_symbols for part in sets))) > 1:
                 raise ValueError(f"several unknowns: {text}")
-            return join(*[relation.as_set() for relation in relations])
+            return join(*[part if isinstance(part, Set) else part.as_set() for part in sets])
     if r"\pm" in text and "," not in text:
         return FiniteSet(*[read(text.replace(r"\pm", sign)) for sign in "+-"])
     latex = normalize_latex(text, FORM)
@@ -122,7 +126,7 @@ def shaped(value):
         real = {name: Symbol("x", real=True) for name in value.free_symbols}
         value = Intersection(*[relation.xreplace(real).as_set() for relation in value.atoms(Relational)])
     if isinstance(value, (FiniteSet, Tuple)):
-        return shaped(value.args[0]) if len(written(value)) == 1 and value.args[0] != sympy.S.EmptySet else value
+        return shaped(value.args[0]) if len(written(value)) == 1 and not isinstance(value.args[0], Set) else value
     if isinstance(value, Set):
         value = clean(value.xreplace({sympy.S.Reals: Interval(-oo, oo)}))
         return Tuple(value.start, value.end) if isinstance(value, Interval) and value.is_open else value
@@ -154,7 +158,9 @@ def same(gold, answer) -> bool:
         return all(same(right[-1], side) for side in right[1:-1]) and multiple(left[0] - left[-1], right[0] - right[-1])
     if right:  # m + n = 2 + 3 = 5 for 5
         *others, value = right[::-1] if isinstance(right[-1], Symbol) else right
-        return same(gold, value) and all(is_name(side) or same(value, side) for side in others)
+        return same(gold, value) and all(
+            is_name(side) and side not in value.free_symbols or same(value, side) for side in others
+        )
     if left and isinstance(left[0], (Symbol, AppliedUndef, Tuple)):  # 5 for x = 5
         return same(left[-1], answer)
     if all(isinstance(e, INEQUALITY) and len(e.free_symbols) > 1 for e in (gold, answer)):

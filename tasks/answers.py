@@ -4,6 +4,7 @@ left is compared by value in tasks/algebra.py."""
 import re
 from collections.abc import Callable
 from decimal import Decimal
+from math import gcd
 
 MAX_ANSWER_CHARS = 200
 LETTERS = {"−": "-", "∞": r"\infty ", "π": r"\pi ", "×": r"\times ", "·": r"\cdot ", "≤": r"\le ", "≥": r"\ge "}
@@ -13,34 +14,49 @@ LETTERS |= {"½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}"}
 LETTERS |= {chr(0xFEE0 + code): chr(code) for code in range(33, 127)}  # full width
 LETTER = "[mgshlLNJWVK]"  # a unit behind a number and a blank, or in \text{}
 SHORT = "[mckd]m|[mk]g|m[lL]|in|ft|yd|mi|min|lbs?|oz|hr|Hz|kW|mph|(?:k?m|ft|mi)/(?:s|h|hr)"  # may stand right behind a number
-FONTS = re.compile(r"\\(?:(?:text|math)(?:bf|it|rm|sf|tt|normal|up)?|boldsymbol|bm|emph|underline|[mhf]box)\s*\{")
-MULTIPLES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+FONTS = re.compile(r"\\(?:(?:text|math)(?:bf|it|rm|sf|tt|normal|up)?|boldsymbol|bm|emph|underline|[mhf]box|ensuremath)\s*\{")
+MULTIPLES = {"dozen": "12", **{name: f"10^{{{k}}}" for name, k in (
+    ("hundred", 2), ("thousand", 3), ("million", 6), ("billion", 9), ("trillion", 12)
+)}}  # fmt: skip
+BASES = "two three four five six seven eight nine ten eleven twelve".split()
 TIDY = [(re.compile(pattern), new) for pattern, new in (  # what is written in several ways, in one
-    (r"^[\s*`]+|[\s*`]+$|(?<!\\)\$|(?<!\\)\\[()\[\]]|\s*\\!\s*", ""),  # markdown, dollar signs and other delimiters
+    (r"^[\s*`_]+|[\s*`_]+$|(?<!\\)\$|(?<!\\)\\[()\[\]]|\s*\\!\s*", ""),  # markdown, dollar signs and other delimiters
     (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![A-Za-z])", " "),
-    (r"\\(?:left|right)(?![A-Za-z])\.?|\\(?:[bB]igg?[lrm]?|(?:display|text)style|bf|it|rm|sf|tt)(?![A-Za-z])"
+    (r"\\(?:left|right)(?![A-Za-z])\.?|\\(?:[bB]igg?[lrm]?|(?:display|text)style|bf|it|rm|sf|tt|[lL](?:arge|ARGE))(?![A-Za-z])"
      r"|\\(?:text)?color\s*\{\w+\}", ""),
     (r"\{([,.:])\}", r"\1"), (r"\\colon(?![a-z])", ":"),
-    (r"\\(?:[dtc]|nice|s)(frac|binom)", r"\\\1"), (r"\\(frac|binom|bar|overline)\s*(\w|\\pi)", r"\\\1{\2}"),
+    (r"\\(?:[dtc]|nice|s)(frac|binom)", r"\\\1"), (r"\\(frac|binom|bar|overline|dot(?!s))\s*(\w|\\pi)", r"\\\1{\2}"),
     (r"\\(frac|binom)(\{[^{}]*\})\s*(\w|\\pi)", r"\\\1\2{\3}"), (r"\{(\w+)\s*\\choose\s*(\w+)\}", r"\\binom{\1}{\2}"),
-    (r"\\frac\{\\text\{\s*(\w+)\s*\}\}\{\\text\{\s*(\w+)\s*\}\}", r"\\text{\1/\2}"),
+    (r"\\frac\{\\text\{\s*(\w+)\s*\}\}\{\\text\{\s*(\w+)\s*\}(\^\{?\d\}?)?\}", r"\\text{\1/\2}\3"),
     (r"\\lbrace(?![a-z])", r"\\{"), (r"\\rbrace(?![a-z])", r"\\}"), (r"\\langle(?![a-z])", "("),
     (r"\\rangle(?![a-z])", ")"), (r"\\(?:mathbb|Bbb)\s*\{?\s*R\b\s*\}?", r"\\mathbb{R}"),
     (r"\\varnothing|\\\{\s*\\\}", r"\\emptyset"), (r"\\log_\{?e\}?(?![a-z])", r"\\ln"), (r"\\lg(?![a-z])", r"\\log_{10}"),
     (r"\\operatorname\s*\{((?:arc)?(?:sin|cos|tan|cot|sec|csc)|ln|log)\}", r"\\\1 "),
     (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"), (r"\\sqrt\s*(\[\w+\])\s*(\w)", r"\\sqrt\1{\2}"),
-    (r"(?:\\text\{\s*|\b)infinity\b\s*\}?", r"\\infty "),
-    (r"(?i)^(?:\\text\s*\{)?\s*(?:the )?(?:final )?answer(?: is|:|\s*=)\s*(?:\})?", ""),
-    (r"^(?:\\(?:approx|simeq|sim|therefore|Rightarrow|implies)(?![A-Za-z])|=)\s*", ""),  # it has to be right all the same
+    (r"(?i)(?:\\text\{\s*|\b)infinity\b\s*\}?", r"\\infty "),
+    (r"(?i)^\\text\s*\{(\s*(?:the )?(?:final )?answer[^{}]*)\}$", r"\1"),
+    (r"(?i)^(?:\\text\s*\{)?\s*(?:the )?(?:final )?answer(?: is:?|:|\s*=)\s*(?:\})?", ""),
+    (r"^(?:\\(?:approx|simeq|sim|therefore|Rightarrow|implies)(?![A-Za-z])|(?:\\text\{\s*)?(?:about|approximately)\b\s*\}?|=)\s*",
+     ""),  # it has to be right all the same
+    (r"(?i)^(?:\\text\{\s*)?(?:all )?real numbers\s*\}?$", r"\\mathbb{R}"),
+    (r"\\mathbb\{R\}\s*(?:\^\{?\+\}?|_\{?(?:>\s*0|\+)\}?)", r"(0,\\infty)"),
+    (r"\\backslash(?![a-z])|(?<=\\mathbb\{R\})\s*-\s*(?=\\\{)", r"\\setminus"),
+    (r"^([\[\]])([^()\[\]]+,[^()\[\]]+)([\[\]])$", lambda m: "([)]"[m[1] == "["] + m[2] + ")]"[m[3] == "]"]),  # ]1,2[
+    (r"(\\pi.*?)\s*(?:\\text\{\s*|\b)rad(?:ians?)?\b\s*\}?$", r"\1"), (r"\bUSD\s*(?=\d)", r"\\$"),
+    (r"(?<=\d)\s*(?:\\text\{\s*|\b)to\b\s*\}?\s*(?=\d)", ":"), (r"(?<=[\w)])\*\*(\w+)", r"^{\1}"),
+    (r",\s*(?=[a-z]\s*\\neq?(?![a-z]))", r"\\text{and}"),  # x>1,x\ne2
+    (r"\\text\{\s*([A-F\d]+)\s*\}(?=\s*_)", r"\1"),
+    (rf"_\{{?\s*(?:\\text\{{)?\s*({'|'.join(BASES)})\b[\s}}]*", lambda m: f"_{BASES.index(m[1]) + 2}"),
     (r"\b(\d+(?:\.\d+)?)[eE]([+-]?\d+)\b(?!_)", r"\1\\cdot10^{\2}"),
     (r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{(\d+)\}", lambda m: _recurring(*m.groups())),
     (r"\\?%|\s*(?:\\text\{\s*|\b)(?:percent|pct)\b\s*\}?", r"\\%"),
     (r"\s*(?:\\text\{\s*|\b)degrees?\b(?!\s*[A-Za-z])\s*\}?|\\degree(?![a-z])|\^\s*\{\s*\\circ\s*\}", r"^\\circ"),
-    (rf"\s*(?:(\\text\{{)\s*|\b)({'|'.join(MULTIPLES)})\b", lambda m: rf"\cdot10^{{{MULTIPLES[m[2]]}}}{m[1] or ''}"),
-    (r"^[A-Za-z]'+\s*\(\w\)\s*=\s*", ""), (r"^\w\s*\\in\s*(?=\\mathbb)", ""), (r"^\((\w+)\)_", r"\1_"),
-    (r"^\\\{\s*\w+\s*(?:\\in\s*\\mathbb\{R\}\s*)?(?:\\mid\b|[:|])(.*[<>lg].*)\\\}$", r"\1"),  # {x | 2 < x}
+    (rf"\s*(?:(\\text\{{)\s*|\b)({'|'.join(MULTIPLES)})\b", lambda m: rf"\cdot{MULTIPLES[m[2]]}{m[1] or ''}"),
+    (r"^(?:[A-Za-z]'*\s*\(\w+\)|\\?Pr?\s*\([^()]*\))\s*=\s*", ""), (r"^\w\s*\\in\s*(?=\\mathbb)", ""), (r"^\((\w+)\)_", r"\1_"),
+    (r"^\\\{\s*\w+\s*(?:\\in\s*\\mathbb\{R\}\s*)?(?:\\mid\b|[:|])(.*(?:[<>]|\\[lgn]e).*)\\\}$", r"\1"),  # {x | 2 < x}
     (r"(?<=\d) (?=\d{3}(?!\d|\s*/))", ""),  # a thin space in a number
     (r"(?<![\w.}/^])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),  # 3 1/4
+    (r"(?<![\w.}/^)])(\d+)\s*/\s*(\d+)(?=\s*(?:[a-z(]\b|\\(?:pi|sqrt)))", r"\\frac{\1}{\2}"),  # 3/4\pi
     (r"(?:\\+|[.,;:\s])+$", ""),
 )]  # fmt: skip
 NAMES = [(re.compile(rf"(?i){long}"), short) for long, short in (  # a unit's spellings
@@ -49,7 +65,7 @@ NAMES = [(re.compile(rf"(?i){long}"), short) for long, short in (  # a unit's sp
     (r"lit(?:er|re)s?\b", "l"), (r"\bsec(?:ond)?s?\b", "s"), (r"\bmin(?:ute)?s?\b", "min"), (r"\bh(?:ou)?rs?\b", "h"),
     (r"\binch(?:es)?\b", "in"), (r"\bf(?:oo|ee)t\b", "ft"), (r"\byards?\b", "yd"), (r"\bmiles?\b", "mi"),
     (r"\bmph\b", "mi/h"),
-    (r"\bpounds?\b|\blbs\b", "lb"), (r"\bdollars?\b", "$"), (r"\bcents?\b", "¢"), ("L$", "l"), (r"\s*\bper\b\s*", "/"),
+    (r"\bpounds?\b|\blbs\b", "lb"), (r"\bdollars?\b|\busd\b", "$"), (r"\bcents?\b", "¢"), ("L$", "l"), (r"\s*\bper\b\s*", "/"),
     (r"\bsq(?:uare)?\b\s*(.+)", r"\1^2"), (r"\bcu(?:bic)?\b\s*(.+)", r"\1^3"), (r"(?<=\w{2})s\b|\s", ""),
 )]  # fmt: skip
 UNIT = re.compile(  # before a value a currency, behind it a degree or percent sign, words in \text{} or bare ones
@@ -61,7 +77,8 @@ UNIT = re.compile(  # before a value a currency, behind it a degree or percent s
 )
 NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)", re.ASCII)
 LITERAL = re.compile(r"(?<![\w^])\d+\s+\d|:[^:]*:|:0|\d\s*(?!or\b|and\b)[A-Za-z]{2,}\s+\d")  # 1 2, 1:2:3, 3:00, 5 ft 6 in
-BASE = re.compile(r"(?<![\w\\])\d[\dA-F]*_\{?(\w*)")
+BASE = re.compile(r"(?<![\w\\])(?:\d[\dA-F]*|[A-F][\dA-F]+)_\{?(\w*)")
+TIME = re.compile(r"(\d{1,2}):([0-5]\d)")
 CHOICE = re.compile(r"\(?([A-J])(?:[).:]{1,2}\s*(?=[\w\\$-]|$)|\s+(?=\d)|$)")
 
 
@@ -97,6 +114,8 @@ def compare(gold: str, answer: str, algebra: Callable[[str, str], str]) -> str:
     if re.fullmatch(r"\\text\{[^{}]*\}", left) or bases[1] and bases != [[], ["10"]]:
         return "wrong"  # words and numerals of a base are compared as text
     left, right = [re.sub(r"(?<=[\dA-F])_\{?\w*\}?", "", text) if b else text for b, text in zip(bases, (left, right))]
+    if bases[0]:
+        return _by_text(left, right) or "wrong"
     (value, unit), (other, others_unit) = _split(left), _split(right)
     if unit and others_unit and unit != others_unit:
         return "wrong"
@@ -112,14 +131,20 @@ def compare(gold: str, answer: str, algebra: Callable[[str, str], str]) -> str:
 def _by_text(gold: str, answer: str) -> str | None:
     """The verdict on two answers that are spelled alike, or that need no algebra to differ."""
     gold, answer = _squeeze(gold), _squeeze(answer)
-    spoken = [re.sub(r"(?<=[a-z])\.|\.$", "", text.lower()) for text in (gold, answer)]  # P.M. is pm
+    spoken = [re.sub(r"^(?:an?|the) (?=\w{3})|(?<=[a-z])\.|\.$", "", text.lower()) for text in (gold, answer)]  # P.M. is pm
     if gold == answer or "\\" not in gold and spoken[0] == spoken[1]:
         return "correct"
-    if any(LITERAL.search(text) for text in (gold, answer)):
+    if any(LITERAL.search(text) for text in (gold, answer)) or _is_time(gold) or _is_time(answer) and ":" not in gold:
         return "wrong"
     if NUMBER.fullmatch(gold) and NUMBER.fullmatch(answer):
         return "correct" if Decimal(gold) == Decimal(answer) else "wrong"
     return None
+
+
+def _is_time(text: str) -> bool:
+    """Whether it is 10:30 and no ratio, which would be in its lowest terms."""
+    time = TIME.fullmatch(text)
+    return bool(time) and gcd(int(time[1]), int(time[2])) > 1
 
 
 def _choice(text: str) -> tuple[str, str]:
