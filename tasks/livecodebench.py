@@ -153,9 +153,11 @@ def code_block(response: str) -> str | None:
     fence, mark, indent, lines = "", "", 0, []  # fence: what opened the block that we are in
     for line in response.split("\n"):
         text = line.strip()
+        if not fence:  # it may open behind a text, such as </think>
+            text = re.sub(r"^[^`]*(?=`{3,}py\w*$)", "", text)
         ticks = re.match(r"`{3,}|~{3,}|", text)[0]
         rest = text.removeprefix(ticks)
-        if fence and ticks.startswith(fence) and not rest:
+        if fence and ticks.startswith(fence) and not re.match(r"[\s\w{`~]", rest):  # or close before one, such as <|im_end|>
             if any(map(str.strip, lines)):
                 last[not re.match(r"(py|pypy|python)[\d.]*(?!\w)|$", mark)] = "\n".join(lines) + "\n"
             fence = ""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 from tasks.base import BadTask, Outcome, Problem, Task, one_line, text_of
 
@@ -50,6 +51,7 @@ def load(path: str) -> Task:
                 raise BadTask(f"{path}: problem {id!r} is there twice: a problem's id is its own within its split")
     task.name = text_of(task.name) if isinstance(task.name, str) and task.name.strip() else name
     task.verify, task.threads = checked(task.verify, path, spec.origin), 0  # its limit of time needs the main thread
+    task.close = closing(task.close, path, spec.origin)
     task.verify(task.train[:2], ["", ""][: len(task.train)])  # what is wrong with it is best said before the run
     return task
 
@@ -70,10 +72,12 @@ def problem_of(problem: Problem, path: str) -> Problem:
 
 @contextmanager
 def one_line_of(path: str, origin: str, doing: str = "") -> Iterator[None]:
-    """Raises BadTask for whatever the file raises, sys.exit as well, with the last of the file's own lines on the way to it, if
-    there is one: "FILE.py, line 7: ...". origin: the file's name in tracebacks."""
+    """Raises BadTask for whatever the file raises, sys.exit and os._exit too, with the last of the file's own lines on the way
+    to it, if there is one: "FILE.py, line 7: ...". origin: the file's name in tracebacks."""
+    leave, main = os._exit, os.getpid()
     try:
-        yield
+        with mock.patch.object(os, "_exit", lambda status: (sys.exit if os.getpid() == main else leave)(status)):
+            yield
     except KeyboardInterrupt:
         raise
     except BaseException as error:
@@ -96,6 +100,19 @@ def checked(verify: Callable, path: str, origin: str) -> Callable:
             return [plain(outcome) for outcome in outcomes]
 
     return checked
+
+
+def closing(close: Callable[[], None], path: str, origin: str) -> Callable[[], None]:
+    """A task file's close() whose error is a line and nothing else: what has been trained or measured is not lost."""
+
+    def closing() -> None:
+        try:
+            with one_line_of(path, origin, "close() raised "):
+                close()
+        except BadTask as error:
+            print(error, file=sys.stderr)
+
+    return closing
 
 
 @contextmanager

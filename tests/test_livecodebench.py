@@ -437,6 +437,7 @@ PROGRAMS = {  # the last complete block for Python -> responses
         )),
         "```python\na\n```\n```text\n3\n```", "```python\na\n```\n```python\nb", "```python\na\n```\n```python\n\n```",
         "the ```python block```\n```python\na\n```", "````python\na\n````", "~~~python\na\n~~~",
+        "</think>```python\na\n```", "So: ```python\na\n```<|im_end|>", "```python\na\n```.",
     ],
     "b\n": [
         "```python\na\n```\nand\n```python\nb\n```", "```py3\na\n```\nand\n```\nb\n```", "```sol\na\n```\n```text\nb\n```",

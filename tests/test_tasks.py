@@ -198,11 +198,13 @@ def load_own(tmp_path, monkeypatch):
     return load
 
 
-def test_an_own_task_has_its_own_name_or_the_files(load_own):
+def test_an_own_task_has_its_own_name_or_the_files(load_own, capsys):
     assert load_own(text=FILE.replace('Task("mine"', 'Task("any name"')).name == "any name"
     task = load_own(text=FILE.replace('Task("mine"', 'Task(""'), reference="r\\udfff")
     assert task.name == "mine" and task.splits().endswith("3 train, 3 validation, 3 test problems")
     assert {p.reference for p in task.train} == {"r?"}
+    load_own(text=FILE.replace(", verify)", ", verify, lambda: 1 / 0)")).close()  # costs no result
+    assert re.fullmatch(r"mine.py, line 12: close\(\) raised ZeroDivisionError: .*\n", capsys.readouterr().err)
 
 
 TEXT = "numpy.str_('a\\ud800b')"
@@ -236,6 +238,7 @@ def test_outcomes_of_other_libraries_become_plain_numbers_and_text(body, outcome
         ("responses.clear(); return []", "", "for each of 1 responses, not 0 outcomes"),
         ("sys.exit(0)", ", line 9", "verify() raised SystemExit: 0"),
         ("sys.exit()", ", line 9", "verify() raised SystemExit"),
+        ("os._exit(0)", ", line 9", "verify() raised SystemExit: 0"),
         ("raise type('Stop', (BaseException,), {})('two\\nlines')", ", line 9", "verify() raised Stop: two lines"),
         ("return [Outcome(1)]", ", line 9", "verify() raised TypeError"),
         ("raise type('Mute', (Exception,), {'__str__': None})", ", line 9", "raised Mute: <exception str() failed>"),
