@@ -383,7 +383,7 @@ def test_dapo_loses_doubles_conflicts_evaluation_problems_and_its_instruction(sa
     assert task.train[0].messages == [{"role": "user", "content": content}]
     assert [(p.part, p.id, p.reference) for p in task.test] == TESTS
     assert task.test[6].messages[0]["content"].startswith("What is $3^3$?\n\nReason step by step")
-    dropped = "dropped 1 with conflicting answers and 1 that stand in an evaluation set; 5 left"
+    dropped = "dropped 1 with conflicting answers and 1 that are in an evaluation set; 5 left"
     assert task.notes[0] == f"dapo: 10 rows, 7 unique problems; {dropped}" and task.notes[1].startswith("sandbox: ")
     assert (task.lacks, task.name, task.validation) == (("environment", "solution_first", "both"), "math/dapo", [])
     rewards = [o.reward for o in task.verify(task.test[5:], ["\\boxed{50}", "\\boxed{27}", "\\boxed{27}"])]
