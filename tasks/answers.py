@@ -1,5 +1,5 @@
-"""A mathematical answer as text: finds its box, and settles what fonts, units, bases and plain numbers can settle; what is
-left is compared by value in tasks/algebra.py."""
+"""Finds the boxed answer and compares it as text: fonts, units, bases and plain numbers. tasks/algebra.py compares the values
+of whatever is left."""
 
 import re
 from collections.abc import Callable
@@ -12,14 +12,21 @@ LETTERS |= {"≠": r"\ne ", "∪": r"\cup ", "∅": r"\emptyset ", "°": r"^\cir
 LETTERS |= {"¢": r"\text{ cents}", "²": "^2", "³": "^3", "ℝ": r"\mathbb{R}", "⁄": "/"}
 LETTERS |= {"½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}"}
 LETTERS |= {chr(0xFEE0 + code): chr(code) for code in range(33, 127)}  # full width
-LETTER = "[mgshlLNJWVK]"  # a unit behind a number and a blank, or in \text{}
-SHORT = "[mckd]m|[mk]g|m[lL]|in|ft|yd|mi|min|lbs?|oz|hr|Hz|kW|mph|(?:k?m|ft|mi)/(?:s|h|hr)"  # may stand right behind a number
+LETTER = "[mgshlLNJWVK]"  # a unit after a number and a blank, or in \text{}
+SHORT = "[mckd]m|[mk]g|m[lL]|in|ft|yd|mi|min|lbs?|oz|hr|Hz|kW|mph|(?:k?m|ft|mi)/(?:s|h|hr)"  # a unit right after a number
 FONTS = re.compile(r"\\(?:(?:text|math)(?:bf|it|rm|sf|tt|normal|up)?|boldsymbol|bm|emph|underline|[mhf]box|ensuremath)\s*\{")
-MULTIPLES = {"dozen": "12", **{name: f"10^{{{k}}}" for name, k in (
-    ("hundred", 2), ("thousand", 3), ("million", 6), ("billion", 9), ("trillion", 12)
-)}}  # fmt: skip
+MULTIPLES = {"dozen": "12", "hundred": "10^{2}", "thousand": "10^{3}", "million": "10^{6}", "billion": "10^{9}"}
+MULTIPLES |= {"trillion": "10^{12}"}
 BASES = "two three four five six seven eight nine ten eleven twelve".split()
-TIDY = [(re.compile(pattern), new) for pattern, new in (  # what is written in several ways, in one
+BRACKETS = {"lbrace": r"\{", "rbrace": r"\}", "langle": "(", "rangle": ")"}
+
+
+def word(pattern: str) -> str:
+    """Matches a word, also in \\text{}."""
+    return rf"(?:\\text\{{\s*|\b)(?:{pattern})\b\s*\}}?"
+
+
+TIDY = [(re.compile(pattern), new) for pattern, new in (  # one spelling for everything that has several
     (r"^[\s*`_]+|[\s*`_]+$|(?<!\\)\$|(?<!\\)\\[()\[\]]|\s*\\!\s*", ""),  # markdown, dollar signs and other delimiters
     (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![A-Za-z])", " "),
     (r"\\(?:left|right)(?![A-Za-z])\.?|\\(?:[bB]igg?[lrm]?|(?:display|text)style|bf|it|rm|sf|tt|[lL](?:arge|ARGE))(?![A-Za-z])"
@@ -28,28 +35,25 @@ TIDY = [(re.compile(pattern), new) for pattern, new in (  # what is written in s
     (r"\\(?:[dtc]|nice|s)(frac|binom)", r"\\\1"), (r"\\(frac|binom|bar|overline|dot(?!s))\s*(\w|\\pi)", r"\\\1{\2}"),
     (r"\\(frac|binom)(\{[^{}]*\})\s*(\w|\\pi)", r"\\\1\2{\3}"), (r"\{(\w+)\s*\\choose\s*(\w+)\}", r"\\binom{\1}{\2}"),
     (r"\\frac\{\\text\{\s*(\w+)\s*\}\}\{\\text\{\s*(\w+)\s*\}(\^\{?\d\}?)?\}", r"\\text{\1/\2}\3"),
-    (r"\\lbrace(?![a-z])", r"\\{"), (r"\\rbrace(?![a-z])", r"\\}"), (r"\\langle(?![a-z])", "("),
-    (r"\\rangle(?![a-z])", ")"), (r"\\(?:mathbb|Bbb)\s*\{?\s*R\b\s*\}?", r"\\mathbb{R}"),
-    (r"\\varnothing|\\\{\s*\\\}", r"\\emptyset"), (r"\\log_\{?e\}?(?![a-z])", r"\\ln"), (r"\\lg(?![a-z])", r"\\log_{10}"),
+    (rf"\\({'|'.join(BRACKETS)})(?![a-z])", lambda m: BRACKETS[m[1]]), (r"\\varnothing|\\\{\s*\\\}", r"\\emptyset"),
+    (r"\\(?:mathbb|Bbb)\s*\{?\s*R\b\s*\}?", r"\\mathbb{R}"),
+    (r"\\log_\{?e\}?(?![a-z])", r"\\ln"), (r"\\lg(?![a-z])", r"\\log_{10}"),
     (r"\\operatorname\s*\{((?:arc)?(?:sin|cos|tan|cot|sec|csc)|ln|log)\}", r"\\\1 "),
     (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"), (r"\\sqrt\s*(\[\w+\])\s*(\w)", r"\\sqrt\1{\2}"),
-    (r"(?i)(?:\\text\{\s*|\b)infinity\b\s*\}?", r"\\infty "),
+    ("(?i)" + word("infinity"), r"\\infty "), (rf"(?i)^{word('(?:all )?real numbers')}$", r"\\mathbb{R}"),
     (r"(?i)^\\text\s*\{(\s*(?:the )?(?:final )?answer[^{}]*)\}$", r"\1"),
     (r"(?i)^(?:\\text\s*\{)?\s*(?:the )?(?:final )?answer(?: is:?|:|\s*=)\s*(?:\})?", ""),
-    (r"^(?:\\(?:approx|simeq|sim|therefore|Rightarrow|implies)(?![A-Za-z])|(?:\\text\{\s*)?(?:about|approximately)\b\s*\}?|=)\s*",
-     ""),  # it has to be right all the same
-    (r"(?i)^(?:\\text\{\s*)?(?:all )?real numbers\s*\}?$", r"\\mathbb{R}"),
+    (rf"^(?:\\(?:approx|simeq|sim|therefore|Rightarrow|implies)(?![A-Za-z])|{word('about|approximately')}|=)\s*", ""),
     (r"\\mathbb\{R\}\s*(?:\^\{?\+\}?|_\{?(?:>\s*0|\+)\}?)", r"(0,\\infty)"),
     (r"\\backslash(?![a-z])|(?<=\\mathbb\{R\})\s*-\s*(?=\\\{)", r"\\setminus"),
     (r"^([\[\]])([^()\[\]]+,[^()\[\]]+)([\[\]])$", lambda m: "([)]"[m[1] == "["] + m[2] + ")]"[m[3] == "]"]),  # ]1,2[
-    (r"(\\pi.*?)\s*(?:\\text\{\s*|\b)rad(?:ians?)?\b\s*\}?$", r"\1"), (r"\bUSD\s*(?=\d)", r"\\$"),
-    (r"(?<=\d)\s*(?:\\text\{\s*|\b)to\b\s*\}?\s*(?=\d)", ":"), (r"(?<=[\w)])\*\*(\w+)", r"^{\1}"),
-    (r",\s*(?=[a-z]\s*\\neq?(?![a-z]))", r"\\text{and}"),  # x>1,x\ne2
-    (r"\\text\{\s*([A-F\d]+)\s*\}(?=\s*_)", r"\1"),
+    (rf"(\\pi.*?)\s*{word('rad|radians?')}$", r"\1"), (r"\bUSD\s*(?=\d)", r"\\$"),
+    (rf"(?<=\d)\s*{word('to')}\s*(?=\d)", ":"), (r"(?<=[\w)])\*\*(\w+)", r"^{\1}"),
+    (r",\s*(?=[a-z]\s*\\neq?(?![a-z]))", r"\\text{and}"), (r"\\text\{\s*([A-F\d]+)\s*\}(?=\s*_)", r"\1"),  # x>1,x\ne2; AB_{16}
     (rf"_\{{?\s*(?:\\text\{{)?\s*({'|'.join(BASES)})\b[\s}}]*", lambda m: f"_{BASES.index(m[1]) + 2}"),
     (r"\b(\d+(?:\.\d+)?)[eE]([+-]?\d+)\b(?!_)", r"\1\\cdot10^{\2}"),
     (r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{(\d+)\}", lambda m: _recurring(*m.groups())),
-    (r"\\?%|\s*(?:\\text\{\s*|\b)(?:percent|pct)\b\s*\}?", r"\\%"),
+    (rf"\\?%|\s*{word('percent|pct')}", r"\\%"),
     (r"\s*(?:\\text\{\s*|\b)degrees?\b(?!\s*[A-Za-z])\s*\}?|\\degree(?![a-z])|\^\s*\{\s*\\circ\s*\}", r"^\\circ"),
     (rf"\s*(?:(\\text\{{)\s*|\b)({'|'.join(MULTIPLES)})\b", lambda m: rf"\cdot{MULTIPLES[m[2]]}{m[1] or ''}"),
     (r"^(?:[A-Za-z]'*\s*\(\w+\)|\\?Pr?\s*\([^()]*\))\s*=\s*", ""), (r"^\w\s*\\in\s*(?=\\mathbb)", ""), (r"^\((\w+)\)_", r"\1_"),
@@ -78,8 +82,7 @@ UNIT = re.compile(  # before a value a currency, behind it a degree or percent s
 NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)", re.ASCII)
 LITERAL = re.compile(r"(?<![\w^])\d+\s+\d|:[^:]*:|:0|\d\s*(?!or\b|and\b)[A-Za-z]{2,}\s+\d")  # 1 2, 1:2:3, 3:00, 5 ft 6 in
 BASE = re.compile(r"(?<![\w\\])(?:\d[\dA-F]*|[A-F][\dA-F]+)_\{?(\w*)")
-TIME = re.compile(r"(\d{1,2}):([0-5]\d)")
-CHOICE = re.compile(r"\(?([A-J])(?:[).:]{1,2}\s*(?=[\w\\$-]|$)|\s+(?=\d)|$)")
+CHOICE = re.compile(r"(?:\(?([A-J])(?:[).:]{1,2}\s*(?=[\w\\$-]|$)|\s+(?=\d)|$))?(.*)", re.DOTALL)  # AMC's letter, the answer
 
 
 def boxed(text: str) -> str | None:
@@ -104,32 +107,32 @@ def compare(gold: str, answer: str, algebra: Callable[[str, str], str]) -> str:
     """The verdict: by text, units and plain numbers where they settle it, else algebra's on what is left of the two."""
     if len(answer) > MAX_ANSWER_CHARS and gold != answer:
         return "too long"
-    (letter, left), (others_letter, right) = map(_choice, (_tidy(gold), _tidy(answer)))
+    (letter, left), (others_letter, right) = (CHOICE.match(_tidy(text)).groups("") for text in (gold, answer))
     if letter and others_letter and not (left and right):
         return "correct" if letter == others_letter else "wrong"
     left, right = left or letter, right or others_letter
     if verdict := _by_text(left, right):
         return verdict
     bases = [BASE.findall(text) for text in (left, right)]
-    if re.fullmatch(r"\\text\{[^{}]*\}", left) or bases[1] and bases != [[], ["10"]]:
-        return "wrong"  # words and numerals of a base are compared as text
     left, right = [re.sub(r"(?<=[\dA-F])_\{?\w*\}?", "", text) if b else text for b, text in zip(bases, (left, right))]
-    if bases[0]:
+    if bases[0] and not bases[1]:  # 4210 for 4210_5
         return _by_text(left, right) or "wrong"
+    if re.fullmatch(r"\\text\{[^{}]*\}", left) or bases[1] and bases != [[], ["10"]]:
+        return "wrong"  # words and numerals of a base are compared only as text
     (value, unit), (other, others_unit) = _split(left), _split(right)
     if unit and others_unit and unit != others_unit:
         return "wrong"
     verdict = _by_text(value, other) or algebra(value, other)
-    # A unit that the gold answer does not name is meant, but 1/2 is not 1/2 %, and pi/6 not (pi/6) degrees.
+    # The answer may add a unit that the gold answer omits, but 1/2 is not 1/2 %, and pi/6 is not (pi/6) degrees.
     is_number = all(re.fullmatch(r"(?:.*=)?\s*-?[1-9][\d.]*\s*(?:\\frac.*)?", text) for text in (value, other))
     known = {"%": is_number, "^circ": r"\pi" not in value}
     if verdict == "correct" and (unit or known.get(others_unit, True)):
         return verdict
-    return verdict if bool(unit) == bool(others_unit) else algebra(left, right)  # 25 % is 1/4; an m may be a letter
+    return verdict if bool(unit) == bool(others_unit) else algebra(left, right)  # 25 % is 1/4; m may be a variable
 
 
 def _by_text(gold: str, answer: str) -> str | None:
-    """The verdict on two answers that are spelled alike, or that need no algebra to differ."""
+    """The verdict if the texts are the same or need no algebra to differ, else None."""
     gold, answer = _squeeze(gold), _squeeze(answer)
     spoken = [re.sub(r"^(?:an?|the) (?=\w{3})|(?<=[a-z])\.|\.$", "", text.lower()) for text in (gold, answer)]  # P.M. is pm
     if gold == answer or "\\" not in gold and spoken[0] == spoken[1]:
@@ -142,19 +145,12 @@ def _by_text(gold: str, answer: str) -> str | None:
 
 
 def _is_time(text: str) -> bool:
-    """Whether it is 10:30 and no ratio, which would be in its lowest terms."""
-    time = TIME.fullmatch(text)
-    return bool(time) and gcd(int(time[1]), int(time[2])) > 1
-
-
-def _choice(text: str) -> tuple[str, str]:
-    """AMC's letter before an answer, and the answer; one of them may be empty."""
-    letter = CHOICE.match(text)
-    return (letter[1], text[letter.end() :]) if letter else ("", text)
+    """Whether it is a time such as 10:30. A ratio would be in its lowest terms."""
+    return bool(re.fullmatch(r"\d?\d:[0-5]\d", text)) and gcd(*map(int, text.split(":"))) > 1
 
 
 def _tidy(text: str) -> str:
-    """An answer without what has no meaning, such as fonts, and with one spelling for what has several."""
+    """The answer in one spelling, without fonts and other marks that have no meaning."""
     text = _without_fonts(text.translate(str.maketrans(LETTERS)))
     for pattern, new in TIDY:
         text = pattern.sub(new, text).strip()
@@ -171,7 +167,7 @@ def _tidy(text: str) -> str:
 
 
 def _without_fonts(text: str) -> str:
-    """Without font commands, but words and units in \\text{}."""
+    """The text without font commands; words and units go into \\text{}."""
     at = 0
     while (font := FONTS.search(text, at)) and (end := _closing(text, font.end())) is not None:
         before, inner = text[: font.start()], text[font.end() : end]
@@ -183,7 +179,7 @@ def _without_fonts(text: str) -> str:
 
 
 def _closing(text: str, at: int) -> int | None:
-    """Where the brace closes that is open at `at`."""
+    """The position of the brace that closes the one open at `at`."""
     depth = 1
     for brace in re.finditer(r"\\.|[{}]", text[at:]):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
@@ -198,13 +194,13 @@ def _recurring(whole: str, fixed: str, again: str) -> str:
 
 
 def _squeeze(text: str) -> str:
-    """Without \\text{} and blanks that mean nothing."""
+    """The text without \\text{} and without blanks that have no meaning."""
     text = re.sub(r"\\text\{\s*([^{}]*?)\s*\}", r" \1 ", re.sub(r"_\{(\w+)\}", r"_\1", text))
     return re.sub(r"(?<!\w)\s+|\s+(?!\w)|(?<=\d)\s+(?=[A-Za-z])", "", text)
 
 
 def _split(text: str) -> tuple[str, str]:
-    """(value, unit) of an answer in one unit, such as ("35", "cm"); (text, "") of others."""
+    """(value, unit) of an answer in one unit, such as ("35", "cm"), else (text, "")."""
     units = set()
 
     def take(unit: re.Match) -> str:
