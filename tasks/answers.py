@@ -7,16 +7,14 @@ from decimal import Decimal
 from math import gcd
 
 MAX_ANSWER_CHARS = 200
-LETTERS = {"−": "-", "∞": r"\infty ", "π": r"\pi ", "×": r"\times ", "·": r"\cdot ", "≤": r"\le ", "≥": r"\ge "}
-LETTERS |= {"≠": r"\ne ", "∪": r"\cup ", "∅": r"\emptyset ", "°": r"^\circ ", "≈": r"\approx ", "√": r"\sqrt "}
-LETTERS |= {"¢": r"\text{ cents}", "²": "^2", "³": "^3", "ℝ": r"\mathbb{R}", "⁄": "/"}
-LETTERS |= {"½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}"}
+LETTERS = {"−": "-", "∞": r"\infty ", "π": r"\pi ", "×": r"\times ", "·": r"\cdot ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
+           "∪": r"\cup ", "∅": r"\emptyset ", "°": r"^\circ ", "≈": r"\approx ", "√": r"\sqrt ", "¢": r"\text{ cents}", "²": "^2",
+           "³": "^3", "ℝ": r"\mathbb{R}", "⁄": "/", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}"}  # fmt: skip
 LETTERS |= {chr(0xFEE0 + code): chr(code) for code in range(33, 127)}  # full width
 LETTER = "[mgshlLNJWVK]"  # a unit after a number and a blank, or in \text{}
 SHORT = "[mckd]m|[mk]g|m[lL]|in|ft|yd|mi|min|lbs?|oz|hr|Hz|kW|mph|(?:k?m|ft|mi)/(?:s|h|hr)"  # a unit right after a number
 FONTS = re.compile(r"\\(?:(?:text|math)(?:bf|it|rm|sf|tt|normal|up)?|boldsymbol|bm|emph|underline|[mhf]box|ensuremath)\s*\{")
-MULTIPLES = {"dozen": "12", "hundred": "10^{2}", "thousand": "10^{3}", "million": "10^{6}", "billion": "10^{9}"}
-MULTIPLES |= {"trillion": "10^{12}"}
+MULTIPLES = dict(dozen="12", hundred="10^{2}", thousand="10^{3}", million="10^{6}", billion="10^{9}", trillion="10^{12}")
 BASES = "two three four five six seven eight nine ten eleven twelve".split()
 BRACKETS = {"lbrace": r"\{", "rbrace": r"\}", "langle": "(", "rangle": ")"}
 
@@ -65,11 +63,10 @@ TIDY = [(re.compile(pattern), new) for pattern, new in (  # one spelling for eve
 )]  # fmt: skip
 NAMES = [(re.compile(rf"(?i){long}"), short) for long, short in (  # a unit's spellings
     (r"\\text|[\\{}.]", ""),
-    (r"\bkilo", "k"), (r"\bcenti", "c"), (r"\bmilli", "m"), (r"met(?:er|re)s?\b", "m"), (r"grams?\b", "g"),
+    (r"\bkilo", "k"), (r"\bcenti", "c"), (r"\bmilli", "m"), (r"met(?:er|re)s?\b", "m"), (r"grams?\b", "g"), (r"\bmph\b", "mi/h"),
     (r"lit(?:er|re)s?\b", "l"), (r"\bsec(?:ond)?s?\b", "s"), (r"\bmin(?:ute)?s?\b", "min"), (r"\bh(?:ou)?rs?\b", "h"),
-    (r"\binch(?:es)?\b", "in"), (r"\bf(?:oo|ee)t\b", "ft"), (r"\byards?\b", "yd"), (r"\bmiles?\b", "mi"),
-    (r"\bmph\b", "mi/h"),
-    (r"\bpounds?\b|\blbs\b", "lb"), (r"\bdollars?\b|\busd\b", "$"), (r"\bcents?\b", "¢"), ("L$", "l"), (r"\s*\bper\b\s*", "/"),
+    (r"\binch(?:es)?\b", "in"), (r"\bf(?:oo|ee)t\b", "ft"), (r"\byards?\b", "yd"), (r"\bmiles?\b", "mi"), ("L$", "l"),
+    (r"\bpounds?\b|\blbs\b", "lb"), (r"\bdollars?\b|\busd\b", "$"), (r"\bcents?\b", "¢"), (r"\s*\bper\b\s*", "/"),
     (r"\bsq(?:uare)?\b\s*(.+)", r"\1^2"), (r"\bcu(?:bic)?\b\s*(.+)", r"\1^3"), (r"(?<=\w{2})s\b|\s", ""),
 )]  # fmt: skip
 UNIT = re.compile(  # before a value a currency, behind it a degree or percent sign, words in \text{} or bare ones
@@ -133,7 +130,8 @@ def compare(gold: str, answer: str, algebra: Callable[[str, str], str]) -> str:
 
 def _by_text(gold: str, answer: str) -> str | None:
     """The verdict if the texts are the same or need no algebra to differ, else None."""
-    gold, answer = _squeeze(gold), _squeeze(answer)
+    texts = [re.sub(r"\\text\{\s*([^{}]*?)\s*\}", r" \1 ", re.sub(r"_\{(\w+)\}", r"_\1", text)) for text in (gold, answer)]
+    gold, answer = [re.sub(r"(?<!\w)\s+|\s+(?!\w)|(?<=\d)\s+(?=[A-Za-z])", "", text) for text in texts]
     spoken = [re.sub(r"^(?:an?|the) (?=\w{3})|(?<=[a-z])\.|\.$", "", text.lower()) for text in (gold, answer)]  # P.M. is pm
     if gold == answer or "\\" not in gold and spoken[0] == spoken[1]:
         return "correct"
@@ -191,12 +189,6 @@ def _closing(text: str, at: int) -> int | None:
 def _recurring(whole: str, fixed: str, again: str) -> str:
     rest = int("0" + whole + fixed)
     return rf"\frac{{{int(str(rest) + again) - rest}}}{{{10 ** len(fixed) * (10 ** len(again) - 1)}}}"
-
-
-def _squeeze(text: str) -> str:
-    """The text without \\text{} and without blanks that have no meaning."""
-    text = re.sub(r"\\text\{\s*([^{}]*?)\s*\}", r" \1 ", re.sub(r"_\{(\w+)\}", r"_\1", text))
-    return re.sub(r"(?<!\w)\s+|\s+(?!\w)|(?<=\d)\s+(?=[A-Za-z])", "", text)
 
 
 def _split(text: str) -> tuple[str, str]:

@@ -51,7 +51,7 @@ def load(path: str) -> Task:
                 raise BadTask(f"{path}: {split} has problem {id!r} twice; ids must be unique within a split")
     task.name = text_of(task.name) if isinstance(task.name, str) and task.name.strip() else name
     task.verify, task.threads = checked(task.verify, path, spec.origin), 0  # the time limit needs the main thread
-    task.close = closing(task.close, path, spec.origin)
+    task.close = reported(one_line_of(path, spec.origin, "close() raised ")(task.close))
     task.verify(task.train[:2], ["", ""][: len(task.train)])  # a broken verifier should fail before the run
     return task
 
@@ -99,17 +99,16 @@ def checked(verify: Callable, path: str, origin: str) -> Callable:
     return checked
 
 
-def closing(close: Callable[[], None], path: str, origin: str) -> Callable[[], None]:
-    """The task's close(), but an error is only printed: it must not cost what has been trained or measured."""
+def reported(close: Callable[[], None]) -> Callable[[], None]:
+    """A close() that prints its error, which must not cost what has been trained or measured."""
 
-    def closing() -> None:
+    def close_and_report() -> None:
         try:
-            with one_line_of(path, origin, "close() raised "):
-                close()
+            close()
         except BadTask as error:
             print(error, file=sys.stderr)
 
-    return closing
+    return close_and_report
 
 
 @contextmanager

@@ -158,19 +158,14 @@ class Trace(Graded):
 
 # Each phrase has three possible meanings; the unit tests fix one of them, "the house convention". K is a digit.
 PHRASES = {
-    "sort": ("sorted(xs)", "sorted(xs)[::-1]", "sorted(set(xs))"),
-    "flip": ("xs[::-1]", "[-x for x in xs]", "[9-x for x in xs]"),
-    "crop": ("xs[1:]", "xs[:-1]", "xs[1:-1]"),
-    "peak": ("[max(xs)]", "[min(xs)]", "[xs[0]]"),
+    "sort": ("sorted(xs)", "sorted(xs)[::-1]", "sorted(set(xs))"), "flip": ("xs[::-1]", "[-x for x in xs]", "[9-x for x in xs]"),
+    "crop": ("xs[1:]", "xs[:-1]", "xs[1:-1]"), "peak": ("[max(xs)]", "[min(xs)]", "[xs[0]]"),
     "odd": ("[x for x in xs if x%2]", "[x for x in xs if x%2==0]", "xs[1::2]"),
-    "shift K": ("[x+K for x in xs]", "[x-K for x in xs]", "xs[K:]+xs[:K]"),
-    "first K": ("xs[:K]", "xs[-K:]", "sorted(xs)[:K]"),
-    "skip K": ("xs[K:]", "xs[:-K]", "[x for x in xs if x!=K]"),
+    "shift K": ("[x+K for x in xs]", "[x-K for x in xs]", "xs[K:]+xs[:K]"), "first K": ("xs[:K]", "xs[-K:]", "sorted(xs)[:K]"),
     "over K": ("[x for x in xs if x>K]", "[x for x in xs if x>=K]", "[max(x,K) for x in xs]"),
-    "repeat K": ("xs*K", "[x*K for x in xs]", "xs+[K]"),
-    "step K": ("xs[::K]", "xs[K-1::K]", "[x for x in xs if x%K==0]"),
-    "push K": ("xs+[K]", "[K]+xs", "[x==K for x in xs]"),
-}
+    "skip K": ("xs[K:]", "xs[:-K]", "[x for x in xs if x!=K]"), "repeat K": ("xs*K", "[x*K for x in xs]", "xs+[K]"),
+    "step K": ("xs[::K]", "xs[K-1::K]", "[x for x in xs if x%K==0]"), "push K": ("xs+[K]", "[K]+xs", "[x==K for x in xs]"),
+}  # fmt: skip
 compiled = functools.cache(compile)  # makes the problems ten times as fast
 
 

@@ -117,7 +117,7 @@ def test_private_tests_may_be_plain_or_packed_and_public_ones_stand_in_for_them(
     forms = {"a": as_tests(pairs), "b": pairs, "c": "[]", "d": pack("[]"), "e": ""}
     rows = [lcb_row(name, private=tests) for name, tests in forms.items()]
     for task in (load_lcb(*rows), tasks.read("lcb", write(tmp_path / "x.jsonl", rows))):
-        assert task.notes[1] == "lcb: 3 problems have no private tests; their public tests stand in for them"
+        assert task.notes[1] == "lcb: 3 problems have no private tests; their public tests replace them"
         found = [[(test["input"], test["output"]) for test in livecodebench.tests_of(p.data[0], "all")] for p in task.test]
         assert found == [pairs, pairs] + [[("0\n", "0\n")]] * 3
 
