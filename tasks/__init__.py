@@ -45,9 +45,8 @@ def load(task: str, subset: str = "", data: str = "", train_tests: str = "privat
 
 
 def read(task: str, path: str, official: bool = False) -> Task:
-    """A task whose test problems are all the rows of one file in the source's schema. official: grade lcb by public and private
-    tests together, as its official checker does, instead of the private ones. Raises ValueError with one line for a file that
-    cannot be read and for tasks without files."""
+    """A task whose test problems are all rows of one file in the source's schema. official: grade lcb by public and private tests
+    like its official checker, not by private ones. Raises ValueError with one line for an unreadable file or another task."""
     if task not in ("lcb", "sciknoweval", "math"):
         raise ValueError(f"task {task} has no files: choose lcb, sciknoweval or math")
     return import_module(f"tasks.{MODULES.get(task, task)}").read(path, *[official] * (task == "lcb"))

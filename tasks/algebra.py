@@ -41,7 +41,7 @@ def equal(gold: str, answer: str) -> bool:
         return False
     if r"\cup" not in gold and ({gold[0], answer[0]} == {"(", "["} or {gold[-1], answer[-1]} == {")", "]"}):
         return False
-    left, right = equations(read(gold)), equations(read(answer))
+    left, right = read(gold), read(answer)
     point, names = shaped(left), named(left)
     if names or isinstance(point, Tuple) and not point.has(*INFINITE):  # 1,2 for (1,2), and y=2,x=1
         left = Tuple(*sorted(written(left), key=str)) if names else left
@@ -52,12 +52,6 @@ def equal(gold: str, answer: str) -> bool:
             by_name = named(right) and (names or named(right) <= set("xyz"))
             right = Tuple(*sorted(elements, key=str) if by_name else elements)
     return same(left, right) and endless(left) == endless(right)
-
-
-def equations(value):
-    """(x,y)=(1,2) as x=1,y=2."""
-    pairs = isinstance(value, Eq) and isinstance(value.lhs, Tuple)
-    return FiniteSet(*map(Eq, value.lhs, shaped(value.rhs).args)) if pairs else value
 
 
 def named(value) -> set[str]:
@@ -104,6 +98,8 @@ def read(text: str):
     value = Reader(None, is_real=not should_treat_as_complex(latex), convert_degrees=True).parse(latex)
     if not isinstance(value, (sympy.Basic, MatrixBase)) or r"\infty" in latex and not value.has(*INFINITE):
         raise ValueError(f"no value: {text}")  # or an infinity vanished, as in binom(0, oo) = 0
+    if isinstance(value, Eq) and isinstance(value.lhs, Tuple):  # (x,y)=(1,2) as x=1,y=2
+        return FiniteSet(*map(Eq, value.lhs, shaped(value.rhs).args))
     return value
 
 

@@ -1,5 +1,4 @@
-"""Finds the boxed answer and compares it as text: fonts, units, bases and plain numbers. tasks/algebra.py compares the values
-of whatever is left."""
+"""Finds the boxed answer and compares it as text: fonts, units, bases, plain numbers. tasks/algebra.py compares values."""
 
 import re
 from collections.abc import Callable
@@ -34,13 +33,11 @@ TIDY = [(re.compile(pattern), new) for pattern, new in (  # one spelling for eve
     (r"\\(frac|binom)(\{[^{}]*\})\s*(\w|\\pi)", r"\\\1\2{\3}"), (r"\{(\w+)\s*\\choose\s*(\w+)\}", r"\\binom{\1}{\2}"),
     (r"\\frac\{\\text\{\s*(\w+)\s*\}\}\{\\text\{\s*(\w+)\s*\}(\^\{?\d\}?)?\}", r"\\text{\1/\2}\3"),
     (rf"\\({'|'.join(BRACKETS)})(?![a-z])", lambda m: BRACKETS[m[1]]), (r"\\varnothing|\\\{\s*\\\}", r"\\emptyset"),
-    (r"\\(?:mathbb|Bbb)\s*\{?\s*R\b\s*\}?", r"\\mathbb{R}"),
-    (r"\\log_\{?e\}?(?![a-z])", r"\\ln"), (r"\\lg(?![a-z])", r"\\log_{10}"),
-    (r"\\operatorname\s*\{((?:arc)?(?:sin|cos|tan|cot|sec|csc)|ln|log)\}", r"\\\1 "),
+    (r"\\(?:mathbb|Bbb)\s*\{?\s*R\b\s*\}?", r"\\mathbb{R}"), (r"\\log_\{?e\}?(?![a-z])", r"\\ln"),
+    (r"\\operatorname\s*\{((?:arc)?(?:sin|cos|tan|cot|sec|csc)|ln|log)\}", r"\\\1 "), (r"\\lg(?![a-z])", r"\\log_{10}"),
     (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"), (r"\\sqrt\s*(\[\w+\])\s*(\w)", r"\\sqrt\1{\2}"),
     ("(?i)" + word("infinity"), r"\\infty "), (rf"(?i)^{word('(?:all )?real numbers')}$", r"\\mathbb{R}"),
-    (r"(?i)^\\text\s*\{(\s*(?:the )?(?:final )?answer[^{}]*)\}$", r"\1"),
-    (r"(?i)^(?:\\text\s*\{)?\s*(?:the )?(?:final )?answer(?: is:?|:|\s*=)\s*(?:\})?", ""),
+    (r"(?i)^(?:\\text\s*\{)?\s*(?:the )?(?:final )?answer(?: is:?|:|\s*=)\s*\}?([^{}]*\}$)?", lambda m: (m[1] or "").rstrip("}")),
     (rf"^(?:\\(?:approx|simeq|sim|therefore|Rightarrow|implies)(?![A-Za-z])|{word('about|approximately')}|=)\s*", ""),
     (r"\\mathbb\{R\}\s*(?:\^\{?\+\}?|_\{?(?:>\s*0|\+)\}?)", r"(0,\\infty)"),
     (r"\\backslash(?![a-z])|(?<=\\mathbb\{R\})\s*-\s*(?=\\\{)", r"\\setminus"),

@@ -188,8 +188,7 @@ def arguments(text: str) -> list:
 
 
 def run_test(sandbox: Sandbox, record: Record, source: str, test: dict) -> tuple[str, Result]:
-    """Verdict and result of one test. A program that prints far more than expected is stopped, since reading 32 MB of garbage
-    in each of 20 tests would take minutes."""
+    """Verdict and result of one test. A program that prints far too much is stopped, because reading it may take minutes."""
     most = 4 * len(test["output"].encode("utf-8", "replace")) + (64 << 10)
     if record.function:
         args = arguments(test["input"])

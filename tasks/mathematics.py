@@ -34,8 +34,7 @@ for text in TYPICAL:
 
 
 def load(data: str) -> Task:
-    """data: a folder with dapo*.jsonl or dapo*.parquet in the source's schema and a file for each evaluation set to use, such
-    as math500.jsonl."""
+    """data: a folder with dapo*.jsonl or dapo*.parquet and a file for each evaluation set to use, such as math500.jsonl."""
 
     def sources(stem: str, repo: str, split: str) -> list[tuple[Iterable[dict], str]]:
         if not data:
@@ -88,8 +87,7 @@ def _dapo(found: Iterable[dict], where: str, evaluated: set[str]) -> tuple[list[
 
 
 def _pair(row: dict) -> tuple[str, str]:
-    """(problem, answer) of a row of an evaluation set (problem or question; answer or a boxed solution) or of DAPO, without
-    its instruction."""
+    """(problem, answer) of a row of an evaluation set, or of DAPO without its instruction."""
     if "reward_model" in row:
         text = get(row, "prompt")[0]["content"].removeprefix(DAPO_BEFORE).removesuffix(DAPO_AFTER).strip()
         answer = get(get(row, "reward_model"), "ground_truth")

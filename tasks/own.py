@@ -113,9 +113,8 @@ def reported(close: Callable[[], None]) -> Callable[[], None]:
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises Fault in the main thread after this time, and every second after that if it is caught. Another process sends the
-    signal: a thread does not run while a regular expression is matched, one timer does not count sleep, and math-verify uses
-    the other. Outside the main thread there is no limit."""
+    """Raises Fault in the main thread after this time, and again every second. Another process sends the signal: a thread does
+    not run during a regular expression, and timers do not count sleep or are math-verify's. Other threads have no limit."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

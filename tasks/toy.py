@@ -5,9 +5,7 @@ code    write a Python one- or two-liner whose words have a "house" meaning that
 choice  recall a table entry, given four options; has no environment text and suits sibling and critique contexts
 
 The warm-up data contain a belief that is wrong in places ("old firmware", unusual meanings). A warm-started model passes some
-problems, reads feedback most of the time, and can learn the rest only by reinforcement.
-
-    python -m study.warm_start --subset trace --out DIR      trains a warm-started model from scratch
+problems, reads feedback most of the time, and can learn the rest only by reinforcement (`python -m study.warm_start`).
 
 One class per subset. heads, steps and batch configure its model and the warm start; max_response is the longest answer in
 tokens. example() draws a warm-up example at a share `progress` of the training. If it has an "attempt", its answer judges that

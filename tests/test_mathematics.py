@@ -209,8 +209,8 @@ REFUSED = {
     "3:00": r"4:00 | \frac10 | 3",
     "0": r"10^{-20} | 1e-31 | \frac{1}{\infty} | e^{-\infty} | \log_0 5 | \frac{5}{\log 0} | \binom{0}{\infty} | "
     r"\emptyset",
-    "1": r"0^0 | (2-2)^{1-1} | 3 1/4 | 5 1/2 | \infty^0 | \frac{\infty}{\infty} | \frac00 | 2/2\% | 1+10^{-50} | 0.9999999999 | \int_0^1 dx"
-    r" | \sin\infty",
+    "1": r"3 1/4 | 5 1/2 | \infty^0 | \frac{\infty}{\infty} | \frac00 | 2/2\% | 1+10^{-50} | 0.9999999999 | \int_0^1 dx"
+    r" | \sin\infty | 0^0 | (2-2)^{1-1}",
     "3": r"3 1/2 | \max(3,1) | \lim_{x\to3}x | \sum_{k=1}^2k | \log_2 9 | \approx3.0001 | x>3 | [3,\infty) | "
     r"3_{4} | 3_\pi",
     r"\frac13": r"10:30 | 0.3333333333333333 | \approx0.333 | \frac13\% | \frac13\text{ or }1",
