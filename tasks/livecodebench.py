@@ -151,9 +151,7 @@ def code_block(response: str) -> str | None:
     last: dict[bool, str] = {}  # by whether the block is marked as another language
     fence, mark, indent, lines = "", "", 0, []  # fence: the marks that opened the current block
     for line in response.split("\n"):
-        text = line.strip()
-        if not fence:  # a block may open after text such as </think>
-            text = re.sub(r"^[^`]*(?=`{3,}py\w*$)", "", text)
+        text = line.strip() if fence else re.sub(r"^[^`]*(?=`{3,}py\w*$)", "", line.strip())  # it may open after </think>
         ticks = re.match(r"`{3,}|~{3,}|", text)[0]
         rest = text.removeprefix(ticks)
         if fence and ticks.startswith(fence) and not re.match(r"[\s\w{`~]", rest):  # text may follow: <|im_end|>

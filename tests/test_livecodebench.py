@@ -283,7 +283,7 @@ def test_verdicts_and_the_reward_that_only_all_tests_earn(load_lcb, sandboxes):
     ("import time; time.sleep(0.4); print('wrong')", 2, 3),  # but for slow ones: 2 x 0.4 > 2 limits of 0.25 s
     (f"import time; time.sleep(0.4); {RIGHT}", 3, 7),  # a right program may take its time
 ])  # fmt: skip
-def test_the_half_that_ends_with_a_failure_and_what_it_costs(code, train, test, load_lcb, sandboxes, monkeypatch):
+def test_an_error_or_much_time_ends_a_half_of_the_tests(code, train, test, load_lcb, sandboxes, monkeypatch):
     if "sleep" in code:
         monkeypatch.setattr(livecodebench, "TIME_LIMIT", 0.25)
     task = load_lcb(lcb_row(private=DIGITS[:7]))

@@ -53,7 +53,7 @@ def test_the_library_scores_the_last_answer_and_the_text_never_tells_the_right_o
     task.close()
 
 
-def test_an_answer_that_is_a_program_or_that_the_scorer_dies_of_is_a_failure(tmp_path, monkeypatch):
+def test_an_answer_that_is_a_program_or_stops_the_scorer_is_a_failure(tmp_path, monkeypatch):
     pytest.importorskip("reasoning_gym")
     monkeypatch.setattr(reasoning_gym, "SCORE_SECONDS", 1.0)
     task = load(tmp_path, "puzzle24", size=1)  # the library evaluates its answers as Python
@@ -76,7 +76,7 @@ def test_an_answer_that_is_a_program_or_that_the_scorer_dies_of_is_a_failure(tmp
     ("gcd", '{"size": "many"}', "is not a JSON object"), ("gcd", '{"min_value": 9, "max_value": 3}', "AssertionError"),
     ("gcd", '{"min_size": 3}', "unexpected keyword argument 'min_size'"),
 ])  # fmt: skip
-def test_what_the_library_does_not_know_is_one_line(subset, text, words, tmp_path):
+def test_unknown_generators_and_bad_settings_are_refused_in_one_line(subset, text, words, tmp_path):
     pytest.importorskip("reasoning_gym")
     (tmp_path / "settings.json").write_text(text)
     with refused(words):
