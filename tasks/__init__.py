@@ -28,9 +28,8 @@ MODULES = {"lcb": "livecodebench", "math": "mathematics"}  # the other modules h
 
 def load(task: str, subset: str = "", data: str = "", train_tests: str = "private", since: str = "2025-02-01",
          until: str = "2025-05-01") -> Task:  # fmt: skip
-    """Loads a task by name. data: the path of its source (see each loader), or "" for the hub. Only lcb reads train_tests,
-    which tests give reward and feedback in training, and the window since <= contest_date < until. Raises ValueError with
-    one line for an unknown name or subset and for data that cannot be read."""
+    """Loads a task by name. data: the path of its source (see each loader), or "" for the hub. lcb reads train_tests and the
+    window since <= contest_date < until. Raises ValueError with one line for an unknown name or unreadable data."""
     if task not in TASKS:
         raise ValueError(f"task {task!r} has no loader: choose one of {', '.join(TASKS)}")
     subset = subset or TASKS[task][0]

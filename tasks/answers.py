@@ -24,7 +24,7 @@ def word(pattern: str) -> str:
 
 
 TIDY = [(re.compile(pattern), new) for pattern, new in (  # one spelling for everything that has several
-    (r"^[\s*`_]+|[\s*`_]+$|(?<!\\)\$|(?<!\\)\\[()\[\]]|\s*\\!\s*", ""),  # markdown, dollar signs and other delimiters
+    (r"^(?:[\s*`]|__)+|(?:[\s*`]|__)+$|(?<!\\)\$|(?<!\\)\\[()\[\]]|\s*\\!\s*", ""),  # markdown, dollar signs and other delimiters
     (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![A-Za-z])", " "),
     (r"\\(?:left|right)(?![A-Za-z])\.?|\\(?:[bB]igg?[lrm]?|(?:display|text)style|bf|it|rm|sf|tt|[lL](?:arge|ARGE))(?![A-Za-z])"
      r"|\\(?:text)?color\s*\{\w+\}", ""),
@@ -80,8 +80,7 @@ CHOICE = re.compile(r"(?:\(?([A-J])(?:[).:]{1,2}\s*(?=[\w\\$-]|$)|\s+(?=\d)|$))?
 
 
 def boxed(text: str) -> str | None:
-    r"""What is in the last \boxed{} or \fbox{} whose braces balance, or else behind the last one without braces; None if
-    there is neither. One pass, whatever the text."""
+    r"""The content of the last \boxed{} or \fbox{} with balanced braces, else what follows the last one without braces, or None."""
     opened, last, bare = [], None, None  # (where its content begins, whether it is a box)
     box = r"(\\(?:boxed|fbox)(?![A-Za-z])\s*)(?:\{|(?!\\(?:boxed|fbox))((?:\\[A-Za-z%$,]|\{[^{}]*\}|[^\s{}$\\])+))"
     for part in re.finditer(box + r"|\{|\\.|\}", text, re.DOTALL):
@@ -98,7 +97,7 @@ def boxed(text: str) -> str | None:
 
 
 def compare(gold: str, answer: str, algebra: Callable[[str, str], str]) -> str:
-    """The verdict: by text, units and plain numbers where they settle it, else algebra's on what is left of the two."""
+    """The verdict by text, units and plain numbers if they decide, else algebra's."""
     if len(answer) > MAX_ANSWER_CHARS and gold != answer:
         return "too long"
     (letter, left), (others_letter, right) = (CHOICE.match(_tidy(text)).groups("") for text in (gold, answer))

@@ -56,9 +56,7 @@ class Task:
     threads: int = 0
 
     def splits(self) -> str:
-        """How many problems each split has, in one line."""
-        train, validation, test = map(len, (self.train, self.validation, self.test))
-        return f"{self.name}: {train} train, {validation} validation, {test} test problems"
+        return f"{self.name}: {len(self.train)} train, {len(self.validation)} validation, {len(self.test)} test problems"
 
 
 class BadTask(ValueError):
@@ -128,8 +126,7 @@ def each(source: Iterable[dict], where: str, make: Callable[[dict], Any]) -> lis
 
 
 def hub_rows(repo: str, split: str = "", file: str = "") -> Iterable[dict]:
-    """The rows of a data set's split or file on the hub, or in the cache if the hub cannot be reached. Raises ValueError with
-    one line that says why they cannot be fetched."""
+    """The rows of a data set's split or file on the hub or in its cache. Raises ValueError if they cannot be fetched."""
     import datasets
     import huggingface_hub
 

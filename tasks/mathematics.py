@@ -142,5 +142,4 @@ def _task(train: list[Problem], notes: list[str], test: list[Problem]) -> Task:
     def verify(problems: list[Problem], responses: list[str]) -> list[Outcome]:
         return sandbox.run_many(grade, list(zip(problems, responses, strict=True)))
 
-    notes = [*notes, f"sandbox: {sandbox.layers}"]
-    return Task("math/dapo", train, [], test, verify, sandbox.close, NO_TEXTS, notes)
+    return Task("math/dapo", train, [], test, verify, sandbox.close, NO_TEXTS, [*notes, f"sandbox: {sandbox.layers}"])

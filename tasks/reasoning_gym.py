@@ -58,7 +58,7 @@ def load(subset: str, data: str) -> Task:
         ]  # fmt: skip
     sandbox = Sandbox(time_limit=SCORE_SECONDS, memory_mb=4096, packages=True, warm=SCORE.format(repr(subset), repr(settings)))
     notes = [f"dropped {repeated} problems that repeat another one", f"sandbox: {sandbox.layers}"][not repeated :]
-    verify = lambda problems, responses: grade(sandbox, problems, responses)  # noqa: E731
+    verify = lambda *given: grade(sandbox, *given)  # noqa: E731
     return Task(f"reasoning_gym/{subset}", **splits, verify=verify, close=sandbox.close, notes=notes)
 
 

@@ -291,8 +291,7 @@ class Code:
         train = self.problems(rng, "train", single[20:] + double[:210])
         validation = self.problems(rng, "validation", single[:10] + double[210:270])
         test = self.problems(rng, "test", single[10:20] + double[270:])
-        close = lambda: self.sandbox and self.sandbox.close()  # noqa: E731
-        return Task(f"toy/{self.name}", train, validation, test, self.verify, close=close)
+        return Task(f"toy/{self.name}", train, validation, test, self.verify, lambda: self.sandbox and self.sandbox.close())
 
 
 class CodeJudge(Code):
