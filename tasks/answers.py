@@ -35,7 +35,7 @@ TIDY = [(re.compile(pattern), new) for pattern, new in (  # one spelling for eve
     (rf"\\({'|'.join(BRACKETS)})(?![a-z])", lambda m: BRACKETS[m[1]]), (r"\\varnothing|\\\{\s*\\\}", r"\\emptyset"),
     (r"\\(?:mathbb|Bbb)\s*\{?\s*R\b\s*\}?", r"\\mathbb{R}"), (r"\\log_\{?e\}?(?![a-z])", r"\\ln"),
     (r"\\operatorname\s*\{((?:arc)?(?:sin|cos|tan|cot|sec|csc)|ln|log)\}", r"\\\1 "), (r"\\lg(?![a-z])", r"\\log_{10}"),
-    (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"), (r"\\sqrt\s*(\[\w+\])\s*(\w)", r"\\sqrt\1{\2}"),
+    (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"), (r"\\sqrt\s*(\[\w+\])\s*(\w)", r"\\sqrt\1{\2}"), (r"(?<![\\A-Za-z])pi\b", r"\\pi "),
     ("(?i)" + word("infinity"), r"\\infty "), (rf"(?i)^{word('(?:all )?real numbers')}$", r"\\mathbb{R}"),
     (r"(?i)^(?:\\text\s*\{)?\s*(?:the )?(?:final )?answer(?: is:?|:|\s*=)\s*\}?([^{}]*\}$)?", lambda m: (m[1] or "").rstrip("}")),
     (rf"^(?:\\(?:approx|simeq|sim|therefore|Rightarrow|implies)(?![A-Za-z])|{word('about|approximately')}|=)\s*", ""),

@@ -126,7 +126,7 @@ PAID = {
     r"\text{3 p.m.}": r"3 p.m. | 3\text{ PM} | 3 pm", "2:3": r"2/3 | 4:6 | 2{:}3 | 2\colon 3 | 2\text{ to }3 | 2 to 3 | 10:15",
     "10:30": r"10{:}30", r"\frac34\pi": r"3/4\pi | 3\pi/4", r"\frac{\sqrt3}{2}": r"1/2\sqrt3",
     r"5\text{ ft }6\text{ in}": r"5 ft 6 in | \text{5 ft 6 in}",
-    r"\frac{\pi}{4}": r"\operatorname{arctan}(1) | \tan^{-1}1 | \frac\pi4 | 45^\circ",
+    r"\frac{\pi}{4}": r"\operatorname{arctan}(1) | \tan^{-1}1 | \frac\pi4 | 45^\circ | pi/4",
     r"\frac13": r"0.\overline{3} | .\bar3 | 33\frac13\% | 0.\dot3",
     "4210_{5}": r"4210_5 | (4210)_5 | \mathbf{4210}_{5} | 4210 | 4210_{\text{five}}",
     r"\text{AB}_{16}": r"AB_{16} | (AB)_{16} | AB",
