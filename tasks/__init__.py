@@ -1,10 +1,10 @@
-"""The tasks by name. Every task, toy or real, is one `Task`: splits of `Problem`s and a `verify` function. A training loop
-needs no more, so bringing your own task means writing a file whose `load()` returns one (`--task own --data FILE.py`).
+"""The tasks by name. Every task is one `Task`: splits of `Problem`s and a `verify` function. To bring your own, write a file
+whose `load()` returns one (`--task own --data FILE.py`).
 
-    lcb           LiveCodeBench v6: programs run against tests; feedback is what went wrong
-    sciknoweval   SciKnowEval L3, four domains: multiple choice, right or wrong and no text
+    lcb           LiveCodeBench v6: programs run against tests; feedback says what went wrong
+    sciknoweval   SciKnowEval L3, four domains: multiple choice, without feedback text
     math          DAPO-Math-17k for training; MATH-500, AIME24, AIME25, AMC23 for evaluation
-    reasoning_gym any generator of the library of that name, which makes the problems and scores answers
+    reasoning_gym any generator of the library, which makes the problems and scores the answers
     toy           three tasks that a CPU can learn in minutes
 """
 
@@ -15,22 +15,21 @@ from tasks.base import BadTask, Outcome, Problem, Task, rows
 
 __all__ = ["BadTask", "Outcome", "Problem", "Task", "TASKS", "load", "read", "rows"]
 
-TASKS = {  # task -> its subsets, the first one being the default
+TASKS = {  # task -> its subsets; the first is the default
     "toy": ("trace", "code", "choice", "trace-often", "trace-dialect", "code-judge"),
     "lcb": ("v6",),
     "sciknoweval": ("biology", "chemistry", "material", "physics", "all"),
     "math": ("dapo",),
     "own": ("",),
-    "reasoning_gym": ("spell_backward",),  # or another of the library's generators
+    "reasoning_gym": ("spell_backward",),  # or any other generator of the library
 }
-MODULES = {"lcb": "livecodebench", "math": "mathematics"}  # of the others by the task's name
+MODULES = {"lcb": "livecodebench", "math": "mathematics"}  # the other modules have the task's name
 
 
 def load(task: str, subset: str = "", data: str = "", train_tests: str = "private", since: str = "2025-02-01",
          until: str = "2025-05-01") -> Task:  # fmt: skip
-    """The task by name. data: where its source lies, the hub if empty; each loader below says what it takes. train_tests,
-    since and until are lcb's: which tests give reward and feedback in training, and the window since <= contest_date <
-    until. Raises ValueError with one line for an unknown name or subset, and for data that cannot be read."""
+    """Loads a task by name. data: the path of its source (see each loader), or "" for the hub. lcb reads train_tests and the
+    window since <= contest_date < until. Raises ValueError with one line for an unknown name or unreadable data."""
     if task not in TASKS:
         raise ValueError(f"task {task!r} has no loader: choose one of {', '.join(TASKS)}")
     subset = subset or TASKS[task][0]
@@ -39,15 +38,14 @@ def load(task: str, subset: str = "", data: str = "", train_tests: str = "privat
     if data and not Path(data).exists():
         raise ValueError(f"--data {data} does not exist")
     if data and task == "toy":
-        raise ValueError("--data means nothing to the toy tasks, which make their problems")
+        raise ValueError("--data does not apply to the toy tasks, which make their own problems")
     of = {"toy": (subset,), "lcb": (data, train_tests, since, until), "math": (data,), "own": (data,)}.get(task, (subset, data))
     return import_module(f"tasks.{MODULES.get(task, task)}").load(*of)
 
 
 def read(task: str, path: str, official: bool = False) -> Task:
-    """The problems of one file in the source's own schema, all of them as test problems, with the task's verifier.
-    official: lcb is graded by public and private tests together, as its official checker does, else by the private ones.
-    Raises ValueError with one line for a file that cannot be read and for tasks without files."""
+    """A task whose test problems are all rows of one file in the source's schema. official: grade lcb by public and private tests
+    like its official checker, not by private ones. Raises ValueError with one line for an unreadable file or another task."""
     if task not in ("lcb", "sciknoweval", "math"):
         raise ValueError(f"task {task} has no files: choose lcb, sciknoweval or math")
     return import_module(f"tasks.{MODULES.get(task, task)}").read(path, *[official] * (task == "lcb"))

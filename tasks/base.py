@@ -1,5 +1,4 @@
-"""What a task is: problems with prompts, and a verifier that turns a response into an outcome with a text. Also reads the
-rows of data sources."""
+"""What a task is: problems with prompts, and a verifier that turns a response into an outcome. Also reads data files."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -12,13 +11,13 @@ from unittest import mock
 
 from harness import hub
 
-NO_TEXTS = ("environment", "solution_first", "both")  # the feedback sources that want a verifier's text on a failure
+NO_TEXTS = ("environment", "solution_first", "both")  # the feedback sources that need a verifier's text
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One prompt x. `messages`: chat messages ({"role", "content"}), the last one from the user; `reference`: what a critique
-    may see, never the student; `data`: whatever the verifier needs; `part`: a benchmark or domain with results of its own."""
+    """One prompt x. `messages`: chat messages ({"role", "content"}), the last one from the user; `reference`: shown to the critic,
+    never to the student; `data`: whatever the verifier needs; `part`: a benchmark or domain that is reported separately."""
 
     id: str
     messages: list[dict[str, str]]
@@ -29,9 +28,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The verifier's answer on one response: reward r in {0, 1}, a short verdict for the log, and on a failure the
-    environment's text (what was wrong, in words the model can use). The verdict "internal" says that grading itself failed:
-    such a row takes no part in training. `columns` are further 0-1 results that evaluation reports beside the reward."""
+    """The verifier's result for one response: reward r in {0, 1}, a short verdict for the log, and for a failure the
+    environment's feedback, which says what was wrong. The verdict "internal" means that grading itself failed; training
+    ignores such a row. `columns` are other 0-1 results that evaluation reports in addition to the reward."""
 
     reward: int
     verdict: str
@@ -41,10 +40,10 @@ class Outcome:
 
 @dataclass
 class Task:
-    """Problems and verifier. `verify(problems, responses)` grades one response per problem, in order; `close` releases what
-    it holds (worker processes). Without validation problems a run is watched on the test problems and chooses nothing by
-    them. `lacks`: the feedback sources that the task has not; `notes`: lines for the start of a run; `threads`: on how many
-    threads verify may grade rows, one at a time, while others are still sampled (0: only all of them afterwards)."""
+    """Problems and verifier. `verify(problems, responses)` grades one response per problem, in order; `close` releases worker
+    processes and the like. Without validation problems, training is watched on the test problems and keeps no best model.
+    `lacks`: feedback sources that the task cannot provide; `notes`: lines printed when a run starts; `threads`: how many
+    threads may each verify single rows while others are still sampled (0: verify all rows afterwards)."""
 
     name: str
     train: list[Problem]
@@ -57,23 +56,21 @@ class Task:
     threads: int = 0
 
     def splits(self) -> str:
-        """How many problems each split has, in one line."""
-        train, validation, test = map(len, (self.train, self.validation, self.test))
-        return f"{self.name}: {train} train, {validation} validation, {test} test problems"
+        return f"{self.name}: {len(self.train)} train, {len(self.validation)} validation, {len(self.test)} test problems"
 
 
 class BadTask(ValueError):
-    """A task file's verifier does not do what a verifier does."""
+    """A task file or its verifier is at fault."""
 
 
 # ---- Reading sources -----------------------------------------------------------------------------------------
 
-SUFFIXES = (".jsonl", ".parquet", ".arrow")  # of a file that may lie in a folder given as --data
+SUFFIXES = (".jsonl", ".parquet", ".arrow")  # of the files that are read from a folder
 
 
 def rows(path: str | Path) -> Iterable[dict]:
-    """The rows of a JSONL (one object per line, whatever its ending), parquet or arrow file, or of a folder: a data set
-    saved or cached by `datasets`, or files of those kinds. Raises ValueError with one line for what cannot be read."""
+    """The rows of a parquet, arrow or JSONL file (one object per line, any other suffix), or of a folder with such files or a
+    data set saved by `datasets`. Raises ValueError with one line for what cannot be read."""
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist")
@@ -88,7 +85,7 @@ def rows(path: str | Path) -> Iterable[dict]:
     import datasets
 
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said here, in one line
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are reported below, in one line
     by_suffix = {".parquet": datasets.Dataset.from_parquet, ".arrow": datasets.Dataset.from_file}
     try:
         return datasets.load_from_disk(str(path)) if is_saved else by_suffix[path.suffix](str(path))
@@ -97,7 +94,7 @@ def rows(path: str | Path) -> Iterable[dict]:
 
 
 def json_rows(path: Path) -> Iterator[dict]:
-    """The rows of a JSONL file. Raises ValueError with the number of a line that is no JSON object."""
+    """The rows of a JSONL file. Raises ValueError with the number of a line that is not a JSON object."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -106,7 +103,7 @@ def json_rows(path: Path) -> Iterator[dict]:
                 row = json.loads(line.decode("utf-8-sig"))
                 if not isinstance(row, dict):
                     raise ValueError(f"it is {line[:40]!r}")
-                if b"\\ud" in line.lower():  # perhaps half of a surrogate pair, which no tokenizer takes
+                if b"\\ud" in line.lower():  # may be a lone surrogate, which no tokenizer accepts
                     row = json.loads(text_of(json.dumps(row, ensure_ascii=False)))
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number} is no JSON object: {one_line(error)}") from None
@@ -114,8 +111,7 @@ def json_rows(path: Path) -> Iterator[dict]:
 
 
 def each(source: Iterable[dict], where: str, make: Callable[[dict], Any]) -> list:
-    """make(row) for every row. Raises ValueError with one line, "FILE, row 3: ...", for a row of another schema, whatever make()
-    raises on it, and where there is none."""
+    """make(row) for every row. Raises ValueError with one line, "FILE, row 3: ...", if make() fails or there is no row."""
     made = []
     for number, row in enumerate(source, 1):
         try:
@@ -130,13 +126,12 @@ def each(source: Iterable[dict], where: str, make: Callable[[dict], Any]) -> lis
 
 
 def hub_rows(repo: str, split: str = "", file: str = "") -> Iterable[dict]:
-    """The rows of a data set's split on the hub, or of one of its files; from the cache where the hub cannot be reached.
-    Raises ValueError with one line that says why they cannot be fetched."""
+    """The rows of a data set's split or file on the hub or in its cache. Raises ValueError if they cannot be fetched."""
     import datasets
     import huggingface_hub
 
     reason = hub.unreachable(repo, file or "README.md", "dataset")
-    # A library that knows that it is offline reads what is in its cache, or says at once that it is not there.
+    # Told that they are offline, the libraries read their cache or fail at once.
     offline = lambda place: mock.patch.object(place, "HF_HUB_OFFLINE", bool(reason))  # noqa: E731
     try:
         with offline(huggingface_hub.constants), offline(datasets.config):
@@ -148,17 +143,17 @@ def hub_rows(repo: str, split: str = "", file: str = "") -> Iterable[dict]:
 
 
 def text_of(text: str) -> str:
-    """The text without lone surrogates, which a Python string can hold and a tokenizer cannot read."""
+    """The text without lone surrogates, which a Python string can hold and a tokenizer cannot encode."""
     return text.encode("utf-8", "replace").decode()
 
 
 def one_line(error: BaseException) -> str:
-    """What was wrong, in one line of at most 200 characters, even where str(error) fails."""
+    """The error as one line of at most 200 characters, even if str(error) fails."""
     return " ".join(f"{type(error).__name__}: {TracebackException(type(error), error, None)}".split())[:200]
 
 
 def get(row: dict, *names: str) -> Any:
-    """The first of the columns that is there and not blank. Raises ValueError when none is."""
+    """The first of these columns that is not blank. Raises ValueError if there is none."""
     for name in names:
         if row.get(name) is not None and str(row[name]).strip():
             return row[name]

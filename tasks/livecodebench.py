@@ -1,4 +1,4 @@
-"""LiveCodeBench v6: programs run against tests; the feedback is what went wrong."""
+"""LiveCodeBench v6: programs run against tests; the feedback says what went wrong."""
 
 import base64
 import datetime
@@ -19,10 +19,10 @@ from tasks.sandbox import Result, Sandbox
 LCB_REPO = "livecodebench/code_generation_lite"
 LCB_FILE = "test6.jsonl"  # the v6 increment: 175 problems, 134 MB
 TIME_LIMIT = 6.0  # seconds per test, the official checker's
-FAILURE_LIMITS = 2  # time limits, after which a program that has failed is tested no further
+FAILURE_LIMITS = 2  # a failed program is not tested any further after this many time limits
 FEEDBACK_CHARS = 2000
-MAX_TESTS_BYTES = 1 << 30  # of one problem, decompressed
-RANKS = {"internal": 0, "time-out": 2, "wrong answer": 3}  # of several failures the lowest is the verdict; others have rank 1
+MAX_TESTS_BYTES = 1 << 30  # for one problem, decompressed
+RANKS = {"internal": 0, "time-out": 2, "wrong answer": 3}  # the failure of lowest rank is the verdict; all others have rank 1
 STDIN_FORMAT = (
     "{question}\n\nWrite a Python 3 program that reads the input from standard input and prints the answer to standard "
     "output. Give the whole program in one ```python code block at the end of your answer."
@@ -35,19 +35,19 @@ FUNCTION_FORMAT = (
 
 @dataclass(eq=False)
 class Record:
-    """One problem of LiveCodeBench. Its tests weigh megabytes, so they stay as they came until somebody grades."""
+    """One problem of LiveCodeBench. Its tests take megabytes, so they are decoded only for grading."""
 
     id: str
     prompt: str
     function: str  # "" for a program that reads standard input
     public: str
     private: str
-    train: tuple[int, ...] = ()  # of the private tests, those that give reward and feedback in training, by position
-    bare: bool = False  # it has no private tests, so the public ones take their place
+    train: tuple[int, ...] = ()  # indices of the private tests that give reward and feedback in training
+    bare: bool = False  # has no private tests; the public ones replace them
 
 
 class StringUnpickler(pickle.Unpickler):
-    """A pickle can call anything; this one may only hold plain values."""
+    """A pickle can call any function; this unpickler accepts only plain values."""
 
     def find_class(self, module: str, name: str):
         raise pickle.UnpicklingError(f"the pickle asks for {module}.{name}")
@@ -55,8 +55,7 @@ class StringUnpickler(pickle.Unpickler):
 
 @lru_cache(maxsize=128)  # both kinds for the problems of a batch
 def decoded(text: str) -> list[dict]:
-    """The tests in a column: JSON, as it is or in base64 of zlib of a pickled string. Raises an Exception of some kind for
-    a damaged one."""
+    """The tests in a column: JSON, or base64 of zlib of a pickled JSON string. Damaged ones raise all kinds of exceptions."""
     try:
         tests = json.loads(text)
     except ValueError:
@@ -66,21 +65,21 @@ def decoded(text: str) -> list[dict]:
             raise ValueError("the compressed tests are cut short or too long") from None
         tests = json.loads(StringUnpickler(io.BytesIO(raw)).load())
     if not isinstance(tests, list) or not all(isinstance(test[key], str) for test in tests for key in ("input", "output")):
-        raise ValueError("the tests are no list of texts for input and output")
+        raise ValueError("the tests are not a list of input and output texts")
     return tests
 
 
 def tests_of(record: Record, use: str) -> list[dict]:
-    """The tests that grade in a use. "train" and "all" are the private ones (the public ones of a record that has none), of
-    which "train" takes half; "public" the public ones; "official" both together, as the official checker has it."""
+    """The tests for a use: "train" (which grades by half of them) and "all" mean the private tests, or the public ones if there
+    are none; "public" the public tests; "official" both, like the official checker."""
     public = decoded(record.public) if use == "official" else []
     private = decoded(record.private) if use != "public" else []
     return public + private or decoded(record.public)
 
 
 def make_record(row: dict, use: str) -> Record:
-    """Decodes the tests of a use once, so that a damaged one is found before training, and chooses the half that trains,
-    seeded by the problem's name, where only private ones are used. Raises ValueError with one line that names the problem."""
+    """The record of a row. Decodes its tests, to find a damaged one before training, and chooses the training half of the
+    private ones, seeded by the problem's name. Raises ValueError with one line that names the problem."""
     name, question, public = (get(row, key) for key in ("question_id", "question_content", "public_test_cases"))
     starter, private = row.get("starter_code") or "", row.get("private_test_cases") or "[]"
     try:
@@ -92,8 +91,8 @@ def make_record(row: dict, use: str) -> Record:
             raise ValueError("it has no tests")
         for test in tests if function else ():
             json.loads(test["output"])
-            json.dumps(arguments(test["input"]))  # as the sandbox is given them
-    except Exception as error:  # whatever a damaged column makes of base64, zlib, pickle and json
+            json.dumps(arguments(test["input"]))  # as the sandbox receives them
+    except Exception as error:  # base64, zlib, pickle and json raise all kinds
         raise ValueError(f"lcb problem {name} cannot be graded ({one_line(error)})") from None
     if use in ("train", "all"):
         half = random.Random(f"0/{name}").sample(range(len(tests)), max(1, len(tests) // 2))
@@ -106,7 +105,7 @@ def load(data: str, train_tests: str, since: str, until: str) -> Task:
     try:
         since, until = (datetime.date.fromisoformat(day).isoformat() for day in (since, until))
     except ValueError as error:
-        raise ValueError(f"--since and --until are dates such as 2025-02-01 ({error})") from None
+        raise ValueError(f"--since and --until must be dates such as 2025-02-01 ({error})") from None
     use = "train" if train_tests == "private" else "public"
 
     def dated(row: dict) -> Record | None:
@@ -121,7 +120,7 @@ def load(data: str, train_tests: str, since: str, until: str) -> Task:
 
 
 def read(path: str, official: bool) -> Task:
-    """The problems of one file, as test problems. official: public and private tests together grade them."""
+    """The problems of one file, as test problems. official: grade by public and private tests."""
     use = "official" if official else "all"
     records = each(rows(path), path, lambda row: make_record(row, use))
     graded_by = "public and private tests" if official else "private tests"
@@ -129,7 +128,7 @@ def read(path: str, official: bool) -> Task:
 
 
 def make_task(records: list[Record], note: str, test_use: str, train_use: str = "") -> Task:
-    """The task of these records: the same problems train, if train_use is given, and evaluate."""
+    """The task of these records. The same problems evaluate and, if train_use is given, train."""
     sandbox = Sandbox(time_limit=TIME_LIMIT, memory_mb=2048, output_bytes=32 << 20, preamble=True, packages=True)
 
     def verify(problems: list[Problem], responses: list[str]) -> list[Outcome]:
@@ -140,22 +139,22 @@ def make_task(records: list[Record], note: str, test_use: str, train_use: str = 
 
     notes = [note, f"sandbox: {sandbox.layers}"]
     if bare := sum(record.bare for record in records):
-        notes.insert(1, f"lcb: {bare} problems have no private tests; their public tests stand in for them")
-    # There is no reference to write a critique with.
+        notes.insert(1, f"lcb: {bare} problems have no private tests; their public tests replace them")
+    # A critique needs a reference answer, and there is none.
     return Task("lcb/v6", problems(train_use), [], problems(test_use), verify, sandbox.close, ("critique",), notes, threads=16)
 
 
 def code_block(response: str) -> str | None:
-    """The last complete fenced block that holds something and is marked as Python or not at all; if there is none, the
-    last of any mark, as the official checker has it, and else None. Its lines lose the indentation of the fence. A new
-    opening fence inside a block means that the one before was never finished."""
-    last: dict[bool, str] = {}  # by whether the block is marked as another language's
-    fence, mark, indent, lines = "", "", 0, []  # fence: what opened the block that we are in
+    """The last complete, non-empty fenced block that is marked as Python or not marked; if there is none, the last with any
+    mark, which the official checker accepts too; else None. Its lines lose the fence's indentation. An opening fence inside a
+    block discards the unfinished block."""
+    last: dict[bool, str] = {}  # by whether the block is marked as another language
+    fence, mark, indent, lines = "", "", 0, []  # fence: the marks that opened the current block
     for line in response.split("\n"):
-        text = line.strip()
+        text = line.strip() if fence else re.sub(r"^[^`]*(?=`{3,}py\w*$)", "", line.strip())  # it may open after </think>
         ticks = re.match(r"`{3,}|~{3,}|", text)[0]
         rest = text.removeprefix(ticks)
-        if fence and ticks.startswith(fence) and not rest:
+        if fence and ticks.startswith(fence) and not re.match(r"[\s\w{`~]", rest):  # text may follow: <|im_end|>
             if any(map(str.strip, lines)):
                 last[not re.match(r"(py|pypy|python)[\d.]*(?!\w)|$", mark)] = "\n".join(lines) + "\n"
             fence = ""
@@ -168,8 +167,8 @@ def code_block(response: str) -> str | None:
 
 
 def same_output(printed: str, expected: str) -> bool:
-    """The official checker's rule: as many lines, each equal when stripped, or equal number by number (0.50 = 0.5,
-    1e3 = 1000, no tolerance); one word in a line and its text must be equal."""
+    """The official checker's rule: equally many lines, each equal when stripped or equal number by number (0.50 = 0.5,
+    1e3 = 1000, no tolerance). A line with a word in it must be equal as text."""
 
     def same(line: str, wanted: str) -> bool:
         try:
@@ -182,13 +181,12 @@ def same_output(printed: str, expected: str) -> bool:
 
 
 def arguments(text: str) -> list:
-    """One JSON value per line; values hold spaces."""
+    """One JSON value per line; values may contain spaces."""
     return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
 def run_test(sandbox: Sandbox, record: Record, source: str, test: dict) -> tuple[str, Result]:
-    """Verdict and result of one test. A program that prints far more than what is expected is stopped: reading 32 MB of
-    garbage in each of 20 tests would take minutes."""
+    """Verdict and result of one test. A program that prints far too much is stopped, because reading it may take minutes."""
     most = 4 * len(test["output"].encode("utf-8", "replace")) + (64 << 10)
     if record.function:
         args = arguments(test["input"])
@@ -200,17 +198,16 @@ def run_test(sandbox: Sandbox, record: Record, source: str, test: dict) -> tuple
         return result.status.replace("timeout", "time-out"), result
     try:
         right = result.value == json.loads(test["output"]) if record.function else same_output(result.value, test["output"])
-    except RecursionError:  # a value nested deeper than Python compares
+    except RecursionError:  # the value is too deep to compare
         right = False
-    if not right and result.error:  # a thread died, and what it should have printed is missing
+    if not right and result.error:  # a thread died before it printed
         return "error", result
     return "passed" if right else "wrong answer", result
 
 
 def grade(sandbox: Sandbox, problem: Problem, response: str) -> Outcome:
-    """All tests of the problem's use, in order. A time-out or an error ends the half that it is in, and so does any
-    failure once the tests have taken FAILURE_LIMITS time limits: the verdict is settled, and one rollout must not cost 20
-    times the limit. Tests that pass all run, since only all of them earn the reward."""
+    """Runs the tests of the problem's use, in order. A time-out or an error ends its half of the tests, and so does any failure
+    once the tests have taken FAILURE_LIMITS time limits: the verdict is settled, and one rollout must not cost 20 limits."""
     record, use = problem.data
     tests = tests_of(record, use)
     held_out = [i for i in range(len(tests)) if i not in record.train]
@@ -229,7 +226,7 @@ def grade(sandbox: Sandbox, problem: Problem, response: str) -> Outcome:
             late = time.monotonic() - start > FAILURE_LIMITS * TIME_LIMIT
             if len(failed) > before and (late or verdict not in ("passed", "wrong answer")):
                 break
-        columns = dict.fromkeys(columns, int(len(failed) == before))  # in the end, of the held-out half
+        columns = dict.fromkeys(columns, int(len(failed) == before))  # the last half is the held-out one
     if not failed:
         return Outcome(1, "passed", columns=columns)
     failed.sort(key=lambda failure: RANKS.get(failure[0], 1))
@@ -237,8 +234,7 @@ def grade(sandbox: Sandbox, problem: Problem, response: str) -> Outcome:
 
 
 def failure_text(failed: list[tuple[str, Result, dict]]) -> str:
-    """What an environment's feedback says: the first of the failures, the gravest first, or the two shortest of wrong answers
-    alone."""
+    """The environment's feedback: the first failure, or the two shortest if all are wrong answers. Failures are sorted by rank."""
     verdict, result, test = failed[0]
     if verdict == "internal":
         return ""
@@ -255,6 +251,6 @@ def failure_text(failed: list[tuple[str, Result, dict]]) -> str:
 
 
 def cut(value: object, length: int = 260) -> str:
-    """The beginning of a text, or of a value's JSON, and how much more there is."""
+    """The beginning of a text or of a value's JSON, and the number of characters left out."""
     text = (value if isinstance(value, str) else json.dumps(value, default=str)).strip()
     return text if len(text) <= length else f"{text[:length]} ... ({len(text) - length} characters more)"

@@ -10,7 +10,7 @@ from tasks.base import NO_TEXTS, SUFFIXES, Outcome, Problem, Task, each, get, hu
 from tasks.sandbox import Sandbox
 
 DAPO = "BytedTsinghua-SIA/DAPO-Math-17k"
-DAPO_BEFORE = (  # what the source puts around every problem; ours asks for a box instead
+DAPO_BEFORE = (  # the source's instruction around every problem; ours asks for a box instead
     "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer "
     "(without quotes) where $Answer is the answer to the problem.\n\n"
 )
@@ -22,8 +22,8 @@ MATH_SETS = {
     "amc23": "math-ai/amc23",
 }
 MATH_FORMAT = "{problem}\n\nReason step by step and put the final answer in \\boxed{}."
-MATH_SECONDS = 2.5  # for one comparison, its process included
-# A worker reads the algebra once, as a module. Its parser learns the grammar by reading: every call starts from there.
+MATH_SECONDS = 2.5  # for one comparison, including its process
+# Each worker loads the algebra once. Reading typical answers warms up the parser, and every call starts from that state.
 WARM = f"""{Path(__file__).with_name("algebra.py").read_text()}
 import sys
 sys.modules["algebra"] = type(sys)("algebra")
@@ -34,8 +34,7 @@ for text in TYPICAL:
 
 
 def load(data: str) -> Task:
-    """data: a folder with dapo*.jsonl or dapo*.parquet in the source's schema, and one file for each evaluation set that
-    is to be used, such as math500.jsonl."""
+    """data: a folder with dapo*.jsonl or dapo*.parquet and a file for each evaluation set to use, such as math500.jsonl."""
 
     def sources(stem: str, repo: str, split: str) -> list[tuple[Iterable[dict], str]]:
         if not data:
@@ -60,15 +59,15 @@ def read(path: str) -> Task:
 
 
 def _dapo(found: Iterable[dict], where: str, evaluated: set[str]) -> tuple[list[Problem], list[str]]:
-    """Unique prompts of the 1.79 million rows; those with conflicting answers and those of the evaluation sets dropped."""
-    if hasattr(found, "with_format"):  # seconds for what takes a minute row by row
+    """The unique problems of the 1.79 million rows, except those with conflicting answers and those in an evaluation set."""
+    if hasattr(found, "with_format"):  # takes seconds; row by row takes a minute
         columns = [name for name in ("prompt", "reward_model") if name in found.column_names]
         tables = found.with_format("arrow").iter(100_000)
         found = (row for table in tables for row in table.select(columns).to_pylist())
     answers: dict[str, set[str]] = {}
 
     def add(row: dict) -> bool:
-        """Takes a row, and says whether it has the usual instruction."""
+        """Adds a row. Returns whether it has the usual instruction."""
         problem, answer = _pair(row)
         answers.setdefault(problem, set()).add(answer)
         text = row["prompt"][0]["content"]
@@ -80,30 +79,28 @@ def _dapo(found: Iterable[dict], where: str, evaluated: set[str]) -> tuple[list[
     train = [problem for problem in numbered if _letters(problem.data) not in evaluated]
     notes = [
         f"dapo: {len(usual)} rows, {len(answers)} unique problems; dropped {len(answers) - len(kept)} with conflicting "
-        f"answers and {len(kept) - len(train)} that stand in an evaluation set; {len(train)} left"
+        f"answers and {len(kept) - len(train)} that are in an evaluation set; {len(train)} left"
     ]
     if not all(usual):
-        lack = "lack the source's usual instruction around the problem and were taken as they are"
-        notes.append(f"dapo: {usual.count(False)} rows {lack}")
+        notes.append(f"dapo: {usual.count(False)} rows lack the source's usual instruction and are used as they are")
     return train, notes
 
 
 def _pair(row: dict) -> tuple[str, str]:
-    """(problem, answer) of a row of an evaluation set (problem or question; answer or a boxed solution) or of DAPO's schema,
-    without the instruction around its problem."""
+    """(problem, answer) of a row of an evaluation set, or of DAPO without its instruction."""
     if "reward_model" in row:
         text = get(row, "prompt")[0]["content"].removeprefix(DAPO_BEFORE).removesuffix(DAPO_AFTER).strip()
         answer = get(get(row, "reward_model"), "ground_truth")
     else:
         text, answer = get(row, "problem", "question"), get(row, "answer", "solution")
-    # A list or a dictionary is no answer, though its repr would be graded like one.
+    # The repr of a list or a dictionary would be graded like an answer.
     if not isinstance(text, str) or isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
         raise ValueError(f"the problem must be text and the answer text or a number, not {text!r:.60} and {answer!r:.60}")
     return text, str(answer).strip()
 
 
 def _letters(problem: str) -> str:
-    """A problem without spacing, case and markup, to find it again in another data set."""
+    """A problem without spacing, case and markup, to find it in another data set."""
     return re.sub(r"[^a-z0-9]+", "", problem.lower())
 
 
@@ -113,7 +110,7 @@ def _problem(name: str, text: str, answer: str, part: str) -> Problem:
 
 
 def _problems(found: Iterable[dict], where: str, part: str) -> list[Problem]:
-    """The problems of an evaluation set, named by their id or else by their position."""
+    """The problems of an evaluation set, named by their id or their position."""
     given = each(found, where, lambda row: ([row.get("id"), row.get("unique_id")], *_pair(row)))
     names = [next(name for name in (*ids, f"{part}-{i}") if name is not None) for i, (ids, *_) in enumerate(given)]
     return [_problem(str(name), *pair, part) for name, (_, *pair) in zip(names, given)]
@@ -121,19 +118,19 @@ def _problems(found: Iterable[dict], where: str, part: str) -> list[Problem]:
 
 def _task(train: list[Problem], notes: list[str], test: list[Problem]) -> Task:
     sandbox = Sandbox(time_limit=MATH_SECONDS, memory_mb=4096, packages=True, warm=WARM)
-    given: dict[tuple[str, ...], list[str]] = defaultdict(list)  # the verdicts on a pair, the last of which holds
+    given: dict[tuple[str, ...], list[str]] = defaultdict(list)  # the verdicts on a pair; the last one counts
 
     def equal(*pair: str) -> str:
-        """algebra.equal(gold, answer) as a verdict."""
+        """The verdict of algebra.equal(gold, answer)."""
         verdicts = given[pair]
-        if verdicts and (verdicts[-1] != "time-out" or len(verdicts) > 2):  # a busy machine must not settle an answer for a run
+        if verdicts and (verdicts[-1] != "time-out" or len(verdicts) > 2):  # a busy machine may have caused one time-out
             return verdicts[-1]
         result = sandbox.call("from algebra import equal", "equal", list(pair))
         if result.status == "ok":
             verdict = "correct" if result.value is True else "wrong"
         else:
             verdict = {"internal": "internal", "timeout": "time-out"}.get(result.status, "unreadable")
-        if verdict != "internal":  # a failed grader is not remembered
+        if verdict != "internal":  # try again next time
             verdicts.append(verdict)
         return verdict
 
@@ -145,5 +142,4 @@ def _task(train: list[Problem], notes: list[str], test: list[Problem]) -> Task:
     def verify(problems: list[Problem], responses: list[str]) -> list[Outcome]:
         return sandbox.run_many(grade, list(zip(problems, responses, strict=True)))
 
-    notes = [*notes, f"sandbox: {sandbox.layers}"]
-    return Task("math/dapo", train, [], test, verify, sandbox.close, NO_TEXTS, notes)
+    return Task("math/dapo", train, [], test, verify, sandbox.close, NO_TEXTS, [*notes, f"sandbox: {sandbox.layers}"])

@@ -1,5 +1,5 @@
-"""A task of one's own: a Python file whose load() returns a Task. An error in the file or its verifier becomes one line that
-names the file's line, and what a verifier returns becomes plain numbers and text."""
+"""Your own task: a Python file whose load() returns a Task. An error in the file or its verifier becomes one line that names
+the file's line, and outcomes of other libraries' types become plain numbers and text."""
 
 import importlib.util
 import os
@@ -14,31 +14,32 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 from tasks.base import BadTask, Outcome, Problem, Task, one_line, text_of
 
-VERIFY_SECONDS = 600.0  # after which a verifier counts as hanging
+VERIFY_SECONDS = 600.0  # a verifier that takes longer counts as hanging
 
 
 class Fault(BaseException):
-    """What verify() does wrong. No Exception, so that the verifier does not catch it."""
+    """A mistake of verify(). Not an Exception, so that the verifier does not catch it."""
 
 
 def load(path: str) -> Task:
-    """The Task that `load()` of a Python file returns. Raises BadTask with one line for a file without."""
+    """The Task that the file's load() returns. Raises BadTask with one line if there is none or it is malformed."""
     if not path.endswith(".py"):
-        raise BadTask("--task own needs --data FILE.py, a file with a function load() that returns a tasks.Task")
+        raise BadTask("--task own needs --data FILE.py, whose function load() returns a tasks.Task")
     name = re.sub(r"\W+", "_", Path(path).stem)
     spec = importlib.util.spec_from_file_location(f"own_{name}", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where the worker processes of a verifier look for its classes
+    sys.modules[spec.name] = module  # a verifier's worker processes look for its classes there
     with one_line_of(path, spec.origin):
         spec.loader.exec_module(module)
         task = module.load()
     splits = {name: getattr(task, name, ()) for name in ("train", "validation", "test")}
     listed = all(isinstance(s, (list, tuple)) and all(isinstance(p, Problem) for p in s) for s in splits.values())
     if not isinstance(task, Task) or not task.train or not listed:
-        raise BadTask(f"{path}: load() must return a tasks.Task with training problems, and returned {task!r:.80}")
+        raise BadTask(f"{path}: load() must return a tasks.Task with training problems, not {task!r:.80}")
     for field, kinds in {"notes": (list, tuple), "lacks": (list, tuple), "close": Callable}.items():
         if not isinstance(value := getattr(task, field), kinds):
             raise BadTask(f"{path}: the task's {field} cannot be {value!r:.80}")
@@ -47,33 +48,34 @@ def load(path: str) -> Task:
         setattr(task, split, [problem_of(problem, path) for problem in problems])
         for id, count in Counter(str(problem.id) for problem in problems).most_common(1):
             if count > 1:
-                raise BadTask(f"{path}: problem {id!r} is there twice: a problem's id is its own within its split")
+                raise BadTask(f"{path}: {split} has problem {id!r} twice; ids must be unique within a split")
     task.name = text_of(task.name) if isinstance(task.name, str) and task.name.strip() else name
-    task.verify, task.threads = checked(task.verify, path, spec.origin), 0  # its limit of time needs the main thread
-    task.verify(task.train[:2], ["", ""][: len(task.train)])  # what is wrong with it is best said before the run
+    task.verify, task.threads = checked(task.verify, path, spec.origin), 0  # the time limit needs the main thread
+    task.close = reported(one_line_of(path, spec.origin, "close() raised ")(task.close))
+    task.verify(task.train[:2], ["", ""][: len(task.train)])  # a broken verifier should fail before the run
     return task
 
 
 def problem_of(problem: Problem, path: str) -> Problem:
-    """The problem with texts that a tokenizer takes. Raises BadTask where it has others."""
+    """The problem with texts that a tokenizer accepts. Raises BadTask for a malformed one."""
     try:
         messages = [{**message, "content": text_of(message["content"])} for message in problem.messages]
         if isinstance(problem.id, str | int) and messages[-1]["role"] == "user" and all("role" in message for message in messages):
             return replace(problem, messages=messages, reference=text_of(problem.reference))
     except (TypeError, AttributeError, LookupError):
         pass
-    raise BadTask(
-        f"{path}: problem {problem.id!r}: its id must be text or a number, messages a list of {{role, content}}, the last a user's, "
-        "the reference text"
-    )
+    must = "the id must be text or a number, messages a list of {role, content}, the last a user's, the reference text"
+    raise BadTask(f"{path}: problem {problem.id!r}: {must}")
 
 
 @contextmanager
 def one_line_of(path: str, origin: str, doing: str = "") -> Iterator[None]:
-    """Raises BadTask for whatever the file raises, sys.exit as well, with the last of the file's own lines on the way to it, if
-    there is one: "FILE.py, line 7: ...". origin: the file's name in tracebacks."""
+    """Turns whatever the file raises, sys.exit and os._exit included, into a BadTask that names the file's last line in the
+    traceback: "FILE.py, line 7: ...". origin: the file's name in tracebacks."""
+    leave, main = os._exit, os.getpid()
     try:
-        yield
+        with mock.patch.object(os, "_exit", lambda status: (sys.exit if os.getpid() == main else leave)(status)):
+            yield
     except KeyboardInterrupt:
         raise
     except BaseException as error:
@@ -83,13 +85,12 @@ def one_line_of(path: str, origin: str, doing: str = "") -> Iterator[None]:
 
 
 def checked(verify: Callable, path: str, origin: str) -> Callable:
-    """A task file's verifier that gives plain outcomes, or raises BadTask with one line where it fails, hangs or gives
-    none."""
+    """The verifier with plain outcomes. Raises BadTask with one line if it fails, hangs or returns anything else."""
 
     def checked(problems: list[Problem], responses: list[str]) -> list[Outcome]:
         with one_line_of(path, origin, "verify() raised "):
             with time_limit(VERIFY_SECONDS):
-                outcomes = verify([*problems], [*responses])  # which it may change
+                outcomes = verify([*problems], [*responses])  # copies, which it may change
             given = f"{len(outcomes)} outcomes" if isinstance(outcomes, (list, tuple)) else f"{outcomes!r:.80}"
             if given != f"{len(responses)} outcomes":
                 raise Fault(f"verify() must return a list with an Outcome for each of {len(responses)} responses, not {given}")
@@ -98,11 +99,22 @@ def checked(verify: Callable, path: str, origin: str) -> Callable:
     return checked
 
 
+def reported(close: Callable[[], None]) -> Callable[[], None]:
+    """A close() that prints its error, which must not cost what has been trained or measured."""
+
+    def close_and_report() -> None:
+        try:
+            close()
+        except BadTask as error:
+            print(error, file=sys.stderr)
+
+    return close_and_report
+
+
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises Fault in the main thread after so long, and again each second while somebody catches it. The signal comes from a
-    process of its own: a thread gets no turn while a regular expression computes, and a timer counts no sleep, or is
-    math-verify's. Only the main thread can be interrupted; in another one there is no limit."""
+    """Raises Fault in the main thread after this time, and again every second. Another process sends the signal: a thread does
+    not run during a regular expression, and timers do not count sleep or are math-verify's. Other threads have no limit."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -110,11 +122,11 @@ def time_limit(seconds: float) -> Iterator[None]:
     def stop(*_) -> None:
         raise Fault(f"verify() did not return within {seconds:g} seconds")
 
-    main, wait = os.getpid(), "select.select([0], [], [], wait)[0]"  # its input ends when this process does
+    main, wait = os.getpid(), "select.select([0], [], [], wait)[0]"  # its input closes when this process ends
     kill = f"os.getppid() == {main} and os.kill({main}, {int(signal.SIGPROF)}); wait = 1"
     watch = [sys.executable, "-IS", "-c", f"import os, select; wait = {seconds}\nwhile not {wait}: {kill}"]
     before = signal.signal(signal.SIGPROF, stop)
-    watcher = subprocess.Popen(watch, stdin=subprocess.PIPE, start_new_session=True)  # Ctrl-C is not for it
+    watcher = subprocess.Popen(watch, stdin=subprocess.PIPE, start_new_session=True)  # so that Ctrl-C does not reach it
     try:
         yield
     finally:
@@ -124,14 +136,13 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def plain(outcome: Outcome) -> Outcome:
-    """The outcome in Python's own numbers and in text that a tokenizer takes, where it is clear what is meant. Raises
-    Fault where it is not."""
-    try:  # whatever an array of several, a missing value or another type makes of this
+    """The outcome as Python numbers and text that a tokenizer accepts. Raises Fault if its meaning is unclear."""
+    try:
         numbers = (outcome.reward, *outcome.columns.values())
         reward, *bits = [[bool(number == n) for n in (0, 1)].index(True) for number in numbers]
         feedback = "" if outcome.feedback is None else outcome.feedback
         verdict, feedback, *names = map(text_of, (outcome.verdict, feedback, *outcome.columns))
         return Outcome(reward, verdict, feedback, dict(zip(names, bits)))
-    except Exception:
+    except Exception:  # arrays of several values, missing values and other types raise all kinds
         must = "a reward and columns of 0 or 1, and a verdict, feedback and names of columns that are text"
         raise Fault(f"verify() must return Outcomes with {must}, not {outcome!r:.120}") from None

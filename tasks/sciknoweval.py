@@ -1,4 +1,4 @@
-"""SciKnowEval L3, four domains: multiple choice, right or wrong and no text."""
+"""SciKnowEval L3, four domains: multiple choice, without feedback text."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -17,9 +17,9 @@ CHOICE_SYSTEM = (
 
 
 def load(subset: str, data: str) -> Task:
-    """Level L3, questions with 4 or 2 choices, split 90/10 with seed 42 as SDPO does: 450/50, 1890/210, 841/94, 720/80.
-    data: a file in the hub's schema; or a folder of finished splits with columns idx, system, prompt, answer, named
-    biology_train.jsonl or biology/train.json and so on."""
+    """Level L3 questions with 4 or 2 choices, split 90/10 with seed 42 like SDPO's: 450/50, 1890/210, 841/94, 720/80. data: a
+    file in the hub's schema, or a folder of SDPO's finished splits (columns idx, system, prompt, answer) with names such as
+    biology_train.jsonl or biology/train.json."""
     domains, train, test = DOMAINS if subset == "all" else (subset,), [], []
     if data and Path(data).is_dir():
         for domain, (split, problems) in product(domains, (("train", train), ("test", test))):
@@ -49,12 +49,12 @@ def read(path: str) -> Task:
 
 
 def questions(source: Iterable[dict], where: str, domain: str = "") -> tuple[list[Problem], str]:
-    """The problems of the paper's benchmark, and a note on how many of the rows they are: of the hub's rows, numbered within
-    their domain, or of SDPO's finished splits of this domain, prompts as they stand there."""
+    """The problems among the hub's rows, numbered within their domain, or among the rows of one of SDPO's finished splits of this
+    domain, with its prompts; and a note on how many rows were used."""
     counts: Counter[str] = Counter()
 
     def problem(row: dict) -> Problem | None:
-        if "choices" not in row:  # of a finished split
+        if "choices" not in row:  # a finished split
             texts = {"system": row.get("system"), "user": get(row, "prompt")}
             messages = [{"role": role, "content": text} for role, text in texts.items() if text]
             return Problem(str(get(row, "idx", "id")), messages, get(row, "answer").strip(), part=domain)
@@ -85,7 +85,7 @@ def make_task(subset: str, train: list[Problem], test: list[Problem], notes: lis
 
 
 def grade_choices(problems: list[Problem], responses: list[str]) -> list[Outcome]:
-    """Exact match of the letter in the last <answer> tag that closes; the verifier has no words on a failure."""
+    """r = 1 if the text of the last closed <answer> tag is exactly the right letter. There is no feedback."""
     outcomes = []
     for problem, response in zip(problems, responses, strict=True):
         opened = response.split("<answer>")[1:]

@@ -1,5 +1,4 @@
-"""Tokenizers and models made on the spot: the toy tasks' tokenizer, and tiny random models of the real
-architectures for smoke runs."""
+"""The toy tasks' tokenizer, and tiny random models of the real architectures for smoke runs."""
 
 import json
 import random
@@ -20,7 +19,7 @@ BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """BPE over the warm-up texts of all three tasks. A digit is always one token, so is a common word."""
+    """BPE trained on the warm-up texts of all three tasks. Every digit and every common word is one token."""
     texts = []
     for task in (subset() for subset in SUBSETS.values()):
         rng = random.Random(1)
@@ -28,13 +27,13 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
             context = example.get("context") or Context("")
             said = (context.solution, context.feedback, context.critique, example.get("attempt", ""), example["answer"])
             texts.append("\n".join([example["messages"][0]["content"], *said]))
-    texts += ["user\nassistant\n" + "".join((TEMPLATES.solution, TEMPLATES.feedback, TEMPLATES.critique))] * 2000
+    texts += ["user\nassistant\n" + TEMPLATES.solution + TEMPLATES.feedback + TEMPLATES.critique] * 2000
     texts += [TEMPLATES.closing + TEMPLATES.request] * 2000
     bpe = Tokenizer(models.BPE(unk_token="<|unk|>"))
     words = pre_tokenizers.Split(Regex(r" ?[A-Za-z]+| ?\d| ?[^\sA-Za-z\d]|\n|\s"), "isolated")
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Sequence([words, BYTES]), decoders.ByteLevel()
     special = ["<|pad|>", "<|im_start|>", "<|im_end|>", "<|unk|>"]
-    # Printable ASCII, space and newline: every further row of the vocabulary would cost time and teach nothing.
+    # Printable ASCII, space and newline: more rows in the vocabulary would only cost time.
     alphabet = ["Ġ", "Ċ", *map(chr, range(33, 127))]
     settings = dict(vocab_size=512, min_frequency=20, special_tokens=special, initial_alphabet=alphabet)
     bpe.train_from_iterator(texts, trainers.BpeTrainer(show_progress=False, **settings))
@@ -48,9 +47,8 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 
 def smoke_model(task: str, family: str, folder: Path) -> None:
-    """Writes a model of the family (qwen3 or olmo3), 2 layers with random weights, and a tokenizer of single bytes. Whole
-    answers from the task's fixtures are tokens as well: such a model is right now and then, so that every path of a
-    training step is walked."""
+    """Writes a model of the family (qwen3 or olmo3) with 2 layers and random weights, and a byte tokenizer. Whole answers from
+    the task's fixtures are tokens too, so the model is sometimes right and every path of a training step runs."""
     torch.manual_seed(0)
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

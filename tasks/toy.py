@@ -1,16 +1,15 @@
-"""Three tasks a CPU can learn in minutes, and the examples that their small models are warm-started on.
+"""Three tasks a CPU can learn in minutes, and the examples that warm-start their small models.
 
 trace   the default: run a 12-line program of a small accumulator machine; feedback names the first wrong line
-code    write a Python one- or two-liner whose words have a "house" meaning that only its unit tests reveal
-choice  recall a table entry, four options given; no environment text, made for sibling and critique contexts
+code    write a Python one- or two-liner whose words have a "house" meaning that only the unit tests reveal
+choice  recall a table entry, given four options; has no environment text and suits sibling and critique contexts
 
-In each, the warm-up data hold a belief that is wrong in places ("old firmware", unusual meanings): the model starts with a
-pass rate well above 0 and below 1, reads feedback most of the time, and can learn the rest only by reinforcement.
+The warm-up data contain a belief that is wrong in places ("old firmware", unusual meanings). A warm-started model passes some
+problems, reads feedback most of the time, and can learn the rest only by reinforcement (`python -m study.warm_start`).
 
-    python -m study.warm_start --subset trace --out DIR      makes a warm-started model again from nothing
-
-A class is a subset. heads, steps, batch: of its model and the warm start; max_response: tokens of an answer at most; example():
-a warm-up example at a share `progress` of the training, with an attempt (and a reference) where the answer judges (reviews) it.
+One class per subset. heads, steps and batch configure its model and the warm start; max_response is the longest answer in
+tokens. example() draws a warm-up example at a share `progress` of the training. If it has an "attempt", its answer judges that
+attempt; if it has a "reference" too, the answer is a review.
 """
 
 import functools
@@ -24,22 +23,18 @@ from tasks.sandbox import Sandbox
 
 # A model of 200,000 parameters reads short headings better than English sentences.
 TEMPLATES = Templates(
-    solution="\nsolution\n{solution}",
-    feedback="\nfeedback\n{feedback}",
-    critique="\nreview\n{critique}",
-    closing="\nagain",
+    solution="\nsolution\n{solution}", feedback="\nfeedback\n{feedback}", critique="\nreview\n{critique}", closing="\nagain",
     request="{question}\nattempt\n{attempt}\nanswer {reference}\nreview",
-)
-JUDGE_REQUEST = "{question}\nattempt\n{attempt}\nscore"  # of OVD's judge
+)  # fmt: skip
+JUDGE_REQUEST = "{question}\nattempt\n{attempt}\nscore"  # for OVD's judge
 
 
 def user(text: str) -> list[dict[str, str]]:
-    """The chat messages of one question."""
     return [{"role": "user", "content": text}]
 
 
 class Graded:
-    """A task that grades each response by itself."""
+    """A task that grades each response on its own."""
 
     def verify(self, problems: list[Problem], responses: list[str]) -> list[Outcome]:
         return [self.grade(problem, response) for problem, response in zip(problems, responses, strict=True)]
@@ -52,22 +47,20 @@ LINES = 12  # of a program
 
 
 class Firmware:
-    """Six opcodes, each a table of ten digits, beside add and sub (mod 10). `belief[op, x]` is the probability with which
-    the warm-up data give the true entry, of an opcode's ten `beliefs` dealt out at random; otherwise they give the old
-    firmware's."""
+    """Six opcodes, each a table of ten digits, and add and sub (mod 10). The warm-up data give the true entry with
+    probability `belief[op, x]`, else the old firmware's. Each opcode's entries get the ten `beliefs` in random order."""
 
     def __init__(self, beliefs: tuple[float, ...], seed: int):
         rng = random.Random(seed)
         self.true, self.old, self.belief = {}, {}, {}
         for op in OPS:
-            table, dealt = rng.sample(range(10), 10), rng.sample(beliefs, 10)
-            for x in range(10):
-                self.true[op, x] = table[x]
+            table = rng.sample(range(10), 10)
+            for x, belief in enumerate(rng.sample(beliefs, 10)):
+                self.true[op, x], self.belief[op, x] = table[x], belief
                 self.old[op, x] = rng.choice([v for v in range(10) if v != table[x]])
-                self.belief[op, x] = dealt[x]
 
     def step(self, line: str, x: int, rng: random.Random | None = None) -> int:
-        """The value after `line` ("zig", "add 3") started at x: the true one, or with rng a draw from the warm-up belief."""
+        """The value after `line` ("zig", "add 3") started at x: the true value, or with an rng a draw from the belief."""
         if line in OPS:
             return self.true[line, x] if rng is None or rng.random() < self.belief[line, x] else self.old[line, x]
         op, digit = line.split()
@@ -81,11 +74,10 @@ class Firmware:
 
 
 class Trace(Graded):
-    """`start 4 / 1 add 3 / 2 zig ...` -> `1 add 3 : 7 / 2 zig : 2 ...`. 48 of the 60 table entries are known (0.97), 12
-    are not (0.02), so near misses dominate. Feedback gives the first wrong line in the answer's own words: repeating
-    the line's prefix keeps the teacher from writing the expected value on other lines. most: how many entries that it does
-    not know a program meets at most; dialect: feedback leaves out the colon, which the warm-up never did, so that the
-    teacher reads less than half of it."""
+    """`start 4 / 1 add 3 / 2 zig ...` -> `1 add 3 : 7 / 2 zig : 2 ...`. The model knows 48 of the 60 table entries (0.97)
+    and not the other 12 (0.02), so near misses dominate. Feedback quotes the first wrong line as the answer should have it:
+    repeating its prefix keeps the teacher from writing the expected value on other lines. most: the most unknown entries in
+    one program; dialect: feedback omits the colon, unlike the warm-up, so the teacher reads less than half of it."""
 
     heads, steps, batch, max_response = 4, 2000, 32, 100
 
@@ -119,17 +111,16 @@ class Trace(Graded):
         for got, expected in itertools.zip_longest(given, right, fillvalue=""):
             if got != expected:
                 prefix, _, value = got.partition(" : ")
-                # A line whose value alone is wrong is quoted by its value; anything else is beyond repair by a digit.
+                # If only the value is wrong, the feedback quotes it; no other digit would repair a different line.
                 same = prefix == expected.partition(" : ")[0] and value.isdigit()
                 text = f"expected\n{expected or 'end'}\ngot {value if same else 'other'}"
                 return Outcome(0, "wrong line", text.replace(" :", "") if self.dialect else text)
         return Outcome(1, "passed")
 
     def example(self, rng: random.Random, progress: float = 1.0) -> dict:
-        """The first tenth of the training is nothing but looking lines up in the prompt: with noise for values there is no
-        other way to predict them, and a model that first learns the tables may never learn to look. Then 40% have
-        feedback, honest in 80% of the cases so that the E-step has something left to teach; 20% a solution; 10% lines to
-        look up; the rest is plain."""
+        """The first tenth of the training only looks lines up in the prompt: their values are noise, so nothing else predicts
+        them, and a model that learns the tables first may never learn to look. Later 40% have feedback, honest in 80% of
+        cases to leave the E-step something to teach; 20% have a solution, 10% lines to look up, and the rest are plain."""
         lookup = progress < 0.1 or rng.random() < 0.1
         lines = rng.randrange(2, 6) if lookup else LINES if rng.random() < 0.5 else rng.randrange(3, LINES + 1)
         problem = self.problem(rng, lines, "")
@@ -148,7 +139,7 @@ class Trace(Graded):
             values[k + 1 :] = self.firmware.run(values[k], program[k + 1 :], rng)
             context = Context("environment", feedback=f"expected\n{k + 1} {program[k]} : {expected}\ngot {got}")
         elif z < 0.67:
-            # A solution from another machine: nearly all its table entries are noise, and the answer follows it.
+            # A solution from another machine: most of its table entries are noise, and the answer follows it.
             x = start
             for k, line in enumerate(program):
                 noisy = line in OPS and rng.random() < 0.9
@@ -163,26 +154,21 @@ class Trace(Graded):
 
 # ---- code --------------------------------------------------------------------------------------------------
 
-# Each phrase can be meant in three ways; the unit tests fix one of them, "the house convention". K is a digit.
+# Each phrase has three possible meanings; the unit tests fix one of them, "the house convention". K is a digit.
 PHRASES = {
-    "sort": ("sorted(xs)", "sorted(xs)[::-1]", "sorted(set(xs))"),
-    "flip": ("xs[::-1]", "[-x for x in xs]", "[9-x for x in xs]"),
-    "crop": ("xs[1:]", "xs[:-1]", "xs[1:-1]"),
-    "peak": ("[max(xs)]", "[min(xs)]", "[xs[0]]"),
+    "sort": ("sorted(xs)", "sorted(xs)[::-1]", "sorted(set(xs))"), "flip": ("xs[::-1]", "[-x for x in xs]", "[9-x for x in xs]"),
+    "crop": ("xs[1:]", "xs[:-1]", "xs[1:-1]"), "peak": ("[max(xs)]", "[min(xs)]", "[xs[0]]"),
     "odd": ("[x for x in xs if x%2]", "[x for x in xs if x%2==0]", "xs[1::2]"),
-    "shift K": ("[x+K for x in xs]", "[x-K for x in xs]", "xs[K:]+xs[:K]"),
-    "first K": ("xs[:K]", "xs[-K:]", "sorted(xs)[:K]"),
-    "skip K": ("xs[K:]", "xs[:-K]", "[x for x in xs if x!=K]"),
+    "shift K": ("[x+K for x in xs]", "[x-K for x in xs]", "xs[K:]+xs[:K]"), "first K": ("xs[:K]", "xs[-K:]", "sorted(xs)[:K]"),
     "over K": ("[x for x in xs if x>K]", "[x for x in xs if x>=K]", "[max(x,K) for x in xs]"),
-    "repeat K": ("xs*K", "[x*K for x in xs]", "xs+[K]"),
-    "step K": ("xs[::K]", "xs[K-1::K]", "[x for x in xs if x%K==0]"),
-    "push K": ("xs+[K]", "[K]+xs", "[x==K for x in xs]"),
-}
-compiled = functools.cache(compile)  # the problems are made ten times as fast
+    "skip K": ("xs[K:]", "xs[:-K]", "[x for x in xs if x!=K]"), "repeat K": ("xs*K", "[x*K for x in xs]", "xs+[K]"),
+    "step K": ("xs[::K]", "xs[K-1::K]", "[x for x in xs if x%K==0]"), "push K": ("xs+[K]", "[K]+xs", "[x==K for x in xs]"),
+}  # fmt: skip
+compiled = functools.cache(compile)  # makes the problems ten times as fast
 
 
 def failure(xs: list[int], got: object, expected: object, raised: str = "", length: int | None = None) -> str:
-    """What feedback says of a failing test, each value no longer than `length`."""
+    """The feedback on a failing test, each value cut to `length` characters."""
     show = lambda value: repr(value).replace(", ", ",")[:length]  # noqa: E731
     did = f"raised {raised[:length]}" if raised else f"returned {show(got)}"
     return f"f({show(xs)}) {did}, expected {show(expected)}"
@@ -190,21 +176,19 @@ def failure(xs: list[int], got: object, expected: object, raised: str = "", leng
 
 class Code:
     """`Write f(xs): shift 3, then sort.` -> a one- or two-line Python body, run against six unit tests in the sandbox. In
-    the warm-up data a phrase's true meaning has probability 0.75, 0.3 or 0.003 (four phrases each). Feedback is the
-    first failing test, or the exception. `parts` are the phrases of a question with their digits, `meanings` 0, 1 or 2 for
-    each."""
+    the warm-up data a phrase's true meaning has probability 0.75, 0.3 or 0.003 (four phrases each). Feedback is the first
+    failing test or the exception. `parts`: a question's phrases with their digits; `meanings`: 0, 1 or 2 for each."""
 
     heads, steps, batch, max_response, name = 2, 3000, 48, 48, "code"
 
     def __init__(self):
         rng = random.Random(3)
-        self.truth, self.belief = {}, {}
+        self.truth, self.belief, self.sandbox = {}, {}, None
         for name, p in zip(rng.sample(sorted(PHRASES), 12), (0.75,) * 4 + (0.3,) * 4 + (0.003,) * 4):
             share = rng.uniform(0.3, 0.7)
             self.truth[name] = rng.randrange(3)
             self.belief[name] = [(1 - p) * share, (1 - p) * (1 - share)]
             self.belief[name].insert(self.truth[name], p)
-        self.sandbox = None
 
     @staticmethod
     def body(parts, meanings) -> str:
@@ -217,7 +201,7 @@ class Code:
 
     @staticmethod
     def run(body: str, xs: list[int]):
-        """Runs one of this file's own programs, built from PHRASES; a response never comes here."""
+        """Runs a program built from PHRASES; never a response."""
         for line in body.split("\n"):
             expression = line.removeprefix("xs=").removeprefix("return ")
             try:
@@ -227,7 +211,7 @@ class Code:
         return xs
 
     def telling_input(self, rng: random.Random, body: str, others: list[str]) -> list[int] | None:
-        """An input on which `body` gives a list that as few of the other readings as possible give too."""
+        """An input on which as few other readings as possible return the same list as `body`."""
         best, fewest = None, len(others) + 1
         for _ in range(8):
             xs = [rng.randrange(10) for _ in range(rng.choice((4, 4, 5)))]
@@ -238,7 +222,7 @@ class Code:
         return best
 
     def problems(self, rng: random.Random, name: str, questions) -> list[Problem]:
-        """Without those that no six inputs tell from their other readings."""
+        """The problems of the questions that have six telling inputs."""
         found = []
         for i, parts in enumerate(questions):
             body = self.body(parts, [self.truth[phrase] for phrase, _ in parts])
@@ -253,13 +237,12 @@ class Code:
         return tuple((n, rng.randrange(2, 6) if "K" in n else 0) for n in rng.sample(sorted(PHRASES), count))
 
     def guess(self, rng: random.Random, parts) -> list[int]:
-        """Meanings drawn from the belief."""
         return [rng.choices(range(3), self.belief[name])[0] for name, _ in parts]
 
     def verify(self, problems: list[Problem], responses: list[str]) -> list[Outcome]:
         if self.sandbox is None:
             self.sandbox = Sandbox(time_limit=3.0)
-        # Rollouts of one prompt are often the same few programs: each is run once.
+        # Rollouts of one prompt are often the same few programs, so each runs once.
         asked = [(p.id, response) for p, response in zip(problems, responses, strict=True)]
         once = {key: (p, key[1]) for key, p in zip(asked, problems)}
         graded = dict(zip(once, self.sandbox.run_many(lambda pair: self.grade(*pair), list(once.values()))))
@@ -273,14 +256,14 @@ class Code:
                 return Outcome(0, "internal")
             if result.status != "ok":
                 return Outcome(0, result.status, failure(xs, None, expected, result.error or result.status, 60))
-            # Comparing JSON text and not values: True is not 1, and no object of the program takes part.
+            # Text, because True is not 1.
             if repr(result.value) != repr(expected):
                 return Outcome(0, "wrong answer", failure(xs, result.value, expected, length=60))
         return Outcome(1, "passed")
 
     def example(self, rng: random.Random, progress: float = 1.0) -> dict:
-        """75% with a context (of these 15% a solution, else a failing test), where the meanings are nearly uniform so that
-        reading is learned and not guessing; the rest plain, with the meanings of the belief."""
+        """75% have a context (15% of these a solution, else a failing test) and nearly uniform meanings, so that the model
+        learns to read rather than guess; the rest are plain, with meanings drawn from the belief."""
         while True:
             parts, context = self.parts(rng, 1 if rng.random() < 0.6 else 2), None
             plain, meant = rng.random() < 0.25, self.guess(rng, parts)
@@ -293,7 +276,7 @@ class Code:
                 attempt = self.body(parts, self.guess(rng, parts))
                 xs = self.telling_input(rng, body, [attempt])
                 got, expected = (None, None) if xs is None else (self.run(attempt, xs), self.run(body, xs))
-                if got == expected:  # this attempt cannot be told from the meaning
+                if got == expected:  # no input tells the attempt from the meaning
                     continue
                 text = failure(xs, got, expected, got if isinstance(got, str) else "")
                 context = Context("environment", feedback=text)
@@ -304,17 +287,16 @@ class Code:
         single = [((name, k),) for name in sorted(PHRASES) for k in (range(2, 6) if "K" in name else [0])]
         double = list(dict.fromkeys(self.parts(rng, 2) for _ in range(1000)))[:330]
         single = rng.sample(single, len(single))
-        # Every split gets one-phrase problems: with all of them held out, training has no easy rung to start from.
+        # Every split gets one-phrase problems, so that training has easy ones to start from.
         train = self.problems(rng, "train", single[20:] + double[:210])
         validation = self.problems(rng, "validation", single[:10] + double[210:270])
         test = self.problems(rng, "test", single[10:20] + double[270:])
-        close = lambda: self.sandbox and self.sandbox.close()  # noqa: E731
-        return Task(f"toy/{self.name}", train, validation, test, self.verify, close=close)
+        return Task(f"toy/{self.name}", train, validation, test, self.verify, lambda: self.sandbox and self.sandbox.close())
 
 
 class CodeJudge(Code):
-    """code for a model that judges as well, which OVD asks of it. As a judge it knows more than it acts on: the true meaning of
-    9 phrases, where of the other 3, one of each kind, it holds the belief that it writes by."""
+    """code for a model that also judges, as OVD needs. As a judge it knows more than it acts on: the true meaning of 9 phrases.
+    For the other 3, one of each kind, it judges by the belief that it writes by."""
 
     name = "code-judge"
 
@@ -324,8 +306,8 @@ class CodeJudge(Code):
         self.blind = {kinds[0], kinds[4], kinds[8]}
 
     def example(self, rng: random.Random, progress: float = 1.0) -> dict:
-        """A fifth of the warm-up data: an attempt and its score, 7 to 9 where the judge takes it for right and 0 to 2 where
-        not, one in ten any digit. Half of the attempts are what the model would write."""
+        """A fifth of the warm-up data are an attempt and its score: 7 to 9 if the judge thinks it is right, 0 to 2 if not, and
+        any digit in one of ten. Half of the attempts are what the model would write."""
         if rng.random() < 0.8:
             return super().example(rng, progress)
         parts = self.parts(rng, 1 if rng.random() < 0.6 else 2)
@@ -342,8 +324,8 @@ class CodeJudge(Code):
 
 
 class Choice(Graded):
-    """`zig 4` with four values to choose from -> `zig 4 : 2` and `<answer>2</answer>`. Entries of the opcodes' tables are
-    known with 0.9, 0.5 or 0.15. There is no environment text: a failure says only that it failed."""
+    """`zig 4` with four values to choose from -> `zig 4 : 2` and `<answer>2</answer>`. The belief in the opcodes' entries is
+    0.9, 0.5 or 0.15. There is no environment text: a failure says only that it failed."""
 
     heads, steps, batch, max_response, name = 4, 1000, 48, 24, "choice"
 
@@ -352,7 +334,7 @@ class Choice(Graded):
 
     def problem(self, rng: random.Random, id: str) -> Problem:
         entry = rng.choice(OPS), rng.randrange(10)
-        # What the old firmware says is always among the options, so that a wrong belief is a possible answer.
+        # The old firmware's value is always an option, so that a wrong belief is a possible answer.
         two = [self.firmware.true[entry], self.firmware.old[entry]]
         options = rng.sample(two + rng.sample([v for v in range(10) if v not in two], 2), 4)
         text = f"{entry[0]} {entry[1]}\noptions {' '.join(map(str, options))}"
@@ -368,13 +350,13 @@ class Choice(Graded):
 
     @staticmethod
     def answer(problem: Problem, value: int) -> str:
-        """The answer of someone who takes `value`, one of the options, for the table's entry."""
+        """The answer that chooses `value`."""
         (op, x), _ = problem.data
         return f"{op} {x} : {value}\n<answer>{value}</answer>"
 
     def example(self, rng: random.Random, progress: float = 1.0) -> dict:
-        """35% plain, 20% with a solution, 25% with a review, and 20% where the review is to be written: it quotes what the
-        attempt took the entry for, which tells what to avoid and not the answer."""
+        """35% are plain, 20% have a solution, 25% have a review, and 20% ask for the review: it quotes the attempt's value,
+        which tells what to avoid and not the answer."""
         problem = self.problem(rng, "")
         (op, x), options = problem.data
         believed, wrong, z = self.firmware.step(op, x, rng), rng.choice(options), rng.random()
@@ -404,15 +386,14 @@ class Choice(Graded):
 # ---- By name -------------------------------------------------------------------------------------------------
 
 SUBSETS = {"trace": Trace, "code": Code, "choice": Choice}
-EVERY = SUBSETS | {  # and regimes for the study
-    # Nothing is known surely and nothing is unlikely: the model often succeeds, and finds the rest by trying.
+EVERY = SUBSETS | {  # with the study's regimes
+    # Every entry is believed at 0.55 or more: the model often succeeds, and finds the rest by trying.
     "trace-often": functools.partial(Trace, "trace-often", (0.98,) * 5 + (0.9, 0.8, 0.7, 0.6, 0.55)),
-    # The model of trace on programs of which one line at most is unknown to it, with feedback that it reads badly.
+    # Uses trace's model, on programs with at most one unknown line and with feedback that it reads badly.
     "trace-dialect": functools.partial(Trace, "trace-dialect", most=1, dialect=True),
     "code-judge": CodeJudge,
 }
 
 
 def load(subset: str) -> Task:
-    """The task of one of EVERY."""
     return EVERY[subset]().load()

@@ -117,7 +117,7 @@ def test_private_tests_may_be_plain_or_packed_and_public_ones_stand_in_for_them(
     forms = {"a": as_tests(pairs), "b": pairs, "c": "[]", "d": pack("[]"), "e": ""}
     rows = [lcb_row(name, private=tests) for name, tests in forms.items()]
     for task in (load_lcb(*rows), tasks.read("lcb", write(tmp_path / "x.jsonl", rows))):
-        assert task.notes[1] == "lcb: 3 problems have no private tests; their public tests stand in for them"
+        assert task.notes[1] == "lcb: 3 problems have no private tests; their public tests replace them"
         found = [[(test["input"], test["output"]) for test in livecodebench.tests_of(p.data[0], "all")] for p in task.test]
         assert found == [pairs, pairs] + [[("0\n", "0\n")]] * 3
 
@@ -283,7 +283,7 @@ def test_verdicts_and_the_reward_that_only_all_tests_earn(load_lcb, sandboxes):
     ("import time; time.sleep(0.4); print('wrong')", 2, 3),  # but for slow ones: 2 x 0.4 > 2 limits of 0.25 s
     (f"import time; time.sleep(0.4); {RIGHT}", 3, 7),  # a right program may take its time
 ])  # fmt: skip
-def test_the_half_that_ends_with_a_failure_and_what_it_costs(code, train, test, load_lcb, sandboxes, monkeypatch):
+def test_an_error_or_much_time_ends_a_half_of_the_tests(code, train, test, load_lcb, sandboxes, monkeypatch):
     if "sleep" in code:
         monkeypatch.setattr(livecodebench, "TIME_LIMIT", 0.25)
     task = load_lcb(lcb_row(private=DIGITS[:7]))
@@ -437,6 +437,7 @@ PROGRAMS = {  # the last complete block for Python -> responses
         )),
         "```python\na\n```\n```text\n3\n```", "```python\na\n```\n```python\nb", "```python\na\n```\n```python\n\n```",
         "the ```python block```\n```python\na\n```", "````python\na\n````", "~~~python\na\n~~~",
+        "</think>```python\na\n```", "So: ```python\na\n```<|im_end|>", "```python\na\n```.",
     ],
     "b\n": [
         "```python\na\n```\nand\n```python\nb\n```", "```py3\na\n```\nand\n```\nb\n```", "```sol\na\n```\n```text\nb\n```",

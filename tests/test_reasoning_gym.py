@@ -35,7 +35,7 @@ def test_splits_share_no_question_and_are_the_same_in_every_process(tmp_path, mo
     splits = [{p.messages[-1]["content"] for p in split} for split in (coins.train, coins.validation, coins.test)]
     coins.close()
     count = sum(map(len, splits))
-    assert len(set.union(*splits)) == count < 500 and f"{500 - count} problems that another one repeats" in coins.notes[0]
+    assert len(set.union(*splits)) == count < 500 and f"{500 - count} problems that repeat another one" in coins.notes[0]
     assert count == len(coins.train + coins.validation + coins.test)  # nor within a split
 
 
@@ -53,7 +53,7 @@ def test_the_library_scores_the_last_answer_and_the_text_never_tells_the_right_o
     task.close()
 
 
-def test_an_answer_that_is_a_program_or_that_the_scorer_dies_of_is_a_failure(tmp_path, monkeypatch):
+def test_an_answer_that_is_a_program_or_stops_the_scorer_is_a_failure(tmp_path, monkeypatch):
     pytest.importorskip("reasoning_gym")
     monkeypatch.setattr(reasoning_gym, "SCORE_SECONDS", 1.0)
     task = load(tmp_path, "puzzle24", size=1)  # the library evaluates its answers as Python
@@ -72,11 +72,11 @@ def test_an_answer_that_is_a_program_or_that_the_scorer_dies_of_is_a_failure(tmp
 
 
 @pytest.mark.parametrize("subset, text, words", [
-    ("spel_backward", "{}", "near ones: spell_backward"), ("gcd", "[3]", "is no JSON object"), ("gcd", "{", "is no JSON object"),
-    ("gcd", '{"size": "many"}', "is no JSON object"), ("gcd", '{"min_value": 9, "max_value": 3}', "AssertionError"),
+    ("spel_backward", "{}", ": spell_backward"), ("gcd", "[3]", "is not a JSON object"), ("gcd", "{", "is not a JSON object"),
+    ("gcd", '{"size": "many"}', "is not a JSON object"), ("gcd", '{"min_value": 9, "max_value": 3}', "AssertionError"),
     ("gcd", '{"min_size": 3}', "unexpected keyword argument 'min_size'"),
 ])  # fmt: skip
-def test_what_the_library_does_not_know_is_one_line(subset, text, words, tmp_path):
+def test_unknown_generators_and_bad_settings_are_refused_in_one_line(subset, text, words, tmp_path):
     pytest.importorskip("reasoning_gym")
     (tmp_path / "settings.json").write_text(text)
     with refused(words):

@@ -93,7 +93,7 @@ LCB = str(tiny.FIXTURES / "lcb.jsonl")
     (lambda: tasks.load("toy", data=LCB), "toy"), (lambda: tasks.load("own", data=LCB), "FILE.py"),
     (lambda: tasks.read("toy", LCB), "lcb, sciknoweval or math"),
 ])  # fmt: skip
-def test_a_task_that_there_is_not_is_one_line(call, words):
+def test_an_unknown_task_or_subset_is_refused_in_one_line(call, words):
     with refused(words):
         call()
 
@@ -145,7 +145,7 @@ def test_half_of_a_surrogate_pair_in_a_file_becomes_text(tmp_path, tokenizer):
     ("lcb", "livecodebench/code_generation_lite", ("test6.jsonl", {"repo_type": "dataset"})),
     ("sciknoweval", "hicai-zju/SciKnowEval", ({"split": "test"},)),
 ])  # fmt: skip
-def test_a_hub_out_of_reach_is_one_line_and_only_the_cache_is_asked(task, repo, what, reason, monkeypatch):
+def test_an_unreachable_hub_is_reported_in_one_line_and_the_cache_is_used(task, repo, what, reason, monkeypatch):
     """Without a reason the hub answers, and fails later. For its load, and only for it, the library is told that it is offline."""
     asked, flags = [], [(module, "HF_HUB_OFFLINE") for module in (huggingface_hub.constants, datasets.config)]
     answers = {(repo, what[0] if task == "lcb" else "README.md", "dataset"): reason}
@@ -198,11 +198,13 @@ def load_own(tmp_path, monkeypatch):
     return load
 
 
-def test_an_own_task_has_its_own_name_or_the_files(load_own):
+def test_an_own_task_has_its_own_name_or_its_files_name_and_closes(load_own, capsys):
     assert load_own(text=FILE.replace('Task("mine"', 'Task("any name"')).name == "any name"
     task = load_own(text=FILE.replace('Task("mine"', 'Task(""'), reference="r\\udfff")
     assert task.name == "mine" and task.splits().endswith("3 train, 3 validation, 3 test problems")
     assert {p.reference for p in task.train} == {"r?"}
+    load_own(text=FILE.replace(", verify)", ", verify, lambda: 1 / 0)")).close()  # costs no result
+    assert re.fullmatch(r"mine.py, line 12: close\(\) raised ZeroDivisionError: .*\n", capsys.readouterr().err)
 
 
 TEXT = "numpy.str_('a\\ud800b')"
@@ -236,13 +238,14 @@ def test_outcomes_of_other_libraries_become_plain_numbers_and_text(body, outcome
         ("responses.clear(); return []", "", "for each of 1 responses, not 0 outcomes"),
         ("sys.exit(0)", ", line 9", "verify() raised SystemExit: 0"),
         ("sys.exit()", ", line 9", "verify() raised SystemExit"),
+        ("os._exit(0)", ", line 9", "verify() raised SystemExit: 0"),
         ("raise type('Stop', (BaseException,), {})('two\\nlines')", ", line 9", "verify() raised Stop: two lines"),
         ("return [Outcome(1)]", ", line 9", "verify() raised TypeError"),
         ("raise type('Mute', (Exception,), {'__str__': None})", ", line 9", "raised Mute: <exception str() failed>"),
         ("return [problems[0].answer]", ", line 9", "has no attribute 'answer'"),
     ],
 )  # fmt: skip
-def test_a_verifier_that_fails_later_is_one_line_that_names_the_files_line(body, line, words, load_own):
+def test_a_failing_verifier_is_reported_in_one_line_with_its_line_number(body, line, words, load_own):
     task = load_own(body)
     with refused(f"mine.py{line}: verify() ", words), pytest.MonkeyPatch.context() as patch:
         patch.chdir("/")  # the file is known by the path that it had
@@ -262,7 +265,7 @@ def test_a_verifier_that_fails_later_is_one_line_that_names_the_files_line(body,
     *((f"return Task('a', [Problem('p', [])], [], [], None, {field}=None)", f"task's {field} cannot be None")
       for field in ("notes", "lacks", "close")),
 ])  # fmt: skip
-def test_a_file_without_a_task_is_one_line(load, words, load_own):
+def test_a_malformed_task_file_is_refused_in_one_line(load, words, load_own):
     with refused(words):
         load_own(text=f"import sys; from tasks import Problem, Task\ndef load(): {load}\n")
 
@@ -278,7 +281,7 @@ def test_a_file_without_a_task_is_one_line(load, words, load_own):
         "exec('try:\\n while True:\\n  try: time.sleep(60)\\n  except Exception: pass\\nexcept BaseException: time.sleep(60)')",
     ],
 )
-def test_a_verifier_that_hangs_is_one_line_that_names_where(body, load_own, monkeypatch):
+def test_a_hanging_verifier_is_reported_with_its_line_number(body, load_own, monkeypatch):
     task, start, popen, watchers = load_own(body), time.monotonic(), subprocess.Popen, []
 
     def start_watcher(*args, **how):
@@ -296,7 +299,7 @@ def test_a_verifier_that_hangs_is_one_line_that_names_where(body, load_own, monk
     assert watcher.returncode is not None and session != os.getsid(0)  # Ctrl-C does not reach it
 
 
-def test_ctrl_c_in_a_verifier_passes_and_what_it_forks_is_not_waited_for(load_own):
+def test_ctrl_c_reaches_a_verifier_and_nobody_waits_for_its_forks(load_own):
     task = load_own("raise KeyboardInterrupt")
     with pytest.raises(KeyboardInterrupt):
         task.verify(task.test[:1], [""])

@@ -226,12 +226,12 @@ def test_a_shipped_model_loads_and_is_small(tokenizer, subset):
     *[(["--out", out], "the model's folder") for out in (__file__, f"{__file__}/x/y", "/proc/x")],
     (["--out", "x", "--steps", "-1"], "--steps"), (["--out", str(Path(__file__).parent)], "holds other things than a model"),
 ])  # fmt: skip
-def test_what_stands_in_the_way_of_a_model_is_said_before_it_is_trained(argv, words, capsys, monkeypatch):
+def test_a_bad_output_folder_is_refused_before_training(argv, words, capsys, monkeypatch):
     monkeypatch.setattr(warm_start, "warm_start", lambda *_: pytest.fail("training began"))
     assert_refused(warm_start, argv, words, capsys)
 
 
-def test_a_model_replaces_an_older_one_or_nothing_and_trying_leaves_nothing(tmp_path, monkeypatch, quick):
+def test_a_model_replaces_only_an_older_one_and_a_failed_try_leaves_nothing(tmp_path, monkeypatch, quick):
     (tmp_path / "old").mkdir(), (tmp_path / "empty").mkdir()
     (tmp_path / "old" / "config.json").write_text("{\"model_type\": \"qwen3\"}")
 
