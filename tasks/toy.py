@@ -2,7 +2,7 @@
 
 trace   the default: run a 12-line program of a small accumulator machine; feedback names the first wrong line
 code    write a Python one- or two-liner whose words have a "house" meaning that only the unit tests reveal
-choice  recall a table entry, given four options; has no environment text and suits sibling and critique contexts
+choice  recall a table entry, given four options; feedback says only that an answer is wrong: made for sibling and critique
 
 The warm-up data contain a belief that is wrong in places ("old firmware", unusual meanings). A warm-started model passes some
 problems, reads feedback most of the time, and can learn the rest only by reinforcement (`python -m study.warm_start`).
