@@ -79,6 +79,7 @@ class Judge:
             self.server = Served("judge", cfg.judge_url, cfg.judge_model, cfg.server_timeout, policy.world, self.missing)
             return
         self.digits = digit_tokens(policy.tokenizer)
+        feedback.check_request(policy.tokenizer, "judge", cfg.judge_request, cfg.max_teacher_tokens)
         if cfg.task == "toy" and cfg.subset != "code-judge":
             task.notes.append(f"{task.name}: its model was not trained to judge; --subset code-judge has one that was")
 

@@ -174,7 +174,7 @@ def test_truncation_cuts_the_end_of_the_longest_text_and_nothing_else(tokenizer,
     whole, _ = teacher_prompt(tokenizer, [SYSTEM, QUESTION], Context("", **texts), T, 10_000)
     assert prompt(tokenizer, len(whole) - cut, **texts) == (f"{START}{left}|END{HEADER}", cut)
     if cut == 9:
-        with pytest.raises(ValueError, match=f"1 tokens longer than the limit of {len(whole) - 10}"):
+        with pytest.raises(ValueError, match=f"1 tokens longer than --max_teacher_tokens {len(whole) - 10}"):
             prompt(tokenizer, len(whole) - 10, **texts)
 
 
@@ -184,11 +184,16 @@ def test_truncation_cuts_the_end_of_the_longest_text_and_nothing_else(tokenizer,
 def test_a_problem_has_room_for_the_longest_prompt_that_its_source_can_ask_for(tokenizer, source, sections):
     words = dataclasses.replace(T, feedback="|F a longer one {feedback} f")
     need = len(tokenizer(START + sections + "|END" + HEADER).input_ids)
-    cfg = SimpleNamespace(feedback=source, reader=lambda: "live", templates=lambda: words, max_prompt_tokens=999, model="m")
+    cfg = SimpleNamespace(feedback=source, reader=lambda: "live", templates=lambda: words, max_prompt_tokens=999, model="m",
+                          critic_url="")  # fmt: skip
     for cfg.max_teacher_tokens in (need, need - 1):
-        refused = pytest.raises(ValueError, match="problem p: a prompt is 1 tokens longer .*--max_teacher_tokens")
+        refused = pytest.raises(ValueError, match="problem p: .* 1 tokens longer than --max_teacher_tokens")
         with nullcontext() if cfg.max_teacher_tokens == need else refused:
             feedback.check_prompts(tokenizer, [Problem("p", [SYSTEM, QUESTION])], cfg)
+    words, cfg.max_teacher_tokens = dataclasses.replace(words, request=T.request + "x" * need), need
+    refused = pytest.raises(ValueError, match="--critique_request: without its texts")
+    with refused if source == "critique" else nullcontext():
+        feedback.check_prompts(tokenizer, [Problem("p", [SYSTEM, QUESTION])], cfg)
 
 
 HOSTILE = {

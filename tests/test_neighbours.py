@@ -214,12 +214,15 @@ def test_a_served_judge_reads_the_same_request_and_draws_anew_at_each_step(judge
     assert most == judge.cfg.max_judge_tokens and seed != other
 
 
-def test_digits_are_tokens_of_their_own_or_the_network_cannot_judge():
+def test_the_network_cannot_judge_without_a_token_for_each_digit_or_room(byte_tokenizer):
     two = lambda text, **_: SimpleNamespace(input_ids=[17, 7] if text == "7" else [int(text)])  # noqa: E731
     unknown = lambda text, **_: SimpleNamespace(input_ids=[min(int(text), 8)])  # noqa: E731
     for broken in (two, unknown):  # a space before a digit; 8 and 9 are both unknown
         with pytest.raises(ValueError, match="does not have one token for each digit.*--judge_url"):
             ovd.digit_tokens(broken)
+    policy, long = SimpleNamespace(tokenizer=byte_tokenizer), config("ovd", ovd, judge_request=REQUEST + "x" * 20_000)
+    with pytest.raises(ValueError, match="--judge_request: without its texts"):
+        ovd.Judge(long, policy, SimpleNamespace(name="t", notes=[]))
 
 
 def test_a_judges_figures_by_hand():
