@@ -177,11 +177,6 @@ def teacher_prompt(
     System messages stay as they are; one user message follows: question, solution section, feedback or critique section, closing
     line. The student's attempt is not quoted: it is the continuation that is scored.
     """
-    return encode(tokenizer, messages, teacher_parts(messages, context, templates), max_tokens)
-
-
-def teacher_parts(messages: list[dict[str, str]], context: Context, templates: Templates) -> list[str]:
-    """The teacher's message, with the texts of the context at odd places."""
     parts = [messages[-1]["content"]]
     for section in SECTIONS:
         if text := getattr(context, section):
@@ -189,7 +184,7 @@ def teacher_parts(messages: list[dict[str, str]], context: Context, templates: T
             parts[-1] += before
             parts += [text, after]
     parts[-1] += templates.closing
-    return parts
+    return encode(tokenizer, messages, parts, max_tokens)
 
 
 def check_prompts(tokenizer, problems: list, cfg) -> list[int]:
@@ -216,10 +211,12 @@ def check_prompts(tokenizer, problems: list, cfg) -> list[int]:
     if shortest and cfg.feedback == "critique" and not cfg.critic_url:
         check_request(tokenizer, "critique", templates.request, cfg.max_teacher_tokens)
     if shortest and problems:
-        messages = problems[0].messages
-        parts = teacher_parts(messages, Context("", "1 + 1", "two", "2 is"), templates)
-        joined = student_prompt(tokenizer, [*messages[:-1], {**messages[-1], "content": "".join(parts)}])
-        if tokenizer.decode(encode(tokenizer, messages, parts, 10**9)[0]) != tokenizer.decode(joined):
+        messages, texts = problems[0].messages, {"solution": "1 + 1", "feedback": "two", "critique": "2 is"}
+        sections = [getattr(templates, section).replace("{" + section + "}", text) for section, text in texts.items()]
+        whole = "".join([messages[-1]["content"], *sections, templates.closing])
+        joined = student_prompt(tokenizer, [*messages[:-1], {**messages[-1], "content": whole}])
+        ids, _ = teacher_prompt(tokenizer, messages, Context("", **texts), templates, 10**9)
+        if tokenizer.decode(ids) != tokenizer.decode(joined):
             raise ValueError(f"the tokenizer of {cfg.model} adds blanks where the texts of a prompt are joined")
     return lengths
 

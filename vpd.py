@@ -355,19 +355,14 @@ def freeze(batch: Batch, policy: Policy, teacher, with_teacher: bool) -> torch.T
 def e_step_minibatches(cfg: Config, batch: Batch, skip: Callable) -> list[list[int]]:
     """The rows of each E-step update; skip(reason, count) counts those left out. Only rows with a context take part. With
     --e_groups mixed both outcomes of a group must have one: a kind of context that goes with one outcome gives it away."""
+    G, size = cfg.group_size, cfg.e_minibatch_prompts
     mixed = lambda rows: 0 < batch.r[rows].sum() < len(rows)  # noqa: E731
-    groups, minibatches = [], []
-    for first in range(0, len(batch.y), cfg.group_size):
-        rows = [i for i in range(first, first + cfg.group_size) if batch.has_C[i]]
-        groups += [rows] if rows and (cfg.e_groups == "all" or mixed(rows)) else []
+    groups = [[i for i in range(first, first + G) if batch.has_C[i]] for first in range(0, len(batch.y), G)]
+    groups = [rows for rows in groups if rows and (cfg.e_groups == "all" or mixed(rows))]
     skip("e_step: no context, or one outcome only", len(batch.y) - sum(map(len, groups)))
-    for first in range(0, len(groups), cfg.e_minibatch_prompts):
-        rows = sum(groups[first : first + cfg.e_minibatch_prompts], [])
-        if mixed(rows):
-            minibatches.append(rows)
-        else:  # only with --e_groups all
-            skip("e_step: minibatch of one outcome", len(rows))
-    return minibatches
+    minibatches = [sum(groups[first : first + size], []) for first in range(0, len(groups), size)]
+    skip("e_step: minibatch of one outcome", sum(len(rows) for rows in minibatches if not mixed(rows)))  # with --e_groups all
+    return [rows for rows in minibatches if mixed(rows)]
 
 
 def m_step_minibatches(takes_part: torch.Tensor, size: int, log) -> Iterator[list[int]]:

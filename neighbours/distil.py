@@ -104,13 +104,10 @@ def train(cfg: Config, run: session.Run) -> None:
             run.end_of_batch(log, batch)
 
 
-def settings(argv: list[str] | None = None) -> Config:
-    preset = partial(presets.of, vpd.PRESETS | PRESETS)
-    return parse(argv, Config, "python -m neighbours.distil", "DistIL, a neighbour of VPD.", preset, method="distil")
-
-
 def main(argv: list[str] | None = None) -> None:
-    session.launch(settings(argv), check, train)
+    preset = partial(presets.of, vpd.PRESETS | PRESETS)
+    cfg = parse(argv, Config, "python -m neighbours.distil", "DistIL, a neighbour of VPD.", preset, method="distil")
+    session.launch(cfg, check, train)
 
 
 if __name__ == "__main__":

@@ -218,13 +218,10 @@ def train(cfg: Config, run: session.Run) -> None:
             run.end_of_batch(log, batch)
 
 
-def settings(argv: list[str] | None = None) -> Config:
-    preset = partial(presets.of, PRESETS)
-    return parse(argv, Config, "python -m neighbours.ovd", "OVD, a neighbour of VPD.", preset, method="ovd")
-
-
 def main(argv: list[str] | None = None) -> None:
-    session.launch(settings(argv), check, train, also=Judge)
+    preset = partial(presets.of, PRESETS)
+    cfg = parse(argv, Config, "python -m neighbours.ovd", "OVD, a neighbour of VPD.", preset, method="ovd")
+    session.launch(cfg, check, train, also=Judge)
 
 
 if __name__ == "__main__":
