@@ -305,6 +305,6 @@ def bco_loss(
     success = (rewards == 1).to(implicit_rewards.dtype)
     num_pos = max(int(success.sum()) if num_pos is None else num_pos, 1)
     num_neg = max(int((1 - success).sum()) if num_neg is None else num_neg, 1)
-    failure = 1 - success if floor is None else (1 - success) * (implicit_rewards.detach() > floor)
+    failure = 1 - success if floor is None else (1 - success) * (implicit_rewards > floor)
     logit = implicit_rewards - shift
     return -(success * F.logsigmoid(logit)).sum() / num_pos - (failure * F.logsigmoid(-logit)).sum() / num_neg
