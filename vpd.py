@@ -298,13 +298,9 @@ class Batch:
         wide = lambda x: x if x.ndim == 2 else x[:, None].expand_as(self.mask)  # noqa: E731
         return {name: wide(x) for name, x in known.items() if x is not None}
 
-    def student_view(self, policy: Policy, rows: list[int]):
-        """The rows under the student's prompt, pi_theta(.|x)."""
-        return policy.view([self.x[i] for i in rows], [self.y[i] for i in rows])
-
-    def teacher_view(self, policy: Policy, rows: list[int], teacher=None):
-        """The rows under the teacher's prompt, q(.|x,C)."""
-        return policy.view([self.xC[i] for i in rows], [self.y[i] for i in rows], teacher)
+    def view(self, policy: Policy, prompts: list[list[int]], rows: list[int], model=None):
+        """The rows under these prompts: self.x gives the student pi_theta(.|x), self.xC the teacher q(.|x,C)."""
+        return policy.view([prompts[i] for i in rows], [self.y[i] for i in rows], model)
 
 
 def roll_out(cfg: Config, run: session.Run, log, problems: list) -> Batch:
@@ -324,7 +320,7 @@ def roll_out(cfg: Config, run: session.Run, log, problems: list) -> Batch:
 
 def add_outcomes_and_contexts(cfg: Config, run: session.Run, log, batch: Batch) -> None:
     """Outcomes r in {0, 1} and, if the method has a teacher, a context C (or None) and the teacher's prompt for each rollout."""
-    policy = run.policy
+    policy, templates, limit = run.policy, cfg.templates(), cfg.max_teacher_tokens
     batch.outcomes = run.task.verify(batch.problems, batch.texts)
     batch.r = torch.tensor([o.reward for o in batch.outcomes], dtype=policy.score_dtype, device=policy.device)
     batch.graded = torch.tensor([o.verdict != "internal" for o in batch.outcomes], device=policy.device)
@@ -334,8 +330,7 @@ def add_outcomes_and_contexts(cfg: Config, run: session.Run, log, batch: Batch) 
         batch.C = feedback.batch_contexts(cfg, batch.problems, batch.texts, batch.outcomes, batch.step, run.critic)
     for i, C in enumerate(batch.C):
         if C is not None:
-            messages, limit = batch.problems[i].messages, cfg.max_teacher_tokens
-            batch.xC[i], cut = feedback.teacher_prompt(policy.tokenizer, messages, C, cfg.templates(), limit)
+            batch.xC[i], cut = feedback.teacher_prompt(policy.tokenizer, batch.problems[i].messages, C, templates, limit)
             batch.contexts_cut += cut > 0
     batch.has_C = torch.tensor([C is not None for C in batch.C or [None] * len(batch.y)], device=policy.device)
     log.lap("feedback")
@@ -437,7 +432,7 @@ def train(cfg: Config, run: session.Run) -> None:
                     c = torch.zeros_like(batch.old_logp)  # (B, T)
                     (c[rows],) = torch.autograd.grad(e_loss, q_logp)
                     for part in policy.micro_batches(rows, batch.lengths()):
-                        q = batch.teacher_view(policy, part)
+                        q = batch.view(policy, batch.xC, part)
                         loss, _ = q.loss(lambda t: t.c * t.logp, q.mask, {"c": c[part, : q.mask.shape[1]]})
                         policy.backward(loss)
                         log.passed(q)
@@ -466,8 +461,8 @@ def train(cfg: Config, run: session.Run) -> None:
             for rows in m_step_minibatches(takes_part, size, log):
                 for part in policy.micro_batches(rows, batch.lengths()):
                     with torch.no_grad():  # sg q_phi
-                        q = batch.teacher_view(policy, part, teacher) if reads else None
-                    view = batch.student_view(policy, part)
+                        q = batch.view(policy, batch.xC, part, teacher) if reads else None
+                    view = batch.view(policy, batch.x, part)
                     here = {name: v[part, : view.mask.shape[1]] for name, v in known.items()}
                     weights = losses.sequence_weights(view.mask, size)
                     loss, scores = view.loss(per_token, weights, here, q, D, cfg.top_k or None, entropy=not frozen)

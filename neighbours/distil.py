@@ -87,8 +87,8 @@ def train(cfg: Config, run: session.Run) -> None:
             for rows in vpd.m_step_minibatches(batch.has_C, size, log):
                 for part in policy.micro_batches(rows, batch.lengths()):
                     with torch.no_grad():
-                        q = batch.teacher_view(policy, part, teacher) if expert is None else None
-                    view = batch.student_view(policy, part)
+                        q = batch.view(policy, batch.xC, part, teacher) if expert is None else None
+                    view = batch.view(policy, batch.x, part)
                     t = slice(view.mask.shape[1])
                     here = {name: x[part, t] for name, x in known.items()}
                     taken = None if expert is None else expert[part, t]

@@ -204,7 +204,7 @@ def train(cfg: Config, run: session.Run) -> None:
 
             for rows in vpd.m_step_minibatches(takes_part, size, log):
                 for part in policy.micro_batches(rows, [len(x) + len(y) for x, y in zip(batch.x, batch.y)]):
-                    view = batch.student_view(policy, part)
+                    view = batch.view(policy, batch.x, part)
                     here = {name: x[part, : view.mask.shape[1]] for name, x in known.items()}
                     loss, passed = view.loss(per_token, losses.sequence_weights(view.mask, size), here)
                     policy.backward(loss)
