@@ -93,7 +93,7 @@ def contexts(
     found: list[Context | None] = []
     for i, r in enumerate(rewards):
         shown, rows = {}, {}  # section of the prompt: the text in row i's context; kind of text: the row that it comes from
-        others = [] if source in TEXTS else [j for j in success if j != i]  # "a successful trajectory ... excluding itself"
+        others = [] if source in TEXTS else [j for j in success if j != i]  # App. D.2: never the row itself
         if others:
             rows["sibling"] = rng.choice(others)
             shown["solution"] = solutions[rows["sibling"]]

@@ -209,17 +209,17 @@ class Config:
 
     e_step_every: int = E_STEP(5, "F: every F-th rollout batch has an E-step", above=0)
     e_minibatch_prompts: int = E_STEP(32, "prompts per E-step update; the whole batch gives one update", above=0)
-    e_lr: float = E_STEP(0.0, "learning rate of the E-step; 0: that of --lr", least=0)
+    e_lr: float = E_STEP(0.0, "learning rate of the E-step; 0: the value of --lr", least=0)
     e_optimizer: Literal["shared", "own"] = E_STEP("own", "AdamW state of the E-step: its own, or the M-step's (docs/paper.md)")
     e_groups: Literal["mixed", "all"] = E_STEP("mixed", "groups in the E-step; mixed: those in which both outcomes have a context")
     e_failures: Literal["all", "likelier"] = E_STEP("all", "failures in the E-step; likelier: only those with r~ > 0")
     beta: float = FEEDBACK(0.1, "beta of the implicit reward (Eq. 7)", above=0)
     shift_rate: float = E_STEP(0.1, "rate of delta's moving average", above=0, most=1)
-    prior: Literal["dynamic", "fixed"] = E_STEP("dynamic", "prior of r~: the student before the E-step, or (ablation) at the start")
+    prior: Literal["dynamic", "fixed"] = E_STEP("dynamic", "prior of r~: the current student, or the initial weights (ablation)")
 
     divergence: Literal[*DIVERGENCES] = DISTIL("kl_student_teacher", "divergence D of the M-step (Eq. 10)")
     top_k: int = DISTIL(20, "K, the student's likeliest tokens that D compares one by one; 0: the whole vocabulary", least=0)
-    teacher: Literal["", "live", "ema"] = FEEDBACK("", "the teacher's weights: live or a moving average; default: by method")
+    teacher: Literal["", "live", "ema"] = FEEDBACK("", "the teacher's weights: live or a moving average; default: by the method")
     ema_rate: float = FEEDBACK(0.01, "per rollout batch: teacher <- (1 - rate) teacher + rate student", least=0, most=1,
                                need="an EMA teacher", reads=lambda c: c.reader() == "ema")  # fmt: skip
     ratio_limit: float = DISTIL(2.0, "limit of the token weight min(pi / pi_old, limit)", above=0, **objective_reads("ratio_limit"))

@@ -194,7 +194,7 @@ CASES = {
     "vpd, fixed prior, own optimizer": dict(prior="fixed", e_optimizer="own", beta=0.6, e_lr=0.003, adam_beta1=0.7),
     "vpd, failures spared": dict(e_failures="likelier", e_minibatch_prompts=2, shift_rate=0.5),
     "vpd, schedule": dict(e_step_every=2, schedule="linear", warmup_steps=2, divergence="kl_teacher_student", top_k=3),
-    "vpd, recomputed": dict(e_groups="all", e_minibatch_prompts=1, feedback="sibling", mismatch_limit="none"),
+    "vpd, recomputed": dict(e_groups="all", e_minibatch_prompts=2, feedback="sibling", mismatch_limit="none"),
     "sdpo": dict(divergence="js", top_k=5, weight_decay=0.5, temperature=1.5, top_p=0.9),
     "sdpo, many updates": SEVERAL | dict(ratio_limit=1.05, top_k=2, feedback="sibling"),
     "sdpo, live": dict(minibatch_prompts=2, teacher="live", divergence="kl_teacher_student", max_grad_norm=0.05),
@@ -235,6 +235,7 @@ def test_the_loop_makes_the_updates_of_the_reference(case, tmp_path):
         assert (e_updates, m_updates) == (expected.pop("e_updates"), expected.pop("m_updates"))
         left_out = row["left_out"]
         assert left_out.get("grader failed", 0) == letters.count("x")
+        assert left_out.get("m_step: whole update", 0) == 4 // cfg.minibatch_prompts - m_updates
         assert sum(left_out.get(f"m_step: no {why}", 0) for why in ("signal", "context")) == 16 - expected.pop("m_rows")
         # The log has no delta if it did not move, and no margin if the teacher made no pass at the weights that sampled the batch.
         # With reweight and one update its margin is over the rows with an advantage only.
