@@ -32,7 +32,7 @@ Where we depart from the paper's text, or had to choose:
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -360,14 +360,11 @@ def e_step_minibatches(cfg: Config, batch: Batch, skip: Callable) -> list[list[i
     return [rows for rows in minibatches if mixed(rows)]
 
 
-def m_step_minibatches(takes_part: torch.Tensor, size: int, log) -> Iterator[list[int]]:
-    """The rows of each M-step update, of every `size` rows those that take part. takes_part: (B,)."""
-    for first in range(0, len(takes_part), size):
-        rows = [i for i in range(first, first + size) if takes_part[i]]
-        if rows:
-            yield rows
-        else:
-            log.skip("m_step: whole update")
+def m_step_minibatches(takes_part: torch.Tensor, size: int, skip: Callable) -> list[list[int]]:
+    """The rows of each M-step update: of every `size` rows those that take part. An update without any is skipped."""
+    minibatches = [[i for i in range(first, first + size) if takes_part[i]] for first in range(0, len(takes_part), size)]
+    skip("m_step: whole update", sum(not rows for rows in minibatches))
+    return [rows for rows in minibatches if rows]
 
 
 def advantages(cfg: Config, batch: Batch) -> torch.Tensor:
@@ -458,7 +455,7 @@ def train(cfg: Config, run: session.Run) -> None:
                 mismatch = 1.0 if limit is None else losses.truncated_ratio(t.old_logp, t.sampler_logp, limit)
                 return method.objective(t, cfg) * mismatch
 
-            for rows in m_step_minibatches(takes_part, size, log):
+            for rows in m_step_minibatches(takes_part, size, log.skip):
                 for part in policy.micro_batches(rows, batch.lengths()):
                     with torch.no_grad():  # sg q_phi
                         q = batch.view(policy, batch.xC, part, teacher) if reads else None

@@ -84,7 +84,7 @@ def train(cfg: Config, run: session.Run) -> None:
                 return distil(t, cfg) * mismatch
 
             # ---- Updates on rows with a context
-            for rows in vpd.m_step_minibatches(batch.has_C, size, log):
+            for rows in vpd.m_step_minibatches(batch.has_C, size, log.skip):
                 for part in policy.micro_batches(rows, batch.lengths()):
                     with torch.no_grad():
                         q = batch.view(policy, batch.xC, part, teacher) if expert is None else None

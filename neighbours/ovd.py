@@ -202,7 +202,7 @@ def train(cfg: Config, run: session.Run) -> None:
                 t.old_logp = torch.where(t.on_policy, t.logp.detach(), t.old_logp)
                 return vpd.grpo(t, cfg) * mismatch
 
-            for rows in vpd.m_step_minibatches(takes_part, size, log):
+            for rows in vpd.m_step_minibatches(takes_part, size, log.skip):
                 for part in policy.micro_batches(rows, [len(x) + len(y) for x, y in zip(batch.x, batch.y)]):
                     view = batch.view(policy, batch.x, part)
                     here = {name: x[part, : view.mask.shape[1]] for name, x in known.items()}
