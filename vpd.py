@@ -87,9 +87,9 @@ def reweight(t, cfg):  # B.26 to B.28; lambda falls linearly to 0
 @dataclass(frozen=True)
 class Method:
     """What defines a method. objective: what the M-step minimises, one of the functions above; teacher: the default weights of the
-    teacher ("": no teacher); rows: whether rollouts with a context take part, those with a nonzero advantage, or both; e_step:
-    whether there is an E-step. The other flags say what the objective reads: distils, t.D; scores, t.teacher_logp; reinforces,
-    t.A. Do not read an entry of t whose flag is not set: its value is meaningless."""
+    teacher ("": no teacher); rows: the rollouts that take part, those with a context, with a nonzero advantage, or with either;
+    e_step: whether there is an E-step. The other flags say what the objective reads: distils, t.D; scores, t.teacher_logp;
+    reinforces, t.A. Without its flag the value of an entry means nothing."""
 
     objective: Callable
     teacher: Literal["", "live", "ema"]
@@ -318,7 +318,7 @@ def roll_out(cfg: Config, run: session.Run, log, problems: list) -> Batch:
     return Batch(log.step, problems, x, rollouts, y, texts, policy.mask(y), pad_sequence(logp, batch_first=True), xC=list(x))
 
 
-def add_outcomes_and_contexts(cfg: Config, run: session.Run, log, batch: Batch) -> None:
+def grade(cfg: Config, run: session.Run, log, batch: Batch) -> None:
     """Outcomes r in {0, 1} and, if the method has a teacher, a context C (or None) and the teacher's prompt for each rollout."""
     policy, templates, limit = run.policy, cfg.templates(), cfg.max_teacher_tokens
     batch.outcomes = run.task.verify(batch.problems, batch.texts)
@@ -401,7 +401,7 @@ def train(cfg: Config, run: session.Run) -> None:
             batch = roll_out(cfg, run, log, problems)
 
             # ---- 2. Outcomes r in {0, 1}, and contexts C (or none)
-            add_outcomes_and_contexts(cfg, run, log, batch)
+            grade(cfg, run, log, batch)
 
             # ---- 3. Freeze log pi_theta(y|x). If a single update follows at these weights, its own pass gives the same numbers
             sampler.sleep()

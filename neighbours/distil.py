@@ -60,7 +60,7 @@ def train(cfg: Config, run: session.Run) -> None:
 
             # ---- Rollouts, outcomes, contexts; the log-probs of student and teacher
             batch = vpd.roll_out(cfg, run, log, problems)
-            vpd.add_outcomes_and_contexts(cfg, run, log, batch)
+            vpd.grade(cfg, run, log, batch)
             sampler.sleep()
             log.frozen(batch, vpd.freeze(batch, policy, teacher, with_teacher=True))
             log.lap("freeze")

@@ -162,7 +162,7 @@ def train(cfg: Config, run: session.Run) -> None:
 
             # ---- Rollouts, outcomes, contexts
             batch = vpd.roll_out(cfg, run, log, problems)
-            vpd.add_outcomes_and_contexts(cfg, run, log, batch)
+            vpd.grade(cfg, run, log, batch)
 
             # ---- Demonstrations replace the rollouts that the judge rejects
             scores = judge.scores(batch.problems, batch.texts, step)

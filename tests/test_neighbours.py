@@ -10,8 +10,8 @@ import pytest
 import torch
 from test_algorithm import SCRIPT, Sampler, config, reference, rows_of, trained
 from test_algorithm import text as words_of
+from test_session import run
 
-import vpd
 from harness.command import Stopped
 from model.parallel import World
 from neighbours import ovd
@@ -300,31 +300,20 @@ def test_ovds_updates_are_the_clipped_policy_gradient_over_the_mixed_groups(flag
 # ---- A whole run ---------------------------------------------------------------------------------------------
 
 
-def test_a_served_critic_reaches_the_teacher_and_a_run_ends_if_it_is_down(server, tmp_path, monkeypatch, capfd):
-    """The server is down after the first batch. The key must not be in the run directory."""
+def test_a_served_critic_reaches_the_teacher_and_its_key_is_not_saved(server, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
-    out, log = tmp_path / "run", tmp_path / "run" / "log.jsonl"
 
     def answer(body, _):
         text = body["messages"][0]["content"]
-        fine = text == "1 +" or not log.exists() and sum(map(ord, text)) % 2  # the question before the run; some of its own
+        fine = text == "1 +" or sum(map(ord, text)) % 2  # the question before the run, and some of its own
         return server.reply_with("look again") if fine else (400, "no")
 
-    server.answer = answer
-    flags = (
-        "--subset choice --prompts_per_batch 4 --minibatch_prompts 4 --group_size 4 --max_response_tokens 30 --eval_every 0 "
-        "--method sdpo --feedback critique --no_borrow --critic_model m --log_samples 16 --steps 9"
-    )
-    with pytest.raises(SystemExit) as stop:
-        vpd.main([*flags.split(), "--critic_url", server.url, "--out", str(out)])
-    error = capfd.readouterr().err
-    assert stop.value.code == 1 and f"the critic at {server.url} has not answered for 3 batches: BadRequestError" in error
-    first, *others = (json.loads(line) for line in log.read_text().splitlines())
-    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()][:16]
+    server.answer, out = answer, tmp_path / "run"
+    flags = "--method sdpo --feedback critique --no_borrow --critic_model m --log_samples 16 --critic_url"
+    (row,) = run(out, *flags.split(), server.url, steps=1)
+    samples = [json.loads(line) for line in (out / "samples.jsonl").open()]
     seen = [sample["context"] and sample["context"]["critique"] for sample in samples if not sample["reward"]]
-    assert set(seen) == {"look again", None} and first["left_out"]["critic: the server failed"] == seen.count(None)
-    assert first["m_loss"] and [row["step"] for row in others] == [1, 2] and all(row["m_loss"] is None for row in others)
-    assert all(row["left_out"]["critic: the server failed"] == round(16 * (1 - row["reward"])) > 0 for row in others)
+    assert set(seen) == {"look again", None} and row["left_out"]["critic: the server failed"] == seen.count(None)
     assert {key for _, key, _ in server.seen} == {"Bearer sk-very-secret"}
     for file in (p for p in out.rglob("*") if p.is_file()):
         assert b"sk-very-secret" not in file.read_bytes(), file
