@@ -1,9 +1,9 @@
 """Variational Policy Distillation (VPD, arXiv 2605.15113v1): the EM loop, and the baselines that share it.
 
-One network, two prompts: the student pi_theta(y|x), and the teacher q_phi(y|x,C), the same weights shown the feedback C.
-Per rollout batch k = 0, 1, 2, ... (Algorithm 1, App. D.6; the banners of `train` carry the same numbers):
+One network reads two prompts: as the student pi_theta(y|x) it sees x only, as the teacher q_phi(y|x,C) it also sees the feedback C.
+For each rollout batch k = 0, 1, 2, ... (Algorithm 1, App. D.6; the banners of `train` have the same numbers):
 
-    1. y ~ pi_theta(.|x), G rollouts for each of B prompts
+    1. y ~ pi_theta(.|x), G rollouts of each prompt
     2. outcome r(x, y) in {0, 1} from the verifier, context C from a feedback source
     3. freeze log pi_theta(y|x)
     4. E-step, if k % F == 0: teach the teacher to tell success from failure
@@ -13,21 +13,22 @@ Per rollout batch k = 0, 1, 2, ... (Algorithm 1, App. D.6; the banners of `train
            L_M = E_y sum_t KL(pi_theta(.|x,y_<t) || sg q_phi(.|x,C,y_<t))                                  (Eq. 10)
     6. push the weights to the sampler
 
-What carries a gradient: in 4 only log q_phi (log pi_theta, delta, n+ and n- are numbers by then), in 5 only log pi_theta (the
-teacher's view runs under no_grad; pi_old, advantages and every weight of a token are numbers). losses.py detaches once more.
+Only log q_phi carries a gradient in 4 (log pi_theta, delta, n+ and n- are constants), and only log pi_theta in 5 (the teacher
+runs under no_grad; pi_old, the advantages and all token weights are constants). The functions of losses.py detach them too.
 
 Where we depart from the paper's text, or had to choose:
 
     1. Eq. 10 prints a sum over t; the loss is the mean over a row's tokens, as in the code its learning rates come from.
-    2. delta moves by shift_rate (0.1) per E-step; Algorithm 1 as printed is --shift_rate 1.
-    3. A success needs a context too. Where the paper is silent it borrows a failure's (feedback.py; --no_borrow).
-    4. The E-step uses groups in which both outcomes have a context; --e_groups all is the paper's literal text.
+    2. delta moves by shift_rate (0.1) per E-step update; Algorithm 1 as printed is --shift_rate 1.
+    3. A success needs a context too. Where the paper is silent, it borrows that of a failure (feedback.py; --no_borrow).
+    4. The E-step uses groups in which both outcomes have a context; --e_groups all follows the paper's text literally.
     5. F counts rollout batches (App. D.6), not gradient updates (Sec. 4).
-    6. The M-step's teacher is the network's live weights at each update; --teacher ema takes SDPO's moving average.
-    7. VPD's M-step carries no importance weights (Sec. 3.4); SDPO's carries min(pi/pi_old, 2).
-    8. An update in which no row takes part (no context, no advantage) is left out, momentum and weight decay included.
-    9. Where vLLM samples, a token of the M-step also weighs min(pi_old/pi_sampler, 2), as in SDPO's code (--mismatch_limit).
-   10. --e_failures likelier, off by default: a failure with r~ <= 0 adds nothing to Eq. 9; it counts in n- and delta.
+    6. The M-step's teacher has the live weights at each update; --teacher ema uses a moving average, as SDPO does.
+    7. VPD's M-step has no importance weights (Sec. 3.4); SDPO's has min(pi/pi_old, 2).
+    8. If no row of an update takes part (no context, no advantage), the optimizer does not step.
+    9. When vLLM samples, tokens of the M-step are also weighted by min(pi_old/pi_sampler, 2), as in SDPO's code (--mismatch_limit).
+   10. With --e_failures likelier (off by default) a failure with r~ <= 0 adds nothing to Eq. 9 but counts in n- and delta.
+   11. Each step has its own AdamW state; --e_optimizer shared uses one for both.
 """
 
 import math
@@ -51,16 +52,16 @@ from rollout import Rollout, grading, seed_for
 from tasks import TASKS
 
 # ---- What the M-step minimises, per token ----------------------------------------------------------------------
-# t holds what is known of a token, (1, n) tensors: logp = log pi_theta(y_t) and D = D(student, teacher) are live, D is 0 in rows
-# without a context; old_logp and teacher_logp are log pi_theta(y_t) and log q(y_t) at the weights that sampled the batch, equal
-# where there is no context; A is the row's advantage. t.step is the batch's number.
+# t holds (1, n) tensors, one entry per token. logp = log pi_theta(y_t) and D = D(student, teacher) carry gradients; D is 0 in rows
+# without a context. old_logp and teacher_logp are log pi_theta(y_t) and log q(y_t) at the weights that sampled the batch, and equal
+# in rows without a context. A is the row's advantage. t.step is the batch's number k.
 
 
 def vpd(t, cfg):  # Eq. 10
     return t.D
 
 
-def sdpo(t, cfg):  # Eq. 2
+def sdpo(t, cfg):  # Eq. 2, with the token weight of SDPO's code
     return losses.truncated_ratio(t.logp, t.old_logp, cfg.ratio_limit) * t.D
 
 
@@ -72,7 +73,7 @@ def joint(t, cfg):  # B.23
     return cfg.w_opd * sdpo(t, cfg) + cfg.w_rl * grpo(t, cfg)
 
 
-def reshape(t, cfg):  # B.24
+def reshape(t, cfg):  # B.24, B.25
     t.A = losses.reshaped_advantages(t.A, t.teacher_logp, t.old_logp, cfg.w_rl, cfg.w_opd)
     return grpo(t, cfg)
 
@@ -85,10 +86,10 @@ def reweight(t, cfg):  # B.26 to B.28; lambda falls linearly to 0
 
 @dataclass(frozen=True)
 class Method:
-    """What a method is. objective: what the M-step minimises, one of the functions above; teacher: whose weights read the context
-    by default ("": nobody's); rows: which rollouts take part, those with a context, with an advantage, or with either; e_step:
-    whether the teacher is trained. What the objective reads: distils, t.D; scores, t.teacher_logp; reinforces, t.A: without its
-    flag what t has by this name means nothing."""
+    """What defines a method. objective: what the M-step minimises, one of the functions above; teacher: the default weights of the
+    teacher ("": no teacher); rows: the rollouts that take part, those with a context, with a nonzero advantage, or with either;
+    e_step: whether there is an E-step. The other flags say what the objective reads: distils, t.D; scores, t.teacher_logp;
+    reinforces, t.A. Without its flag the value of an entry means nothing."""
 
     objective: Callable
     teacher: Literal["", "live", "ema"]
@@ -122,7 +123,7 @@ GRADIENT = Group("Policy gradient and hybrids", "a method with a policy gradient
 
 
 def shown_by(*sources: str) -> Group:
-    """Of settings that only these sources of C read."""
+    """The group of settings that only these feedback sources read."""
     need = f"a teacher and --feedback {', '.join(sources)}"
     return Group(FEEDBACK.title, need, lambda c: c.row().teacher and c.feedback in sources)
 
@@ -138,107 +139,107 @@ TEXT, LENT = shown_by(*(s for s in SOURCES if s not in ("sibling", "critique")))
 
 @dataclass
 class Config:
-    """Every setting, with the value of the paper's Table D.1 (lcb) as its default. PRESETS holds what other tasks change;
-    a flag overrides both. What differs from the preset is printed at the start; all of it is saved as config.json."""
+    """Every setting. The defaults are those of the paper's Table D.1 (lcb), PRESETS holds what other tasks change, and a flag
+    overrides both. A run prints what differs from its preset and saves all settings in config.json."""
 
-    task: Literal[*TASKS] = RUN("toy", "picks a preset; own: --data FILE.py")
-    subset: str = RUN("", "of toy, sciknoweval or reasoning_gym; the task's first by default")
-    data: str = RUN("", "file or folder of the task's source; the hub by default")
-    train_tests: Literal["private", "public"] = RUN_LCB("private", "lcb: SDPO's seeded half, or the paper's words")
-    since: str = RUN_LCB("2025-02-01", "lcb: problems from this contest date on")
-    until: str = RUN_LCB("2025-05-01", "lcb: problems before this contest date")
-    smoke: Literal["", "qwen3", "olmo3"] = RUN("", "[optional]2 batches of a tiny random model on the project's own records")
-    method: Literal[*METHODS] = RUN("vpd", "a row of METHODS in vpd.py; DistIL and OVD are python -m neighbours.distil, .ovd")
-    seed: int = RUN(0, "of the order of problems, rollouts, contexts and evaluation")
-    out: str = RUN("", "run directory; by default runs/TASK-METHOD-seedN and the time")
+    task: Literal[*TASKS] = RUN("toy", "the task, which selects a preset; own: your file, --data FILE.py")
+    subset: str = RUN("", "subset of toy, sciknoweval or reasoning_gym; default: the task's first")
+    data: str = RUN("", "file or folder with the task's data; default: download from the hub")
+    train_tests: Literal["private", "public"] = RUN_LCB("private", "tests that give the reward; private: half of them")
+    since: str = RUN_LCB("2025-02-01", "first contest date of the problems")
+    until: str = RUN_LCB("2025-05-01", "contest date before which the problems end")
+    smoke: Literal["", "qwen3", "olmo3"] = RUN("", "[optional]train a tiny random model for two batches on bundled problems")
+    method: Literal[*METHODS] = RUN("vpd", "training method; for DistIL and OVD run python -m neighbours.distil, .ovd")
+    seed: int = RUN(0, "seed of the problem order, rollouts, contexts and evaluation")
+    out: str = RUN("", "run directory; default: runs/TASK-METHOD-seedN-TIME")
     overwrite: bool = RUN(False, "delete the run directory if it exists")
-    resume: bool = RUN(False, "go on from the last checkpoint in --out; starts the run if there is none")
-    checkpoint_every: int = RUN(10, "rollout batches between checkpoints, of which two are kept; 0: only at the end", least=0)
+    resume: bool = RUN(False, "continue from the last checkpoint in --out, or start if there is none")
+    checkpoint_every: int = RUN(10, "rollout batches between checkpoints (the last two are kept); 0: only at the end", least=0)
     epochs: int = RUN(30, "passes over the training problems", least=0, need="--steps 0", reads=lambda c: not c.steps)
-    steps: int = RUN(0, "rollout batches; 0: by --epochs", least=0)
-    log_samples: int = RUN(8, "rollouts of each batch that go to samples.jsonl", least=0)
-    track: Literal["", "tensorboard", "wandb"] = RUN("", "hand the log's numbers to this library too, where it is installed")
-    unsafe_sandbox: bool = RUN(False, "run programs although this machine lacks a layer of the sandbox",
+    steps: int = RUN(0, "number of rollout batches; 0: as many as --epochs gives", least=0)
+    log_samples: int = RUN(8, "rollouts per batch written to samples.jsonl", least=0)
+    track: Literal["", "tensorboard", "wandb"] = RUN("", "also send the log to this library, which must be installed")
+    unsafe_sandbox: bool = RUN(False, "run programs even if this machine lacks a layer of the sandbox",
                                 need="tasks that run programs", reads=machine.runs_programs)  # fmt: skip
-    plan: bool = PLAN(False, "print what the run needs, check this machine, and end")
-    gpus: int = PLAN(0, "with --plan: GPUs to plan for; 0: those here", least=0, need="--plan", reads=lambda c: c.plan)
-    gpu_memory: float = PLAN(0.0, "with --plan: GB of each; 0: as here", least=0, need="--plan", reads=lambda c: c.plan)
+    plan: bool = PLAN(False, "print what the run needs, check this machine, and exit")
+    gpus: int = PLAN(0, "with --plan: number of GPUs; 0: those of this machine", least=0, need="--plan", reads=lambda c: c.plan)
+    gpu_memory: float = PLAN(0.0, "with --plan: GB per GPU; 0: as in this machine", least=0, need="--plan", reads=lambda c: c.plan)
 
     eval_every: int = WATCH(10, "rollout batches between evaluations; 0: never", least=0)
-    eval_samples: int = WATCH(evaluate.Config.n, "n of avg@n: samples of each problem", above=0)
-    eval_temperature: float = WATCH(evaluate.Config.temperature, "SDPO's 0.6 on the paper's tasks", least=0)
-    eval_top_p: float = WATCH(evaluate.Config.top_p, "SDPO's 0.95 on the paper's tasks", above=0, most=1)
-    teacher_probe: int = PROBE(0, "base failures on which the teacher's pass rate is measured at every evaluation", least=0)
+    eval_samples: int = WATCH(evaluate.Config.n, "samples per problem (the n of avg@n)", above=0)
+    eval_temperature: float = WATCH(evaluate.Config.temperature, "sampling temperature of evaluation", least=0)
+    eval_top_p: float = WATCH(evaluate.Config.top_p, "top_p of evaluation", above=0, most=1)
+    teacher_probe: int = PROBE(0, "watched problems whose base failures the teacher is measured on; 0: none", least=0)
 
-    model: str = MODEL("Qwen/Qwen3-8B", "folder or hub id")
-    dtype: Literal["float32", "float64"] = MODEL("float32", "of the weights")
-    micro_batch_tokens: int = MODEL(20480, "padded tokens of a forward pass; changes speed and memory, no update", above=0)
+    model: str = MODEL("Qwen/Qwen3-8B", "folder or hub id of the model")
+    dtype: Literal["float32", "float64"] = MODEL("float32", "dtype of the weights")
+    micro_batch_tokens: int = MODEL(20480, "padded tokens per forward pass; affects speed and memory only", above=0)
 
-    prompts_per_batch: int = ROLLOUTS(32, "B, problems in a rollout batch", above=0)
-    group_size: int = ROLLOUTS(8, "G, rollouts per prompt", above=0)
-    max_prompt_tokens: int = ROLLOUTS(2048, "longer problems are dropped and counted", above=0)
-    max_response_tokens: int = ROLLOUTS(evaluate.Config.max_tokens, "a longer response is cut, and graded as it is", above=0)
-    temperature: float = ROLLOUTS(1.0, "of rollouts, at which the trainer scores as well", above=0)
-    top_p: float = ROLLOUTS(1.0, "of rollouts", above=0, most=1)
-    sampler: Literal["", "vllm", "hf"] = ROLLOUTS("", "vLLM on a GPU and transformers on a CPU by default")
-    engine_memory: float = ROLLOUTS_VLLM(0.0, "vLLM's share of the GPU while it samples; 0: by the plan", least=0, most=1)
+    prompts_per_batch: int = ROLLOUTS(32, "problems per rollout batch", above=0)
+    group_size: int = ROLLOUTS(8, "G, the rollouts per prompt", above=0)
+    max_prompt_tokens: int = ROLLOUTS(2048, "tokens of a prompt; problems with a longer one are dropped", above=0)
+    max_response_tokens: int = ROLLOUTS(evaluate.Config.max_tokens, "tokens of a response; longer ones are cut and graded", above=0)
+    temperature: float = ROLLOUTS(1.0, "temperature at which rollouts are sampled and scored", above=0)
+    top_p: float = ROLLOUTS(1.0, "top_p of rollouts", above=0, most=1)
+    sampler: Literal["", "vllm", "hf"] = ROLLOUTS("", "vLLM, or transformers; default: vllm on a GPU, hf on a CPU")
+    engine_memory: float = ROLLOUTS_VLLM(0.0, "share of the GPU's memory for vLLM; 0: computed by the plan", least=0, most=1)
 
     lr: float = ADAMW(1e-6, "learning rate of the M-step", above=0)
-    warmup_steps: int = ADAMW(0, "rollout batches over which the learning rate rises", least=0)
-    schedule: Literal["constant", "linear"] = ADAMW("constant", "linear: the learning rate falls to 0 over the run")
-    adam_beta1: float = ADAMW(0.9, "AdamW's decay of the gradient's average", least=0, below=1)
-    adam_beta2: float = ADAMW(0.999, "AdamW's decay of the squared gradient's average", above=0, below=1)
-    weight_decay: float = ADAMW(0.01, "decoupled", least=0)
-    max_grad_norm: float = ADAMW(1.0, "gradients are clipped to this norm", above=0)
-    minibatch_prompts: int = ADAMW(1, "prompts per M-step update; at 1 a batch of 32 prompts makes 32 updates", above=0)
+    warmup_steps: int = ADAMW(0, "rollout batches over which the learning rates rise", least=0)
+    schedule: Literal["constant", "linear"] = ADAMW("constant", "course of the learning rates; linear: they fall to 0")
+    adam_beta1: float = ADAMW(0.9, "decay rate of AdamW's average of the gradient", least=0, below=1)
+    adam_beta2: float = ADAMW(0.999, "decay rate of AdamW's average of the squared gradient", above=0, below=1)
+    weight_decay: float = ADAMW(0.01, "decoupled weight decay", least=0)
+    max_grad_norm: float = ADAMW(1.0, "norm to which gradients are clipped", above=0)
+    minibatch_prompts: int = ADAMW(1, "prompts per M-step update; with 1, a batch of 32 prompts gives 32 updates", above=0)
 
-    feedback: Literal[*SOURCES] = FEEDBACK("solution_first", "where C comes from (feedback.py)")
-    borrow: bool = LENT(True, "a success borrows a failing sibling's text")
-    passed_text: str = shown_by(*TEXTS)("", "a success sees this text instead, which gives its label away (ablation)")
-    max_teacher_tokens: int = FEEDBACK(10240, "of the teacher's prompt; beyond it the context is cut", above=0)
-    max_critique_tokens: int = CRITIQUE(512, "of a critique", above=0)
-    critic_url: str = CRITIQUE("", "critiques from an OpenAI-compatible server (key: OPENAI_API_KEY), not the student")
-    critic_model: str = CRITIQUE("", "the name it serves")
-    server_timeout: float = SERVED(60.0, "seconds to wait for a server, three times", above=0)
-    solution_template: str = SOLUTION(Templates.solution, "section of the teacher's prompt, with {solution}")
-    feedback_template: str = TEXT(Templates.feedback, "section of the teacher's prompt, with {feedback}")
-    critique_template: str = CRITIQUE(Templates.critique, "section of the teacher's prompt, with {critique}")
-    closing_line: str = FEEDBACK(Templates.closing, "end of the teacher's prompt")
-    critique_request: str = CRITIQUE(Templates.request, "what a critic is asked: {question}, {attempt}, {reference}")
+    feedback: Literal[*SOURCES] = FEEDBACK("solution_first", "source of the feedback C that the teacher sees (feedback.py)")
+    borrow: bool = LENT(True, "show the teacher of a success the text of a failing sibling")
+    passed_text: str = shown_by(*TEXTS)("", "fixed text for successes, which gives the label away (ablation)")
+    max_teacher_tokens: int = FEEDBACK(10240, "tokens of a teacher prompt; the context is cut to fit", above=0)
+    max_critique_tokens: int = CRITIQUE(512, "tokens of a critique; longer ones are cut", above=0)
+    critic_url: str = CRITIQUE("", "OpenAI-compatible server for critiques (key: OPENAI_API_KEY); default: the student writes them")
+    critic_model: str = CRITIQUE("", "name of the critic's model on that server")
+    server_timeout: float = SERVED(60.0, "seconds to wait for a server, in each of three attempts", above=0)
+    solution_template: str = SOLUTION(Templates.solution, "section of the teacher's prompt that holds {solution}")
+    feedback_template: str = TEXT(Templates.feedback, "section of the teacher's prompt that holds {feedback}")
+    critique_template: str = CRITIQUE(Templates.critique, "section of the teacher's prompt that holds {critique}")
+    closing_line: str = FEEDBACK(Templates.closing, "last line of the teacher's prompt")
+    critique_request: str = CRITIQUE(Templates.request, "the critic's prompt, with {question}, {attempt} and {reference}")
 
-    e_step_every: int = E_STEP(5, "F: an E-step on every F-th rollout batch", above=0)
-    e_minibatch_prompts: int = E_STEP(32, "prompts per E-step update; the whole batch makes one update", above=0)
-    e_lr: float = E_STEP(0.0, "learning rate of the E-step; 0: --lr", least=0)
-    e_optimizer: Literal["shared", "own"] = E_STEP("own", "whose AdamW state; shared: one for both steps (docs/paper.md)")
-    e_groups: Literal["mixed", "all"] = E_STEP("mixed", "mixed: groups in which both outcomes have a context")
-    e_failures: Literal["all", "likelier"] = E_STEP("all", "likelier: only failures with r~ > 0, likelier to teacher than prior")
-    beta: float = FEEDBACK(0.1, "of the implicit reward, Eq. 7", above=0)
-    shift_rate: float = E_STEP(0.1, "delta <- (1 - rate) delta + rate value; the paper gives none", above=0, most=1)
-    prior: Literal["dynamic", "fixed"] = E_STEP("dynamic", "what r~ is measured from; fixed: the initial weights (ablation)")
+    e_step_every: int = E_STEP(5, "F: every F-th rollout batch has an E-step", above=0)
+    e_minibatch_prompts: int = E_STEP(32, "prompts per E-step update; the whole batch gives one update", above=0)
+    e_lr: float = E_STEP(0.0, "learning rate of the E-step; 0: the value of --lr", least=0)
+    e_optimizer: Literal["shared", "own"] = E_STEP("own", "AdamW state of the E-step: its own, or the M-step's (docs/paper.md)")
+    e_groups: Literal["mixed", "all"] = E_STEP("mixed", "groups in the E-step; mixed: those in which both outcomes have a context")
+    e_failures: Literal["all", "likelier"] = E_STEP("all", "failures in the E-step; likelier: only those with r~ > 0")
+    beta: float = FEEDBACK(0.1, "beta of the implicit reward (Eq. 7)", above=0)
+    shift_rate: float = E_STEP(0.1, "rate of delta's moving average", above=0, most=1)
+    prior: Literal["dynamic", "fixed"] = E_STEP("dynamic", "prior of r~: the current student, or the initial weights (ablation)")
 
-    divergence: Literal[*DIVERGENCES] = DISTIL("kl_student_teacher", "D of the M-step, Eq. 10")
-    top_k: int = DISTIL(20, "D over the student's top K tokens and a tail bucket; 0: all of V", least=0)
-    teacher: Literal["", "live", "ema"] = FEEDBACK("", "whose weights read C; the method's own by default")
-    ema_rate: float = FEEDBACK(0.01, "teacher <- (1 - rate) teacher + rate student, per rollout batch", least=0, most=1,
+    divergence: Literal[*DIVERGENCES] = DISTIL("kl_student_teacher", "divergence D of the M-step (Eq. 10)")
+    top_k: int = DISTIL(20, "K, the student's likeliest tokens that D compares one by one; 0: the whole vocabulary", least=0)
+    teacher: Literal["", "live", "ema"] = FEEDBACK("", "the teacher's weights: live or a moving average; default: by the method")
+    ema_rate: float = FEEDBACK(0.01, "per rollout batch: teacher <- (1 - rate) teacher + rate student", least=0, most=1,
                                need="an EMA teacher", reads=lambda c: c.reader() == "ema")  # fmt: skip
-    ratio_limit: float = DISTIL(2.0, "SDPO's token weight min(pi / pi_old, limit)", above=0, **objective_reads("ratio_limit"))
-    mismatch_limit: str = ROLLOUTS_VLLM("2", "SDPO's token weight min(pi_old / pi_sampler, limit) when vLLM samples; none: off")
+    ratio_limit: float = DISTIL(2.0, "limit of the token weight min(pi / pi_old, limit)", above=0, **objective_reads("ratio_limit"))
+    mismatch_limit: str = ROLLOUTS_VLLM("2", "limit of the token weight min(pi_old / pi_sampler, limit); none: no weight")
 
-    divide_by_std: bool = GRADIENT(False, "advantages over their group's standard deviation; SDPO's code does not")
-    clip_low: float = GRADIENT(0.2, "the ratio pi / pi_old is clipped to 1 - clip_low", above=0)
-    clip_high: float = GRADIENT(0.28, "the ratio pi / pi_old is clipped to 1 + clip_high", above=0)
-    dual_clip: float = GRADIENT(3.0, "where A < 0 the loss is at most this times |A|", above=0)
-    w_opd: float = GRADIENT(1.0, "hybrids' weight of the teacher's part; the paper gives none", least=0, **objective_reads("w_opd"))
-    w_rl: float = GRADIENT(1.0, "hybrids' weight of the policy gradient", least=0, **objective_reads("w_rl"))
-    reweight_lam: float = GRADIENT(0.5, "reweight's lambda at first (RLSD's)", least=0, most=1, **objective_reads("reweight_lam"))
-    reweight_steps: int = GRADIENT(50, "rollout batches until lambda is 0", least=0, **objective_reads("reweight_steps"))
-    reweight_clip: float = GRADIENT(0.2, "reweight's eps_w (RLSD's)", above=0, **objective_reads("reweight_clip"))
+    divide_by_std: bool = GRADIENT(False, "divide advantages by the standard deviation of their group")
+    clip_low: float = GRADIENT(0.2, "lower clip of the ratio pi / pi_old: 1 - clip_low", above=0)
+    clip_high: float = GRADIENT(0.28, "upper clip of the ratio pi / pi_old: 1 + clip_high", above=0)
+    dual_clip: float = GRADIENT(3.0, "upper bound of a token's loss where A < 0, in units of |A|", above=1)
+    w_opd: float = GRADIENT(1.0, "weight of the teacher's part in joint and reshape", least=0, **objective_reads("w_opd"))
+    w_rl: float = GRADIENT(1.0, "weight of the policy gradient in joint and reshape", least=0, **objective_reads("w_rl"))
+    reweight_lam: float = GRADIENT(0.5, "reweight's initial lambda", least=0, most=1, **objective_reads("reweight_lam"))
+    reweight_steps: int = GRADIENT(50, "rollout batches until reweight's lambda is 0", least=0, **objective_reads("reweight_steps"))
+    reweight_clip: float = GRADIENT(0.2, "eps_w, the clip of reweight's token weights", above=0, **objective_reads("reweight_clip"))
 
     def row(self) -> Method:
         return METHODS[self.method]
 
     def reader(self) -> str:
-        """Whose weights read the context: live, ema, or "" for nobody's."""
+        """The teacher's weights: live, ema, or "" if there is no teacher."""
         return self.teacher or self.row().teacher
 
     def templates(self) -> Templates:
@@ -267,81 +268,78 @@ PRESETS = {
 
 @dataclass
 class Batch:
-    """One rollout batch. Row i * G + j is rollout j of problem i; B rows, T tokens of the longest response."""
+    """One rollout batch of B rows. Row i * G + j is rollout j of problem i; T is the length of the longest response."""
 
     step: int
-    problems: list  # of each row
+    problems: list  # each row's problem
     x: list[list[int]]  # the student's prompt
     rollouts: list[Rollout]
     y: list[list[int]]  # response tokens
-    texts: list[str]
+    texts: list[str]  # the responses as text
     mask: torch.Tensor  # (B, T), 1 on response tokens including EOS
-    sampler_logp: torch.Tensor  # (B, T), log-probs as the sampler's engine gave them
+    sampler_logp: torch.Tensor  # (B, T), log-probs that the sampler reported
     outcomes: list = field(default_factory=list)
     r: torch.Tensor | None = None  # (B,), rewards
-    graded: torch.Tensor | None = None  # (B,), False where grading itself failed
+    graded: torch.Tensor | None = None  # (B,), False where the grader failed
     C: list[feedback.Context | None] = field(default_factory=list)
     xC: list[list[int]] = field(default_factory=list)  # the teacher's prompt; x where there is no context
     has_C: torch.Tensor | None = None  # (B,)
-    contexts_cut: int = 0
+    contexts_cut: int = 0  # rows whose context was cut to fit
     old_logp: torch.Tensor | None = None  # (B, T), log pi_theta(y_t) at the weights that sampled the batch, if frozen
-    teacher_logp: torch.Tensor | None = None  # (B, T), log q(y_t) at the same weights, old_logp where there is no context
+    teacher_logp: torch.Tensor | None = None  # (B, T), log q(y_t) at that time; old_logp where there is no context
 
     def lengths(self) -> list[int]:
         """Tokens of each row through the network, in the longer of its two views."""
         return [max(len(x), len(xC)) + len(y) for x, xC, y in zip(self.x, self.xC, self.y)]
 
     def known(self, A: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What is known of each token before an update, (B, T) each. A: (B,), the rows' advantages."""
+        """The constants that an objective reads, (B, T) each. A: advantages, (B,) or (B, T)."""
         known = dict(sampler_logp=self.sampler_logp, A=A, has_C=self.has_C, old_logp=self.old_logp, teacher_logp=self.teacher_logp)
         wide = lambda x: x if x.ndim == 2 else x[:, None].expand_as(self.mask)  # noqa: E731
         return {name: wide(x) for name, x in known.items() if x is not None}
 
-    def student(self, policy: Policy, rows: list[int]):
-        """The rows under the student's prompt, pi_theta(.|x)."""
-        return policy.view([self.x[i] for i in rows], [self.y[i] for i in rows])
-
-    def reader(self, policy: Policy, rows: list[int], teacher=None):
-        """The rows under the teacher's prompt, q(.|x,C)."""
-        return policy.view([self.xC[i] for i in rows], [self.y[i] for i in rows], teacher)
+    def view(self, policy: Policy, prompts: list[list[int]], rows: list[int], model=None):
+        """The rows under these prompts: self.x gives the student pi_theta(.|x), self.xC the teacher q(.|x,C)."""
+        return policy.view([prompts[i] for i in rows], [self.y[i] for i in rows], model)
 
 
-def roll_out(cfg: Config, policy: Policy, sampler, problems: list, step: int, verify: Callable | None = None) -> Batch:
-    """y ~ pi_theta(.|x): G rollouts of each problem. verify: may begin to grade those that are there."""
-    G, x = cfg.group_size, [feedback.student_prompt(policy.tokenizer, p.messages) for p in problems]
-    seed = seed_for(cfg.seed, step, "rollouts")
-    problems = [p for p in problems for _ in range(G)]
+def roll_out(cfg: Config, run: session.Run, log, problems: list) -> Batch:
+    """y ~ pi_theta(.|x): G rollouts of each problem. A rollout's grading may begin while others are still sampled."""
+    policy, G, seed = run.policy, cfg.group_size, seed_for(cfg.seed, log.step, "rollouts")
+    x = [feedback.student_prompt(policy.tokenizer, problem.messages) for problem in problems]
+    problems = [problem for problem in problems for _ in range(G)]
     how = cfg.max_response_tokens, cfg.temperature, cfg.top_p
-    rollouts = sampler.sample(x, G, seed, *how, grading(verify, problems, policy))
+    rollouts = run.sampler.sample(x, G, seed, *how, grading(run.task.verify, problems, policy))
     y, x = [rollout.tokens for rollout in rollouts], [prompt for prompt in x for _ in range(G)]
     logp = [torch.tensor(rollout.logp, dtype=policy.score_dtype, device=policy.device) for rollout in rollouts]
     texts = [policy.decode(tokens) for tokens in y]
-    return Batch(step, problems, x, rollouts, y, texts, policy.mask(y), pad_sequence(logp, batch_first=True), xC=x)
+    log.lap("rollout")
+    run.leave_if_told(log.step)
+    return Batch(log.step, problems, x, rollouts, y, texts, policy.mask(y), pad_sequence(logp, batch_first=True), xC=list(x))
 
 
-def grade(batch: Batch, task, policy: Policy) -> None:
-    """Outcomes r in {0, 1}."""
-    batch.outcomes = task.verify(batch.problems, batch.texts)
+def grade(cfg: Config, run: session.Run, log, batch: Batch) -> None:
+    """Outcomes r in {0, 1} and, if the method has a teacher, a context C (or None) and the teacher's prompt for each rollout."""
+    policy, templates, limit = run.policy, cfg.templates(), cfg.max_teacher_tokens
+    batch.outcomes = run.task.verify(batch.problems, batch.texts)
     batch.r = torch.tensor([o.reward for o in batch.outcomes], dtype=policy.score_dtype, device=policy.device)
     batch.graded = torch.tensor([o.verdict != "internal" for o in batch.outcomes], device=policy.device)
-    batch.has_C = torch.zeros_like(batch.graded)
-
-
-def give_contexts(cfg: Config, batch: Batch, policy: Policy, critic: feedback.Critic) -> None:
-    """A context C, or none, for each rollout, and the teacher's prompts."""
-    batch.C = feedback.batch_contexts(cfg, batch.problems, batch.texts, batch.outcomes, batch.step, critic)
-    batch.has_C = torch.tensor([c is not None for c in batch.C], device=policy.device)  # (B,)
-    batch.xC = list(batch.x)
+    log.skip("grader failed", int((~batch.graded).sum()))
+    log.lap("verify")
+    if cfg.reader():
+        batch.C = feedback.batch_contexts(cfg, batch.problems, batch.texts, batch.outcomes, batch.step, run.critic)
     for i, C in enumerate(batch.C):
         if C is not None:
-            messages = batch.problems[i].messages
-            batch.xC[i], cut = feedback.teacher_prompt(policy.tokenizer, messages, C, cfg.templates(), cfg.max_teacher_tokens)
+            batch.xC[i], cut = feedback.teacher_prompt(policy.tokenizer, batch.problems[i].messages, C, templates, limit)
             batch.contexts_cut += cut > 0
+    batch.has_C = torch.tensor([C is not None for C in batch.C or [None] * len(batch.y)], device=policy.device)
+    log.lap("feedback")
+    run.leave_if_told(log.step)
 
 
 def freeze(batch: Batch, policy: Policy, teacher, with_teacher: bool) -> torch.Tensor:
-    """log pi_theta(y|x), and log q(y|x,C) where somebody needs it, at the weights that sampled the batch. Returns the entropy of
-    the student at each token, (B, T)."""
+    """Scores log pi_theta(y|x), and log q(y|x,C) if asked, at the weights that sampled the batch. Returns the student's entropy at
+    each token, (B, T)."""
     batch.old_logp, entropy = policy.score(batch.x, batch.y)
     if with_teacher:
         logp, _ = policy.score(batch.xC, batch.y, batch.has_C.nonzero().flatten().tolist(), teacher)
@@ -350,26 +348,28 @@ def freeze(batch: Batch, policy: Policy, teacher, with_teacher: bool) -> torch.T
 
 
 def e_step_minibatches(cfg: Config, batch: Batch, skip: Callable) -> list[list[int]]:
-    """The rows of each E-step update; skip(reason, rows) counts those left out. Only rows with a context take part. --e_groups
-    mixed further asks that both outcomes of a group have one: a kind of context that goes with one label gives it away."""
+    """The rows of each E-step update; skip(reason, count) counts those left out. Only rows with a context take part. With
+    --e_groups mixed both outcomes of a group must have one: a kind of context that goes with one outcome gives it away."""
+    G, size = cfg.group_size, cfg.e_minibatch_prompts
     mixed = lambda rows: 0 < batch.r[rows].sum() < len(rows)  # noqa: E731
-    groups, minibatches = [], []
-    for first in range(0, len(batch.y), cfg.group_size):
-        rows = [i for i in range(first, first + cfg.group_size) if batch.has_C[i]]
-        groups += [rows] if rows and (cfg.e_groups == "all" or mixed(rows)) else []
+    groups = [[i for i in range(first, first + G) if batch.has_C[i]] for first in range(0, len(batch.y), G)]
+    groups = [rows for rows in groups if rows and (cfg.e_groups == "all" or mixed(rows))]
     skip("e_step: no context, or one outcome only", len(batch.y) - sum(map(len, groups)))
-    for first in range(0, len(groups), cfg.e_minibatch_prompts):
-        rows = sum(groups[first : first + cfg.e_minibatch_prompts], [])
-        if mixed(rows):
-            minibatches.append(rows)
-        else:  # only with --e_groups all
-            skip("e_step: minibatch of one outcome", len(rows))
-    return minibatches
+    minibatches = [sum(groups[first : first + size], []) for first in range(0, len(groups), size)]
+    skip("e_step: minibatch of one outcome", sum(len(rows) for rows in minibatches if not mixed(rows)))  # with --e_groups all
+    return [rows for rows in minibatches if mixed(rows)]
+
+
+def m_step_minibatches(takes_part: torch.Tensor, size: int, skip: Callable) -> list[list[int]]:
+    """The rows of each M-step update: of every `size` rows those that take part. An update without any is skipped."""
+    minibatches = [[i for i in range(first, first + size) if takes_part[i]] for first in range(0, len(takes_part), size)]
+    skip("m_step: whole update", sum(not rows for rows in minibatches))
+    return [rows for rows in minibatches if rows]
 
 
 def advantages(cfg: Config, batch: Batch) -> torch.Tensor:
-    """A of each row, (B,). Rows that the grader failed on have the mean of their group: no advantage, and no pull on that mean
-    (with --divide_by_std the group's spread is smaller by them)."""
+    """A of each row, (B,). A row that the grader failed on gets the mean reward of its group, so its advantage is 0 and the mean
+    does not move (but with --divide_by_std the group's standard deviation is smaller)."""
     groups, known = batch.r.view(-1, cfg.group_size), batch.graded.view(-1, cfg.group_size)
     means = (groups * known).sum(1, keepdim=True) / known.sum(1, keepdim=True).clamp(min=1)
     r = torch.where(known, groups, means).reshape(-1)
@@ -385,7 +385,7 @@ def adamw(cfg: Config, policy: Policy) -> torch.optim.AdamW:
 
 
 def train(cfg: Config, run: session.Run) -> None:
-    """Algorithm 1, and the baselines' loops, which differ from it by a row of METHODS."""
+    """Algorithm 1. The baselines run the same loop with another row of METHODS."""
     method, policy, sampler = cfg.row(), run.policy, run.sampler
     teacher = policy.frozen_copy() if cfg.reader() == "ema" else None  # None: the live weights
     initial = policy.frozen_copy() if method.e_step and cfg.prior == "fixed" else None
@@ -398,20 +398,12 @@ def train(cfg: Config, run: session.Run) -> None:
             log, rate = run.batch(step), run.rate(step)
 
             # ---- 1. Rollouts y ~ pi_theta(.|x)
-            batch = roll_out(cfg, policy, sampler, problems, step, run.task.verify)
-            log.lap("rollout")
-            run.leave_if_told(step)
+            batch = roll_out(cfg, run, log, problems)
 
             # ---- 2. Outcomes r in {0, 1}, and contexts C (or none)
-            grade(batch, run.task, policy)
-            log.skip("grader failed", int((~batch.graded).sum()))
-            log.lap("verify")
-            if cfg.reader():
-                give_contexts(cfg, batch, policy, run.critic)
-            log.lap("feedback")
-            run.leave_if_told(step)
+            grade(cfg, run, log, batch)
 
-            # ---- 3. Freeze log pi_theta(y|x). Where one update follows at these weights, its own pass gives the same numbers
+            # ---- 3. Freeze log pi_theta(y|x). If a single update follows at these weights, its own pass gives the same numbers
             sampler.sleep()
             e_due = method.e_step and step % cfg.e_step_every == 0
             frozen = e_due or size < len(batch.y)
@@ -422,22 +414,22 @@ def train(cfg: Config, run: session.Run) -> None:
             # ---- 4. E-step: refine the teacher (Eq. 9), every F-th batch
             if e_due:
                 prior_logp = batch.old_logp if initial is None else policy.score(batch.x, batch.y, model=initial)[0]
-                for n, rows in enumerate(e_step_minibatches(cfg, batch, log.skip)):
-                    # First pass, no gradient: every r~ of the minibatch, hence delta before it is used. The first minibatch
-                    # meets the weights of the freeze, whose pass serves when it read the live teacher.
-                    serves = teacher is None and n == 0
-                    q_logp = batch.teacher_logp if serves else policy.score(batch.xC, batch.y, rows)[0]
-                    q_logp = q_logp[rows].requires_grad_()  # (n, T)
+                for update, rows in enumerate(e_step_minibatches(cfg, batch, log.skip)):
+                    # First pass, no gradient: r~ of the whole minibatch, from which delta is updated before it is used. For the
+                    # first minibatch the weights are those of the freeze, which has log q already if the teacher is live.
+                    frozen_q = teacher is None and update == 0
+                    q_logp = batch.teacher_logp if frozen_q else policy.score(batch.xC, batch.y, rows)[0]
+                    q_logp = q_logp[rows].requires_grad_()  # (rows, T)
                     r_tilde = losses.implicit_reward(q_logp, prior_logp[rows], batch.mask[rows], cfg.beta)  # Eq. 7
                     delta = losses.moving_shift(run.shift, losses.reward_shift(r_tilde, batch.r[rows]).item(), cfg.shift_rate)
                     floor = 0.0 if cfg.e_failures == "likelier" else None
                     e_loss = losses.bco_loss(r_tilde, batch.r[rows], delta, floor=floor)  # Eq. 9
-                    # dL_E / d log q(y_t|x,C,y_<t) = c, one number for all tokens of a row. With c fixed, the second pass sums
-                    # c log q over any micro-batches, and has the gradient of Eq. 9 over the whole minibatch.
+                    # c = dL_E / d log q(y_t|x,C,y_<t), the same for all tokens of a row. With c as a constant, the second pass
+                    # minimises the sum of c log q, in any micro-batches: its gradient is that of Eq. 9 over the whole minibatch.
                     c = torch.zeros_like(batch.old_logp)  # (B, T)
                     (c[rows],) = torch.autograd.grad(e_loss, q_logp)
                     for part in policy.micro_batches(rows, batch.lengths()):
-                        q = batch.reader(policy, part)
+                        q = batch.view(policy, batch.xC, part)
                         loss, _ = q.loss(lambda t: t.c * t.logp, q.mask, {"c": c[part, : q.mask.shape[1]]})
                         policy.backward(loss)
                         log.passed(q)
@@ -447,31 +439,27 @@ def train(cfg: Config, run: session.Run) -> None:
                 log.note(shift=run.shift)
                 log.lap("e_step")
 
-            # ---- 5. M-step: distil the teacher into the student (Eq. 10); what is minimised is METHODS' objective
+            # ---- 5. M-step: distil the teacher into the student (Eq. 10), or minimise a baseline's objective
             A = advantages(cfg, batch) if method.reinforces else torch.zeros_like(batch.r)  # (B,)
             takes_part = {"context": batch.has_C, "advantage": A != 0, "either": batch.has_C | (A != 0)}[method.rows]
             log.skip("m_step: no signal" if method.reinforces else "m_step: no context", int((~takes_part).sum()))
             known = batch.known(A)
-            reads = method.distils or method.scores and not frozen  # whether the update's passes need the teacher's view
+            reads = method.distils or method.scores and not frozen  # whether the updates need the teacher's view
 
             def per_token(t):
-                """The objective at each token, weighed for the gap between trainer and sampler."""
+                """The objective at each token, times the weight for the mismatch between trainer and sampler."""
                 t.step, t.D = step, t.D * t.has_C
-                if not frozen:  # this pass is at the weights that sampled the batch: the ratio is exactly 1
+                if not frozen:  # this pass has the weights that sampled the batch, so the ratio is exactly 1
                     t.old_logp = t.logp.detach()
-                    t.teacher_logp = torch.where(t.has_C, t.teacher_logp, t.old_logp)  # no context: A^SDPO = 0
+                    t.teacher_logp = torch.where(t.has_C, t.teacher_logp, t.old_logp)  # without a context A^SDPO = 0
                 mismatch = 1.0 if limit is None else losses.truncated_ratio(t.old_logp, t.sampler_logp, limit)
                 return method.objective(t, cfg) * mismatch
 
-            for first in range(0, len(batch.y), size):
-                rows = [i for i in range(first, first + size) if takes_part[i]]
-                if not rows:
-                    log.skip("m_step: whole update")
-                    continue
+            for rows in m_step_minibatches(takes_part, size, log.skip):
                 for part in policy.micro_batches(rows, batch.lengths()):
                     with torch.no_grad():  # sg q_phi
-                        q = batch.reader(policy, part, teacher) if reads else None
-                    view = batch.student(policy, part)
+                        q = batch.view(policy, batch.xC, part, teacher) if reads else None
+                    view = batch.view(policy, batch.x, part)
                     here = {name: v[part, : view.mask.shape[1]] for name, v in known.items()}
                     weights = losses.sequence_weights(view.mask, size)
                     loss, scores = view.loss(per_token, weights, here, q, D, cfg.top_k or None, entropy=not frozen)
@@ -494,7 +482,7 @@ def train(cfg: Config, run: session.Run) -> None:
 
 
 def settings(argv: list[str] | None = None) -> Config:
-    """What a command's flags mean."""
+    """The settings that a command's flags give."""
     about = "Variational Policy Distillation and its baselines."
     return parse(argv, Config, "python vpd.py", about, partial(presets.of, PRESETS))
 

@@ -1,13 +1,13 @@
-"""DistIL (arXiv 2606.05152): distributional DAgger. The student imitates the teacher at the places that it visits itself, and each
-of its tokens is charged with the disagreement that follows it. A loop of its own over the pieces of vpd.py.
+"""DistIL (arXiv 2606.05152): distributional DAgger. The student imitates the teacher at the prefixes that the student visits, and
+each token is also charged with the disagreement that follows it. A loop of its own over the pieces of vpd.py.
 
-    python -m neighbours.distil --task toy --out DIR        the flags of vpd.py, without --method, and those of `Config` below
+    python -m neighbours.distil --task toy --out DIR        takes the flags of vpd.py except --method, and those of `Config` below
 
     L = E_{y ~ pi} sum_t CE_t,  CE_t = H(sg T(.|s_t, C), pi(.|s_t))
-    grad L = sum_t grad CE_t + sum_t grad log pi(y_t|s_t) sum_{i>t} CE_i          strictly later: i > t
+    grad L = E[sum_t grad CE_t + sum_t grad log pi(y_t|s_t) sum_{i>t} CE_i]          strictly later: i > t
 
-With feedback on y itself, or a sibling as context, C depends on y, and the strict cost-to-go is an approximation that the paper
-shares (tests/test_theory.py measures it).
+If C depends on y (feedback on y itself, or a sibling as context), the strict cost-to-go is an approximation, also in the paper
+(tests/test_theory.py measures it).
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from model.policy import ema_update
 from rollout import seed_for
 
 DISTIL = Group("DistIL")
-PRESETS = {  # DistIL's own settings: its top K, and its learning rate where SDPO's is 1e-5
+PRESETS = {  # what DistIL changes: top K = 100, and the learning rate 5e-5 where SDPO's is 1e-5
     "lcb": vpd.PRESETS["lcb"] | {"top_k": 100},
     "sciknoweval": vpd.PRESETS["sciknoweval"] | {"lr": 5e-5},
     "math": vpd.PRESETS["math"] | {"top_k": 100},
@@ -32,18 +32,18 @@ PRESETS = {  # DistIL's own settings: its top K, and its learning rate where SDP
 
 
 def distil(t, cfg):
-    """D is the cross-entropy to the teacher, A the charge for what follows."""
+    """t.D is the cross-entropy to the teacher, t.A the negative cost of the tokens that follow."""
     return losses.truncated_ratio(t.logp, t.old_logp, cfg.ratio_limit) * t.D + vpd.grpo(t, cfg)
 
 
 @dataclass
 class Config(vpd.Config):
-    method: Literal["distil"] = vpd.RUN("distil", "this loop's only one")
-    divergence: str = vpd.DISTIL("cross_entropy", "DistIL has no other", need="vpd.py", reads=lambda c: False)
-    divide_by_std: bool = vpd.GRADIENT(False, "no advantage here has a group's spread", need="vpd.py", reads=lambda c: False)
-    distil_norm: Literal["length", "constant"] = DISTIL("length", "constant: the exact gradient where C does not depend on y")
-    future: bool = DISTIL(True, "each token is charged with the cross-entropy of those after it (ablation: off)")
-    expert: Literal["probabilities", "samples"] = DISTIL("probabilities", "samples: the teacher as a black box")
+    method: Literal["distil"] = vpd.RUN("distil", "the only method of this command")
+    divergence: str = vpd.DISTIL("cross_entropy", "the only divergence of DistIL", need="vpd.py", reads=lambda c: False)
+    divide_by_std: bool = vpd.GRADIENT(False, "not used by DistIL", need="vpd.py", reads=lambda c: False)
+    distil_norm: Literal["length", "constant"] = DISTIL("length", "normalisation of a row's loss (docs/neighbours.md)")
+    future: bool = DISTIL(True, "charge each token with the cross-entropy of the tokens after it")
+    expert: Literal["probabilities", "samples"] = DISTIL("probabilities", "samples: the teacher is a black box that is sampled")
 
     def row(self) -> vpd.Method:
         return vpd.Method(distil, "ema", "context", distils=True, reinforces=True)
@@ -58,21 +58,14 @@ def train(cfg: Config, run: session.Run) -> None:
         for step, problems in run.batches():
             log, rate = run.batch(step), run.rate(step)
 
-            # ---- Rollouts, outcomes, contexts, and what the student and the teacher make of them
-            batch = vpd.roll_out(cfg, policy, sampler, problems, step, run.task.verify)
-            log.lap("rollout")
-            run.leave_if_told(step)
-            vpd.grade(batch, run.task, policy)
-            log.skip("grader failed", int((~batch.graded).sum()))
-            log.lap("verify")
-            vpd.give_contexts(cfg, batch, policy, run.critic)
-            log.lap("feedback")
-            run.leave_if_told(step)
+            # ---- Rollouts, outcomes, contexts; the log-probs of student and teacher
+            batch = vpd.roll_out(cfg, run, log, problems)
+            vpd.grade(cfg, run, log, batch)
             sampler.sleep()
             log.frozen(batch, vpd.freeze(batch, policy, teacher, with_teacher=True))
             log.lap("freeze")
 
-            # ---- The charge for what follows: A_t = -(c_t - b_t), c_t = sum_{i>t} CE_i, b_t its mean over the group's other rows
+            # ---- Advantages A_t = -(c_t - b_t), where c_t = sum_{i>t} CE_i and b_t is its mean over the group's other rows
             rows_C, expert = batch.has_C.nonzero().flatten().tolist(), None
             log.skip("m_step: no context", len(batch.y) - len(rows_C))
             if cfg.expert == "samples":
@@ -90,16 +83,12 @@ def train(cfg: Config, run: session.Run) -> None:
                 t.old_logp = t.logp.detach() if size == len(batch.y) else t.old_logp
                 return distil(t, cfg) * mismatch
 
-            # ---- Updates, on rows with a context
-            for first in range(0, len(batch.y), size):
-                rows = [i for i in rows_C if first <= i < first + size]
-                if not rows:
-                    log.skip("m_step: whole update")
-                    continue
+            # ---- Updates on rows with a context
+            for rows in vpd.m_step_minibatches(batch.has_C, size, log.skip):
                 for part in policy.micro_batches(rows, batch.lengths()):
                     with torch.no_grad():
-                        q = batch.reader(policy, part, teacher) if expert is None else None
-                    view = batch.student(policy, part)
+                        q = batch.view(policy, batch.xC, part, teacher) if expert is None else None
+                    view = batch.view(policy, batch.x, part)
                     t = slice(view.mask.shape[1])
                     here = {name: x[part, t] for name, x in known.items()}
                     taken = None if expert is None else expert[part, t]
@@ -115,13 +104,10 @@ def train(cfg: Config, run: session.Run) -> None:
             run.end_of_batch(log, batch)
 
 
-def settings(argv: list[str] | None = None) -> Config:
-    preset = partial(presets.of, vpd.PRESETS | PRESETS)
-    return parse(argv, Config, "python -m neighbours.distil", "DistIL, a neighbour of VPD.", preset, method="distil")
-
-
 def main(argv: list[str] | None = None) -> None:
-    session.launch(settings(argv), check, train)
+    preset = partial(presets.of, vpd.PRESETS | PRESETS)
+    cfg = parse(argv, Config, "python -m neighbours.distil", "DistIL, a neighbour of VPD.", preset, method="distil")
+    session.launch(cfg, check, train)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""OVD (arXiv 2601.21968, first version): verbal distillation. A judge reads each rollout and gives it a digit; a rejected rollout
-gives way to a demonstration of the teacher, and GRPO trains on the mixed group. A loop of its own over the pieces of vpd.py.
+"""OVD (arXiv 2601.21968, first version): verbal distillation. A judge gives each rollout a digit, a demonstration by the teacher
+replaces a rejected rollout, and GRPO trains on the mixed group. A loop of its own over the pieces of vpd.py.
 
-    python -m neighbours.ovd --task toy --out DIR        the flags of vpd.py, without --method, and those of `Config` below
+    python -m neighbours.ovd --task toy --out DIR        takes the flags of vpd.py except --method, and those of `Config` below
 
-The score S = E[digit] decides only which rollouts stay; it is in no loss. A demonstration is verified like a rollout, and counts
-if it fails (--no_ovd_failed: the rollout stays). pi_old of its tokens is the teacher's probability, or with --ovd_ratio one the
-student's own. A judge that gives a digit no more than half of its probability has named none, and the rollout stays.
+The score S = E[digit] only decides which rollouts stay; no loss contains it. A demonstration is verified like a rollout and is
+used even if it fails (--no_ovd_failed: the rollout stays). pi_old of its tokens is the teacher's probability, or with --ovd_ratio
+one the student's own. If a judge's ten digits together have at most half of the probability, it gave no score: the rollout stays.
 """
 
 import math
@@ -41,20 +41,20 @@ PRESETS = vpd.PRESETS | {"toy": vpd.PRESETS["toy"] | {"judge_request": toy.JUDGE
 
 @dataclass(frozen=True)
 class Method(vpd.Method):
-    replaces: bool = True  # the teacher writes whole responses and scores none
+    replaces: bool = True  # the teacher writes whole responses and scores none (read by the memory plan)
 
 
 @dataclass
 class Config(vpd.Config):
-    method: Literal["ovd"] = vpd.RUN("ovd", "this loop's only one")
-    ovd_threshold: float = OVD(5.0, "a score below it is rejected; the paper's is not known to us", least=0, most=10)
-    ovd_ratio: Literal["teacher", "one"] = OVD("teacher", "pi_old of a demonstration: the teacher's probability, or sg pi")
-    ovd_failed: bool = OVD(True, "a demonstration that fails takes the rollout's place as well")
-    judge_url: str = OVD("", "scores from an OpenAI-compatible server, not from the student's digits")
-    judge_model: str = OVD("", "the name it serves", **SERVED)
-    max_judge_tokens: int = OVD(16, "of a served judge's reply", above=0, **SERVED)
-    server_timeout: float = vpd.SERVED(60.0, "seconds to wait for a server, three times", above=0, **SERVERS)
-    judge_request: str = OVD(REQUEST, "what a judge is asked: {question}, {attempt}")
+    method: Literal["ovd"] = vpd.RUN("ovd", "the only method of this command")
+    ovd_threshold: float = OVD(5.0, "rollouts with a score below this are rejected", least=0, most=10)
+    ovd_ratio: Literal["teacher", "one"] = OVD("teacher", "pi_old of a demonstration: that of the teacher, or sg pi (ratio one)")
+    ovd_failed: bool = OVD(True, "use demonstrations that fail as well")
+    judge_url: str = OVD("", "OpenAI-compatible server that scores rollouts; default: the student scores them")
+    judge_model: str = OVD("", "name of the judge's model on that server", **SERVED)
+    max_judge_tokens: int = OVD(16, "tokens of a served judge's reply", above=0, **SERVED)
+    server_timeout: float = vpd.SERVED(60.0, "seconds to wait for a server, in each of three attempts", above=0, **SERVERS)
+    judge_request: str = OVD(REQUEST, "the judge's prompt, with {question} and {attempt}")
 
     def row(self) -> Method:
         return Method(vpd.grpo, "live", "advantage", reinforces=True)
@@ -71,7 +71,7 @@ def check(cfg: Config) -> None:
 
 
 class Judge:
-    """The student itself, by the probabilities of its digits, or a model behind a server. It has not seen the outcomes."""
+    """Scores rollouts without knowing their outcomes: the student, by the probabilities of its digits, or a model on a server."""
 
     def __init__(self, cfg: Config, policy: Policy, task):
         self.cfg, self.policy, self.missing, self.server = cfg, policy, Counter(), None
@@ -79,34 +79,34 @@ class Judge:
             self.server = Served("judge", cfg.judge_url, cfg.judge_model, cfg.server_timeout, policy.world, self.missing)
             return
         self.digits = digit_tokens(policy.tokenizer)
+        feedback.check_request(policy.tokenizer, "judge", cfg.judge_request, cfg.max_teacher_tokens)
         if cfg.task == "toy" and cfg.subset != "code-judge":
-            task.notes.append(f"{task.name}: its model was never taught to judge; --subset code-judge has one that was")
+            task.notes.append(f"{task.name}: its model was not trained to judge; --subset code-judge has one that was")
 
     def scores(self, problems: list, texts: list[str], step: int) -> list[float | None]:
-        """S of each rollout, 0 to 9; None where the judge named no digit, which is counted in `missing`."""
+        """S of each rollout, 0 to 9, or None if the judge gave no digit, which `missing` counts."""
         cfg, tokenizer = self.cfg, self.policy.tokenizer
         parts = [feedback.request_parts(cfg.judge_request, p.messages, text) for p, text in zip(problems, texts)]
         if self.server:
             asked = ["".join(p) for p in parts]
             return self.server.score(asked, seed_for(cfg.seed, step, "scores"), cfg.max_judge_tokens)
         prompts = [feedback.encode(tokenizer, p.messages[-1:], q, cfg.max_teacher_tokens)[0] for p, q in zip(problems, parts)]
-        # A judge that has something else to say than a digit, more likely than not, has named none.
         scores = [expected_digit(row, least=0.5) for row in self.policy.choose(prompts, self.digits).exp().tolist()]
         self.missing["judge: no digit, kept"] += scores.count(None)
         return scores
 
 
 def digit_tokens(tokenizer) -> list[int]:
-    """The ids of 0 to 9. Raises ValueError for a tokenizer that has no token of its own for each."""
+    """The token ids of 0 to 9. Raises ValueError if the tokenizer does not have one token for each digit."""
     ids = [token for digit in range(10) for token in tokenizer(str(digit), add_special_tokens=False).input_ids]
     if len(ids) != 10 or len({*ids}) < 10:
-        raise ValueError("the tokenizer has no token of its own for each digit, so this network cannot judge: --judge_url")
+        raise ValueError("the tokenizer does not have one token for each digit, so this network cannot judge: give --judge_url")
     return ids
 
 
 def judge_figures(scores: list, outcomes: list, threshold: float) -> dict:
-    """How many scores round to 0, 1, ... 9, the share accepted, and the AUC: the chance that a success has a higher score than a
-    failure, ties counting one half."""
+    """How many scores round to 0, 1, ... 9, the share of accepted rollouts, and the AUC: the probability that a success has a
+    higher score than a failure, where a tie counts one half."""
     known = [(score, o.reward) for score, o in zip(scores, outcomes) if score is not None and o.verdict != "internal"]
     good, bad = (torch.tensor([score for score, reward in known if reward == which]) for which in (1, 0))
     counts = Counter(math.floor(score + 0.5) for score in scores if score is not None)
@@ -122,9 +122,9 @@ def judge_figures(scores: list, outcomes: list, threshold: float) -> dict:
 
 
 def demonstrate(cfg: Config, run: session.Run, teacher, batch, scores: list, log) -> dict:
-    """{row: (Rollout, Outcome)}: one response of the teacher to (x, C), verified like a rollout, for each row that the judge
-    rejects and that has a context. It takes its row's place in the batch, whose `rollouts` and `outcomes` remain the student's.
-    Rejected rows whose own rollout stays are counted by reason."""
+    """Replaces each row of the batch that the judge rejects and that has a context by a response of the teacher to (x, C), verified
+    like a rollout. Returns {row: (Rollout, Outcome)}; `batch.rollouts` and `batch.outcomes` remain the student's. Counts the
+    rejected rows that stay, by reason."""
     rejected = [i for i, score in enumerate(scores) if score is not None and score < cfg.ovd_threshold]
     asked = [i for i in rejected if batch.has_C[i]]
     log.skip("rejected without a context, kept", len(rejected) - len(asked))
@@ -161,16 +161,10 @@ def train(cfg: Config, run: session.Run) -> None:
             log, rate = run.batch(step), run.rate(step)
 
             # ---- Rollouts, outcomes, contexts
-            batch = vpd.roll_out(cfg, policy, sampler, problems, step, run.task.verify)
-            log.lap("rollout")
-            run.leave_if_told(step)
-            vpd.grade(batch, run.task, policy)
-            log.skip("grader failed", int((~batch.graded).sum()))
-            log.lap("verify")
-            vpd.give_contexts(cfg, batch, policy, run.critic)
-            log.lap("feedback")
+            batch = vpd.roll_out(cfg, run, log, problems)
+            vpd.grade(cfg, run, log, batch)
 
-            # ---- What the judge rejects gives way to a demonstration
+            # ---- Demonstrations replace the rollouts that the judge rejects
             scores = judge.scores(batch.problems, batch.texts, step)
             log.left_out.update(judge.missing)
             judge.missing.clear()
@@ -185,7 +179,7 @@ def train(cfg: Config, run: session.Run) -> None:
             log.lap("judge")
             run.leave_if_told(step)
 
-            # ---- Freeze log pi; what the student makes of the demonstrations
+            # ---- Freeze log pi, of the demonstrations as well
             sampler.sleep()
             entropy = vpd.freeze(batch, policy, None, with_teacher=False)
             log.measured(batch, by_student, batch.old_logp, entropy, None)
@@ -195,12 +189,12 @@ def train(cfg: Config, run: session.Run) -> None:
                 log.note(demonstration_ratio=mean(rho), demonstration_lacked=mean(rho < 0.5))
             log.lap("freeze")
 
-            # ---- GRPO over the mixed group. pi_old: the student at the freeze, or as it is now; the teacher of its own tokens
+            # ---- GRPO over the mixed group. pi_old is the student at the freeze; of a demonstration the teacher, or sg pi
             A = vpd.advantages(cfg, batch)  # (B,)
             takes_part = A != 0
             log.skip("m_step: no signal", int((~takes_part).sum()))
             batch.old_logp = batch.sampler_logp.where(demonstrated, batch.old_logp)
-            on_policy = torch.where(by_student, size == len(batch.y), cfg.ovd_ratio == "one")  # pi_old = sg pi
+            on_policy = torch.where(by_student, size == len(batch.y), cfg.ovd_ratio == "one")  # (B,), pi_old = sg pi
             known = batch.known(A) | {"on_policy": on_policy[:, None].expand_as(batch.mask)}
 
             def per_token(t):
@@ -208,13 +202,9 @@ def train(cfg: Config, run: session.Run) -> None:
                 t.old_logp = torch.where(t.on_policy, t.logp.detach(), t.old_logp)
                 return vpd.grpo(t, cfg) * mismatch
 
-            for first in range(0, len(batch.y), size):
-                rows = [i for i in range(first, first + size) if takes_part[i]]
-                if not rows:
-                    log.skip("m_step: whole update")
-                    continue
+            for rows in vpd.m_step_minibatches(takes_part, size, log.skip):
                 for part in policy.micro_batches(rows, [len(x) + len(y) for x, y in zip(batch.x, batch.y)]):
-                    view = batch.student(policy, part)
+                    view = batch.view(policy, batch.x, part)
                     here = {name: x[part, : view.mask.shape[1]] for name, x in known.items()}
                     loss, passed = view.loss(per_token, losses.sequence_weights(view.mask, size), here)
                     policy.backward(loss)
@@ -228,13 +218,10 @@ def train(cfg: Config, run: session.Run) -> None:
             run.end_of_batch(log, batch)
 
 
-def settings(argv: list[str] | None = None) -> Config:
-    preset = partial(presets.of, PRESETS)
-    return parse(argv, Config, "python -m neighbours.ovd", "OVD, a neighbour of VPD.", preset, method="ovd")
-
-
 def main(argv: list[str] | None = None) -> None:
-    session.launch(settings(argv), check, train, also=Judge)
+    preset = partial(presets.of, PRESETS)
+    cfg = parse(argv, Config, "python -m neighbours.ovd", "OVD, a neighbour of VPD.", preset, method="ovd")
+    session.launch(cfg, check, train, also=Judge)
 
 
 if __name__ == "__main__":

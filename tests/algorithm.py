@@ -1,13 +1,13 @@
-"""Algorithm 1, its baselines and its neighbours once more, written from the papers: a reference for the real loops.
+"""A second implementation of Algorithm 1, its baselines, DistIL and OVD, written from the papers as a reference for the real loops.
 
-float64, whole logits, torch's own AdamW, one row at a time: no padding, no batching, nothing imported from the project.
-Equation numbers are those of arXiv 2605.15113v1. Shapes: T response tokens of one row, V vocabulary, K top-k.
+float64, whole logits, torch's AdamW, one row at a time: no padding, no batches, nothing imported from the project. Equation
+numbers are those of arXiv 2605.15113v1. Shapes: T response tokens of one row, V vocabulary, K top-k.
 
     state = new_state(model, s)
     figures = one_batch(state, rows, s, after_update=lambda kind, model: ...)     # kind is "e" or "m"
 
-s has the settings' names for attributes; its teacher is "live" or "ema", its mismatch_limit a number or None. A model is
-called as model(input_ids=(1, L), use_cache=False).logits, as a Hugging Face causal LM is.
+The attributes of s are the settings; s.teacher is "live" or "ema", s.mismatch_limit a number or None. A model is called like a
+Hugging Face causal LM: model(input_ids=(1, L), use_cache=False).logits.
 """
 
 import copy
@@ -23,10 +23,10 @@ class Row:  # one rollout; the rows of a group are adjacent
     teacher_prompt: list | None  # x and C; None: no context
     response: list  # y
     reward: float  # r, 0.0 or 1.0
-    sampler_logp: list  # (T,) the sampler's own log-probs
+    sampler_logp: list  # (T,) the sampler's log-probs
     graded: bool = True
     shown: bool = False  # OVD: the response is a demonstration
-    taken: list | None = None  # (T,) DistIL: the tokens that a black-box teacher took in the places of y_t
+    taken: list | None = None  # (T,) DistIL: the tokens that a black-box teacher drew
 
     @property
     def has_context(self):
@@ -36,9 +36,9 @@ class Row:  # one rollout; the rows of a group are adjacent
 @dataclass
 class State:
     model: torch.nn.Module  # the one network, student and teacher
-    teacher: torch.nn.Module | None  # its moving average, where s.teacher is ema
-    initial: torch.nn.Module | None  # its first weights, where s.prior is fixed
-    optimizers: dict  # "m" and "e", the same object where they are shared
+    teacher: torch.nn.Module | None  # its moving average, if s.teacher is ema
+    initial: torch.nn.Module | None  # its initial weights, if s.prior is fixed
+    optimizers: dict  # "m" and "e", the same object if it is shared
     delta: float | None = None  # BCO's shift
     step: int = 0  # index k of the next rollout batch
 
@@ -56,7 +56,7 @@ def mean(values):
     return sum(values) / len(values) if values else None
 
 
-# ---- What a model says of a row
+# ---- Log-probs of a row
 
 
 def logits(model, prompt, response):
@@ -84,13 +84,13 @@ def kl(log_p, log_q):
 
 
 def with_tail(log_p, top):
-    """(T, K+1): log-probs at the tokens top (T, K), then the log-prob of all the others together."""
+    """(T, K+1): log-probs at the tokens top (T, K), then the log-prob of all others together."""
     inside = torch.zeros_like(log_p, dtype=torch.bool).scatter(-1, top, True)  # (T, V)
     return torch.cat([log_p.gather(-1, top), log_p.masked_fill(inside, -math.inf).logsumexp(-1, keepdim=True)], -1)
 
 
 def divergence(student_logits, teacher_logits, kind, top_k=0):
-    """(T,): D(student, teacher) at every token. The choice of the top K and the teacher carry no gradient."""
+    """(T,): D(student, teacher) at every token. The teacher and the choice of the top K carry no gradient."""
     log_s, log_t = student_logits.log_softmax(-1), teacher_logits.detach().log_softmax(-1)  # (T, V) each
     if 0 < top_k < log_s.shape[-1]:
         top = student_logits.detach().topk(top_k, -1).indices  # (T, K)
@@ -119,7 +119,7 @@ def row_divergence(state, row, student, s):
 
 
 def advantages(rows, s):
-    """One number a row: r minus its group's mean. An ungraded row counts as the mean of the graded ones and has A = 0."""
+    """One number per row: r minus the mean of its group. An ungraded row counts as the mean of the graded ones and has A = 0."""
     result = []
     for start in range(0, len(rows), s.group_size):
         group = rows[start : start + s.group_size]
@@ -134,8 +134,8 @@ def advantages(rows, s):
 
 @torch.no_grad()
 def future_advantages(state, rows, s):
-    """DistIL's A_t = -(c_t - b_t) of each row: c_t the costs after t, b_t their mean over the group's other rows, in which one
-    that has ended counts 0. Rows without a context have no cost: 0."""
+    """DistIL's A_t = -(c_t - b_t) of each row: c_t sums the costs after t, b_t is its mean over the group's other rows, where a row
+    that has ended counts as 0. Rows without a context have A = 0 and are in no mean."""
     costs, A = {}, [0.0] * len(rows)
     for i, row in enumerate(rows):
         if row.has_context:
@@ -158,8 +158,8 @@ def grpo(logp, old_logp, A, s):
 
 
 def m_step_tokens(logp, D, old_logp, A, A_sdpo, step, s):
-    """(T,): what the M-step minimises at every token of one row. logp, D (T,) carry gradients (D is 0 without a context);
-    old_logp, A_sdpo (T,) are constants; A is a number (DistIL: (T,)), step the batch's index."""
+    """(T,): what the M-step minimises at every token of a row. logp, D (T,) carry gradients (D is 0 without a context); old_logp,
+    A_sdpo (T,) are constants; A is a number (DistIL: (T,)); step is the batch's index."""
     ratio = (logp.detach() - old_logp).exp().clamp(max=s.ratio_limit)
     A = torch.zeros_like(old_logp) + A  # (T,)
     if s.method == "vpd":
@@ -184,7 +184,7 @@ def m_step_tokens(logp, D, old_logp, A, A_sdpo, step, s):
 
 
 def learning_rate(base, step, s):
-    """Of rollout batch `step`, counted from 0; the same factor for both steps."""
+    """The rate in rollout batch `step`, counted from 0. Both steps have the same factor."""
     warm = min(1.0, (step + 1) / s.warmup_steps) if s.warmup_steps else 1.0
     return base * warm * (1 - step / s.steps if s.schedule == "linear" else 1.0)
 
@@ -204,8 +204,8 @@ def update(state, kind, loss, s, after_update):
 
 
 def bco(r_tilde, rewards, delta, failures):
-    """Eq. 9: each class averaged on its own. r_tilde, rewards: (rows,). failures "likelier": those that the teacher does not
-    find likelier than the student did add nothing."""
+    """Eq. 9: each class is averaged by itself. r_tilde, rewards: (rows,). failures "likelier": a failure adds nothing if the
+    teacher does not find it likelier than the student did."""
     log_sigmoid, failed = torch.nn.functional.logsigmoid, r_tilde[rewards == 0]
     of_failures = -log_sigmoid(-(failed - delta))
     if failures == "likelier":
@@ -214,8 +214,8 @@ def bco(r_tilde, rewards, delta, failures):
 
 
 def e_step(state, rows, old_logp, s, after_update):
-    """One update for every e_minibatch_prompts groups that take part; returns their losses, and of each row whether
-    its pull, the derivative of its log sigmoid, is below 0.01."""
+    """One update for every e_minibatch_prompts groups that take part. Returns the losses, and for each row whether the
+    derivative of its log sigmoid is below 0.01."""
     groups, losses, died = [], [], []
     for start in range(0, len(rows), s.group_size):
         taught = [i for i in range(start, start + s.group_size) if rows[i].has_context]
@@ -250,8 +250,8 @@ def e_step(state, rows, old_logp, s, after_update):
 
 
 def m_step(state, rows, old_logp, A, A_sdpo, s, after_update):
-    """One update for every minibatch_prompts prompts; returns the losses, every distilled row's mean divergence, and how many
-    rows took part."""
+    """One update for every minibatch_prompts prompts. Returns the losses, the mean divergence of every distilled row, and the
+    number of rows that took part."""
     size, losses, divergences, count = s.minibatch_prompts * s.group_size, [], [], 0
     for start in range(0, len(rows), size):
         row_losses = []
@@ -267,9 +267,9 @@ def m_step(state, rows, old_logp, A, A_sdpo, s, after_update):
             if row.has_context and s.method in ("vpd", "sdpo", "joint", "distil"):
                 D = row_divergence(state, row, student, s)
                 divergences.append(D.mean().item())
-            old = now.detach() if len(rows) <= size else old_logp[i]  # with one update, pi_old is the student as it is
+            old = now.detach() if len(rows) <= size else old_logp[i]  # with one update pi_old is the current student
             sampler = torch.tensor(row.sampler_logp, dtype=torch.float64)
-            if row.shown:  # the teacher's own probability, or none
+            if row.shown:  # the teacher's probability, or ratio 1
                 old = sampler if s.ovd_ratio == "teacher" else now.detach()
             tokens = m_step_tokens(now, D, old, A[i], A_sdpo[i], state.step, s)  # (T,)
             if s.mismatch_limit is not None and not row.shown:
@@ -277,7 +277,7 @@ def m_step(state, rows, old_logp, A, A_sdpo, s, after_update):
             constant = s.method == "distil" and s.distil_norm == "constant"
             row_losses.append(tokens.sum() / s.max_response_tokens if constant else tokens.mean())
         if row_losses:
-            loss = sum(row_losses) / size  # rows left out count in the divisor
+            loss = sum(row_losses) / size  # the divisor counts rows that were left out
             update(state, "m", loss, s, after_update)
             losses.append(loss.item())
             count += len(row_losses)
@@ -285,7 +285,7 @@ def m_step(state, rows, old_logp, A, A_sdpo, s, after_update):
 
 
 def teacher_of(state, s):
-    """Whose weights the M-step's teacher has: the moving average, or the network as it is now."""
+    """The weights of the M-step's teacher: the moving average, or the network as it is now."""
     return state.teacher if s.teacher == "ema" else state.model
 
 
@@ -301,8 +301,8 @@ def end_of_batch(state, s):
 
 
 def one_batch(state, rows, s, after_update=lambda kind, model: None):
-    """Steps 3 to 5 on one rollout batch, in place. Returns the batch's figures."""
-    # 3. Freeze log pi_theta(y|x), and the M-step teacher's log q(y|x,C) beside it
+    """Steps 3 to 5 on one rollout batch, in place. Returns the numbers of the log."""
+    # 3. Freeze log pi_theta(y|x), and the M-step teacher's log q(y|x,C)
     A_sdpo, old_logp, r_tilde = [], [], {1.0: [], 0.0: []}
     for row in rows:
         with torch.no_grad():

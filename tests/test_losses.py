@@ -1,7 +1,7 @@
-"""What losses.py promises, checked by hand arithmetic, closed-form gradients and hostile inputs.
+"""losses.py against hand arithmetic, closed-form gradients and hostile inputs.
 
-Distributions are typed as probabilities, so every expected value can be followed with a pencil. Everything runs in
-float64 unless a test is about float32 itself. Logits are log-probabilities plus a constant, which softmax must ignore.
+Distributions are typed as probabilities, so every expected value can be checked with a pencil. Everything is float64 unless a test
+is about float32 itself. Logits are log-probabilities plus a constant, which softmax must ignore.
 """
 
 import ast
@@ -42,7 +42,7 @@ def sigmoid(x):
 
 
 def close(actual, expected, tol=1e-12):
-    """Equal in shape and, up to tol, in value; nan equals nothing."""
+    """Equal shapes, and values equal up to tol; nan equals nothing."""
     torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=tol, atol=tol)
 
 
@@ -54,7 +54,7 @@ def untouched(gradient):
     return gradient is None or bool((gradient == 0).all())
 
 
-# The pair used most: asymmetric, and neither a permutation of the other.
+# The pair used most: asymmetric, and not a permutation of one another.
 S, T, M = (0.7, 0.2, 0.1), (0.2, 0.3, 0.5), (0.45, 0.25, 0.3)  # M = ½ S + ½ T
 KL_ST = 0.7 * log(0.7 / 0.2) + 0.2 * log(0.2 / 0.3) + 0.1 * log(0.1 / 0.5)
 KL_TS = 0.2 * log(0.2 / 0.7) + 0.3 * log(0.3 / 0.2) + 0.5 * log(0.5 / 0.1)
@@ -62,7 +62,7 @@ KL_SM = 0.7 * log(0.7 / 0.45) + 0.2 * log(0.2 / 0.25) + 0.1 * log(0.1 / 0.3)
 KL_TM = 0.2 * log(0.2 / 0.45) + 0.3 * log(0.3 / 0.25) + 0.5 * log(0.5 / 0.3)
 BY_HAND = {"kl_student_teacher": KL_ST, "kl_teacher_student": KL_TS, "js": 0.5 * KL_SM + 0.5 * KL_TM}
 
-# The same for buckets. The student's two likeliest tokens are 1 and 3, the teacher's are 0 and 2.
+# A pair for buckets: the student's two likeliest tokens are 1 and 3, the teacher's are 0 and 2.
 S4, T4 = (0.15, 0.5, 0.05, 0.3), (0.4, 0.1, 0.35, 0.15)
 S4_BUCKETS, T4_BUCKETS = (0.5, 0.3, 0.15 + 0.05), (0.1, 0.15, 0.4 + 0.35)
 
@@ -73,11 +73,11 @@ S4_BUCKETS, T4_BUCKETS = (0.5, 0.3, 0.15 + 0.05), (0.1, 0.15, 0.4 + 0.35)
 def test_kl_is_the_expectation_under_its_first_argument_over_the_last_axis():
     log_p, log_q = tensor(S, T, T).log().view(3, 1, 3), tensor(T, S, T).log().view(3, 1, 3)
     close(L.kl(log_p, log_q), [[KL_ST], [KL_TS], [0.0]])
-    assert abs(KL_ST - KL_TS) > 0.02  # otherwise the line above could not tell the directions apart
+    assert abs(KL_ST - KL_TS) > 0.02  # or the line above could not tell the directions apart
 
 
 @pytest.mark.parametrize("q0", [0.3, 0.0])
-def test_a_symbol_with_p_zero_adds_nothing_to_kl_and_its_gradient_is_finite(q0):
+def test_a_symbol_with_p_0_adds_nothing_to_kl_and_its_gradient_is_finite(q0):
     log_p, log_q = live(tensor(0.0, 0.4, 0.6).log()), live(tensor(q0, 0.2, 0.5).log())
     value = L.kl(log_p, log_q)
     close(value, 0.4 * log(0.4 / 0.2) + 0.6 * log(0.6 / 0.5))
@@ -91,7 +91,7 @@ def test_token_logp_normalises_and_picks_the_token_at_its_position():
     close(L.token_logp(z, torch.tensor([[2, 1]])), [[log(0.1), log(0.3)]])
 
 
-def test_top_k_are_at_the_students_tokens_and_the_tail_is_the_mass_outside():
+def test_top_k_takes_the_students_tokens_and_the_tail_is_all_other_mass():
     log_s, log_t = L.top_k_with_tail(logits(*S4), logits(*T4, offset=-1.0), 2)
     close(log_s.exp(), [[S4_BUCKETS]])
     close(log_t.exp(), [[T4_BUCKETS]])  # the teacher's own top 2 would be 0.4 and 0.35
@@ -101,17 +101,17 @@ def test_top_k_are_at_the_students_tokens_and_the_tail_is_the_mass_outside():
     close(L.top_k_with_tail(student, teacher, 1)[1].exp(), [[[0.5, 0.5], [0.2, 0.8]]])
 
 
-def test_the_tail_is_exact_however_little_is_in_it_and_none_of_it_is_log_0():
+def test_the_tail_is_exact_however_small_and_log_0_if_it_is_empty():
     z = torch.tensor([[[50.0, -50.0, -50.0]]], requires_grad=True)  # float32, in which 1 - p is 0
     log_s, log_t = L.top_k_with_tail(z, z, 1)
     close(log_s, [[[0.0, -100 + log(2)]]], tol=1e-6)
-    close(gradients(log_s[..., -1], z)[0], [[[-1.0, 0.5, 0.5]]], tol=1e-6)  # something can push mass into it
+    close(gradients(log_s[..., -1], z)[0], [[[-1.0, 0.5, 0.5]]], tol=1e-6)  # not 0
     whole, _ = L.top_k_with_tail(logits(*S4), logits(*T4), 4)
     assert whole[0, 0, -1] == -math.inf
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_distillation_loss_is_the_divergence_of_whole_distributions_or_of_their_buckets(kind):
+def test_distillation_loss_is_the_divergence_of_distributions_or_of_their_buckets(kind):
     log_s, log_t = tensor(*S).log().view(1, 1, 3), tensor(*T).log().view(1, 1, 3)
     close(L.divergence(log_s, log_t, kind), [[BY_HAND[kind]]])
     close(L.distillation_loss(logits(*S), logits(*T, offset=-2.0), kind), [[BY_HAND[kind]]])
@@ -121,13 +121,8 @@ def test_distillation_loss_is_the_divergence_of_whole_distributions_or_of_their_
     st, ts, sm, tm = (sum(a * log(a / b) for a, b in zip(p, q)) for p, q in ((s, t), (t, s), (s, m), (t, m)))
     expected = {"kl_student_teacher": st, "kl_teacher_student": ts, "js": 0.5 * sm + 0.5 * tm}[kind]
     close(L.distillation_loss(logits(*S4), logits(*T4), kind, top_k=2), [[expected]])
-
-
-def test_js_is_bounded_by_ln_2_where_the_kls_are_not():
-    log_s, log_t = tensor([60.0, 0.0]).log_softmax(-1), tensor([0.0, 60.0]).log_softmax(-1)
-    close(L.divergence(log_s, log_t, "js"), [log(2)])  # disjoint up to e^-60, so the bound is reached
-    close(L.divergence(log_s, log_t, "kl_student_teacher"), [60.0])
-    close(L.divergence(log_s, log_t, "kl_teacher_student"), [60.0])
+    # Disjoint up to e^-60: JS reaches its bound ln 2, and both KLs are 60.
+    close(L.distillation_loss(tensor([[60.0, 0.0]]), tensor([[0.0, 60.0]]), kind), [[log(2) if kind == "js" else 60.0]])
 
 
 # ---- Weights and reductions ------------------------------------------------------------------------------
@@ -155,7 +150,7 @@ def test_sequence_mean_averages_each_row_and_an_empty_row_still_counts_in_n(mask
     close(L.sequence_weights(mask, 4), shares)
 
 
-def test_cross_entropy_by_hand_its_arguments_in_order():
+def test_cross_entropy_by_hand_with_its_arguments_in_order():
     log_t, log_s = tensor(T, S).log(), live(tensor(S, S).log())
     loss = L.cross_entropy(log_t, log_s)
     close(loss, [-(t @ tensor(S)[0].log()) for t in tensor(T, S)])
@@ -170,20 +165,20 @@ def test_cost_to_go_is_the_sum_of_strictly_later_costs():
     close(L.cost_to_go(cost, mask), [[2 + 4 + 8, 4 + 8, 8, 0], [2 + 4, 4, 0, 0], [0, 0, 0, 0]])
 
 
-# Three rows of 4, 2 and 1 tokens. What follows a decision: 14 12 8 0, then 16 0, then 0.
+# Three rows of 4, 2 and 1 tokens, whose costs to go are 14 12 8 0, then 16 0, then 0.
 COST = tensor([1, 2, 4, 8], [5, 16, 0, 0], [32, 0, 0, 0])
 COST_MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
 FUTURE = [
     [(16 + 0) / 2 - 14, (0 + 0) / 2 - 12, 0 - 8, 0 - 0],  # the second row is at its last token, the third has ended
-    [(14 + 0) / 2 - 16, (12 + 0) / 2 - 0, 0, 0],  # a row that has ended counts 0: 12 / 2, not 12 / 1
-    [(14 + 16) / 2 - 0, 0, 0, 0],  # what this row itself costs, 32, stands nowhere
+    [(14 + 0) / 2 - 16, (12 + 0) / 2 - 0, 0, 0],  # a row that has ended counts as 0: 12 / 2, not 12 / 1
+    [(14 + 16) / 2 - 0, 0, 0, 0],  # the cost of its only token, 32, is nowhere
 ]
 
 
 @GARBAGE
 @MASK_DTYPES
 def test_future_advantages_are_the_others_mean_cost_to_go_minus_ones_own(mask_dtype, garbage):
-    """The others are those that are counted; what stands on padding and in rows that are not counted does not matter."""
+    """The others are the counted rows. Padding and rows that are not counted may hold anything."""
     counted = {
         (1, 1, 1): FUTURE,
         (1, 0, 1): [[0 - 14, 0 - 12, 0 - 8, 0], [0, 0, 0, 0], [14 / 1 - 0, 0, 0, 0]],
@@ -206,7 +201,7 @@ def test_future_advantages_do_not_mix_groups_and_one_row_has_no_baseline():
 # ---- Policy gradient -------------------------------------------------------------------------------------
 
 
-def test_group_advantages_subtract_the_mean_of_the_own_group():
+def test_group_advantages_subtract_the_mean_of_the_group():
     rewards = tensor(1, 0, 0, 0, 1, 1, 1, 1)
     expected = tensor(1 - 0.25, 0 - 0.25, 0 - 0.25, 0 - 0.25, 0, 0, 0, 0)
     close(L.group_advantages(rewards, 4), expected)
@@ -215,15 +210,15 @@ def test_group_advantages_subtract_the_mean_of_the_own_group():
     close(L.group_advantages(rewards, 4, divide_by_std=True), expected / (std + 1e-6))
 
 
-GRPO_BY_HAND = {  # ratio, A, loss, gradient in logp (where the ratio itself counts: −ρ A)
+GRPO_BY_HAND = {  # ratio, A, loss, gradient in logp (−ρ A where nothing is clipped)
     "plain, inside the range": (1.1, 2.0, -1.1 * 2, -1.1 * 2),
     "plain, A < 0": (0.9, -2.0, 0.9 * 2, 0.9 * 2),
     "at ratio 1 the gradient is -A": (1.0, 2.0, -2.0, -2.0),
     "at ratio 1 the gradient is -A, A < 0": (1.0, -0.5, 0.5, 0.5),
     "upper clip: no reward for going further up": (1.5, 2.0, -1.28 * 2, 0.0),
-    "below the range with A > 0 the way back is open": (0.5, 2.0, -0.5 * 2, -0.5 * 2),
+    "below the range with A > 0 there is a way back": (0.5, 2.0, -0.5 * 2, -0.5 * 2),
     "lower clip: no reward for going further down": (0.5, -2.0, 0.8 * 2, 0.0),
-    "above the range with A < 0 the way back is open": (1.5, -2.0, 1.5 * 2, 1.5 * 2),
+    "above the range with A < 0 there is a way back": (1.5, -2.0, 1.5 * 2, 1.5 * 2),
     "A < 0 just below the dual clip": (2.9, -2.0, 2.9 * 2, 2.9 * 2),
     "dual clip: at most 3 |A|": (5.0, -2.0, 3 * 2, 0.0),
     "no dual clip for A > 0": (5.0, 2.0, -1.28 * 2, 0.0),
@@ -240,10 +235,10 @@ def test_grpo_loss_and_gradient_by_hand(ratio, A, loss, gradient):
     d_logp = gradients(value, logp)[0]
     close(d_logp, [[gradient]])
     if gradient == 0:
-        assert (d_logp == 0).all()  # exactly, not up to rounding
+        assert (d_logp == 0).all()  # exactly
 
 
-def test_grpo_loss_obeys_its_three_limits():
+def test_grpo_loss_with_limits_other_than_the_defaults():
     old_logp = tensor([0.1, 0.1], [0.1, 0.1]).log()
     logp = old_logp + tensor([5.0, 1.35], [0.85, 5.0]).log()
     loss = L.grpo_loss(logp, old_logp, tensor(1.0, -1.0), clip_low=0.1, clip_high=0.4, dual_clip=2.0)
@@ -264,7 +259,7 @@ def test_reshaped_advantages_add_the_teachers_log_ratio_to_the_sequences_advanta
     teacher, student = tensor([0.6, 0.1], [0.5, 0.3]).log(), tensor([0.2, 0.4], [0.5, 0.1]).log()
     out = L.reshaped_advantages(tensor(2.0, -1.0), teacher, student, w_rl=0.5, w_opd=3.0)
     close(out, [[0.5 * 2 + 3 * log(3), 0.5 * 2 + 3 * log(0.25)], [0.5 * -1 + 3 * log(1), 0.5 * -1 + 3 * log(3)]])
-    # A row without a context passes its own log-probabilities twice and keeps its GRPO part.
+    # For a row without a context its own log-probabilities are passed twice: the GRPO part remains.
     close(L.reshaped_advantages(tensor(2.0, -1.0), student, student, 0.5, 3.0), [[1.0, 1.0], [-0.5, -0.5]])
 
 
@@ -310,17 +305,13 @@ def test_bco_loss_averages_each_class_on_its_own(shift, mask_dtype):
     failure = -log(sigmoid(-(-0.7 - 0.2))) / 1
     close(L.bco_loss(r_tilde, rewards, shift), success + failure)
     close(L.bco_loss(r_tilde, rewards, shift, num_pos=8, num_neg=5), success * 2 / 8 + failure / 5)
-    close(L.bco_loss(r_tilde, rewards, shift, floor=-0.7), success)  # a failure at the floor counts and adds nothing
+    close(L.bco_loss(r_tilde, rewards, shift, floor=-0.7), success)  # a failure at the floor adds nothing
     close(L.bco_loss(r_tilde, rewards, shift, floor=-0.8), success + failure)
+    close(L.bco_loss(r_tilde[:1], rewards[:1], shift), -log(sigmoid(0.3 - 0.2)))  # a class without rows adds nothing
+    close(L.bco_loss(r_tilde[1:2], rewards[1:2], shift), failure)
 
 
-@pytest.mark.parametrize("r, x", [(1, 0.5), (0, -0.5)])
-def test_a_class_without_rows_adds_nothing_to_bco_loss(r, x):
-    """Eq. 9 turns the sign of r~ − δ for failures, so both batches of one class have the loss −log σ(0.5)."""
-    close(L.bco_loss(tensor(x, x), tensor(r, r), 0.0), -log(sigmoid(0.5)))
-
-
-# ---- Every function at once ------------------------------------------------------------------------------
+# ---- Every function ------------------------------------------------------------------------------
 
 TOKENS = torch.tensor([[0, 4, 2], [3, 1, 1]])
 OUTCOMES = tensor(1, 0, 0, 1)
@@ -354,7 +345,7 @@ ARGUMENTS = {  # one well-formed call of each function
 FUNCTIONS = [name for name, f in inspect.getmembers(L, inspect.isfunction) if f.__module__ == L.__name__]
 
 
-LIVE = {  # the arguments that carry a gradient; all others are constants
+LIVE = {  # places of the arguments that get a gradient
     "kl": (0, 1), "token_logp": (0,), "cross_entropy": (1,), "top_k_with_tail": (0,), "divergence": (0,), "distillation_loss": (0,),
     "sequence_mean": (0,), "grpo_loss": (0,), "implicit_reward": (0,), "bco_loss": (0,), "group_advantages": (0,),
 }  # fmt: skip
@@ -375,7 +366,7 @@ def test_a_gradient_goes_to_the_student_and_to_no_teacher_advantage_or_shift(nam
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_function_changes_no_input_and_needs_the_helpers_it_names(name):
-    """The names come from the module, so that a new function fails here until it has a line in ARGUMENTS."""
+    """The names come from the module, so a new function fails here until it has a line in ARGUMENTS."""
     named = re.findall("`(.*?)`", (re.findall(r"Needs\s(.*?)\.", getattr(L, name).__doc__, re.DOTALL) or [""])[0])
     copied = [inspect.getsource(getattr(L, helper)) for helper in (*named, name)]
     used = {node.id for text in copied for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
@@ -386,8 +377,8 @@ def test_a_function_changes_no_input_and_needs_the_helpers_it_names(name):
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
-# Two rows of five tokens in float32; the second row swaps student and teacher. Between them: the same choice,
-# opposite choices, ties, and a uniform student. Token log-ratios reach ±100.
+# Two rows of five tokens in float32; the second row swaps student and teacher. They have equal and opposite choices, ties, and a
+# uniform student. Token log-ratios reach ±100.
 ONE = [[50.0, -50, -50], [50, -50, 0], [-50, 50, 50], [50, 50, 50], [-50, -50, 50]]
 OTHER = [[-50.0, 50, -50], [50, -50, 0], [50, -50, -50], [-50, 50, 50], [50, 50, -50]]
 FAR_STUDENT, FAR_TEACHER = torch.tensor([ONE, OTHER]), torch.tensor([OTHER, ONE])
@@ -404,7 +395,7 @@ def far_reward(z, t):
     return L.implicit_reward(picked(z), picked(t), FAR_MASK, beta=0.7)
 
 
-DIFFERENTIABLE = {  # every differentiable function as one of the live logits z and the frozen logits t, both (2, 5, 3)
+DIFFERENTIABLE = {  # functions of the student's logits z and the frozen teacher's t, both (2, 5, 3)
     "kl, first argument": lambda z, t: L.kl(z.log_softmax(-1), t.log_softmax(-1)),
     "kl, second argument": lambda z, t: L.kl(t.log_softmax(-1), z.log_softmax(-1)),
     "cross_entropy": lambda z, t: L.cross_entropy(t.log_softmax(-1), z.log_softmax(-1)),
@@ -421,7 +412,7 @@ for kind, k in itertools.product(KINDS, (None, 1, 2, 3)):
 
 
 @pytest.mark.parametrize("function", DIFFERENTIABLE.values(), ids=DIFFERENTIABLE.keys())
-def test_gradients_agree_with_finite_differences_and_are_finite_at_logits_of_plus_and_minus_50(function):
+def test_gradients_agree_with_finite_differences_and_are_finite_at_large_logits(function):
     t = normal(2, 5, 3, seed=21)
     assert torch.autograd.gradcheck(lambda z: function(z, t), live(normal(2, 5, 3, seed=20)))
     z = live(FAR_STUDENT)
@@ -431,7 +422,7 @@ def test_gradients_agree_with_finite_differences_and_are_finite_at_logits_of_plu
 
 @pytest.mark.parametrize("name", [name for name in FUNCTIONS if name not in ("sequence_weights", "moving_shift")])
 def test_a_tensor_that_would_broadcast_is_refused_by_its_shape(name):
-    """Each tensor in turn with its first row only: without an assertion the call would return a wrong number in silence."""
+    """Each tensor in turn is cut to its first row. Without an assertion the call would silently return a wrong number."""
     for place, argument in enumerate(ARGUMENTS[name]()):
         if isinstance(argument, torch.Tensor) and argument.ndim:
             arguments = list(ARGUMENTS[name]())
@@ -441,7 +432,7 @@ def test_a_tensor_that_would_broadcast_is_refused_by_its_shape(name):
 
 
 X, X1, V3 = torch.zeros(2, 3), torch.zeros(1, 3), torch.zeros(2, 3, 4)
-NO_ANSWER = [
+IMPOSSIBLE = [
     (lambda: L.divergence(V3, V3, "kl"), "unknown divergence.*" + ", ".join(KINDS)),
     (lambda: L.top_k_with_tail(V3, V3, 0), "k = 0"),
     (lambda: L.top_k_with_tail(V3, V3, 5), "k = 5"),
@@ -459,15 +450,15 @@ NO_ANSWER = [
 ]
 
 
-@pytest.mark.parametrize("call, message", NO_ANSWER)
-def test_what_has_no_answer_is_refused(call, message):
+@pytest.mark.parametrize("call, message", IMPOSSIBLE)
+def test_impossible_arguments_are_refused(call, message):
     with pytest.raises((AssertionError, ValueError), match=message):
         call()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_logits_are_taken_in_float32(dtype):
-    """As they are they would lose what small differences there are: of a tail's probability, of two nearly equal networks."""
+    """Half precision would lose a small tail, and the difference between two nearly equal networks."""
     torch.manual_seed(0)
     student = (8 * torch.randn(2, 3, 500)).to(dtype)
     teacher = (student.float() + 0.1 * torch.randn(2, 3, 500)).to(dtype)

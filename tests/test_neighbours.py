@@ -1,5 +1,4 @@
-"""OVD and models behind a server: the loop against the reference of test_algorithm.py, which has DistIL's as well, and a server
-on this machine."""
+"""OVD, against the reference of test_algorithm.py (which tests DistIL too), and served models, with a server on this machine."""
 
 import json
 import time
@@ -11,8 +10,8 @@ import pytest
 import torch
 from test_algorithm import SCRIPT, Sampler, config, reference, rows_of, trained
 from test_algorithm import text as words_of
+from test_session import run
 
-import vpd
 from harness.command import Stopped
 from model.parallel import World
 from neighbours import ovd
@@ -25,12 +24,12 @@ from tasks import Outcome, Problem
 
 @pytest.fixture
 def served(server):
-    """served(who, timeout): what asks the server, which has answered the first question."""
+    """served(who): a `Served` whose server has answered the first question."""
 
-    def opened(who="judge", timeout=5, world=World()):
+    def opened(who="judge", world=World()):
         answer = getattr(server, "answer", None)
         server.answer = lambda body, _: server.reply_with("a")
-        one = Served(who, server.url, "m", timeout, world, Counter())
+        one = Served(who, server.url, "m", 5, world, Counter())
         server.answer = answer
         server.seen.clear()
         return one
@@ -39,11 +38,11 @@ def served(server):
 
 
 def bodies(server):
-    """The requests so far, by what they asked."""
+    """The requests so far, by their questions."""
     return {body["messages"][-1]["content"]: body for _, _, body in server.seen}
 
 
-def test_replies_come_in_order_to_the_environments_key_each_with_a_seed_of_its_own(served, server, monkeypatch):
+def test_replies_come_in_order_each_with_its_own_seed_and_the_environments_key(served, server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
     server.answer = lambda body, _: server.reply_with(body["messages"][-1]["content"].upper())
     critic, texts = served("critic"), [f"text {i}" for i in range(20)]
@@ -53,13 +52,13 @@ def test_replies_come_in_order_to_the_environments_key_each_with_a_seed_of_its_o
     assert {(b["model"], b["max_tokens"], b["temperature"], b["top_p"]) for b in first.values()} == {("m", 7, 0.5, 0.9)}
     critic.reply(texts[::-1], 3, 7, 0.5, 0.9)
     seeds, again = ([b["seed"] for b in found.values()] for found in (first, bodies(server)))
-    assert len(set(seeds)) == 20 and set(seeds) == set(again)  # by the place of the question
+    assert len(set(seeds)) == 20 and set(seeds) == set(again)
     assert bodies(server)["text 3"]["seed"] == first["text 16"]["seed"]
     assert 2**30 < max(seeds) < 2**31  # what servers take
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_what_three_attempts_do_not_bring_is_missing_and_told_by_the_first_process(served, server, capsys, rank):
+def test_no_answer_after_three_attempts_is_counted_and_reported_by_the_first_process(served, server, capsys, rank):
     def answer(body, attempt):
         said = body["messages"][-1]["content"]
         if said == "slow":
@@ -94,7 +93,7 @@ def test_a_server_without_an_answer_for_three_batches_in_a_row_ends_the_run(serv
         asks("0")
 
 
-def test_a_server_is_asked_before_the_run_and_one_that_is_not_there_is_named(server, capsys):
+def test_a_server_is_asked_before_the_run_and_named_if_it_does_not_answer(server, capsys):
     server.answer = lambda body, _: server.reply_with("")
     Served("judge", server.url, "m", 5, World(), Counter())  # an empty reply is an answer
     assert len(server.seen) == 1
@@ -108,25 +107,21 @@ def test_a_server_is_asked_before_the_run_and_one_that_is_not_there_is_named(ser
     (400, ["logprobs"], "logprobs"), (403, ["chat_template_kwargs"], "thinking_off"),
     (422, ["logprobs", "chat_template_kwargs"], "logprobs, thinking_off"),
 ])  # fmt: skip
-def test_what_a_server_refuses_is_left_out_and_never_asked_for_again(served, server, capsys, monkeypatch, status, refused, told):
-    monkeypatch.setattr(served_models, "AT_ONCE", 1)
+def test_options_that_a_server_refuses_in_the_first_question_are_left_out(server, capsys, status, refused, told):
     server.answer = lambda body, _: (status, "no") if set(refused) & set(body) else server.reply_with("6")
-    judge = served()
+    judge = Served("judge", server.url, "m", 5, World(), Counter())
     assert judge.score(["a", "b", "c"], 3, 7) == [6.0] * 3 and not +judge.missing
     asked = [[name for name in ("logprobs", "chat_template_kwargs") if name in body] for _, _, body in server.seen]
     kept = [name for name in ("logprobs", "chat_template_kwargs") if name not in refused]
-    assert asked[0] == ["logprobs", "chat_template_kwargs"] and asked[-3:] == [kept] * 3 and len(asked) <= 6
+    assert asked[0] == ["logprobs", "chat_template_kwargs"] and asked[-4:] == [kept] * 4 and len(asked) <= 7
     assert server.seen[0][2]["chat_template_kwargs"] == {"enable_thinking": False}
-    assert all(body["seed"] == server.seen[0][2]["seed"] for _, _, body in server.seen[:-2])
-    monkeypatch.setattr(served_models, "AT_ONCE", 16)  # several questions find out at the same time
-    served().score([*"abcdefgh"], 3, 7)
-    one, other = capsys.readouterr().err.splitlines()  # said once by each
-    assert one == other and one.startswith(f"{server.url} does without {told}: ") and str(status) in one
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{server.url} refuses {told}, which is left out: ") and str(status) in line
 
 
 # ---- A served judge's score --------------------------------------------------------------------------------
 
-# Probabilities at the tokens of a reply, and the expected digit by hand. Likely tokens that are no digits do not count.
+# Probabilities at the tokens of a reply, and the expected digit by hand. Tokens that are not digits do not count.
 TOLD = {
     "one token": ("7", [("7", 0.5, {"7": 0.5, "2": 0.25, "no": 0.25})], (0.5 * 7 + 0.25 * 2) / 0.75),
     "not the first": (
@@ -138,15 +133,15 @@ TOLD = {
     "a space in the token": ("S 6", [("S", 1.0, {}), (" 6", 0.5, {" 6": 0.5, "4": 0.5})], 0.5 * 6 + 0.5 * 4),
     "sampled but not likely": ("1", [("1", 0.2, {"9": 0.6})], (0.2 * 1 + 0.6 * 9) / 0.8),
     "several characters in a token": ("8/9", [("8/9", 0.5, {"8/9": 0.5, "3": 0.5})], 8.0),
-    "the tokens of another text": ("8", [("No", 0.5, {"3": 0.5})], 8.0),  # a thought that the server took out
+    "the tokens of another text": ("8", [("No", 0.5, {"3": 0.5})], 8.0),  # the server removed a thought
     "the tokens of a thought": ("9", [("1", 0.5, {"1": 0.5, "9": 0.1}), (". so", 1.0, {}), ("9", 1.0, {"9": 1.0})], 9.0),
     "fewer tokens than the reply": ("is 8", [("is", 0.5, {"3": 0.5})], 8.0),
     "untold": ("There are 4 parts", (), 4.0), "nought": ("0", (), 0.0), "no digit": ("7.5", (), None), "none": ("nine", (), None),
 }  # fmt: skip
-CUT = {"Okay, there are 2 parts": None, " 7": 7.0}  # by the limit of tokens: maybe a thought that the prompt has opened
+CUT = {"Okay, there are 2 parts": None, " 7": 7.0}  # replies cut by the token limit: the first may be a thought
 
 
-def test_a_score_is_the_expected_digit_at_the_replys_digit_or_that_digit(served, server):
+def test_a_served_score_is_the_expected_digit_or_the_digit_of_the_reply(served, server):
     said = {case: server.reply_with(text, told) for case, (text, told, _) in TOLD.items()}
     for text in CUT:
         said[text] = server.reply_with(text)
@@ -158,22 +153,22 @@ def test_a_score_is_the_expected_digit_at_the_replys_digit_or_that_digit(served,
     for case, score, right in zip(said, found, [*expected, *CUT.values(), None, None], strict=True):
         assert score == (right if right is None else pytest.approx(right)), case
     assert judge.missing == {"judge: no digit, kept": 3, "judge: the server failed": 2}
-    assert len(judge.ways) == 4 and server.attempts["down"] == 3  # refused for another reason: the probabilities stay
+    assert server.attempts["down"] == 3
     assert len({body["seed"] for body in bodies(server).values()}) == len(said)
     settings = dict(max_tokens=7, temperature=0, logprobs=True, top_logprobs=20)
     assert settings.items() <= bodies(server)["one token"].items()
 
 
-REPLIES = {  # reply: its digit and what stands after it
+REPLIES = {  # reply: its digit and what follows it
     "From 0 (certainly wrong) to 9 (certainly right): 6": "6",  # the request's own words
     "on a scale of 0-9: 6": "6", "0 – 9: 4": "4", "from 0 to 9, 0": "0", "0 to 90": "0 to 90",
     "9.0": "9.0", "9.05": None, "**6**": "6**", "10 then 3": "3", "42, 007, 5": "5", "0.5 or 7": "7",
     "<think>4\nor 5</think>\n2": "2", "opened by the prompt: 4</think> 2": "2", "1 <think>4": "1 <think>4", "": None,
-    "٣ ９ ²": None,  # digits of Unicode, which int() would take in part
+    "٣ ９ ²": None,  # Unicode digits, some of which int() takes
 }  # fmt: skip
 
 
-def test_a_score_is_the_first_digit_that_stands_alone_outside_of_thoughts():
+def test_a_replys_digit_is_the_first_that_stands_alone_outside_of_thoughts():
     for reply, digit in REPLIES.items():
         place = find_digit(reply)
         assert (None if place is None else reply[place:]) == digit, reply
@@ -192,7 +187,7 @@ def judge(byte_tokenizer):
     return ovd.Judge(config("ovd", ovd, judge_request=REQUEST), policy, SimpleNamespace(name="t", notes=[]))
 
 
-def test_the_students_own_score_comes_from_its_digits_where_it_would_rather_say_one(judge):
+def test_the_students_score_comes_from_its_digits_if_they_are_likely_enough(judge):
     p = torch.zeros(5, 10, dtype=torch.float64)
     p[0, 7], p[0, 2] = 0.5, 0.25  # 2/3 and 1/3
     p[1, 9] = 0.4
@@ -209,7 +204,7 @@ def test_the_students_own_score_comes_from_its_digits_where_it_would_rather_say_
     assert "question 1|two|0 TO 9<" in decode(asked[0][1])  # without its thought
 
 
-def test_a_served_judge_reads_the_same_request_and_draws_anew_at_each_step(judge):
+def test_a_served_judge_gets_the_same_request_and_another_seed_at_each_step(judge):
     calls = []
     judge.server = SimpleNamespace(score=lambda *how: calls.append(how) or [8.0, None, None, 0.0, 7.5])
     assert [judge.scores(PROBLEMS, ATTEMPTS, step) for step in (5, 6)] == [[8.0, None, None, 0.0, 7.5]] * 2
@@ -218,17 +213,19 @@ def test_a_served_judge_reads_the_same_request_and_draws_anew_at_each_step(judge
     assert most == judge.cfg.max_judge_tokens and seed != other
 
 
-def test_digits_are_tokens_of_their_own_or_the_network_cannot_judge():
+def test_the_network_cannot_judge_without_a_token_for_each_digit_or_room(byte_tokenizer):
     two = lambda text, **_: SimpleNamespace(input_ids=[17, 7] if text == "7" else [int(text)])  # noqa: E731
     unknown = lambda text, **_: SimpleNamespace(input_ids=[min(int(text), 8)])  # noqa: E731
     for broken in (two, unknown):  # a space before a digit; 8 and 9 are both unknown
-        with pytest.raises(ValueError, match="no token of its own for each digit.*--judge_url"):
+        with pytest.raises(ValueError, match="does not have one token for each digit.*--judge_url"):
             ovd.digit_tokens(broken)
+    policy, long = SimpleNamespace(tokenizer=byte_tokenizer), config("ovd", ovd, judge_request=REQUEST + "x" * 20_000)
+    with pytest.raises(ValueError, match="--judge_request: without its texts"):
+        ovd.Judge(long, policy, SimpleNamespace(name="t", notes=[]))
 
 
 def test_a_judges_figures_by_hand():
-    """The AUC counts the pairs of a success and a failure, a tie for one half; a row that the grader failed on, or that
-    has no score, is in no pair."""
+    """The AUC is over pairs of a success and a failure; a tie counts one half. Rows without a grade or a score are in no pair."""
     right, wrong, failed = Outcome(1, "passed"), Outcome(0, "wrong"), Outcome(0, "internal")
     outcomes = [right, right, right, wrong, wrong, failed, wrong, right]
     figures = ovd.judge_figures([9.0, 4.5, 2.0, 4.5, 2.49, 0.0, None, None], outcomes, 4.5)
@@ -252,7 +249,7 @@ SCORES = [0.0, 5.0, 9.0, 4.99, 4.99, 4.0, None, 7.5, 1.0, 2.0, 8.0, 9.0, 2.0, 3.
     + [dict(minibatch_prompts=2, ovd_ratio="one")],
     ids=str,
 )
-def test_ovd_s_updates_are_the_clipped_policy_gradient_over_the_mixed_groups(flags, tmp_path):
+def test_ovds_updates_are_the_clipped_policy_gradient_over_the_mixed_groups(flags, tmp_path):
     cfg = config("ovd", ovd, log_samples=16, **flags)
     judge = SimpleNamespace(missing=Counter(), scores=lambda problems, texts, step: list(SCORES))
     done = trained(cfg, tmp_path / "run", ovd.train, OVD_SCRIPT, judge)
@@ -265,7 +262,7 @@ def test_ovd_s_updates_are_the_clipped_policy_gradient_over_the_mixed_groups(fla
         rows = rows_of(own, letters, told, cfg)
         rejected = [i for i, score in enumerate(SCORES) if score is not None and score < 5]
         asked = [i for i in rejected if rows[i].has_context]
-        # The teacher draws them: its prompts, a seed of their own, and where it is a copy that copy.
+        # The teacher draws them, from its prompts and with another seed; if it is a copy, the sampler has its weights.
         prompts, seed, model = done.sampler.drawn[2 * k + 1]
         assert prompts == [batch.xC[i] for i in asked] and (model is student) == (s.teacher == "live")
         again = Sampler()
@@ -284,7 +281,7 @@ def test_ovd_s_updates_are_the_clipped_policy_gradient_over_the_mixed_groups(fla
         assert row["demonstration_lacked"] == pytest.approx((lent.exp() < 0.5).double().mean().item())
         losses, *_ = algorithm.m_step(state, rows, old, algorithm.advantages(rows, s), old, s, compare)
         assert updates == len(losses) and row["m_loss"] == pytest.approx(algorithm.mean(losses), rel=1e-9)
-        # The log is about the student's rollouts; what was shown is told beside.
+        # The log describes the student's rollouts, and the demonstrations separately.
         graded = [letter for letter in letters if letter != "x"]
         assert row["reward"] == graded.count("s") / len(graded) and row["demonstrations"] == len(shown) / 16
         assert row["demonstration_reward"] == algorithm.mean([float(grade == "s") for grade in shown.values()])
@@ -303,33 +300,20 @@ def test_ovd_s_updates_are_the_clipped_policy_gradient_over_the_mixed_groups(fla
 # ---- A whole run ---------------------------------------------------------------------------------------------
 
 
-def test_a_served_critic_reaches_the_teacher_its_key_stays_out_of_the_run_and_its_end_is_the_runs(
-    server, tmp_path, monkeypatch, capfd
-):
-    """After the first batch the server is down: three batches later the run ends."""
+def test_a_served_critic_reaches_the_teacher_and_its_key_is_not_saved(server, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
-    out, log = tmp_path / "run", tmp_path / "run" / "log.jsonl"
 
     def answer(body, _):
         text = body["messages"][0]["content"]
-        fine = text == "1 +" or not log.exists() and sum(map(ord, text)) % 2  # the question before the run; some of its own
+        fine = text == "1 +" or sum(map(ord, text)) % 2  # the question before the run, and some of its own
         return server.reply_with("look again") if fine else (400, "no")
 
-    server.answer = answer
-    flags = (
-        "--subset choice --prompts_per_batch 4 --minibatch_prompts 4 --group_size 4 --max_response_tokens 30 --eval_every 0 "
-        "--method sdpo --feedback critique --no_borrow --critic_model m --log_samples 16 --steps 9"
-    )
-    with pytest.raises(SystemExit) as stop:
-        vpd.main([*flags.split(), "--critic_url", server.url, "--out", str(out)])
-    error = capfd.readouterr().err
-    assert stop.value.code == 1 and f"the critic at {server.url} has not answered for 3 batches: BadRequestError" in error
-    first, *others = (json.loads(line) for line in log.read_text().splitlines())
-    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()][:16]
+    server.answer, out = answer, tmp_path / "run"
+    flags = "--method sdpo --feedback critique --no_borrow --critic_model m --log_samples 16 --critic_url"
+    (row,) = run(out, *flags.split(), server.url, steps=1)
+    samples = [json.loads(line) for line in (out / "samples.jsonl").open()]
     seen = [sample["context"] and sample["context"]["critique"] for sample in samples if not sample["reward"]]
-    assert set(seen) == {"look again", None} and first["left_out"]["critic: the server failed"] == seen.count(None)
-    assert first["m_loss"] and [row["step"] for row in others] == [1, 2] and all(row["m_loss"] is None for row in others)
-    assert all(row["left_out"]["critic: the server failed"] == round(16 * (1 - row["reward"])) > 0 for row in others)
+    assert set(seen) == {"look again", None} and row["left_out"]["critic: the server failed"] == seen.count(None)
     assert {key for _, key, _ in server.seen} == {"Bearer sk-very-secret"}
     for file in (p for p in out.rglob("*") if p.is_file()):
         assert b"sk-very-secret" not in file.read_bytes(), file

@@ -1,7 +1,7 @@
-"""The paper's theory, and the objective that each sampled loss really follows, by exact sums over every response.
+"""The paper's theory, and the gradient that each sampled loss follows in expectation, by exact sums over all responses.
 
-Nothing is sampled: expectations run over all responses, groups or batches, in float64. Equation numbers are those of
-the paper (arXiv 2605.15113v1); where its text has lost a formula, the test's docstring restores it.
+Nothing is sampled: expectations run over all responses or groups, in float64. Equation numbers are those of the paper (arXiv
+2605.15113v1).
 """
 
 from itertools import product
@@ -45,14 +45,14 @@ def J(pi, prior, reward, beta):
 
 
 def tilt(prior, reward, beta):
-    """A.5 and A.6, with the student as prior A.18: π*(y) = prior(y) exp(r(y)/β) / Z, and Z."""
+    """A.5 and A.6, or with the student as prior A.18: π*(y) = prior(y) exp(r(y)/β) / Z, and Z."""
     weight = prior * (reward / beta).exp()
     return weight / weight.sum(-1, keepdim=True), weight.sum(-1)
 
 
 # ---- Appendices A and B.2, over a handful of responses ---------------------------------------------------
 
-# The reference, some student and some teacher; which responses are right, and how often the reference is.
+# The reference, a student and a teacher; which responses are right, and how often the reference is.
 REF, PI, Q = tensor(0.1, 0.25, 0.3, 0.15, 0.2), tensor(0.3, 0.1, 0.2, 0.05, 0.35), tensor(0.2, 0.1, 0.1, 0.5, 0.1)
 REWARD, P = tensor(1, 0, 0, 1, 0), 0.1 + 0.15
 
@@ -61,7 +61,7 @@ REWARD, P = tensor(1, 0, 0, 1, 0), 0.1 + 0.15
 def test_j_and_the_elbo_fall_below_log_z_by_the_divergence_from_the_tilted_reference(beta):
     """A.6, A.9, A.10: J(π) = β log Z − β KL(π‖π*), Z = 1 − p + p exp(1/β) for a reference that is right with p.
     A.12, A.16, Eq. 4, Eq. 5: log Z = ELBO(q) + KL(q‖π*), ELBO(q) = J_E(q)/β.
-    A.17: KL(π‖π*) = KL(π‖q) + E_π[log q/π*]. Appendix B.2 takes the last term for constant in π: it is not."""
+    A.17: KL(π‖π*) = KL(π‖q) + E_π[log q/π*]. Appendix B.2 treats the last term as constant in π, which it is not."""
     (star, Z), pi, ceiling = tilt(REF, REWARD, beta), draws(2000, 5, seed=1), beta * log(1 - P + P * exp(1 / beta))
     close(J(star, REF, REWARD, beta), ceiling)
     close(J(pi, REF, REWARD, beta), ceiling - beta * KL(pi, star))
@@ -89,8 +89,8 @@ def test_the_dynamic_target_is_the_static_one_times_the_students_ratio(beta):
 
 
 @pytest.mark.parametrize("shift", [-0.7, 0.0, 0.4])
-def test_bco_loss_bounds_the_paired_loss_and_the_midpoint_bounds_it_best(shift):
-    """Eq. 8: −log σ(w − l) ≤ −log σ(w − δ) − log σ(−(l − δ)), from σ(u + v) ≥ σ(u) σ(v); Eq. 9's δ narrows the gap."""
+def test_bco_loss_bounds_the_paired_loss_most_tightly_at_the_midpoint(shift):
+    """Eq. 8: −log σ(w − l) ≤ −log σ(w − δ) − log σ(−(l − δ)), from σ(u + v) ≥ σ(u) σ(v). Eq. 9's δ narrows the gap."""
     outcome = tensor(1, 0)
     for pair in 2 * normal(20, 2, seed=7):
         bound = L.bco_loss(pair, outcome, shift)
@@ -98,9 +98,9 @@ def test_bco_loss_bounds_the_paired_loss_and_the_midpoint_bounds_it_best(shift):
 
 
 @pytest.mark.parametrize("beta", [0.5, 1.0])
-def test_exact_steps_with_the_dynamic_prior_raise_the_reward_always_and_j_only_once(beta):
-    """Eq. 5 and 10 over all distributions, π_{k+1} = q = π*_dyn: E[r] and E[r] − β KL(·‖π_k) never fall. J of Eq. 1
-    does: π_k ∝ π_ref exp(k r/β), and J peaks at k = 1. First counterexample to Proposition 1."""
+def test_exact_steps_with_the_dynamic_prior_always_raise_the_reward_but_j_only_once(beta):
+    """Eq. 5 and 10 over all distributions, π_{k+1} = q = π*_dyn: E[r] and E[r] − β KL(·‖π_k) never fall, but J of Eq. 1
+    does: π_k ∝ π_ref exp(k r/β), and J peaks at k = 1. A counterexample to Proposition 1."""
     pi, values = REF, [J(REF, REF, REWARD, beta)]
     for k in range(1, 40):
         new, Z = tilt(pi, REWARD, beta)
@@ -112,12 +112,12 @@ def test_exact_steps_with_the_dynamic_prior_raise_the_reward_always_and_j_only_o
         pi = new
     close(values[1], beta * log(1 - P + P * exp(1 / beta)))
     assert values[1] > values[0] + 0.01 and all(values[k + 1] < values[k] - 1e-6 for k in range(1, 8))
-    close(values[-1], 1 + beta * log(P))  # successes alone: E[r] = 1 and KL(π‖π_ref) = log 1/p
-    assert (values[-1] < values[0]) == (beta == 1.0)  # may end below the start
+    close(values[-1], 1 + beta * log(P))  # successes only: E[r] = 1 and KL(π‖π_ref) = log 1/p
+    assert (values[-1] < values[0]) == (beta == 1.0)  # J may end below its start
 
 
 def test_exact_steps_with_the_fixed_prior_reach_the_ceiling_at_once_and_stay():
-    """A.10, and Proposition 1 where it holds: descent on KL(q‖π*), then on KL(π‖q), from anywhere: J = β log Z."""
+    """A.10, and the case in which Proposition 1 holds: descent on KL(q‖π*), then on KL(π‖q), from anywhere gives J = β log Z."""
 
     def nearest(z, target):
         for _ in range(300):
@@ -132,7 +132,7 @@ def test_exact_steps_with_the_fixed_prior_reach_the_ceiling_at_once_and_stay():
 
 
 def test_an_m_step_lowers_j_by_at_most_2_beta_times_the_teachers_log_error():
-    """What is left of Proposition 1 by A.9 and A.17: KL(π'‖q) ≤ KL(π‖q) gives J(π') ≥ J(π) − 2β max|log q/π*|."""
+    """What remains of Proposition 1, by A.9 and A.17: if KL(π'‖q) ≤ KL(π‖q), then J(π') ≥ J(π) − 2β max|log q/π*|."""
     beta = 0.5
     ref, old, new, q = (draws(40_000, 3, seed=seed) for seed in (10, 11, 12, 13))
     reward = (normal(40_000, 3, seed=14) > 0).to(f64)
@@ -145,9 +145,9 @@ def test_an_m_step_lowers_j_by_at_most_2_beta_times_the_teachers_log_error():
 
 @pytest.mark.parametrize("beta", [0.1, 0.5])
 def test_descent_on_bco_loss_runs_past_the_e_steps_optimum(beta):
-    """Eq. 9 at a fixed δ is a classifier's loss. Its infimum log(1 + e^δ p^β) is at q(failure) = 0, not at π*_dyn."""
+    """Eq. 9 at a fixed δ is a classifier's loss. Its infimum, log(1 + e^δ p^β), is at q(failure) = 0, not at π*_dyn."""
     shift, z, failure = 0.1, REF.log().requires_grad_(), []
-    rows = torch.arange(5).repeat_interleave(torch.tensor([2, 5, 6, 3, 4]))  # 20 rows hold each response as REF does
+    rows = torch.arange(5).repeat_interleave(torch.tensor([2, 5, 6, 3, 4]))  # 20 rows with the frequencies of REF
 
     def loss(log_q):
         implicit = L.implicit_reward(log_q[rows, None], REF.log()[rows, None], torch.ones(20, 1), beta)
@@ -160,14 +160,14 @@ def test_descent_on_bco_loss_runs_past_the_e_steps_optimum(beta):
     assert infimum < loss(q.log()) < infimum + 0.01 and all(loss(x.log()) > infimum for x in draws(200, 5, seed=15))
     assert all(failure[n + 50] < failure[n] for n in range(0, 450, 50))
     assert failure[-1] < 1e-5 < 0.1 * mean(star, 1 - REWARD)
-    assert J(q, REF, REWARD, beta) < beta * Z.log() - 1e-6  # too far by the measure of Eq. 5
+    assert J(q, REF, REWARD, beta) < beta * Z.log() - 1e-6  # too far by Eq. 5
 
 
 # ---- What the sampled losses follow, over trees of token sequences ---------------------------------------
 
 
 def tree(vocab, max_tokens, eos, rewards):
-    """Every response: its tokens, the number of the prefix each stands on, the mask, (N, T) each, and its reward."""
+    """All responses: their tokens, the index of the prefix before each token, the mask, (N, T) each, and the rewards."""
     alive = [token for token in range(vocab) if token != eos]
     prefixes = [prefix for n in range(max_tokens) for prefix in product(alive, repeat=n)]
     rows = [(*p, token) for p in prefixes for token in range(vocab) if token == eos or len(p) == max_tokens - 1]
@@ -196,14 +196,14 @@ def average(per_token, mask, weights):
 
 
 def groups(pi, group_size):
-    """Every group that can be drawn, one after the other: its rows, and what each row weighs in the expected mean."""
+    """All groups that can be drawn, one after the other: the rows, and the weight of each row in the expected mean."""
     drawn = torch.cartesian_prod(*[torch.arange(len(pi))] * group_size).view(-1, group_size)  # (N^G, G)
     return drawn.flatten(), pi[drawn].prod(1).repeat_interleave(group_size) / group_size
 
 
 def test_the_m_step_follows_the_sequence_kl_without_its_score_function_term():
-    """Eq. 10 has the value of KL(π‖q) over sequences, not its gradient. What it lacks is a token's effect on the
-    divergences met after it: E_π Σ_t ∇log π(y_t|y_<t) Σ_{i>t} KL_i."""
+    """Eq. 10 has the value of KL(π‖q) over sequences, but not its gradient. It lacks the effect of a token on the divergences
+    after it: E_π Σ_t ∇log π(y_t|y_<t) Σ_{i>t} KL_i."""
     x = UNEQUAL
     sequence_kl = L.kl(x.log_pi, x.log_q)
     per_token = L.distillation_loss(x.z[x.states], x.teacher[x.states], "kl_student_teacher") * x.mask
@@ -217,8 +217,8 @@ def test_the_m_step_follows_the_sequence_kl_without_its_score_function_term():
 
 @pytest.mark.parametrize("group_size", [2, 3])
 def test_grpo_follows_g_minus_1_over_g_of_the_policy_gradient_at_equal_lengths(group_size):
-    """The row's own reward in its baseline costs 1/G. The token mean weighs an advantage by 1/|y|: what is followed is
-    (1 − 1/G) E[(r − E r)/|y| ∇log π(y)], at unequal lengths no multiple of ∇E[r]."""
+    """The row's own reward in its baseline costs 1/G, and the mean over tokens weights an advantage by 1/|y|. The loss follows
+    (1 − 1/G) E[(r − E r)/|y| ∇log π(y)], which at unequal lengths is no multiple of ∇E[r]."""
     for x in (EQUAL, UNEQUAL):
         rows, weights = groups(x.pi, group_size)
         per_token = L.grpo_loss(x.logp[rows], x.logp[rows].detach(), L.group_advantages(x.reward[rows], group_size))
@@ -237,17 +237,17 @@ def test_grpo_follows_g_minus_1_over_g_of_the_policy_gradient_at_equal_lengths(g
 # L = E_{y~π} Σ_t CE_t,  CE_t = H(sg T(·|s_t, C), π(·|s_t)).  With advantages A_t = −(c_t − b_t), c_t = Σ_{i>t} CE_i,
 #     distil_norm=constant   row loss = (1/L) Σ_t (CE_t + PG_t(A_t)), L a constant (here 1)
 #     distil_norm=length     row loss = mean_t (CE_t + PG_t(A_t / |y|))
-# A group of one has no baseline. That b_t divides by G − 1 and counts a row that has ended as 0 moves no expectation
-# here: tests/test_losses.py holds these by value, and that i > t is strict.
+# A group of one has no baseline. That b_t divides by G − 1, that a row that has ended counts as 0 in it, and that i > t is strict
+# does not change the expectations here; tests/test_losses.py checks it by value.
 
 
 def disagreement(x, teacher):
-    """CE_t at each token of each response, (N, T), live in z. teacher: logits, (N, T, V)."""
+    """CE_t at each token of each response, (N, T), with a gradient in z. teacher: logits, (N, T, V)."""
     return L.cross_entropy(teacher.log_softmax(-1), x.z[x.states].log_softmax(-1))
 
 
 def exact_gradient(x, cost):
-    """∇ Σ_y π(y) Σ_t CE_t(y), both factors live; the teacher and its context are constants."""
+    """∇ Σ_y π(y) Σ_t CE_t(y), where both factors depend on z; the teacher and its context are constants."""
     return gradient(mean(x.log_pi.exp(), (cost * x.mask).sum(1)), x.z)
 
 
@@ -264,10 +264,10 @@ def off(followed, exact):
 @pytest.mark.parametrize("baseline", [False, True])
 @pytest.mark.parametrize("group_size", [2, 3])
 def test_distil_with_the_constant_norm_follows_the_exact_gradient(group_size, baseline):
-    """∇L = E[Σ_t ∇CE_t + Σ_t ∇log π(y_t|s_t) Σ_{i>t} CE_i]. b_t, made of the other rows, meets E[∇log π(y_t|s_t)] = 0.
-    The local term alone, visits frozen, is off by 18 percent (equal lengths) and 32 percent of the norm. Where the teacher is
-    the student, CE_t = H(T), the local term is 0 and the future charges every further token with the teacher's entropy: the
-    student is still moved, and where lengths differ to shorter responses."""
+    """∇L = E[Σ_t ∇CE_t + Σ_t ∇log π(y_t|s_t) Σ_{i>t} CE_i]. b_t depends on the other rows only, and E[∇log π(y_t|s_t)] = 0.
+    The local term by itself is off by 18 percent of the norm (equal lengths) and 32. If the teacher is the student, CE_t = H(T),
+    the local term is 0 and each token is charged with the teacher's entropy after it: the student still moves, and if lengths
+    differ it moves to shorter responses."""
     for x, local_off in ((EQUAL, 0.18), (UNEQUAL, 0.32)):
         rows, weights = groups(x.pi, group_size)
         for teacher in (x.teacher, x.z):
@@ -278,13 +278,13 @@ def test_distil_with_the_constant_norm_follows_the_exact_gradient(group_size, ba
             local = followed(x, cost[rows], torch.zeros_like(A), rows, weights)
             assert off(local, exact) == pytest.approx(local_off if teacher is x.teacher else 1, abs=0.01)
     longer = gradient(mean(x.log_pi.exp(), x.length.to(f64)), x.z)
-    assert torch.cosine_similarity(exact.flatten(), longer.flatten(), dim=0) > 0.99  # and a step is against both
+    assert torch.cosine_similarity(exact.flatten(), longer.flatten(), dim=0) > 0.99  # a step goes against both
 
 
 @pytest.mark.parametrize("x, group_size", [(SHORT, 1), (SHORT, 2), (UNEQUAL, 1)])
-def test_a_black_box_that_tells_one_token_at_each_place_keeps_the_gradient_exact(x, group_size):
-    """-log π(a_t|s_t), a_t ~ T(·|s_t), in the place of CE_t, in local term and future costs alike: no cost is multiplied by
-    another, so both terms expect those of CE, the baseline's as well. Every response occurs with every draw at its places."""
+def test_a_black_box_that_gives_one_token_per_position_keeps_the_gradient_exact(x, group_size):
+    """−log π(a_t|s_t) with a_t ~ T(·|s_t) replaces CE_t in the local term and in the future costs. No cost is multiplied by
+    another, so the expectations are those of CE. Every response occurs with every draw at its positions."""
     draws_of = [list(product(range(x.vocab), repeat=length)) for length in x.length.tolist()]
     row = torch.tensor([n for n, draws in enumerate(draws_of) for _ in draws])
     taken = torch.tensor([(*draw, *[0] * (x.tokens.shape[1] - len(draw))) for draws in draws_of for draw in draws])
@@ -297,8 +297,8 @@ def test_a_black_box_that_tells_one_token_at_each_place_keeps_the_gradient_exact
 
 
 def test_the_length_norm_weighs_the_future_by_1_over_the_length():
-    """mean_t (CE_t + PG_t(A_t/|y|)) divides the local term by |y| and the future by |y|². Where every |y| is T that follows
-    (local + future/T)/T, no multiple of ∇L; at unequal lengths 1/|y| is besides a weight that depends on y."""
+    """mean_t (CE_t + PG_t(A_t/|y|)) divides the local term by |y| and the future by |y|². If every |y| is T it follows
+    (local + future/T)/T, which is no multiple of ∇L. At unequal lengths 1/|y| is also a weight that depends on y."""
     x, cost = EQUAL, disagreement(EQUAL, EQUAL.teacher[EQUAL.states])
     local, exact = gradient(mean(x.pi, cost.sum(1)), x.z), exact_gradient(x, cost)
     for group_size in (1, 2):
@@ -309,9 +309,9 @@ def test_the_length_norm_weighs_the_future_by_1_over_the_length():
 
 @pytest.mark.parametrize("told, share", [("failures", 0.071), ("both", 0.33)])
 def test_feedback_on_the_response_itself_makes_past_disagreement_count(told, share):
-    """C = C(y): told of failures, T lowers the logits of a wrong y's own tokens by 2; told both, it also raises a right
-    y's. Then CE_i for i ≤ t depends on y_t as well, through C, and the exact gradient charges a decision with the whole
-    Σ_i CE_i. Strict cost to go lacks E Σ_t ∇log π(y_t|s_t) Σ_{i≤t} CE_i: 7 percent (failures), 33 (both)."""
+    """C = C(y): if told of failures, T lowers the logits of a wrong y's own tokens by 2; if told of both outcomes, it also raises
+    those of a right y. Then CE_i for i ≤ t also depends on y_t, through C, and the exact gradient charges a token with the whole
+    Σ_i CE_i. The strict cost to go lacks E Σ_t ∇log π(y_t|s_t) Σ_{i≤t} CE_i: 7 percent (failures), 33 (both)."""
     x, rows = UNEQUAL, torch.arange(len(UNEQUAL.pi))
     sign = 2 * x.reward - 1 if told == "both" else x.reward - 1
     cost = disagreement(x, x.teacher[x.states] + 2 * sign.view(-1, 1, 1) * one_hot(x.tokens, 3))
@@ -321,17 +321,17 @@ def test_feedback_on_the_response_itself_makes_past_disagreement_count(told, sha
     assert off(strict, exact) == pytest.approx(share, abs=0.01)
 
 
-@pytest.mark.parametrize("successes_alone, shares", [(False, (0.020, 0.144)), (True, (0.149, 0.841))])
-def test_a_siblings_response_as_context_is_exact_with_its_law_frozen(successes_alone, shares):
-    """Each row of a pair reads the other: T raises the logits along y' by 1. Where right siblings alone are read, a row
-    without one is not counted. Without a baseline the strict estimate is exact for contexts of frozen law,
-    ∇E_{y'~sg π} E_{y~π} Σ_t CE_t(y, y'), as y' is independent of y. Two things are not in order. First, the baseline of y'
-    holds the cost of its reader, which depends on y' (2 percent; 15 for right siblings). Second, the whole gradient has
-    besides E[∇log π(y') Σ_t CE_t(y, y')], y' as somebody's context (14 percent; 84)."""
+@pytest.mark.parametrize("only_successes, shares", [(False, (0.020, 0.144)), (True, (0.149, 0.841))])
+def test_a_sibling_as_context_is_exact_if_its_distribution_is_frozen(only_successes, shares):
+    """Each row of a pair is the other's context: T raises the logits along y' by 1. If only right siblings are shown, a row without
+    one is not counted. Without a baseline the strict estimate is exact for contexts with a frozen distribution,
+    ∇E_{y'~sg π} E_{y~π} Σ_t CE_t(y, y'), since y' is independent of y. Two things are wrong. First, the baseline of y' contains the
+    cost of y, which depends on y' (2 percent; 15 for right siblings). Second, the whole gradient also has
+    E[∇log π(y') Σ_t CE_t(y, y')], from y' as a context (14 percent; 84)."""
     x, N = UNEQUAL, len(UNEQUAL.pi)
     along = torch.stack([(one_hot(x.states[n], len(x.z)) * x.mask[n].unsqueeze(-1)).T @ one_hot(x.tokens[n], 3) for n in range(N)])
     cost = torch.stack([disagreement(x, (x.teacher + path)[x.states]) for path in along])  # (N of y', N of y, T)
-    told = x.reward if successes_alone else torch.ones(N, dtype=f64)
+    told = x.reward if only_successes else torch.ones(N, dtype=f64)
     total, pi = (cost * x.mask).sum(2) * told.unsqueeze(1), x.log_pi.exp()
     frozen, exact = (gradient((law.unsqueeze(1) * pi * total).sum(), x.z) for law in (x.pi, pi))
 
@@ -348,22 +348,22 @@ def test_a_siblings_response_as_context_is_exact_with_its_law_frozen(successes_a
 
 
 def imitated(x, A, ratio, limits=(1.0, 1e9, 1e9)):
-    """The gradient of the OVD objective Σ_t PG_t(A) (the loss's, with its sign turned) on demonstrations y ~ q. A: (N,).
-    ratio: teacher or one, --ovd_ratio. limits: of the ratio, here such that nothing is clipped."""
+    """The gradient of OVD's objective (minus that of the loss Σ_t PG_t(A)) on demonstrations y ~ q. A: (N,). ratio: teacher or one,
+    as in --ovd_ratio. limits: clips of the ratio, by default so wide that nothing is clipped."""
     before = x.teacher_logp if ratio == "teacher" else x.logp.detach()
     return -gradient(average(L.grpo_loss(x.logp, before, A, *limits), x.mask, x.log_q.exp() * x.length), x.z)
 
 
 @pytest.mark.parametrize("x", [tree(5, 1, None, [1, 0, 0, 1, 0]), EQUAL, UNEQUAL], ids=["one token", "equal", "unequal"])
-def test_in_demonstrations_prefix_and_continuation_stay_the_teachers(x):
-    """E_q[Σ_t ρ_t A ∇log π(y_t|s_t)] = Σ_t E_{s_t~q} Σ_a π(a|s_t) ∇log π(a|s_t) Q(s_t, a), Q the mean A where q goes on: exact
-    for a token, at prefixes and with continuations that are the teacher's, so that a constant in A adds nothing. For one
-    token that is the policy gradient E_π[A ∇log π(y)]; for more the product of all ratios would give it. With ratio one
-    it is imitation by advantage, E_q[A ∇log π(y)], to which a constant adds the whole E_q[∇log π]."""
+def test_demonstrations_give_a_gradient_with_the_teachers_prefixes_and_continuations(x):
+    """E_q[Σ_t ρ_t A ∇log π(y_t|s_t)] = Σ_t E_{s_t~q} Σ_a π(a|s_t) ∇log π(a|s_t) Q(s_t, a), Q being the mean A if q continues: the
+    student chooses a token, prefixes and continuations are the teacher's, and a constant in A adds nothing. With one token that is
+    the policy gradient E_π[A ∇log π(y)]; with more, only the product of all ratios would give it. With ratio one it is imitation
+    weighted by the advantage, E_q[A ∇log π(y)], to which a constant c adds c E_q[∇log π]."""
     A, q, z = x.reward - 0.4, x.log_q.exp(), x.z.detach()
     exact, by_hand = gradient(mean(x.log_pi.exp(), A), x.z), torch.zeros_like(z)
     for s in range(len(z)):
-        here = ((x.states == s) & x.mask).any(1)  # responses through s, each of which stands on it once
+        here = ((x.states == s) & x.mask).any(1)  # responses that pass s, each of them once
         taken = (x.tokens * ((x.states == s) & x.mask)).sum(1)
         for a, p in enumerate(z[s].softmax(-1)):
             after = q * here * (taken == a)
@@ -374,4 +374,4 @@ def test_in_demonstrations_prefix_and_continuation_stay_the_teachers(x):
     close(imitated(x, A, "one"), gradient(mean(q, A * x.log_pi), x.z))
     close(imitated(x, A * (x.log_pi.detach() - x.log_q).exp(), "one"), exact)
     assert (off(by_hand, exact) < 1e-12) == (x.vocab == 5) and off(imitated(x, A, "one"), exact) > 1
-    assert off(imitated(x, A, "teacher", limits=()), by_hand) > 0.1  # the usual limits are felt
+    assert off(imitated(x, A, "teacher", limits=()), by_hand) > 0.1  # the default limits matter

@@ -1,4 +1,4 @@
-"""The loop from outside: the pieces of a batch by hand, and whole small runs. Its updates: test_algorithm.py."""
+"""Pieces of a batch by hand, and whole small runs. The loop's updates are in test_algorithm.py."""
 
 import json
 import math
@@ -14,20 +14,16 @@ from test_session import CHOICE, read_log, run, weights
 
 
 def test_batches_visit_every_problem_once_an_epoch_and_drop_the_incomplete_last():
-    drawn = list(session.batches(list(range(7)), 3, 4, seed=0))
-    assert [len(b) for b in drawn] == [3, 3, 3, 3]
-    for epoch in (drawn[:2], drawn[2:]):
-        assert len(set(sum(epoch, []))) == 6
-    assert drawn[:2] != drawn[2:]
-    assert drawn == list(session.batches(list(range(7)), 3, 4, seed=0))
-    assert drawn != list(session.batches(list(range(7)), 3, 4, seed=1))
+    drawn, again, other = (list(session.batches(list(range(7)), 3, 4, seed)) for seed in (0, 0, 1))
+    assert [len(batch) for batch in drawn] == [3] * 4 and drawn == again != other
+    assert all(len(set(sum(epoch, []))) == 6 for epoch in (drawn[:2], drawn[2:])) and drawn[:2] != drawn[2:]
 
 
 def test_e_step_takes_groups_in_which_both_outcomes_have_a_context():
     r = torch.tensor([1.0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 0, 0])
     has_C = torch.tensor([1, 1, 0, 1, 1, 1, 1, 1, 1, 0, 1, 1], dtype=torch.bool)
-    # Group 1 is mixed, row 2 has no context. Group 2 has successes only, group 3 failures only. Group 4 was sampled
-    # with both outcomes, but its success has no context.
+    # Group 1 is mixed, and row 2 has no context. Group 2 has successes only, group 3 failures only. Group 4 has both outcomes, but
+    # its success has no context.
     batch, skipped = SimpleNamespace(r=r, has_C=has_C, y=[[0]] * 12), []
     found = {}
     for groups, size in (("mixed", 1), ("all", 1), ("all", 2), ("all", 4)):
@@ -36,10 +32,10 @@ def test_e_step_takes_groups_in_which_both_outcomes_have_a_context():
     assert found["mixed", 1] == found["all", 1] == [[0, 1]]
     assert found["all", 2] == [[0, 1, 3, 4, 5]]  # the other two groups have failures only
     assert found["all", 4] == [[0, 1, 3, 4, 5, 6, 7, 8, 10, 11]]
-    assert skipped == [10, 2, 3, 3, 2, 2, 5, 2]
+    assert skipped == [10, 0, 2, 3 + 3 + 2, 2, 5, 2, 0]
 
 
-def test_a_row_without_a_grade_has_an_advantage_of_0_and_not_of_a_rounding():
+def test_the_advantage_of_a_row_without_a_grade_is_exactly_0():
     r, graded = torch.tensor([1.0] + [0.0] * 7), torch.tensor([True] * 6 + [False] * 2)
     A = vpd.advantages(SimpleNamespace(group_size=8, divide_by_std=False), SimpleNamespace(r=r, graded=graded))
     torch.testing.assert_close(A, torch.tensor([5 / 6] + [-1 / 6] * 5 + [0.0] * 2))
@@ -68,25 +64,27 @@ def test_every_method_trains_and_writes_a_complete_run_directory(method, tmp_pat
     assert (out / "best" / "config.json").exists()
 
 
-def test_a_delta_that_is_not_finite_skips_its_update_and_is_not_kept(tmp_path, monkeypatch):
+def test_a_delta_that_is_not_finite_skips_its_update_and_is_dropped(tmp_path, monkeypatch):
     values = iter((math.inf, 2.0))
     monkeypatch.setattr(losses, "reward_shift", lambda *args: torch.tensor(next(values)))
     rows = run(tmp_path / "run", "--e_step_every", "1", "--e_groups", "all")
     assert [(row["shift"], row["updates_not_finite"]) for row in rows] == [(None, 1), (2.0, 0)]
 
 
-def test_a_run_repeats_itself_and_another_seed_does_not(tmp_path):
+def test_a_run_repeats_itself_and_another_seed_draws_other_rollouts(tmp_path, monkeypatch):
+    order, timed = session.batches, ("seconds", "tokens_per_second")
+    monkeypatch.setattr(session, "batches", lambda problems, size, steps, seed: order(problems, size, steps, 0))
     logs = [run(tmp_path / out, "--seed", seed) for out, seed in (("a", "0"), ("b", "0"), ("c", "1"))]
-    timed = ("seconds", "tokens_per_second")
-    plain = [[{k: v for k, v in row.items() if k not in timed} for row in rows] for rows in logs]
-    assert plain[0] == plain[1] != plain[2]
+    first, again, _ = [[{k: v for k, v in row.items() if k not in timed} for row in rows] for rows in logs]
+    texts = [[json.loads(row)["response"] for row in (tmp_path / out / "samples.jsonl").open()] for out in "abc"]
+    assert first == again and texts[0] == texts[1] != texts[2]
 
 
 @pytest.mark.parametrize(
     "task, source, family",
     [("lcb", "solution_first", "qwen3"), ("sciknoweval", "critique", "olmo3"), ("reasoning_gym", "solution_first", "qwen3")],
 )
-def test_a_smoke_run_of_a_real_task_walks_every_step(task, source, family, tmp_path):
+def test_a_smoke_run_of_a_real_task_takes_every_step(task, source, family, tmp_path):
     if task == "reasoning_gym":
         pytest.importorskip(task)
     out = tmp_path / "run"
@@ -95,7 +93,7 @@ def test_a_smoke_run_of_a_real_task_walks_every_step(task, source, family, tmp_p
     assert len(trained) == 2 and all(math.isfinite(row["m_loss"]) for row in trained)
     assert any(row["e_loss"] is not None for row in trained)  # random weights are right now and then
     assert sum(trained[0]["verdicts"].values()) == 32
-    # Without validation problems the test problems are watched, and no weights are kept for doing well on them.
+    # Without validation problems the test problems are watched, and no best weights are kept.
     split = "validation" if task == "reasoning_gym" else "test"
     assert [row["split"] for row in watched] == [split] * 2 and (out / "best").exists() == (split == "validation")
     assert set(watched[0]["columns"]) == ({"held_out"} if task == "lcb" else set())
