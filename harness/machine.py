@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+import feedback
 import tasks
 from harness import hub
 from harness.plan import Plan, show, size
@@ -50,8 +51,17 @@ def check(cfg, path: str, processes: int) -> tuple[Plan, list[str]]:
     if cfg.plan and cfg.gpu_memory:  # for another machine
         return plan, []
     if cfg.plan:  # a run loads its problems itself
-        tasks.load(cfg.task, cfg.subset, cfg.data, cfg.train_tests, cfg.since, cfg.until).close()
+        load_task(cfg).close()
     return plan, judged(*compiler(cfg), *disk(cfg, plan), *memory(cfg, plan), *shared_memory(plan), *sandbox(cfg))
+
+
+def load_task(cfg) -> tasks.Task:
+    """The run's task. Raises ValueError with one line if it lacks the source of feedback."""
+    task = tasks.load(cfg.task, cfg.subset, cfg.data, cfg.train_tests, cfg.since, cfg.until)
+    if cfg.row().teacher and cfg.feedback in task.lacks:
+        has = ", ".join(source for source in feedback.SOURCES if source not in task.lacks)
+        raise ValueError(f"--feedback {cfg.feedback}: {task.name} only offers {has}")
+    return task
 
 
 def judged(*found: tuple[str, bool]) -> list[str]:

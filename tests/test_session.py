@@ -93,11 +93,11 @@ def test_an_existing_run_is_refused_and_overwrite_deletes_only_runs(tmp_path):
     (tmp_path / "best").mkdir()
     (tmp_path / "best" / "notes").touch()
     for *flags, words in (
-        (out, "--overwrite to delete it"), (none, "--overwrite", "deletes run directories only"),
-        (out / "model", "--overwrite", "deletes run directories only"),  # a model's folder has a config.json too
+        (out, "--overwrite to delete it"), (none, "--overwrite", "only deletes run directories"),
+        (out / "model", "--overwrite", "only deletes run directories"),  # a model's folder has a config.json too
         (out, "--overwrite", "--model", out / "model" / ".." / "model", "this run's own --model"),
         (out, "--overwrite", "--data", out / "log.jsonl", "this run's own --data"),
-        (tmp_path, "--resume", "best holds other things than a model"),
+        (tmp_path, "--resume", "best holds more than a model"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             runs.check(parsed("--out", *map(str, flags)))
@@ -109,8 +109,8 @@ def test_a_run_that_goes_on_is_left_alone(tmp_path, capsys):
     run(tmp_path / "run", steps=1)
     with runs.lock(tmp_path / "run"):
         for flag in ("--resume", "--overwrite"):
-            assert "belongs to a run that is still going on" in ended(2, capsys, tmp_path / "run", flag, steps=1)
-        with pytest.raises(ValueError, match="belongs to a run"):  # one that was made since somebody looked
+            assert "another run is still using" in ended(2, capsys, tmp_path / "run", flag, steps=1)
+        with pytest.raises(ValueError, match="another run is still using"):  # one that was made since somebody looked
             runs.make(parsed(), tmp_path / "run", {})
 
 
@@ -208,7 +208,7 @@ def test_special_tokens_inside_a_response_are_graded(tokenizer):
 
 def test_the_trainer_scores_at_the_temperature_of_the_rollouts(tmp_path, capsys):
     rows = run(tmp_path / "run", "--temperature", "2", "--top_p", "0.9", steps=1)
-    assert "--top_p below 1: rollouts come from a cut distribution" in capsys.readouterr().out
+    assert "--top_p below 1: rollouts come from a truncated distribution" in capsys.readouterr().out
     assert rows[0]["sampler_gap"] > 1e-4
     rows = run(tmp_path / "whole", "--temperature", "2", steps=1)
     assert rows[0]["sampler_gap"] < 1e-6  # the library samples in float32
@@ -235,7 +235,7 @@ def test_a_sequence_that_is_too_long_is_refused_and_what_a_run_may_meet_is_noted
     known = True
     run(tmp_path / "run", *flags, steps=1)
     told = capsys.readouterr().out
-    assert "prompt and response may take 2030 tokens; the model was made for 1024" in told
+    assert "prompt and response may take 2030 tokens, and the model supports 1024" in told
     assert "toy/choice has no test problems" in told
 
 
@@ -247,7 +247,7 @@ def test_a_run_says_how_much_it_does_when_it_ends_and_what_its_task_is_called(tm
     (out,) = (tmp_path / "runs").iterdir()
     assert out.name.startswith("t-grpo-seed0-") and json.loads((out / "config.json").read_text())["task_name"] == "t"
     assert f"{out.relative_to(tmp_path)}: grpo on t: 8 train" in told
-    assert "\n4 batches; 2 test problems are watched every 3\n" in told and told.count("the run will end in about") == 1
+    assert "\n4 batches, with an evaluation on 2 test problems every 3\n" in told and told.count("the run will end in about") == 1
 
 
 def test_the_end_of_a_run_is_what_is_left_of_batches_and_evaluations(monkeypatch):
@@ -256,7 +256,7 @@ def test_the_end_of_a_run_is_what_is_left_of_batches_and_evaluations(monkeypatch
     here.eval_seconds = 100.0
     monkeypatch.setattr(session.time, "time", lambda: 0.0)
     at = session.time.strftime("%a %H:%M", session.time.localtime(6 * 20 + 2 * 100))  # after batches 8 and 10
-    assert here.outlook(20.0, 4) == f"a batch takes 20.0 s, an evaluation 100.0 s: the run will end in about 0:05:20, {at}"
+    assert here.outlook(20.0, 4) == f"a batch takes 20.0 s, an evaluation 100.0 s: the run will end in about 0:05:20 ({at})"
     here.steps = 10**12  # is not counted batch by batch
     assert "the run will end in about 347222222 days" in here.outlook(5.0, 4)
 
@@ -279,7 +279,7 @@ def test_a_run_does_not_go_on_with_other_problems(tmp_path, capsys):
     run(tmp_path / "run", *flags, steps=1)
     own(tmp_path / "own.py", text="start {i + 1}")
     error = ended(2, capsys, tmp_path / "run", *flags, "--resume", steps=1)
-    assert "the training problems are not those that the run began with" in error
+    assert "the training problems have changed since the run began" in error
 
 
 def interrupting(monkeypatch, interrupt):
@@ -452,14 +452,14 @@ def test_a_teacher_that_reads_no_better_than_the_student_is_told_once(teacher, w
     run(tmp_path / "run", "--eval_every", "1", "--teacher_probe", "8", "--group_size", "8", steps=1)
     told = capsys.readouterr().out
     assert len(failures()) == 8
-    assert ("no more of them than the student without it (0.125)" in told) == warned == told.count("see teacher_avg in")
+    assert ("passes no more of these than the student (0.125)" in told) == warned == told.count("see teacher_avg in")
 
 
 def test_rows_of_the_e_step_that_no_longer_pull_are_told_once(tmp_path, capsys):
     rows = run(tmp_path / "run", "--beta", "1000", "--e_step_every", "1", "--lr", "0.01", "--seed", "1", steps=4)
     late = [f"{row['e_died']:.2f}" for row in rows if (row["e_died"] or 0) > 0.3]
-    told = [line for line in capsys.readouterr().out.splitlines() if "no longer pull" in line]
-    assert len(late) > 1 and len(told) == 1 and told[0].startswith(f"{late[0]} of the E-step's rows no longer pull")
+    told = [line for line in capsys.readouterr().out.splitlines() if "almost no gradient" in line]
+    assert len(late) > 1 and len(told) == 1 and told[0].startswith(f"{late[0]} of the E-step's rows have almost no gradient")
 
 
 def test_base_failures_are_the_first_failure_with_a_context_of_each_problem(monkeypatch):

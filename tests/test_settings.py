@@ -96,7 +96,7 @@ IMPOSSIBLE = [  # the loop, the flags, and a word of the line
     (vpd, "--subset code --feedback_template nohole", "the feedback template must contain {feedback} exactly once"),
     (vpd, "--feedback both --no_borrow", "no_borrow"), (vpd, "--epochs 2", "--epochs is for --steps 0"),
     (vpd, "--sampler hf --engine_memory 0.5", "--engine_memory is for --sampler vllm"), (vpd, "--smoke", "--smoke is for lcb"),
-    (vpd, "--resume", "--resume needs --out"), (vpd, "--resume --overwrite --out no/such/run", "give one of them"),
+    (vpd, "--resume", "--resume needs --out"), (vpd, "--resume --overwrite --out no/such/run", "give only one of them"),
     (vpd, "--critic_url http://localhost:1 --feedback critique", "--critic_model"),
     (ovd, "--group_size 1", "gives no advantage"), (ovd, "--judge_request nohole", "judge"),
     (ovd, "--judge_url http://localhost:1", "--judge_model"),
@@ -112,11 +112,11 @@ IMPOSSIBLE = [  # the loop, the flags, and a word of the line
     (vpd, "--model=", "--model is no folder here"), (vpd, "--model no/such/folder", "--model no/such/folder is no folder here"),
     (vpd, "--model Qwen/Qwen3-8 --task lcb", "is no folder here"),
     (vpd, "--top_k 100000", "--top_k 100000 exceeds the vocabulary of"),
-    (vpd, "--max_prompt_tokens 3", "0 problems do not fill a batch of --prompts_per_batch 12: 480 training prompts over 3"),
+    (vpd, "--max_prompt_tokens 3", "0 training problems do not fill a batch of --prompts_per_batch 12: 480 training prompts of more than 3"),
     (vpd, "--subset chess", "chess"), (vpd, "--task math", "tasks/toy_models/trace"),
     (vpd, "--task math --smoke qwen3 --data no/such/folder", "no/such/folder"),
-    (vpd, f"{SCIENCE} --feedback environment", "sciknoweval/all has critique"), (vpd, f"{LCB} --since May", "--since"),
-    (vpd, f"{LCB} --feedback critique", "lcb/v6 has environment"),
+    (vpd, f"{SCIENCE} --feedback environment", "sciknoweval/all only offers critique"), (vpd, f"{LCB} --since May", "--since"),
+    (vpd, f"{LCB} --feedback critique", "lcb/v6 only offers environment"),
     (vpd, f"{LCB} --since 2026-01-01 --until 2026-02-01", "0 of 5 problems"),
     *[(vpd, flags, words) for name, flags, words in [("vllm", "--sampler vllm", "vllm is not installed"),
       ("wandb", "--track wandb", "pip install wandb")] if importlib.util.find_spec(name) is None],
@@ -184,7 +184,7 @@ def test_every_flag_changes_the_run_or_is_refused(method):
         if field.default == "":  # as a value it is the default, which is never refused
             setattr(cfg, field.name, "x")
         if refusal := refusal_of(cfg):
-            assert f"--{field.name} is for " in refusal and refusal.endswith("would ignore it, so leave it out")
+            assert f"--{field.name} is for " in refusal and refusal.endswith(": this run would ignore it")
             refused.add(field.name)
     assert refused == {name for key in ["nobody", *REFUSED[method]] for name in UNREAD[key].split()}
 
