@@ -1,7 +1,5 @@
-"""How a command ends. Wrong input gives one line on stderr and exit status 2, output that cannot be written and a run that
-cannot go on give status 1, Ctrl-C status 130. Files are written whole or not at all.
-
-This file imports nothing heavy, so that figures can be drawn without torch.
+"""How a command ends: one line on stderr, and exit status 2 for wrong input, 1 for a run that cannot go on or output that cannot
+be written, 130 for Ctrl-C. Files are written whole or not at all. Nothing heavy is imported: figures are drawn without torch.
 """
 
 import argparse

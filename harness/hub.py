@@ -1,7 +1,5 @@
-"""Checks that a model or data set can be downloaded before the library tries.
-
-Without a connection the library retries for half a minute and reports every attempt. Here one request, and a second one a
-second later, tells whether the hub can be reached. The library then does the download, with its own time limits and retries.
+"""Checks with one or two requests that the hub can be reached, before the library starts a download: without a connection the
+library retries for half a minute and reports every attempt.
 """
 
 import json
@@ -50,8 +48,7 @@ def missing(model: str) -> bool:
 
 
 def unreachable(repo: str, file: str, kind: str = "model") -> str:
-    """Why the hub cannot be reached, "" if it gives any answer about this file. Asks again after a second, since a name server
-    may fail when many processes start at once."""
+    """Why the hub cannot be reached; "" if it gives any answer about this file."""
     hf = library()
     why = "HF_HUB_OFFLINE is set" if hf.constants.is_offline_mode() else ""
     for wait in () if why else (1.0, 0.0):
@@ -62,7 +59,7 @@ def unreachable(repo: str, file: str, kind: str = "model") -> str:
             if type(error).__name__ not in NO_HUB:
                 return ""
             why = " ".join(str(error).split())
-        time.sleep(wait)
+        time.sleep(wait)  # a name server may fail when many processes start at once
     return f"{hf.constants.ENDPOINT} cannot be reached ({why})"
 
 

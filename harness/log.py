@@ -1,7 +1,4 @@
-"""The log of a batch: collects the loop's numbers, averages them, and makes one row of log.jsonl and one line of the terminal.
-
-docs/log.md has the formula of every number and the value to expect at the first batch.
-"""
+"""The log of a batch: averages the loop's numbers into a row of log.jsonl and a line of the terminal. docs/log.md explains them."""
 
 import math
 import sys
@@ -87,8 +84,7 @@ class BatchLog:
         self.skip("e_step: failure spared", int((~died & (c == 0).all(1)).sum()))
 
     def m_pass(self, rows: list[int], view, loss: torch.Tensor, scores, has_C: torch.Tensor, measures: bool) -> None:
-        """A pass over `rows`, a part of an update. has_C: (B,), the rows that have a D; measures: whether the pass is at the
-        weights that sampled the batch."""
+        """A pass over `rows`, a part of an update. has_C: (B,); measures: is it at the weights that sampled the batch?"""
         self.passed(view)
         here = has_C[rows, None]
         D = losses.sequence_mean(scores.D * here, view.mask, max(1, int(has_C.sum())))

@@ -45,8 +45,7 @@ def gpus() -> int:
 
 
 def check(cfg, path: str, processes: int) -> tuple[Plan, list[str]]:
-    """Prints what a run of the model in `path` needs. Returns the plan, and notes on this machine. Raises ValueError with one line
-    if the run is certain to fail."""
+    """Prints the plan of a run of the model in `path`, and returns it with notes. Raises ValueError if it is certain to fail."""
     plan = show(cfg, path, processes)
     if cfg.plan and cfg.gpu_memory:  # for another machine
         return plan, []

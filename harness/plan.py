@@ -1,5 +1,4 @@
-"""What a run will need, computed from its settings and the model's config before it starts. No weights are read and no GPU is
-needed, so `python vpd.py --plan` works anywhere.
+"""What a run will need, computed from its settings and the model's config, without weights or a GPU.
 
 A GPU's memory has two peaks. During training the sampling engine sleeps. During sampling there are no gradients, and the
 engine's weights and key-value cache take what the trainer leaves. Tensors are counted one by one, as policy.py and head.py
@@ -104,8 +103,8 @@ def tokens(cfg) -> tuple[int, int, int]:
 
 
 def memory(config, cfg, processes: int, gpu_bytes: float = 0) -> Plan:
-    """The plan of a run. config: transformers' config of the model; cfg: vpd.Config; processes: one per GPU; gpu_bytes: memory of
-    each GPU, 0 for a CPU. Raises ValueError for a model that policy.py cannot train."""
+    """The plan of a run. config: transformers' config; cfg: vpd.Config; processes: one per GPU; gpu_bytes: memory of a GPU, 0 for
+    a CPU. Raises ValueError for a model that policy.py cannot train."""
     model, method = skeleton(config), cfg.row()
     layers = [sum(p.numel() for p in layer.parameters()) for layer in model.base_model.layers]
     whole = sum(p.numel() for p in model.parameters())  # a tied head counts once
@@ -275,8 +274,7 @@ def size(count: float) -> str:
 
 
 def show(cfg, path: str, processes: int) -> Plan:
-    """Prints what a run of the model in `path` needs on the GPUs that the settings name, or on those here. Raises ValueError if it
-    does not fit them."""
+    """Prints the plan for the GPUs that the settings name, or for those here. Raises ValueError if the run does not fit."""
     gpu = cfg.gpu_memory * 1e9 or (torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 0)
     config = read(path)
     plan = memory(config, cfg, cfg.gpus or processes, gpu)

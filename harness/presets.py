@@ -27,8 +27,7 @@ REASONING_GYM = ONE_GPU | dict(
     feedback="sibling", eval_every=20,
 )  # fmt: skip
 # Chosen on validation problems: for trace (vpd: among settings with a live teacher) and code by study/results/tuning.json, for the
-# others at an earlier commit, with equally many settings for each method of a subset. A variant of trace takes trace's settings
-# and then its own.
+# others at an earlier commit, with equally many settings for each method. A variant of trace overrides trace's settings.
 TOY_SUBSETS = {
     "code": {"model": "tasks/toy_models/code"},
     "choice": {"model": "tasks/toy_models/choice", "feedback": "sibling"},

@@ -18,8 +18,7 @@ KINDS |= dict.fromkeys(("eval_temperature", "eval_top_p"), int | float)
 
 
 def config_of(out: Path, needed: Iterable[str]) -> dict:
-    """The contents of a run's config.json. Raises ValueError with one line if it lacks one of `needed`, or a value has a wrong
-    type."""
+    """The contents of a run's config.json. Raises ValueError if it lacks one of `needed` or a value has a wrong type."""
     path = out / "config.json"
     try:
         config = json.loads(path.read_text())
@@ -60,8 +59,8 @@ def check(cfg) -> None:
 
 
 def make(cfg, out: Path, record: dict):
-    """Creates the run directory with its config.json, after deleting an old one if --overwrite is given. Returns the file that
-    locks it for this run. Raises ValueError if another run holds the lock."""
+    """Creates the run directory with its config.json; --overwrite deletes an old one. Returns the file that locks it for this
+    run. Raises ValueError if another run holds the lock."""
     if cfg.overwrite and out.exists():
         lock(out).close()
         shutil.rmtree(out)
@@ -99,8 +98,7 @@ def settings_of(run: Path) -> dict:
 
 
 def first_weights(run: Path, config: dict) -> str:
-    """The model that a run started from, also if the run was moved together with it. Raises ValueError if the model has changed
-    since."""
+    """The model that a run started from, also if both were moved. Raises ValueError if the model has changed since."""
     model = config["model"]
     beside = [Path(model), run / Path(model).name, Path(__file__).parents[1] / "tasks" / "toy_models" / Path(model).name]
     found = next((str(folder) for folder in beside if folder.is_dir()), model)

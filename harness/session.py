@@ -1,6 +1,5 @@
-"""What surrounds a training loop: opening a run, checkpoints, evaluation during training, signals, and the end of a run.
-
-`launch` takes settings and a loop, `train(cfg, run)`. The loop uses a `Run`. runs.py has the run directory.
+"""What surrounds a training loop: opening a run, checkpoints, evaluation during training, signals, and the end. `launch` starts a
+loop, which uses a `Run`; runs.py has the run directory.
 """
 
 import hashlib
@@ -62,8 +61,8 @@ def check_needs(cfg) -> None:
 
 
 def open_run(cfg, world: World, also: Callable) -> "Run":
-    """A run ready for its loop. Its directory is created after all other checks. also(cfg, policy, task): what else a loop needs,
-    as `Run.also`; it may raise ValueError. Raises ValueError, OSError or ImportError with one line."""
+    """A run ready for its loop; its directory is created after all other checks. also(cfg, policy, task) makes what else the loop
+    needs, `Run.also`. Raises ValueError, OSError or ImportError with one line."""
     method = cfg.row()
     notes = world.first(lambda: runs.check(cfg) or machine.check_driver(cfg))
     check_needs(cfg)
@@ -131,8 +130,7 @@ def open_run(cfg, world: World, also: Callable) -> "Run":
 
 
 def launch(cfg, check: Callable, train: Callable, also: Callable = lambda *_: None) -> None:
-    """Runs a loop from settings to end. check(cfg) raises ValueError for settings that contradict each other; train(cfg, run) is
-    the loop; also: see `open_run`."""
+    """Runs the loop train(cfg, run). check(cfg) raises ValueError for settings that contradict each other; also: see `open_run`."""
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # on busy cores, more threads make a small model slower
     try:

@@ -26,9 +26,8 @@ LIMITS = {"above": (operator.gt, "above"), "least": (operator.ge, "at least"), "
 
 
 class Group:
-    """A heading of --help; calling it makes a field. need, reads: which runs read the group's settings, in words and as a function
-    of the settings; a field can override both. A flag that its run does not read is refused. limits: of a number, named as in
-    LIMITS."""
+    """A heading of --help; calling it makes a field. need, reads: which runs read the field, in words and as a function of the
+    settings; other runs refuse the flag. limits: of a number, by the names in LIMITS."""
 
     def __init__(self, title: str, need: str = "", reads: Callable = lambda cfg: True):
         self.title, self.need, self.reads = title, need, reads

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import vpd
-from harness import hub, machine
+from harness import hub, machine, presets
 from harness.plan import Plan
 from tasks import sandbox
 from test_settings import parsed
@@ -184,4 +184,7 @@ def test_the_check_reads_the_problems_unless_it_is_for_another_machine(monkeypat
     cfg = parsed("--plan", task="math", data="no/such/folder")
     with pytest.raises(ValueError, match="no/such/folder does not exist"):
         machine.check(cfg, "m", 1)
+    science = dict(task="sciknoweval", subset="all", data=presets.FIXTURES / "sciknoweval.jsonl", feedback="environment")
+    with pytest.raises(ValueError, match="sciknoweval/all only offers critique"):
+        machine.check(parsed("--plan", **science), "m", 1)
     assert machine.check(replace(cfg, gpu_memory=80.0), "m", 1) == (QWEN, [])

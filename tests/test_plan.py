@@ -4,7 +4,6 @@ import re
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +17,6 @@ from model import head
 from model.policy import Policy
 from neighbours import distil, ovd
 
-ROOT = Path(__file__).resolve().parents[1]
 GB = 10**9
 QWEN3_8B = dict(
     vocab_size=151936, hidden_size=4096, num_hidden_layers=36, head_dim=128, num_attention_heads=32,
@@ -341,8 +339,11 @@ def test_plan_of_other_families(tmp_path, capsys):
     assert status == 2 and len(err) == 1 and "no list of decoder layers" in err[0]
 
 
+SCIENCE = f"--task sciknoweval --subset all --data {presets.FIXTURES}/sciknoweval.jsonl"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without GPUs")
-def test_on_a_cpu_the_toy_plan_is_three_lines_and_other_plans_are_refused_in_one(capsys, monkeypatch):
+def test_on_a_cpu_a_local_model_has_a_plan_of_three_lines_and_others_are_refused(capsys, monkeypatch, tmp_path):
     for argv, reason in (
         ("--task lcb --plan", "plan for other GPUs: --plan --gpus N --gpu_memory GB"),
         ("--task lcb --plan --model no/such/model --gpus 1 --gpu_memory 80", "cannot read a model's config from"),
@@ -350,7 +351,7 @@ def test_on_a_cpu_the_toy_plan_is_three_lines_and_other_plans_are_refused_in_one
     ):
         status, out, err = run(capsys, argv)
         assert status == 2 and out == [] and len(err) == 1 and reason in err[0]
-    monkeypatch.chdir(ROOT)
-    status, out, _ = run(capsys, "--task toy --plan")
-    assert status == 0 and len(out) == 3
-    assert out[1].startswith("maximum tokens: 356 per student row, 612 per teacher row, 20480 per micro-batch")
+    monkeypatch.chdir(tmp_path)
+    for argv in ("--task toy --plan", f"{SCIENCE} --model tasks/toy_models/trace --plan"):
+        status, out, _ = run(capsys, argv)
+        assert status == 0 and len(out) == 3 and "parameters on a CPU" in out[2], argv
