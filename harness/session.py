@@ -53,7 +53,8 @@ def check_needs(cfg) -> None:
         cfg.model = str(folder.resolve())  # --resume and evaluation may start in another one
     elif not torch.cuda.is_available() and not cfg.smoke and not cfg.gpu_memory:
         raise ValueError(f"--model {cfg.model} is no folder here, and training a model from the hub needs CUDA GPUs: name a folder "
-                         "(such as tasks/toy_models/trace), try --smoke, or plan for other GPUs: --plan --gpus N --gpu_memory GB")
+                         "(such as tasks/toy_models/trace)" + ", try --smoke" * (cfg.task in presets.SMOKE_TASKS)
+                         + ", or plan for other GPUs: --plan --gpus N --gpu_memory GB")  # fmt: skip
     if not cfg.gpu_memory:  # else a plan for another machine
         check_sampler(cfg.sampler)
     if cfg.track and importlib.util.find_spec(cfg.track) is None:
@@ -243,8 +244,8 @@ class Run:
                 self.validate(0)
             self.critic.missing.clear()  # a batch logs its own only
             quiet = None if world.rank == 0 else True
-            self.bar = tqdm(total=self.steps, initial=self.first_step, disable=quiet, unit="batch", dynamic_ncols=True)
-            yield
+            with tqdm(total=self.steps, initial=self.first_step, disable=quiet, unit="batch", dynamic_ncols=True) as self.bar:
+                yield
             if not self.made:
                 raise Stopped("no update was made: no rollout had a signal (left_out in log.jsonl says why)")
         except (Exception, KeyboardInterrupt) as error:
