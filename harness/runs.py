@@ -75,8 +75,10 @@ def lock(out: Path):
     file = (out / "lock").open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise ValueError(f"another run is still using {out}") from None
+    except OSError:
+        pass  # a file system without locks
     return file
 
 

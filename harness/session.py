@@ -143,7 +143,7 @@ def launch(cfg, check: Callable, train: Callable, also: Callable = lambda *_: No
         if cfg.smoke and cfg.plan:
             raise ValueError("--plan is for the task's own model, which --smoke replaces with a tiny one")
         if cfg.plan:
-            notes = machine.check_driver(cfg)
+            notes = runs.check(cfg) or machine.check_driver(cfg)
             check_needs(cfg)
             for note in notes + machine.check(cfg, cfg.model, torch.cuda.device_count() or 1)[1]:
                 print(note)

@@ -188,9 +188,9 @@ def test_what_a_layer_keeps_for_its_backward_pass_is_what_autograd_keeps():
 
 
 def test_a_backward_pass_takes_no_more_than_planned():
-    """In bfloat16 with recomputation, as on a GPU. The plan is too careful by a half at most."""
-    shape = TINY | dict(hidden_size=512, num_attention_heads=8, num_key_value_heads=4, head_dim=64,
-                        intermediate_size=1536, num_hidden_layers=4)  # fmt: skip
+    """In bfloat16 with recomputation, as on a GPU. The plan may exceed the need by up to 60 percent."""
+    shape = TINY | dict(hidden_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+                        intermediate_size=768, num_hidden_layers=4)  # fmt: skip
     network = AutoModelForCausalLM.from_config(Qwen3Config(**shape), dtype=torch.bfloat16)
     policy = Policy(network, SimpleNamespace(eos_token_id=2, chat_template=None), recompute=0)
 
@@ -200,10 +200,10 @@ def test_a_backward_pass_takes_no_more_than_planned():
 
     backward(8)  # gradients come into being
     with torch.profiler.profile(profile_memory=True) as profile:
-        backward(1000)
+        backward(400)
     changes = (event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
-    found, _ = planned(shape, "--task lcb --method grpo --max_prompt_tokens 24 --max_response_tokens 1000 "
-                              "--micro_batch_tokens 2048", gpu=80 * GB)  # fmt: skip
+    found, _ = planned(shape, "--task lcb --method grpo --max_prompt_tokens 24 --max_response_tokens 400 "
+                              "--micro_batch_tokens 848", gpu=80 * GB)  # fmt: skip
     parts = found.moments["a layer's backward pass"]
     ours = sum(parts[name] for name in ("layer inputs", "last states", "a layer recomputed"))
     assert 1 < ours / max(accumulate(changes)) < 1.6

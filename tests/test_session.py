@@ -10,6 +10,7 @@ from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -100,13 +101,16 @@ def test_an_existing_run_is_refused_and_overwrite_deletes_only_runs(tmp_path):
         Policy.load(CHOICE).save(out)
 
 
-def test_a_run_that_goes_on_is_left_alone(tmp_path, capsys):
+def test_a_run_that_goes_on_is_left_alone(tmp_path, monkeypatch, capsys):
     run(tmp_path / "run", steps=1)
     with runs.lock(tmp_path / "run"):
         for flag in ("--resume", "--overwrite"):
             assert "another run is still using" in ended(2, capsys, tmp_path / "run", flag, steps=1)
         with pytest.raises(ValueError, match="another run is still using"):  # one that was made since somebody looked
             runs.make(parsed(), tmp_path / "run", {})
+    monkeypatch.setattr(runs.fcntl, "flock", Mock(side_effect=OSError(38, "Function not implemented")))
+    runs.lock(tmp_path / "run").close()  # a file system without locks
+    assert "run exists: give another --out" in ended(2, capsys, tmp_path / "run", "--plan", steps=1)  # a plan looks too
 
 
 def test_a_model_is_saved_by_its_whole_path_and_the_run_goes_on_elsewhere(tmp_path, monkeypatch):
