@@ -14,6 +14,7 @@ from harness.plan import Plan
 from tasks import sandbox
 from test_settings import parsed
 
+SMALL = "--steps 1 --prompts_per_batch 4 --minibatch_prompts 4 --e_minibatch_prompts 4".split()
 QWEN = Plan(8_190_000_000, 8, 80e9, {"weights": 12e9}, {}, "", 0, {}, 0.6, 9e9, 1, 1, 262 * 10**9, 16 * 10**9, 98 * 10**9, 0)
 
 
@@ -165,7 +166,7 @@ def test_the_check_and_every_run_ask_and_say_it_in_one_line(monkeypatch, tmp_pat
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(machine, "gpus", lambda: 8)
     monkeypatch.setattr(machine, "memory", lambda *args: lacks)
-    toy, run = ["--subset", "choice"], ["--steps", "1", "--eval_every", "0", "--out", str(out)]
+    toy, run = ["--subset", "choice"], [*SMALL, "--eval_every", "0", "--out", str(out)]
     for flags, words in ((toy, "error: a disk is full; memory is short"), (["--task", "lcb"], "error: nvidia-smi lists 8 GPUs")):
         for argv in (["--plan"], run):
             with pytest.raises(SystemExit) as stop:

@@ -212,15 +212,12 @@ def test_a_backward_pass_takes_no_more_than_planned():
 # ---- The paper's models --------------------------------------------------------------------------------------
 
 
-def test_the_papers_models_fit_their_gpus_and_8b_does_not_fit_one():
+def test_the_papers_largest_model_fits_its_gpus():
     found, cfg = planned(QWEN3_8B, "--task lcb", 8, 80e9)
     assert found.parameters == pytest.approx(8.19e9, rel=1e-3)
     plan.refuse(found, cfg)
     assert 45e9 < found.training < 55e9 and 15 < found.sequences < 40
     assert found.sampling["engine's weights, bf16"] == 2 * found.parameters  # every GPU has an engine of its own
-    found, cfg = planned(QWEN3_8B, "--task lcb", 1, 80e9)
-    with pytest.raises(ValueError, match="training needs .* on each GPU .1 x 80.0 GB.: .* more GPUs, --e_optimizer shared$"):
-        plan.refuse(found, cfg)
 
 
 def test_ovds_teacher_writes_and_scores_nothing_and_distil_reads_contexts_with_its_own():
@@ -257,6 +254,9 @@ def test_a_refusal_names_what_would_help():
 
 
 def test_the_estimate_of_hours_has_the_measured_step_adds_up_and_scales(monkeypatch):
+    made = {shape["num_hidden_layers"]: plan.skeleton(Qwen3Config(**shape)) for shape in (QWEN3_8B, QWEN3_2B)}  # once each
+    monkeypatch.setattr(plan, "skeleton", lambda config: made[config.num_hidden_layers])
+
     def of(shape, flags, processes=8, **changed):
         found, cfg = planned(shape, f"--task {flags}", processes, 80e9)
         about = replace(found, **changed), Qwen3Config(**shape), cfg
@@ -313,7 +313,8 @@ def test_plan_flag_needs_only_a_config_refuses_after_its_table_and_leaves_nothin
     model = config_in("model", Qwen3Config(**QWEN3_8B))
     status, out, err = run(capsys, f"--task lcb --plan --model {model} --gpus 1 --gpu_memory 80")
     assert status == 2 and any("together" in line for line in out)
-    assert len(err) == 1 and "error: training needs 223.6 GB on each GPU (1 x 80.0 GB)" in err[0]
+    assert len(err) == 1 and "error: training needs 223.6 GB on each GPU (1 x 80.0 GB): " in err[0]
+    assert err[0].endswith("; try more GPUs, --e_optimizer shared")
     status, out, err = run(capsys, f"--task lcb --plan --model {model} --data no/such/file --gpus 8 --gpu_memory 80")
     assert (status, err) == (0, []) and [p.name for p in tmp_path.iterdir()] == ["model"]
     assert out[0] == ("256 rollouts per batch; M-step: 32 updates of 8 sequences; "
