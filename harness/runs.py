@@ -32,6 +32,12 @@ def config_of(out: Path, needed: Iterable[str]) -> dict:
     return config
 
 
+def absolute(path: str) -> str:
+    """The absolute path of what exists in the current folder or in this repository; any other text, such as a hub id, itself."""
+    found = [place for place in (Path(path), Path(__file__).parents[1] / path) if path and place.exists()]
+    return str(found[0].resolve()) if found else path
+
+
 def check(cfg) -> None:
     """Raises ValueError with one line if --out cannot be this run's directory."""
     if cfg.resume and not cfg.out:

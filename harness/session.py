@@ -47,11 +47,11 @@ def git_commit() -> str:
 
 
 def check_needs(cfg) -> None:
-    """Finds the model's folder. Raises ValueError with one line if the model or a package is missing on this machine."""
-    here = Path(cfg.model), Path(__file__).parents[1] / cfg.model  # a toy run may start in another folder
-    if folder := next((path for path in here if cfg.model and path.is_dir()), None):
-        cfg.model = str(folder.resolve())  # --resume and evaluation may start in another one
-    elif not torch.cuda.is_available() and not cfg.smoke and not cfg.gpu_memory:
+    """Makes --model and --data absolute, since --resume and evaluation may start in another folder. Raises ValueError with one
+    line if the model or a package is missing on this machine."""
+    cfg.model, cfg.data = runs.absolute(cfg.model), runs.absolute(cfg.data)
+    local = cfg.model and Path(cfg.model).is_dir()
+    if not local and not torch.cuda.is_available() and not cfg.smoke and not cfg.gpu_memory:
         raise ValueError(f"--model {cfg.model} is no folder here, and training a model from the hub needs CUDA GPUs: name a folder "
                          "(such as tasks/toy_models/trace)" + ", try --smoke" * (cfg.task in presets.SMOKE_TASKS)
                          + ", or plan for other GPUs: --plan --gpus N --gpu_memory GB")  # fmt: skip
@@ -68,7 +68,6 @@ def open_run(cfg, world: World, also: Callable) -> "Run":
     notes = world.first(lambda: runs.check(cfg) or machine.check_driver(cfg))
     check_needs(cfg)
     task = machine.load_task(cfg)
-    cfg.data = str(Path(cfg.data).resolve()) if cfg.data else ""
     task.verify = Shared(world, task.verify, task.threads)
     name = cfg.task if cfg.task != "own" else re.sub(r"\W+", "-", task.name)
     out = Path(world.first(lambda: cfg.out or f"runs/{name}-{cfg.method}-seed{cfg.seed}-{time.strftime('%Y%m%d-%H%M%S')}"))
@@ -271,18 +270,17 @@ class Run:
         print(f"resuming after {self.first_step} batches; {dropped} later lines removed from the logs")
         return kept is not None
 
-    def _write(self, name: str, *rows: dict) -> None:
-        """Appends rows to log.jsonl or samples.jsonl, in the first process."""
+    def _write(self, name: str, row: dict) -> None:
+        """Appends a row to log.jsonl or samples.jsonl, in the first process."""
         if self.policy.world.rank:
             return
-        finite = lambda v: None if isinstance(v, float) and not math.isfinite(v) else v  # noqa: E731
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}  # nan is not JSON
         try:
             with (self.out / name).open("a") as file:
-                for row in rows:
-                    file.write(json.dumps({k: finite(v) for k, v in row.items()}) + "\n")  # nan is not JSON
+                file.write(json.dumps(finite) + "\n")
         except OSError as error:
             raise CannotWrite(f"{self.out / name}: {error.strerror}") from error
-        for row in rows if name == "log.jsonl" else ():
+        if name == "log.jsonl":
             self.tracker.write(row)
 
     # ---- A batch -----------------------------------------------------------------------------------------------
@@ -319,14 +317,12 @@ class Run:
         self.critic.missing.clear()
         row = log.row(batch, cfg.lr * self.rate(log.step), cfg.row().distils)
         self._write("log.jsonl", row)
-        samples = []
         for i in range(min(cfg.log_samples, len(batch.y))):
             context = asdict(batch.C[i]) if batch.C and batch.C[i] else None
             prompt = self.policy.tokenizer.decode(batch.x[i])
             sample = {"step": log.step, "id": batch.problems[i].id, "prompt": prompt, "response": batch.texts[i],
                       "finish": batch.rollouts[i].finish, **asdict(batch.outcomes[i]), "context": context}  # fmt: skip
-            samples.append(sample | log.samples.get(i, {}))
-        self._write("samples.jsonl", *samples)
+            self._write("samples.jsonl", sample | log.samples.get(i, {}))
         tqdm.write(terminal_line(row))
         if (row["e_died"] or 0) > DIED and not self.warned:
             self.warned = True

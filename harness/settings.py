@@ -16,7 +16,7 @@ from typing import Literal, get_args, get_origin
 
 import feedback
 from harness.command import Parser
-from harness.runs import config_of
+from harness.runs import absolute, config_of
 from neighbours import served
 
 # These settings belong to a command, not to the run that it starts or resumes.
@@ -108,8 +108,8 @@ def _resumed(out: Path, config: type, given: dict, parser: Parser) -> dict | Non
     except ValueError as error:
         parser.error(f"cannot resume {out}: {error}")
     kept = vars(parser.parse_args([f"--{name}={saved[name]}" for name in names]))  # the file may have been edited
-    changed = [f"--{name} {value} (was {kept[name]})" for name, value in given.items() if name in names and value != kept[name]]
-    if changed:
+    now = {name: absolute(value) if name in ("model", "data") else value for name, value in given.items() if name in names}
+    if changed := [f"--{name} {value} (was {kept[name]})" for name, value in now.items() if value != kept[name]]:
         parser.error(f"--resume keeps the run's own settings, and these differ: {', '.join(changed)}")
     return kept
 

@@ -199,7 +199,8 @@ def test_help_is_quick_has_every_flag_once_under_its_heading_and_shows_the_prese
      ({"eval_top_p": None}, "", "its eval_top_p is None"), ({"lr": "two"}, "", "argument --lr: invalid float value: 'two'"),
      ({"method": "distil"}, "", "argument --method: invalid choice: 'distil'"),
      ({}, "--lr 0.25 --seed 1", "these differ: --lr 0.25 (was 0.5), --seed 1 (was 0)"),
-     ({}, "--lr 0.5 --track wandb --overwrite", None)],
+     ({}, "--lr 0.5 --track wandb --overwrite", None),
+     ({"model": f"{ROOT}/tests", "data": f"{ROOT}/README.md"}, "--model tests --data README.md", None)],
 )  # fmt: skip
 def test_a_run_goes_on_with_its_own_settings_and_no_others(config, flags, words, tmp_path, capsys):
     (tmp_path / "checkpoints").mkdir()
