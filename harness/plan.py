@@ -261,7 +261,6 @@ def seconds(plan: Plan, config, cfg) -> dict[str, float]:
 
 
 def hours(plan: Plan, config, cfg) -> str:
-    """The estimate in one line."""
     batch = seconds(plan, config, cfg)
     steps, each = cfg.steps or cfg.epochs * (PROBLEMS.get(cfg.task, (0, 0))[0] // cfg.prompts_per_batch), sum(batch.values())
     total = f"{steps * each / 3600:.2g} hours for {steps} batches" if steps else "a batch"

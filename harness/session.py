@@ -208,8 +208,7 @@ class Run:
         problems = json.dumps([(p.id, p.messages, p.reference) for p in task.train])  # for --resume
         self.problems = hashlib.sha256(problems.encode("utf-8", "replace")).hexdigest()[:16]
         self.shift, self.bad_in_a_row, self.idle, self.made, self.best = None, 0, 0, 0, -1.0
-        self.first_step, self.saved, self.probe, self.eval_seconds, self.warned = 0, None, {}, 0.0, False
-        self.tracker = None
+        self.first_step, self.saved, self.tracker, self.probe, self.eval_seconds, self.warned = 0, None, None, {}, 0.0, False
 
     def end(self, line: str, status: int) -> None:
         """Ends the program with a line on standard error, printed by the first process."""

@@ -56,7 +56,7 @@ def test_a_hub_that_answers_anything_or_is_slow_is_left_to_the_library(hub_at, s
         assert hub.unreachable("owner/model", "config.json") == ""
 
 
-def test_what_is_in_the_cache_needs_no_hub_and_weights_are_missing_until_every_file_is_there(hub_at):
+def test_cached_files_need_no_hub_and_weights_are_missing_until_all_are_there(hub_at):
     cache, waits = hub_at(CLOSED)
 
     def keep(name, **files):

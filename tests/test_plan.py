@@ -220,7 +220,7 @@ def test_the_papers_largest_model_fits_its_gpus():
     assert found.sampling["engine's weights, bf16"] == 2 * found.parameters  # every GPU has an engine of its own
 
 
-def test_ovds_teacher_writes_and_scores_nothing_and_distil_reads_contexts_with_its_own():
+def test_plans_of_ovd_whose_teacher_only_writes_and_of_distil():
     """OVD's loss is GRPO's, without the teacher's logits; its demonstrations follow the teacher's prompt, so the sequences
     sampled are longer."""
     on_one = lambda flags, program=vpd: planned(QWEN3_2B, f"--task sciknoweval {flags}", 1, 80e9, program)  # noqa: E731
@@ -308,7 +308,7 @@ def config_in(folder, config):
     return folder
 
 
-def test_plan_flag_needs_only_a_config_refuses_after_its_table_and_leaves_nothing_behind(capsys, tmp_path, monkeypatch):
+def test_plan_needs_only_a_config_refuses_after_its_table_and_writes_nothing(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = config_in("model", Qwen3Config(**QWEN3_8B))
     status, out, err = run(capsys, f"--task lcb --plan --model {model} --gpus 1 --gpu_memory 80")

@@ -101,7 +101,7 @@ def test_an_existing_run_is_refused_and_overwrite_deletes_only_runs(tmp_path):
         Policy.load(CHOICE).save(out)
 
 
-def test_a_run_that_goes_on_is_left_alone(tmp_path, monkeypatch, capsys):
+def test_the_directory_of_a_run_in_progress_is_refused(tmp_path, monkeypatch, capsys):
     run(tmp_path / "run", steps=1)
     with runs.lock(tmp_path / "run"):
         for flag in ("--resume", "--overwrite"):

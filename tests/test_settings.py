@@ -179,7 +179,7 @@ def test_a_flag_is_read_where_other_settings_make_it_so():
 # ---- --help and --resume -----------------------------------------------------------------------------------------
 
 
-def test_help_is_quick_has_every_flag_once_under_its_heading_and_shows_the_presets_values():
+def test_help_is_quick_lists_every_flag_once_by_heading_and_shows_preset_values():
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     done = subprocess.run([sys.executable, "-m", "neighbours.distil", "--task", "sciknoweval", "--help"], cwd=ROOT, text=True,
                           capture_output=True, env=os.environ | {"COLUMNS": "120"})  # fmt: skip
