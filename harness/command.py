@@ -1,7 +1,5 @@
-"""How a command ends: wrong input gives one line on stderr and exit status 2, a run that cannot go on status 1, Ctrl-C status
-130. Files are written whole or not at all.
-
-Nothing heavy is imported here, so that figures can be drawn without torch.
+"""How a command ends: one line on stderr, and exit status 2 for wrong input, 1 for a run that cannot go on or output that cannot
+be written, 130 for Ctrl-C. Files are written whole or not at all. Nothing heavy is imported: figures are drawn without torch.
 """
 
 import argparse
@@ -14,16 +12,16 @@ from pathlib import Path
 
 
 class CannotWrite(OSError):
-    """What cannot be written, and why: "FILE: no space left", say."""
+    """Its text names the file and the reason: "FILE: no space left"."""
 
 
 class Stopped(RuntimeError):
-    """A run cannot go on, for a reason that is the same in every process; its weights are saved."""
+    """A run cannot go on, and every process has found the same reason. Its weights are saved."""
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Under another name first, so that a full disk leaves the earlier file as it was. Raises CannotWrite."""
-    # A device, a pipe or a link is written itself: renaming would put a file in its place.
+    """Writes a file under another name and renames it, so that a full disk leaves the old file as it was. Raises CannotWrite."""
+    # Devices, pipes and links are written directly: renaming would replace them by a file.
     itself = os.path.islink(path) or (os.path.exists(path) and not os.path.isfile(path))
     part = path if itself else path.with_name(f"part-{path.name}")
     try:
@@ -34,19 +32,19 @@ def write(path: Path, content: str | bytes) -> None:
     finally:
         if not itself:
             with suppress(OSError):
-                part.unlink()  # there only where something went wrong
+                part.unlink()  # it exists only after an error
 
 
 def check_out(out: Path) -> None:
-    """Raises ValueError with one line where --out cannot be a file."""
+    """Raises ValueError with one line if --out cannot be a file."""
     if out.is_dir() or not out.parent.is_dir():
         raise ValueError(f"--out {out}: {'it is a folder' if out.is_dir() else f'there is no folder {out.parent}'}")
 
 
 def run(main: Callable[[], None], *refused: type[Exception]) -> None:
-    """A command as a program: Ctrl-C is exit status 130 without a traceback, what `refused` names is bad input. One of several
-    processes leaves at once, whatever happened: while the interpreter takes itself down, threads of torch's abort a finished
-    process now and then, and vLLM waits for the process group, which the other processes may never leave."""
+    """Runs a command as a program. Ctrl-C is exit status 130 without a traceback, and exceptions in `refused` are bad input. One of
+    several processes exits at once, without the interpreter's shutdown, in which torch's threads now and then abort a finished
+    process, and vLLM waits for the process group, which the other processes may never leave."""
     at_once = lambda: int(os.environ.get("WORLD_SIZE", 1)) > 1 or "vllm" in sys.modules  # noqa: E731
     try:
         main()
@@ -55,7 +53,7 @@ def run(main: Callable[[], None], *refused: type[Exception]) -> None:
         status = 130
     except SystemExit as error:
         status = say(error.code, status=1) if isinstance(error.code, str) else error.code or 0
-    except (CannotWrite, *refused) as error:
+    except (CannotWrite, BrokenPipeError, *refused) as error:
         status = say(error)
     except BaseException:
         if not at_once():
@@ -64,7 +62,7 @@ def run(main: Callable[[], None], *refused: type[Exception]) -> None:
         status = 1
     if at_once():
         for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):  # whoever read it may be gone, or it is closed
+            with suppress(OSError, ValueError):  # its reader may have gone, or it may be closed
                 stream.flush()
         os._exit(status)
     if status:
@@ -72,8 +70,8 @@ def run(main: Callable[[], None], *refused: type[Exception]) -> None:
 
 
 def say(message: object, command: str = "", status: int = 2) -> int:
-    """One line on what was wrong. Returns the exit status."""
-    if isinstance(message, CannotWrite):
+    """Prints one line on what went wrong. Returns the exit status."""
+    if isinstance(message, CannotWrite | BrokenPipeError):
         message, status = f"cannot write {message}", 1
     rank = os.environ.get("RANK", "0")
     process = f"process {rank}: " if rank != "0" else ""
@@ -82,12 +80,12 @@ def say(message: object, command: str = "", status: int = 2) -> int:
 
 
 def fail(message: object, command: str = "", status: int = 2) -> None:
-    """One line on what was wrong, and the exit status."""
+    """Ends the program with one line on what went wrong."""
     sys.exit(say(message, command, status))
 
 
 class Parser(argparse.ArgumentParser):
-    """Flags by their whole names. `prog` is given, since a command also runs inside of another one, or of a test."""
+    """Takes no abbreviated flags. `prog` is given because a command may run inside another program or a test."""
 
     def __init__(self, prog: str, description: str, **how):
         super().__init__(prog, description=description, allow_abbrev=False, **how)

@@ -1,7 +1,4 @@
-"""The log of a batch: the loop hands in numbers as they arise; they are averaged here and become one row and one line.
-
-docs/log.md has the formula of every number and the value to expect at the first batch.
-"""
+"""The log of a batch: averages the loop's numbers into a row of log.jsonl and a line of the terminal. docs/log.md explains them."""
 
 import math
 import sys
@@ -16,8 +13,8 @@ import torch
 import losses
 from tasks.base import one_line
 
-GAP = 0.05  # nats: the terminal shows a larger gap between trainer and sampler
-DIED = 0.3  # of an E-step's rows: a run says once that more than these no longer pull
+GAP = 0.05  # nats; a larger gap between trainer and sampler is shown in the terminal
+DIED = 0.3  # share of an E-step's rows with almost no gradient, above which a run warns once
 
 
 def mean(values) -> float | None:
@@ -35,14 +32,14 @@ def margin(r_tilde: torch.Tensor, r: torch.Tensor, lengths: torch.Tensor) -> dic
 
 
 class BatchLog:
-    """The figures of one batch. world: its sums are taken over the processes; beta: of r~."""
+    """The numbers of one batch, over all processes of `world`. beta: of r~; limit: of pi_old / pi_sampler, if one applies."""
 
     def __init__(self, step: int, world, beta: float, limit: float | None):
         self.step, self.world, self.beta, self.limit = step, world, beta, limit
         self.seconds, self.last, self.left_out = {}, time.perf_counter(), Counter()
         self.figures = dict.fromkeys(("margin", "length_correlation", "shift", "entropy", "sampler_gap", "mismatch_truncated"))
         self.e_losses, self.e_norms, self.died, self.m_losses, self.m_norms = [], [], [], [], []
-        self.samples: dict[int, dict] = {}  # what else samples.jsonl says of a row
+        self.samples: dict[int, dict] = {}  # more fields for a row of samples.jsonl
         self.packing, self.sums = torch.zeros(2, dtype=torch.long), 0
         self.D_sum, self.with_D, self.scores, self.overlaps = 0.0, False, [], []
 
@@ -52,19 +49,19 @@ class BatchLog:
         self.last = now
 
     def skip(self, reason: str, count: int = 1) -> None:
-        """Counts what takes no part."""
+        """Counts rows or updates left out, by reason."""
         self.left_out[reason] += count
 
     def note(self, **figures) -> None:
         self.figures |= figures
 
     def passed(self, view) -> None:
-        """Counts the tokens of a pass."""
+        """Counts the tokens of a training pass, with and without padding."""
         self.packing += torch.tensor([view.filled, view.padded])
 
     def measured(self, batch, rows: torch.Tensor, logp: torch.Tensor, entropy: torch.Tensor, teacher_logp) -> None:
-        """Figures of the weights that sampled the batch, over `rows` (B,), from (B, T): the entropy, how far the sampler's engine
-        is from the trainer, and where there is a teacher the margin over those of the rows that have a context."""
+        """The entropy, the gap between trainer and sampler, and with a teacher the margin over rows with a context, all at the
+        weights that sampled the batch. rows: (B,), the rows to cover; the other tensors: (B, T)."""
         tokens = batch.mask.bool() & rows[:, None]
         gap = (logp - batch.sampler_logp)[tokens]
         truncated = None if self.limit is None else mean(gap.exp() >= self.limit)
@@ -78,8 +75,8 @@ class BatchLog:
         self.measured(batch, torch.ones_like(batch.graded), batch.old_logp, entropy, batch.teacher_logp)
 
     def e_update(self, loss: float, norm: float, u: torch.Tensor, r: torch.Tensor, c: torch.Tensor) -> None:
-        """u: r~ - delta of the rows; c: the loss's slope in each token's log q. A row has died when its pull, sigma(-u) on a
-        success and sigma(u) on a failure, is below 0.01; a failure that is spared has none though its sigma(u) is larger."""
+        """u: (n,), r~ - delta; c: (n, T), the loss's slope in each token's log q. A row has died if its weight in the gradient,
+        sigma(-u) for a success and sigma(u) for a failure, is below 0.01. A spared failure has a larger sigma(u) but c = 0."""
         died = torch.where(r == 1, torch.sigmoid(-u), torch.sigmoid(u)) < 0.01
         self.e_losses.append(loss)
         self.e_norms.append(norm)
@@ -87,8 +84,7 @@ class BatchLog:
         self.skip("e_step: failure spared", int((~died & (c == 0).all(1)).sum()))
 
     def m_pass(self, rows: list[int], view, loss: torch.Tensor, scores, has_C: torch.Tensor, measures: bool) -> None:
-        """A pass over `rows`, a part of an update. has_C: (B,), rows that have a D; measures: the pass is at the weights that
-        sampled the batch."""
+        """A pass over `rows`, a part of an update. has_C: (B,); measures: is it at the weights that sampled the batch?"""
         self.passed(view)
         here = has_C[rows, None]
         D = losses.sequence_mean(scores.D * here, view.mask, max(1, int(has_C.sum())))
@@ -101,7 +97,7 @@ class BatchLog:
             self.scores.append((rows, scores))
 
     def m_loss(self) -> float:
-        """The loss of an update over all of its passes and processes."""
+        """The loss of an update, summed over its passes and processes."""
         loss, D = self.world.sum(self.sums).tolist()
         self.sums = 0
         self.m_losses.append(loss)
@@ -109,7 +105,7 @@ class BatchLog:
         return loss
 
     def from_passes(self, batch, takes_part: torch.Tensor, has_teacher: bool) -> None:
-        """The figures of `measured`, from the update's own passes."""
+        """Calls `measured` with the numbers of the update's own passes."""
         logp, entropy, teacher_logp = (torch.zeros_like(batch.sampler_logp) for _ in range(3))
         for rows, scores in self.scores:
             t = scores.logp.shape[1]
@@ -120,11 +116,11 @@ class BatchLog:
             self.measured(batch, takes_part, logp, entropy, teacher_logp if has_teacher else None)
 
     def updates(self) -> int:
-        """Updates that moved the weights."""
+        """The number of updates that changed the weights."""
         return sum(math.isfinite(norm) for norm in self.e_norms + self.m_norms)
 
     def row(self, batch, lr: float, distils: bool) -> dict:
-        """The batch's row of log.jsonl."""
+        """The batch's row in log.jsonl."""
         kinds = Counter(c.kind for c in batch.C if c)
         wins = Counter(c.kind for c, o in zip(batch.C, batch.outcomes) if c and o.reward)
         died = torch.cat(self.died) if self.died else []
@@ -153,7 +149,7 @@ class BatchLog:
 
 
 def terminal_line(row: dict) -> str:
-    """At most 12 figures of a batch: three decimals, or two significant digits of what is smaller."""
+    """At most 12 numbers of a batch, with three decimals, or two significant digits below 0.01."""
     short = lambda x: f"{x:.3f}" if x == 0 or abs(x) >= 0.01 else f"{x:.1e}"  # noqa: E731
     show = {"reward": "reward", "margin": "margin", "divergence": "D", "e_loss": "E-loss", "shift": "delta",
             "m_loss": "M-loss", "m_grad_norm": "|g|", "entropy": "entropy", "response_length": "length",
@@ -164,8 +160,8 @@ def terminal_line(row: dict) -> str:
 
 
 class Tracker:
-    """Hands rows of the log to a tracker's library, tensorboard or wandb (kind "": to nobody); the step is the number of batches
-    done. What fails is told in one line, and nothing more is handed over: no tracker is worth a run."""
+    """Hands rows of the log to tensorboard or wandb, or to nobody if kind is ""; the step is the number of batches done. A failure
+    is reported in one line and ends the tracking, not the run."""
 
     def __init__(self, kind: str, out: Path, settings: dict, first_step: int):
         self.kind = kind
@@ -186,7 +182,7 @@ class Tracker:
             if self.kind:
                 act()
         except (Exception, SystemExit) as error:
-            print(f"--track {self.kind} failed ({one_line(error)}): the run goes on without it", file=sys.stderr)
+            print(f"--track {self.kind} failed ({one_line(error)}): the run continues without it", file=sys.stderr)
             self.kind = ""
 
     def write(self, row: dict) -> None:
@@ -197,7 +193,7 @@ class Tracker:
 
 
 def numbers(row: dict, under: str) -> Iterator[tuple[str, float]]:
-    """(name, number) of all numbers in a row: train/reward, eval/pass@2/value."""
+    """(name, value) of each number in a row, with names like train/reward and eval/pass@2/value."""
     for name, value in row.items():
         if isinstance(value, dict):
             yield from numbers(value, f"{under}/{name}")

@@ -1,9 +1,8 @@
-"""What a run will need, computed before it starts: rows, tokens and updates from the settings, bytes from the settings and
-the model's config. No weights are read and no GPU is needed, so that `python vpd.py --plan` works anywhere.
+"""What a run will need, computed from its settings and the model's config, without weights or a GPU.
 
-A GPU's memory has two peaks. In training the engine that samples sleeps; in sampling the gradients are gone, and what
-the trainer does not keep is for the engine's weights and its key-value cache. Tensors are counted one by one, as
-policy.py and head.py hold them; the constants below are measured or assumed, as they say. GB is 10^9 bytes.
+A GPU's memory has two peaks. During training the sampling engine sleeps. During sampling there are no gradients, and the
+engine's weights and key-value cache take what the trainer leaves. Tensors are counted one by one, as policy.py and head.py
+hold them; the constants below are measured or assumed, as stated. GB is 10^9 bytes.
 """
 
 from dataclasses import dataclass
@@ -14,62 +13,62 @@ import torch
 from harness import hub
 from model import head
 
-FRAMEWORK = 4.0e9  # assumed: CUDA context, NCCL's buffers, and what the allocator holds but cannot use
-ENGINE = 3.0e9  # assumed: CUDA graphs and activations of an engine awake
-ASLEEP = 1.5e9  # assumed: what stays of an engine asleep, mostly its graphs
-LARGEST_SHARE = 0.65  # of the GPU, for the engine: a larger cache than this fills no faster
-PROBE = 32  # tokens at most of each of a process's two probes after a push (rollout.VLLMSampler)
+FRAMEWORK = 4.0e9  # assumed: CUDA context, NCCL's buffers, fragmentation
+ENGINE = 3.0e9  # assumed: CUDA graphs and activations of the engine when awake
+ASLEEP = 1.5e9  # assumed: what a sleeping engine keeps, mostly its graphs
+LARGEST_SHARE = 0.65  # of the GPU, for the engine: a larger cache brings no speed
+PROBE = 32  # maximum tokens of each of a process's two probes after a push (rollout.VLLMSampler)
 BF16, F32 = 2, 4  # bytes
 
-# For the estimate of hours. Measured on one H100 (docs/gpus.md): operations of a bfloat16 product and bytes moved, a second; the
-# share of the former that a training step reaches, by whether layers are run again.
+# For the estimate of hours. Measured on one H100 (docs/gpus.md): operations per second of a bfloat16 product, bytes moved per
+# second, and the share of the former that a training step reaches with (True) and without recomputed layers.
 PRODUCT, MEMORY, REACHED = 792e12, 3.0e12, {True: 0.39, False: 0.44}
-# Assumed: rows' mean length, of what is allowed; seconds of an engine's step beside reading weights and cache; seconds until the
-# last rows are graded, where programs are run; parameters pushed a second; and of several GPUs the seconds that an update waits
-# for the network, and how much longer than the mean the slowest takes where an update has no more than two rows for each.
+# Assumed: mean length of prompts and responses, as a share of their limits; seconds of overhead per step of the engine; seconds
+# until the last programs are graded; parameters pushed per second; with several GPUs, the seconds that an update waits for the
+# network, and the slowest GPU's time over the mean when each has at most two rows of an update.
 FILLED, STEP, PROGRAMS, PUSHED, UPDATE, SLOWEST = 1 / 3, 1e-3, 10.0, 1.6e9, 0.15, 1.6
-# Problems for training and to watch, of the default subset.
+# Training and validation problems of the default subset.
 PROBLEMS = {"lcb": (131, 131), "sciknoweval": (450, 50), "math": (17000, 600), "reasoning_gym": (2000, 100)}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes, by name where there are several; of one GPU or process where nothing else is said."""
+    """Bytes on one GPU, or in one process on a CPU, unless stated otherwise."""
 
     parameters: int
     processes: int
-    gpu: float  # memory of a GPU; 0 for a CPU, of which only state, host and disk mean anything
-    state: dict[str, float]  # what is there throughout training
-    moments: dict[str, dict[str, float]]  # what comes on top at each of training's three peaks, one at a time
+    gpu: float  # memory of a GPU; 0 for a CPU, where only state, host, model and checkpoint have a meaning
+    state: dict[str, float]  # held throughout training
+    moments: dict[str, dict[str, float]]  # added at each of training's three peaks, one at a time
     peak: str  # the largest of them
     training: float  # state and peak together
-    sampling: dict[str, float]  # what trainer and engine hold beside the cache
-    share: float  # of the GPU, the engine's while it samples
-    cache: float  # what that leaves for keys and values
-    cache_token: int  # keys and values of a token
+    sampling: dict[str, float]  # held while sampling, without the cache
+    share: float  # the engine's share of the GPU while it samples
+    cache: float  # the part of it for keys and values
+    cache_token: int  # keys and values of one token
     longest: int  # tokens of the longest sequence sampled
-    host: int  # of the process that gathers the whole weights to save them
+    host: int  # in the process that gathers the weights to save them
     model: int  # on disk
     checkpoint: int  # on disk, with optimizer and copies
-    stored: float  # tokens of a micro-batch whose activations fit, so that no layer is run again in the backward pass
+    stored: float  # the largest micro-batch, in tokens, whose activations fit without recomputing layers
 
     @property
     def sequences(self) -> float:
-        """How many of the longest sequences the cache holds."""
+        """The number of longest sequences that the cache holds."""
         return max(0.0, self.cache) / (self.cache_token * self.longest)
 
 
 def read(path: str):
-    """The config of a folder or hub id; ValueError with one line when there is none."""
+    """The config of a model's folder or hub id. Raises ValueError with one line if it cannot be read."""
     from transformers import AutoConfig
     from transformers.utils import logging
 
-    logging.set_verbosity_error()  # for all that follows
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         hub.look(path)
         return AutoConfig.from_pretrained(path)
-    except Exception as error:  # whatever the libraries make of a damaged file
+    except Exception as error:  # a damaged file raises errors of many kinds
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"cannot read a model's config from {path!r}: {reason}") from None
 
@@ -89,12 +88,12 @@ def skeleton(config) -> torch.nn.Module:
 
 
 def writes_responses(cfg) -> bool:
-    """Whether the teacher writes whole responses and scores none (OVD)."""
+    """Whether the teacher writes whole responses instead of scoring the student's (OVD)."""
     return getattr(cfg.row(), "replaces", False)
 
 
 def tokens(cfg) -> tuple[int, int, int]:
-    """At most: of a student's row, of a teacher's (0 without one), of a sequence that is sampled."""
+    """The maximum tokens of a student's row, of a teacher's row (0 without a teacher) and of a sampled sequence."""
     student = cfg.max_prompt_tokens + cfg.max_response_tokens
     reviewed = cfg.row().teacher and cfg.feedback == "critique" and not cfg.critic_url
     review = cfg.max_teacher_tokens + cfg.max_critique_tokens if reviewed else 0
@@ -104,13 +103,13 @@ def tokens(cfg) -> tuple[int, int, int]:
 
 
 def memory(config, cfg, processes: int, gpu_bytes: float = 0) -> Plan:
-    """The plan of a run. config: of transformers; cfg: vpd.Config; processes: one a GPU; gpu_bytes: memory of each GPU, 0 for a
-    CPU. Raises ValueError for a model that policy.py cannot train."""
+    """The plan of a run. config: transformers' config; cfg: vpd.Config; processes: one per GPU; gpu_bytes: memory of a GPU, 0 for
+    a CPU. Raises ValueError for a model that policy.py cannot train."""
     model, method = skeleton(config), cfg.row()
     layers = [sum(p.numel() for p in layer.parameters()) for layer in model.base_model.layers]
     whole = sum(p.numel() for p in model.parameters())  # a tied head counts once
     root_size, layer_size = whole - sum(layers), max(layers)
-    # Shards are cut along the first axis, and the first process has the larger ones.
+    # Tensors are sharded along the first axis, and the first process has the largest shards.
     shard = sum(-(-len(p) // processes) * (p.numel() // len(p)) for p in model.parameters())
     master = getattr(torch, cfg.dtype).itemsize
     compute = BF16 if gpu_bytes else master
@@ -127,9 +126,9 @@ def memory(config, cfg, processes: int, gpu_bytes: float = 0) -> Plan:
     d = getattr(text, "head_dim", None) or H // heads
     queries, keys = heads * d, (getattr(text, "num_key_value_heads", None) or heads) * d
     student, taught, longest = tokens(cfg)
-    # A micro-batch fills micro_batch_tokens or is one longer row. Only the E-step goes backward through the teacher's rows.
+    # A micro-batch fills micro_batch_tokens or is one longer row. Only the E-step has a backward pass over the teacher's rows.
     n = max(cfg.micro_batch_tokens, taught if e_step else student)
-    activations = (  # of a layer and token
+    activations = (  # per layer and token
         2 * (F32 + 2 * BF16) * H  # two norms: input in float32, normalised, output
         + (F32 + BF16) * (queries + keys)  # norms of queries and keys
         + BF16 * (queries + 2 * keys + queries)  # queries, keys and values as attention takes them, and its output
@@ -137,15 +136,15 @@ def memory(config, cfg, processes: int, gpu_bytes: float = 0) -> Plan:
     )
     recomputed = n * (
         activations
-        + BF16 * 3 * (inner + H)  # gradients on their way: three of the MLP, three of states
-        + F32 * 3 * H  # a norm's backward pass, in float32
-        + (F32 + 2 * BF16) * queries  # attention's: of queries in float32, of keys and values for every head
+        + BF16 * 3 * (inner + H)  # gradients in flight: three of the MLP, three of states
+        + F32 * 3 * H  # backward pass of a norm, in float32
+        + (F32 + 2 * BF16) * queries  # backward pass of attention: queries in float32, keys and values for every head
     )
-    compares = bool(teacher) and not writes_responses(cfg)  # the teacher's states meet the student's
+    compares = bool(teacher) and not writes_responses(cfg)  # the head reads the teacher's states too
     full = method.distils and not cfg.top_k  # all of V is compared, in six blocks of columns
     chunk = min(n, head.tokens_per_chunk(V, compute, "cuda", 1 + compares))
-    # Of the student: the last norm's input in float32 and normalised, the responses' states, those without padding, their
-    # gradient; of the teacher, two of these.
+    # The student's last states: the last norm's input in float32 and normalised, the responses' states, those without padding,
+    # their gradient. The teacher's: two of these.
     standing = {
         "layer inputs": n * BF16 * H * len(layers),
         "last states": n * (F32 + BF16 * (4 + 2 * compares)) * H,
@@ -154,18 +153,18 @@ def memory(config, cfg, processes: int, gpu_bytes: float = 0) -> Plan:
     }
     if teacher == "ema" and compares:
         standing["EMA teacher, root gathered"] = root_size * compute
-    # In float32, the teacher's beside, and a bfloat16 copy on the way in or out.
+    # Student's and teacher's in float32, and one bfloat16 copy.
     logits = chunk * ((F32 * (1 + compares) + BF16) * V + F32 * 6 * full * head.COLUMNS)
     moments = {
         "the loss head": standing | {"logits in chunks": logits},
         "a layer's backward pass": standing | {
-            "layers gathered, three": 3 * layer_size * compute,  # this one, the next one, and the buffer between
-            "a layer's gradient, to be reduced": layer_size * (compute + F32),
-            "a layer run again": recomputed,
+            "three layers gathered": 3 * layer_size * compute,  # this one, the next one, and a buffer
+            "a layer's gradient before its reduction": layer_size * (compute + F32),
+            "a layer recomputed": recomputed,
         },
         "the root's gradient": {
             "root gathered": root_size * compute,
-            "its gradient, to be reduced": root_size * (compute + F32),
+            "its gradient before its reduction": root_size * (compute + F32),
         },
     }  # fmt: skip
     for parts in moments.values():
@@ -173,16 +172,16 @@ def memory(config, cfg, processes: int, gpu_bytes: float = 0) -> Plan:
     peak = max(moments, key=lambda name: sum(moments[name].values()))
     training = sum(state.values()) + sum(moments[peak].values())
 
-    # After a push, with the engine awake, the trainer scores two probes, a layer at a time and without gradients.
+    # After a push, while the engine is awake, the trainer scores two probes, one layer at a time and without gradients.
     probes = 2 * (cfg.max_prompt_tokens + PROBE)
     passing = probes * (2 * F32 * H + BF16 * 4 * (H + inner)) + min(probes, 2 * PROBE) * 2 * F32 * V
     guard = root_size * compute + 2 * layer_size * compute + passing
     sampling = kept | {
-        "the check of a push, a forward pass": guard,
+        "forward pass that checks a push": guard,
         "engine's weights, bf16": BF16 * whole,
-        "framework, engine (assumed)": FRAMEWORK + ENGINE,
+        "framework and engine (assumed)": FRAMEWORK + ENGINE,
     }
-    # The engine gets what the trainer does not need beside it, less a twentieth for what nobody counted.
+    # The engine gets what the trainer does not need at that time, less a twentieth for what is not counted.
     share = cfg.engine_memory or min(LARGEST_SHARE, 0.95 - (sum(kept.values()) + guard + FRAMEWORK) / (gpu_bytes or inf))
     return Plan(
         whole, processes, gpu_bytes, state, moments, peak, training, sampling, share,
@@ -195,34 +194,34 @@ def memory(config, cfg, processes: int, gpu_bytes: float = 0) -> Plan:
 
 
 def refuse(plan: Plan, cfg) -> None:
-    """Raises ValueError with one line when training, or the cache for a single sequence, exceeds a GPU's memory."""
+    """Raises ValueError with one line if training, or the cache for a single sequence, exceeds a GPU's memory."""
     if not plan.gpu:
         return
     state, room = sum(plan.state.values()), plan.gpu - sum(plan.sampling.values())
-    here = f"on each of {plan.processes} GPUs of {size(plan.gpu)}"
-    helps = "what helps: more GPUs" + ", --teacher live" * ("EMA teacher" in plan.state)
+    here = f"on each GPU ({plan.processes} x {size(plan.gpu)})"
+    helps = "try more GPUs" + ", --teacher live" * ("EMA teacher" in plan.state)
     helps += ", --e_optimizer shared" * (cfg.row().e_step and cfg.e_optimizer == "own")
     helps += ", --prior dynamic" * ("initial weights" in plan.state)
     if plan.training > plan.gpu:
-        need = f"training needs {size(plan.training)} {here}: {size(state)} of weights, gradients and optimizer, and "
+        need = f"training needs {size(plan.training)} {here}: {size(state)} for weights, gradients and optimizer, and "
         need += f"{size(plan.training - state)} for {plan.peak}"
         helps += ", smaller --micro_batch_tokens, --max_teacher_tokens, --max_response_tokens" * (state < plan.gpu)
         raise ValueError(f"{need}; {helps}")
     if cfg.sampler == "hf":
         return
     if plan.sequences < 1:
-        left = f"sampling leaves {size(max(0, plan.cache))} {here} for the key-value cache, and one sequence of {plan.longest} "
+        left = f"sampling leaves {size(max(0, plan.cache))} {here} for the key-value cache, but one sequence of {plan.longest} "
         left += f"tokens needs {size(plan.cache_token * plan.longest)}"
         helps += ", a larger --engine_memory, smaller --max_prompt_tokens, --max_response_tokens" * (room > 0)
         raise ValueError(f"{left}; {helps}")
     if plan.cache > room:
         most = f"at most {plan.share - (plan.cache - room) / plan.gpu:.2f}"
-        raise ValueError(f"--engine_memory {plan.share:g} is more than the trainer leaves {here} while sampling: {most}")
+        raise ValueError(f"--engine_memory {plan.share:g} is more than the trainer leaves free {here}: {most}")
 
 
 def operations(config, prompt: float, response: float) -> float:
-    """Of one row's forward pass: two for each weight and token in the layers, and in the head for the response only; attention's
-    two products over the causal half."""
+    """Floating-point operations of one row's forward pass: two per weight and token in the layers, and in the head for the
+    response only; attention's two products over the causal half."""
     layers, text = skeleton(config).base_model.layers, config.get_text_config()
     weights = sum(p.numel() for p in layers.parameters() if p.ndim == 2)
     square = 2 * text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
@@ -231,7 +230,7 @@ def operations(config, prompt: float, response: float) -> float:
 
 
 def seconds(plan: Plan, config, cfg) -> dict[str, float]:
-    """An estimate for GPUs as fast as an H100: seconds of a batch by phase, with a batch's share of the evaluations."""
+    """Estimated seconds of a batch by phase, with its share of the evaluations, on GPUs as fast as an H100."""
     N, rows, R = plan.processes, cfg.prompts_per_batch * cfg.group_size, cfg.max_response_tokens
     x, xC, y = (FILLED * n for n in (cfg.max_prompt_tokens, cfg.max_teacher_tokens, R))
     updates, writes = cfg.prompts_per_batch // cfg.minibatch_prompts, writes_responses(cfg)
@@ -240,7 +239,7 @@ def seconds(plan: Plan, config, cfg) -> dict[str, float]:
     student, teacher = (rows * operations(config, prompt, y) / rate for prompt in (x, xC))
 
     def sample(count: float, prompt: float) -> float:
-        """Weights are read once a step, of which there are as many as the longest row or the cache asks for."""
+        """The engine reads the weights once per step. The longest row, or the size of the cache, sets the number of steps."""
         steps = max(R, count / N * y / max(1.0, min(128, plan.cache / plan.cache_token / (prompt + y))))
         cached = count / N * y * (prompt + y / 2) * plan.cache_token
         return (steps * BF16 * plan.parameters + cached) / MEMORY + steps * STEP
@@ -262,13 +261,11 @@ def seconds(plan: Plan, config, cfg) -> dict[str, float]:
 
 
 def hours(plan: Plan, config, cfg) -> str:
-    """The estimate in one line."""
     batch = seconds(plan, config, cfg)
-    steps, whole = cfg.steps or cfg.epochs * (PROBLEMS.get(cfg.task, (0, 0))[0] // cfg.prompts_per_batch), sum(batch.values())
-    total = f"{steps * whole / 3600:.2g} hours, {steps} batches" if steps else "a batch"
+    steps, each = cfg.steps or cfg.epochs * (PROBLEMS.get(cfg.task, (0, 0))[0] // cfg.prompts_per_batch), sum(batch.values())
+    total = f"{steps * each / 3600:.2g} hours for {steps} batches" if steps else "a batch"
     parts = ", ".join(f"{name} {value:.3g}" for name, value in batch.items() if value)
-    known = f"estimate, not measured, for GPUs as fast as an H100 and rows {FILLED:.2f} as long as allowed"
-    return f"{known}: {total} of {whole:.3g} s: {parts}"
+    return f"estimate (not measured; GPUs as fast as an H100, rows {FILLED:.2f} of their limits): {total} of {each:.3g} s: {parts}"
 
 
 def size(count: float) -> str:
@@ -276,11 +273,8 @@ def size(count: float) -> str:
 
 
 def show(cfg, path: str, processes: int) -> Plan:
-    """Prints what a run of the model in `path` needs, with the GPUs that the settings name or those here. Raises ValueError
-    where it does not fit them."""
+    """Prints the plan for the GPUs that the settings name, or for those here. Raises ValueError if the run does not fit."""
     gpu = cfg.gpu_memory * 1e9 or (torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 0)
-    if cfg.plan and not gpu and cfg.task != "toy":
-        raise ValueError("there is no GPU here to plan for: say --gpus N --gpu_memory GB")
     config = read(path)
     plan = memory(config, cfg, cfg.gpus or processes, gpu)
     estimate = [hours(plan, config, cfg)] if cfg.plan and gpu else []
@@ -290,21 +284,22 @@ def show(cfg, path: str, processes: int) -> Plan:
 
 
 def lines(plan: Plan, cfg) -> list[str]:
-    """The plan as text, three lines on a CPU."""
+    """The plan as text; three lines on a CPU."""
     B, G = cfg.prompts_per_batch, cfg.group_size
-    m_rows, e_rows = cfg.minibatch_prompts * G, cfg.e_minibatch_prompts * G
+    updates = lambda prompts: f"{B // prompts} update{'s' * (B > prompts)} of {prompts * G} sequences"  # noqa: E731
     student, taught, _ = tokens(cfg)
     micro_batch = max(cfg.micro_batch_tokens, student, 0 if writes_responses(cfg) else taught)
-    rows = f"{B * G} rollouts per batch; M-step: {B // cfg.minibatch_prompts} updates per batch, {m_rows} sequences each"
-    most = f"tokens at most: {student} a student's row" + f", {taught} a teacher's" * bool(taught)
-    most += f", {micro_batch} a micro batch, {m_rows * student} an M-step update"
+    rows = f"{B * G} rollouts per batch; M-step: {updates(cfg.minibatch_prompts)}"
+    most = f"maximum tokens: {student} per student row" + f", {taught} per teacher row" * bool(taught)
+    most += f", {micro_batch} per micro-batch, {cfg.minibatch_prompts * G * student} per M-step update"
     if cfg.row().e_step:
-        rows += f"; E-step: {B // cfg.e_minibatch_prompts} every {cfg.e_step_every} batches, {e_rows} sequences each"
-        most += f", {e_rows * taught} an E-step update"
-    end = f"host memory {size(plan.host)} in the process that gathers the weights to save them (each loads only its shard); "
-    end += f"on disk: model {size(plan.model)}, weights with optimizer {size(plan.checkpoint)}"
+        rows += f"; E-step, every {cfg.e_step_every} batches: {updates(cfg.e_minibatch_prompts)}"
+        most += f", {cfg.e_minibatch_prompts * G * taught} per E-step update"
+    end = f"host memory: {size(plan.host)} in the process that gathers the weights to save them; "
+    end += f"disk: {size(plan.model)} per model, {size(plan.checkpoint)} per checkpoint"
     if not plan.gpu:
-        return [rows, most, f"{plan.parameters:.3g} parameters; {size(sum(plan.state.values()))} a process with optimizer; {end}"]
+        state = f"{size(sum(plan.state.values()))} per process for weights, gradients and optimizer"
+        return [rows, most, f"{plan.parameters:.3g} parameters on a CPU: {state}; {end}"]
     columns = plan.state | plan.moments[plan.peak], plan.sampling
     title = f"{plan.parameters:.3g} parameters; GB on each of {plan.processes} GPUs of {plan.gpu / 1e9:.1f}"
     table = [f"{title:54}{'training':>10}{'sampling':>10}"]
@@ -312,9 +307,7 @@ def lines(plan: Plan, cfg) -> list[str]:
         cells = [f"{column[name] / 1e9:10.2f}" if name in column else " " * 10 for column in columns]
         table.append(f"  {name:52}{''.join(cells)}".rstrip())
     table.append(f"  {'together':52}{plan.training / 1e9:10.2f}{sum(plan.sampling.values()) / 1e9:10.2f}")
-    others = [f"{name} {size(sum(parts.values()))}" for name, parts in plan.moments.items() if name != plan.peak]
-    peak = f"training peaks in {plan.peak}; the other moments beside the state: {', '.join(others)}"
-    peak += f"; layers are run again in micro-batches of more than {plan.stored:.0f} tokens"
-    cache = f"{size(max(0, plan.cache))} of the engine's {plan.share:.2f} of the GPU for its key-value cache: "
-    cache += f"{plan.cache_token} bytes a token, {int(plan.sequences)} sequences of {plan.longest} tokens"
+    peak = f"training peaks in {plan.peak}; micro-batches of more than {plan.stored:.0f} tokens recompute layers"
+    cache = f"the engine's share, {plan.share:.2f} of the GPU, leaves {size(max(0, plan.cache))} for keys and values: "
+    cache += f"{plan.cache_token} bytes per token, {int(plan.sequences)} sequences of {plan.longest} tokens"
     return [rows, most, *table, peak, cache, end]

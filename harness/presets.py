@@ -1,4 +1,4 @@
-"""The settings of the toy runs, of one GPU and of smoke runs. The paper's are in vpd.py."""
+"""Presets of toy runs, runs on one GPU and smoke runs. The paper's presets are in vpd.py."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from tasks import toy
 
 FIXTURES = Path(__file__).parents[1] / "tasks" / "fixtures"
 
-# Ours: models of 0.23M parameters, one CPU core, minutes.
+# Ours, for models of 0.23M parameters on one CPU core: a run takes minutes.
 TOY = dict(
     model="tasks/toy_models/trace", epochs=0, steps=30, eval_every=10, teacher_probe=32, prompts_per_batch=12,
     max_prompt_tokens=256, max_response_tokens=100, max_teacher_tokens=512, max_critique_tokens=16, adam_beta2=0.95,
@@ -16,19 +16,18 @@ TOY = dict(
     feedback_template=toy.TEMPLATES.feedback, critique_template=toy.TEMPLATES.critique, closing_line=toy.TEMPLATES.closing,
     critique_request=toy.TEMPLATES.request,
 )  # fmt: skip
-# Ours, by the memory plan: Qwen3-0.6B on a GPU of 24 GB, Qwen3-1.7B on one of 80 GB. One update follows a batch.
+# Ours, by the memory plan: Qwen3-0.6B on a GPU of 24 GB, Qwen3-1.7B on one of 80 GB. Each batch makes one update.
 ONE_GPU = dict(
     model="Qwen/Qwen3-0.6B", lr=5e-6, epochs=0, steps=100, prompts_per_batch=16, minibatch_prompts=16, e_minibatch_prompts=16,
     max_prompt_tokens=1024, max_response_tokens=1024, max_teacher_tokens=3072, micro_batch_tokens=8192, teacher_probe=32,
 )  # fmt: skip
-# Those of rlhf-book's SDPO (github.com/natolambert/rlhf-book, code/distillation), where both have the setting.
+# From rlhf-book's SDPO (github.com/natolambert/rlhf-book, code/distillation), for the settings that both have.
 REASONING_GYM = ONE_GPU | dict(
     model="Qwen/Qwen3-1.7B", lr=1e-6, steps=200, max_prompt_tokens=512, max_response_tokens=512, max_teacher_tokens=1024,
     feedback="sibling", eval_every=20,
 )  # fmt: skip
-# Chosen on validation problems: on trace (vpd: of its settings with a live teacher) and code by study/results/tuning.json, on the
-# others with as many settings for each method of a subset at an earlier commit. The regimes of trace take its settings, then
-# their own.
+# Chosen on validation problems: for trace (vpd: among settings with a live teacher) and code by study/results/tuning.json, for the
+# others at an earlier commit, with equally many settings for each method. A variant of trace overrides trace's settings.
 TOY_SUBSETS = {
     "code": {"model": "tasks/toy_models/code"},
     "choice": {"model": "tasks/toy_models/choice", "feedback": "sibling"},
@@ -68,12 +67,11 @@ SMOKE_TASKS = {
 
 
 def of(tasks: dict[str, dict], given: dict) -> dict:
-    """The settings under the flags of a command: those of its task (a row of `tasks`), subset and method."""
+    """The preset of a command, by the flags given: that of its task (a row of `tasks`), subset and method."""
     task, method = given.get("task", "toy"), given.get("method", "vpd")
     found = dict(tasks[task])
     if task == "toy":
-        # Of the toy models one has learned to judge.
-        subset = given.get("subset") or ("code-judge" if method == "ovd" else "trace")
+        subset = given.get("subset") or ("code-judge" if method == "ovd" else "trace")  # this model has learned to judge
         regime = subset.split("-")[0]
         for key in (regime, (regime, method), subset, (subset, method)):
             found |= TOY_SUBSETS.get(key, {})

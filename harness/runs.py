@@ -1,4 +1,4 @@
-"""The run directory: making it and locking it for one run, and reading it afterwards."""
+"""The run directory: creating and locking it for one run, and reading it afterwards."""
 
 import fcntl
 import hashlib
@@ -11,15 +11,14 @@ from harness import hub
 from harness.command import write
 from tasks.base import one_line
 
-# What readers of a config.json look up, split and count by.
+# The types of the values in config.json that its readers depend on.
 KINDS = dict.fromkeys(("task", "subset", "data", "train_tests", "since", "until", "model", "method", "commit"), str)
 KINDS |= dict.fromkeys(("eval_samples", "max_response_tokens", "steps", "epochs", "prompts_per_batch", "prompts_dropped"), int)
 KINDS |= dict.fromkeys(("eval_temperature", "eval_top_p"), int | float)
 
 
 def config_of(out: Path, needed: Iterable[str]) -> dict:
-    """What the config.json of a run directory holds. Raises ValueError with one line where it lacks one of `needed`, or
-    one is of another kind."""
+    """The contents of a run's config.json. Raises ValueError if it lacks one of `needed` or a value has a wrong type."""
     path = out / "config.json"
     try:
         config = json.loads(path.read_text())
@@ -33,26 +32,32 @@ def config_of(out: Path, needed: Iterable[str]) -> dict:
     return config
 
 
+def absolute(path: str) -> str:
+    """The absolute path of what exists in the current folder or in this repository; any other text, such as a hub id, itself."""
+    found = [place for place in (Path(path), Path(__file__).parents[1] / path) if path and place.exists()]
+    return str(found[0].resolve()) if found else path
+
+
 def check(cfg) -> None:
-    """Raises ValueError with one line where --out cannot be this run's directory."""
+    """Raises ValueError with one line if --out cannot be this run's directory."""
     if cfg.resume and not cfg.out:
-        raise ValueError("--resume needs --out, the run directory to go on with")
+        raise ValueError("--resume needs --out, the directory of the run to continue")
     if cfg.resume and cfg.overwrite:
-        raise ValueError("--resume goes on with a run directory and --overwrite deletes it: give one of them")
+        raise ValueError("--resume continues a run and --overwrite deletes it: give only one of them")
     out = Path(cfg.out)
     if not cfg.out or not out.exists():
         return
     if cfg.resume:
         for folder in (out / "model", out / "best"):
             if hub.holds_others(folder):
-                raise ValueError(f"{folder} holds other things than a model: give another --out")
+                raise ValueError(f"{folder} holds more than a model: give another --out")
         return
     if not cfg.overwrite:
-        raise ValueError(f"{out} exists: give another --out, --resume to go on with it, or --overwrite to delete it")
+        raise ValueError(f"{out} exists: give another --out, --resume to continue it, or --overwrite to delete it")
     try:
         config_of(out, ("task", "method", "seed", "command"))
     except ValueError as error:
-        raise ValueError(f"--overwrite deletes run directories only: {error}") from None
+        raise ValueError(f"--overwrite only deletes run directories: {error}") from None
     for flag in ("model", "data"):
         path = Path(getattr(cfg, flag) or "/").resolve()
         if path.exists() and path.is_relative_to(out.resolve()):
@@ -60,12 +65,12 @@ def check(cfg) -> None:
 
 
 def make(cfg, out: Path, record: dict):
-    """Makes the run directory with its config.json; one that is there is deleted if --overwrite. Returns the file that locks it
-    for this run. Raises ValueError where another run holds it."""
+    """Creates the run directory with its config.json; --overwrite deletes an old one. Returns the file that locks it for this
+    run. Raises ValueError if another run holds the lock."""
     if cfg.overwrite and out.exists():
         lock(out).close()
         shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)  # another run may have made it since `check`: it has locked it
+    out.mkdir(parents=True, exist_ok=True)  # another run may have created and locked it since `check`
     held = lock(out)
     if not (out / "config.json").exists():
         write(out / "config.json", json.dumps(record, indent=1) + "\n")
@@ -76,13 +81,15 @@ def lock(out: Path):
     file = (out / "lock").open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another run is still using {out}") from None
     except OSError:
-        raise ValueError(f"{out} belongs to a run that is still going on") from None
+        pass  # a file system without locks
     return file
 
 
 def fingerprint(model: str) -> str:
-    """Of the weights' files in a folder, by their sizes and beginnings; "" for a hub id."""
+    """A hash of the sizes and first MiB of the weights' files in a folder; "" for a hub id."""
     digest = hashlib.sha256()
     for path in sorted(Path(model).glob("*.safetensors")):
         with path.open("rb") as file:
@@ -91,31 +98,30 @@ def fingerprint(model: str) -> str:
 
 
 def settings_of(run: Path) -> dict:
-    """The config.json of a run that came to weights. Raises ValueError with one line for what is none."""
+    """The config.json of a run that has saved weights. Raises ValueError with one line if there is none."""
     if not (run / "config.json").is_file() or not (run / "model").is_dir():
-        raise ValueError(f"--run {run} is no finished run directory: config.json or model/ is missing")
+        raise ValueError(f"--run {run} is not the directory of a finished run: config.json or model/ is missing")
     needed = ("task", "model", "method", "eval_samples", "eval_temperature", "eval_top_p", "max_response_tokens")
     return config_of(run, needed)
 
 
 def first_weights(run: Path, config: dict) -> str:
-    """The model that a run started from; of a run that was moved with its model, beside it. Raises ValueError for one that
-    has been changed since."""
+    """The model that a run started from, also if both were moved. Raises ValueError if the model has changed since."""
     model = config["model"]
     beside = [Path(model), run / Path(model).name, Path(__file__).parents[1] / "tasks" / "toy_models" / Path(model).name]
     found = next((str(folder) for folder in beside if folder.is_dir()), model)
     if config.get("model_files") and fingerprint(found) != config["model_files"]:
-        raise ValueError(f"{found} no longer holds the weights that {run} started from: evaluate {run}/model by --model")
+        raise ValueError(f"{found} no longer holds the weights that {run} started from: evaluate {run}/model with --model")
     return found
 
 
 def stopped(run: Path, config: dict, problems: int) -> list[str]:
-    """A line for a run that has not done all of its batches, or whose log does not tell. problems: those of training."""
+    """A line if the run did not do all of its batches, or has no log. problems: the number of training problems."""
     log = run / "log.jsonl"
     if not log.is_file():
         return [f"{run} has no log.jsonl: how many batches it was trained for is not known"]
     lines = log.read_text(errors="replace").splitlines()
-    done = sum(line.startswith('{"kind": "train"') and line.endswith("}") for line in lines)  # a torn line is no batch
+    done = sum(line.startswith('{"kind": "train"') and line.endswith("}") for line in lines)  # a torn line does not count
     per_epoch = (problems - config.get("prompts_dropped", 0)) // config.get("prompts_per_batch", 1)
     asked = config.get("steps") or config.get("epochs", 0) * per_epoch
     return [f"{run} was stopped after {done} of {asked} batches"] if done < asked else []

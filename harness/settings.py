@@ -1,7 +1,7 @@
-"""From a command to settings: a flag for each field of a Config, presets under the flags, and what is refused.
+"""From a command line to settings: one flag per field of a Config, presets below the flags, and what is refused.
 
-A Config is a dataclass whose fields are made by `Group`s. A field's one line has the default, what --help says, which values
-are allowed and who reads the setting, so nothing about a setting has to be looked up or added elsewhere.
+A Config is a dataclass whose fields are made by `Group`s. A field's line holds its default, its help text, the values allowed
+and the runs that read it, so nothing about a setting is defined elsewhere.
 """
 
 import argparse
@@ -16,20 +16,18 @@ from typing import Literal, get_args, get_origin
 
 import feedback
 from harness.command import Parser
-from harness.runs import config_of
+from harness.runs import absolute, config_of
 from neighbours import served
 
-# Settings of a command rather than of the run that it starts or resumes.
+# These settings belong to a command, not to the run that it starts or resumes.
 NOT_OF_THE_RUN = ("out", "resume", "overwrite", "track", "plan", "gpus", "gpu_memory")
-
-
 LIMITS = {"above": (operator.gt, "above"), "least": (operator.ge, "at least"), "below": (operator.lt, "below"),
           "most": (operator.le, "at most")}  # fmt: skip
 
 
 class Group:
-    """A heading of --help, and the maker of its fields. need, reads: who reads the group's settings, in words and as a function
-    of the settings; a flag that nobody reads is refused. A field may have its own. limits: of a number, by the names above."""
+    """A heading of --help; calling it makes a field. need, reads: which runs read the field, in words and as a function of the
+    settings; other runs refuse the flag. limits: of a number, by the names in LIMITS."""
 
     def __init__(self, title: str, need: str = "", reads: Callable = lambda cfg: True):
         self.title, self.need, self.reads = title, need, reads
@@ -40,7 +38,7 @@ class Group:
 
 
 def read_by(objective: Callable, name: str) -> bool:
-    """Whether a function of this kind, or one that it calls by name, has `cfg.name`. What is no plain function may have."""
+    """Whether an objective, or a function that it calls by name, reads `cfg.name`. An object of another kind might."""
     if not isinstance(objective, types.FunctionType):
         return True
     names = objective.__code__.co_names
@@ -55,7 +53,7 @@ def boolean(text: str) -> bool:
 
 
 def flags(config: type, prog: str, description: str, values: dict) -> Parser:
-    """A parser that returns only what was given. values: shown by --help as what holds without the flag."""
+    """A parser that returns only the flags given. values: what --help shows as a flag's default."""
     formatter = lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=120)  # noqa: E731
     parser = Parser(prog, description, argument_default=argparse.SUPPRESS, formatter_class=formatter, usage=f"{prog} [flags]")
     groups: dict[str, argparse._ArgumentGroup] = {}
@@ -84,9 +82,9 @@ def flags(config: type, prog: str, description: str, values: dict) -> Parser:
 def parse(
     argv: list[str] | None, config: type, prog: str, description: str, preset: Callable[[dict], dict], method: str = "vpd"
 ):
-    """An instance of `config`: flags over `preset(flags)` over the defaults; method: the one that is meant without a flag. Its
-    `given` names the flags of the command, its `preset` holds what they stand over. A run that is resumed has its own settings
-    in the preset's place. Bad flags end the program with one line."""
+    """An instance of `config`: the flags override `preset(flags)`, which overrides the defaults. method: used when no flag names
+    one. `given` is set to the names of the flags, `preset` to the values below them: a resumed run's own settings, if there are
+    any. Bad flags end the program with one line."""
     argv = sys.argv[1:] if argv is None else argv
     without_help = [word for word in argv if word not in ("-h", "--help")]
     given = vars(flags(config, prog, description, {}).parse_args(without_help))
@@ -101,7 +99,7 @@ def parse(
 
 
 def _resumed(out: Path, config: type, given: dict, parser: Parser) -> dict | None:
-    """The settings of the run in `out`, which no flag may change; None where there is no run yet."""
+    """The settings of the run in `out`, which no flag may change; None if there is no run yet."""
     if not (out / "config.json").exists() and not (out / "checkpoints").exists():
         return None
     names = [field.name for field in dataclasses.fields(config) if field.name not in NOT_OF_THE_RUN]
@@ -109,15 +107,15 @@ def _resumed(out: Path, config: type, given: dict, parser: Parser) -> dict | Non
         saved = config_of(out, names)
     except ValueError as error:
         parser.error(f"cannot resume {out}: {error}")
-    kept = vars(parser.parse_args([f"--{name}={saved[name]}" for name in names]))  # a hand may have changed it
-    changed = [f"--{name} {value} (was {kept[name]})" for name, value in given.items() if name in names and value != kept[name]]
-    if changed:
-        parser.error(f"--resume goes on with the run's own settings, and these differ: {', '.join(changed)}")
+    kept = vars(parser.parse_args([f"--{name}={saved[name]}" for name in names]))  # the file may have been edited
+    now = {name: absolute(value) if name in ("model", "data") else value for name, value in given.items() if name in names}
+    if changed := [f"--{name} {value} (was {kept[name]})" for name, value in now.items() if value != kept[name]]:
+        parser.error(f"--resume keeps the run's own settings, and these differ: {', '.join(changed)}")
     return kept
 
 
 def check_flags(cfg) -> None:
-    """Raises ValueError with one line for a number out of its range, and for a flag that this command would not read."""
+    """Raises ValueError with one line for a number out of its range, and for a flag that this command would ignore."""
     for field in dataclasses.fields(cfg):
         value, limits = getattr(cfg, field.name), field.metadata["limits"]
         inside = all(LIMITS[name][0](value, limit) for name, limit in limits.items())
@@ -125,11 +123,11 @@ def check_flags(cfg) -> None:
             need = " and ".join(f"{LIMITS[name][1]} {limit:g}" for name, limit in limits.items())
             raise ValueError(f"--{field.name} must be {need or 'a finite number'}, not {value}")
         if field.name in cfg.given and value != "" and not field.metadata["reads"](cfg):
-            raise ValueError(f"--{field.name} is for {field.metadata['need']}: this run would ignore it, so leave it out")
+            raise ValueError(f"--{field.name} is for {field.metadata['need']}: this run would ignore it")
 
 
 def check(cfg) -> None:
-    """Raises ValueError with one line for flags that `check_flags` refuses, and for settings that cannot work together."""
+    """Raises ValueError with one line for what `check_flags` refuses, and for settings that contradict each other."""
     check_flags(cfg)
     method = cfg.row()
     if cfg.steps == 0 and cfg.epochs == 0:
@@ -145,20 +143,20 @@ def check(cfg) -> None:
     unlent = not cfg.borrow and not cfg.passed_text and cfg.feedback in feedback.TEXTS
     if method.e_step and cfg.e_groups == "mixed" and (alone or unlent):
         raise ValueError("no success would ever have a context, so the E-step would never run: drop --no_borrow, raise "
-                         "--group_size, or take --method sdpo --teacher live for the M-step only")  # fmt: skip
+                         "--group_size, or use --method sdpo --teacher live for the M-step only")  # fmt: skip
     if method.e_step and cfg.feedback == "both" and not cfg.borrow:
-        raise ValueError("--feedback both with --no_borrow gives failures a text and successes none: the label is given away")
+        raise ValueError("--feedback both with --no_borrow shows a text to failures only, which gives the label away")
     if method.teacher and cfg.max_teacher_tokens <= cfg.max_prompt_tokens:
         raise ValueError("--max_teacher_tokens must exceed --max_prompt_tokens: the context needs room")
     number = cfg.mismatch_limit.replace(".", "", 1)
     if cfg.mismatch_limit != "none" and not (number.isdecimal() and float(cfg.mismatch_limit) > 0):
         raise ValueError(f"--mismatch_limit must be a number above 0, or none, not {cfg.mismatch_limit}")
     served.check("critic", cfg.critic_url, cfg.critic_model)
-    cfg.templates()  # raises ValueError for a template without its hole
+    cfg.templates()  # raises ValueError if a template lacks its placeholder
 
 
 def differing(cfg) -> dict:
-    """The flags with which a run departs from its preset."""
+    """The flags that change a value of the preset."""
     below = {field.name: cfg.preset.get(field.name, field.default) for field in dataclasses.fields(cfg)}
     given = {name: getattr(cfg, name) for name in below if name in cfg.given and name not in NOT_OF_THE_RUN}
     return {name: value for name, value in given.items() if value != below[name]}

@@ -93,10 +93,10 @@ def plain_logits():
     return forward
 
 
-def log_of(out: Path, kind: str = "train") -> list[dict]:
-    """The rows of a run's log."""
-    rows = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-    return [row for row in rows if row["kind"] == kind]
+def log_of(out: Path, kind: str | None = "train") -> list[dict]:
+    """The rows of a run's log, of one kind or (None) all; nan is not JSON."""
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [row for row in rows if kind in (None, row["kind"])]
 
 
 def reply_with(text, told=()):

@@ -40,7 +40,7 @@ def test_a_hub_out_of_reach_is_said_at_once_and_without_attempts(hub_at, caplog)
         with pytest.raises(ValueError) as error:
             read("owner/model")
         said = str(error.value)
-        assert "'owner/model': there is no folder of this name, and https://" in said and "cannot be reached (" in said
+        assert "'owner/model': no such folder, and https://" in said and "cannot be reached (" in said
         assert "\n" not in said
     assert time.monotonic() - start < 10 and not caplog.records  # the library's own attempts take half a minute
     assert logging.getLogger("huggingface_hub").level == logging.ERROR
@@ -56,7 +56,7 @@ def test_a_hub_that_answers_anything_or_is_slow_is_left_to_the_library(hub_at, s
         assert hub.unreachable("owner/model", "config.json") == ""
 
 
-def test_what_is_in_the_cache_needs_no_hub_and_weights_are_missing_until_every_file_is_there(hub_at):
+def test_cached_files_need_no_hub_and_weights_are_missing_until_all_are_there(hub_at):
     cache, waits = hub_at(CLOSED)
 
     def keep(name, **files):
@@ -106,18 +106,18 @@ def test_what_can_be_no_id_is_not_asked_for(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda _: pytest.fail("the hub was asked"))
     hub.look(str(Path(__file__).parent))
     for path in ("", "./no-model", "../no-model", "/no/model", "~/model", "a/b/c"):
-        with pytest.raises(ValueError, match="^there is no folder of this name, and an id on the hub is OWNER/NAME$"):
+        with pytest.raises(ValueError, match="^no such folder, and an id on the hub has the form OWNER/NAME$"):
             hub.look(path)
-    with pytest.raises(ValueError, match="^it is a file, and a model is a folder or an id on the hub$"):
+    with pytest.raises(ValueError, match="^it is a file; a model is a folder or an id on the hub$"):
         hub.look(__file__)
 
 
-def test_a_folder_is_a_models_if_it_holds_nothing_else(tmp_path):
-    for name, text, holds in (("none", None, False), ("run", '{"task": "toy"}', False), ("torn", "{", False), ("list", "[]", False),
-                              ("model", '{"model_type": "qwen3"}', True)):  # fmt: skip
+def test_a_folder_that_holds_more_than_a_model_is_not_one_to_replace(tmp_path):
+    for name, text, others in (("run", '{"task": "toy"}', True), ("torn", "{", True), ("list", "[]", True),
+                               ("notes", None, True), ("model", '{"model_type": "qwen3"}', False)):  # fmt: skip
         (tmp_path / name).mkdir()
-        if text is not None:
-            (tmp_path / name / "config.json").write_text(text)
-        assert hub.holds_model(tmp_path / name) == holds, name
+        assert not hub.holds_others(tmp_path / name)  # empty
+        (tmp_path / name / ("notes" if text is None else "config.json")).write_text(text or "")
+        assert hub.holds_others(tmp_path / name) == others, name
     (tmp_path / "model" / "thesis").mkdir()
-    assert not hub.holds_model(tmp_path / "model")
+    assert hub.holds_others(tmp_path / "model") and not hub.holds_others(tmp_path / "none")

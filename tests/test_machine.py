@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import vpd
-from harness import hub, machine
+from harness import hub, machine, presets
 from harness.plan import Plan
 from tasks import sandbox
 from test_settings import parsed
 
+SMALL = "--steps 1 --prompts_per_batch 4 --minibatch_prompts 4 --e_minibatch_prompts 4".split()
 QWEN = Plan(8_190_000_000, 8, 80e9, {"weights": 12e9}, {}, "", 0, {}, 0.6, 9e9, 1, 1, 262 * 10**9, 16 * 10**9, 98 * 10**9, 0)
 
 
@@ -34,7 +35,7 @@ def test_gpus_that_torch_cannot_use_are_refused_with_torchs_own_reason(raised, m
     monkeypatch.setattr(machine, "gpus", lambda: 8)
     monkeypatch.setattr(torch.cuda, "init", init)
     why = f"{type(raised).__name__}: {raised}" if raised else "it finds none"
-    words = f"nvidia-smi lists 8 GPUs and torch {torch.__version__} can use none ({why})"
+    words = f"nvidia-smi lists 8 GPUs, but torch {torch.__version__} can use none ({why})"
     with pytest.raises(ValueError, match=f"^{re.escape(words)}"):
         machine.check_driver(parsed(task="lcb"))
     (note,) = machine.check_driver(parsed())  # the toy needs no GPU
@@ -68,7 +69,7 @@ def test_vllm_needs_a_compiler_and_headers_where_it_samples_on_cuda(monkeypatch,
     assert lines(machine.compiler, cfg) == []  # no GPU: transformers samples
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     (both,) = lines(machine.compiler, cfg)
-    assert both.startswith("refused: ") and "a C compiler (gcc) and " in both and "Python.h (python3-dev): install it" in both
+    assert both.startswith("refused: ") and "a C compiler (gcc) and " in both and "Python.h (python3-dev) is missing" in both
     assert lines(machine.compiler, replace(cfg, sampler="hf")) == []
     monkeypatch.setenv("CC", "cc")
     assert "gcc" not in lines(machine.compiler, cfg)[0]
@@ -99,7 +100,7 @@ def test_a_disk_must_hold_three_checkpoints_and_two_models(flags, need, what, mo
     assert lines(machine.disk, cfg, QWEN) == []
     free = need - 1e9
     (line,) = lines(machine.disk, cfg, QWEN)
-    assert line.startswith(f"refused: the disk of {tmp_path} has {free / 1e9:.1f} GB left, and {what}")
+    assert line.startswith(f"refused: the disk of {tmp_path} has {free / 1e9:.1f} GB left, but {what}")
     assert f"take {need / 1e9:.1f} GB" in line
     (tmp_path / "a" / "b").mkdir(parents=True)
     with (tmp_path / "a" / "b" / "old").open("wb") as old:  # a run that goes on, or is to be overwritten, has its share
@@ -115,7 +116,7 @@ def test_a_download_takes_its_place_and_needs_the_hub(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: SimpleNamespace(free=330e9))
     unreachable, both = lines(machine.disk, cfg, QWEN)  # 326 GB of the run and 16.4 GB of the model
-    assert unreachable == "refused: the weights of owner/name are not all in the hub's cache, and offline"
+    assert unreachable == "refused: weights of owner/name have to be downloaded, and offline"
     assert "and the model's download take 342.4 GB" in both
     down[0] = ""
     assert lines(machine.disk, cfg, QWEN) == [both]
@@ -155,7 +156,7 @@ def test_programs_are_not_run_without_a_layer_of_the_sandbox_unless_asked_for(mo
     monkeypatch.setattr(sandbox.Sandbox, "unsafe", property(lambda self: "landlock not available: a program could"))
     for cfg in (parsed(task="lcb"), parsed(subset="code-judge")):
         (refused,) = lines(machine.sandbox, cfg)
-        assert refused == "refused: landlock not available: a program could; --unsafe_sandbox goes on all the same"
+        assert refused == "refused: landlock not available: a program could; --unsafe_sandbox goes on anyway"
         assert lines(machine.sandbox, replace(cfg, unsafe_sandbox=True)) == ["note: landlock not available: a program could"]
     assert lines(machine.sandbox, parsed()) == lines(machine.sandbox, parsed(task="math")) == []
 
@@ -165,7 +166,7 @@ def test_the_check_and_every_run_ask_and_say_it_in_one_line(monkeypatch, tmp_pat
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(machine, "gpus", lambda: 8)
     monkeypatch.setattr(machine, "memory", lambda *args: lacks)
-    toy, run = ["--subset", "choice"], ["--steps", "1", "--eval_every", "0", "--out", str(out)]
+    toy, run = ["--subset", "choice"], [*SMALL, "--eval_every", "0", "--out", str(out)]
     for flags, words in ((toy, "error: a disk is full; memory is short"), (["--task", "lcb"], "error: nvidia-smi lists 8 GPUs")):
         for argv in (["--plan"], run):
             with pytest.raises(SystemExit) as stop:
@@ -184,4 +185,7 @@ def test_the_check_reads_the_problems_unless_it_is_for_another_machine(monkeypat
     cfg = parsed("--plan", task="math", data="no/such/folder")
     with pytest.raises(ValueError, match="no/such/folder does not exist"):
         machine.check(cfg, "m", 1)
+    science = dict(task="sciknoweval", subset="all", data=presets.FIXTURES / "sciknoweval.jsonl", feedback="environment")
+    with pytest.raises(ValueError, match="sciknoweval/all only offers critique"):
+        machine.check(parsed("--plan", **science), "m", 1)
     assert machine.check(replace(cfg, gpu_memory=80.0), "m", 1) == (QWEN, [])

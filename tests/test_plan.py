@@ -4,7 +4,6 @@ import re
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +17,6 @@ from model import head
 from model.policy import Policy
 from neighbours import distil, ovd
 
-ROOT = Path(__file__).resolve().parents[1]
 GB = 10**9
 QWEN3_8B = dict(
     vocab_size=151936, hidden_size=4096, num_hidden_layers=36, head_dim=128, num_attention_heads=32,
@@ -92,13 +90,13 @@ def test_training_peaks_by_hand():
         "the loss head": {**standing, "logits in chunks": n * (4 * 100 + 4 * 100 + 2 * 100)},  # student, teacher, one copy
         "a layer's backward pass": {
             **standing,
-            "layers gathered, three": 3 * 2 * LAYER,
-            "a layer's gradient, to be reduced": (2 + 4) * LAYER,
-            "a layer run again": n * (norms + attention + mlp + underway),
+            "three layers gathered": 3 * 2 * LAYER,
+            "a layer's gradient before its reduction": (2 + 4) * LAYER,
+            "a layer recomputed": n * (norms + attention + mlp + underway),
         },
         "the root's gradient": {
             "root gathered": 2 * ROOT_SIZE,
-            "its gradient, to be reduced": (2 + 4) * ROOT_SIZE,
+            "its gradient before its reduction": (2 + 4) * ROOT_SIZE,
             "framework (assumed)": 5.5e9,
         },
     }
@@ -116,9 +114,9 @@ def test_sampling_keeps_weights_moments_and_copies_but_no_gradients():
         "weights": 4 * whole,
         "AdamW's moments": 8 * whole,
         "initial weights": 4 * whole,
-        "the check of a push, a forward pass": guard,
+        "forward pass that checks a push": guard,
         "engine's weights, bf16": 2 * whole,
-        "framework, engine (assumed)": 4e9 + 3e9,
+        "framework and engine (assumed)": 4e9 + 3e9,
     }
     assert found.cache_token == 2 * 2 * 2 * 1 * 4  # keys and values, bf16, layers, heads, width
     assert found.share == 0.65  # a tiny model leaves more than the engine may have
@@ -185,14 +183,14 @@ def test_what_a_layer_keeps_for_its_backward_pass_is_what_autograd_keeps():
     found, _ = planned(shape, f"--task lcb --max_prompt_tokens 1 --max_response_tokens 2 --max_teacher_tokens 3 "
                               f"--micro_batch_tokens {n}", gpu=80 * GB)  # fmt: skip
     underway = n * (2 * (3 * 1536 + 3 * 512) + 4 * 3 * 512 + (4 + 2 + 2) * 16 * 64)
-    ours = found.moments["a layer's backward pass"]["a layer run again"] - underway
+    ours = found.moments["a layer's backward pass"]["a layer recomputed"] - underway
     assert out.requires_grad and ours == pytest.approx(sum(kept.values()), rel=0.02)
 
 
 def test_a_backward_pass_takes_no_more_than_planned():
-    """In bfloat16 with recomputation, as on a GPU. The plan is too careful by a half at most."""
-    shape = TINY | dict(hidden_size=512, num_attention_heads=8, num_key_value_heads=4, head_dim=64,
-                        intermediate_size=1536, num_hidden_layers=4)  # fmt: skip
+    """In bfloat16 with recomputation, as on a GPU. The plan may exceed the need by up to 60 percent."""
+    shape = TINY | dict(hidden_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+                        intermediate_size=768, num_hidden_layers=4)  # fmt: skip
     network = AutoModelForCausalLM.from_config(Qwen3Config(**shape), dtype=torch.bfloat16)
     policy = Policy(network, SimpleNamespace(eos_token_id=2, chat_template=None), recompute=0)
 
@@ -202,30 +200,27 @@ def test_a_backward_pass_takes_no_more_than_planned():
 
     backward(8)  # gradients come into being
     with torch.profiler.profile(profile_memory=True) as profile:
-        backward(1000)
+        backward(400)
     changes = (event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
-    found, _ = planned(shape, "--task lcb --method grpo --max_prompt_tokens 24 --max_response_tokens 1000 "
-                              "--micro_batch_tokens 2048", gpu=80 * GB)  # fmt: skip
+    found, _ = planned(shape, "--task lcb --method grpo --max_prompt_tokens 24 --max_response_tokens 400 "
+                              "--micro_batch_tokens 848", gpu=80 * GB)  # fmt: skip
     parts = found.moments["a layer's backward pass"]
-    ours = sum(parts[name] for name in ("layer inputs", "last states", "a layer run again"))
+    ours = sum(parts[name] for name in ("layer inputs", "last states", "a layer recomputed"))
     assert 1 < ours / max(accumulate(changes)) < 1.6
 
 
 # ---- The paper's models --------------------------------------------------------------------------------------
 
 
-def test_the_papers_models_fit_their_gpus_and_8b_does_not_fit_one():
+def test_the_papers_largest_model_fits_its_gpus():
     found, cfg = planned(QWEN3_8B, "--task lcb", 8, 80e9)
     assert found.parameters == pytest.approx(8.19e9, rel=1e-3)
     plan.refuse(found, cfg)
     assert 45e9 < found.training < 55e9 and 15 < found.sequences < 40
     assert found.sampling["engine's weights, bf16"] == 2 * found.parameters  # every GPU has an engine of its own
-    found, cfg = planned(QWEN3_8B, "--task lcb", 1, 80e9)
-    with pytest.raises(ValueError, match="training needs .* on each of 1 GPUs of 80.0 GB: .* more GPUs, --e_optimizer shared$"):
-        plan.refuse(found, cfg)
 
 
-def test_ovds_teacher_writes_and_scores_nothing_and_distil_reads_contexts_with_its_own():
+def test_plans_of_ovd_whose_teacher_only_writes_and_of_distil():
     """OVD's loss is GRPO's, without the teacher's logits; its demonstrations follow the teacher's prompt, so the sequences
     sampled are longer."""
     on_one = lambda flags, program=vpd: planned(QWEN3_2B, f"--task sciknoweval {flags}", 1, 80e9, program)  # noqa: E731
@@ -251,7 +246,7 @@ def test_a_refusal_names_what_would_help():
     assert "--micro_batch_tokens" not in says("", 20e9)  # no micro batch is small enough
     assert "--teacher live" in says("--method sdpo", 35e9) and "--prior dynamic" in says("--prior fixed", 35e9)
     full = says("", 80e9, cache_token=10**7)  # 100 GB a sequence
-    assert full.startswith("sampling leaves") and "one sequence of 10240 tokens needs 102.4 GB" in full
+    assert full.startswith("sampling leaves") and "but one sequence of 10240 tokens needs 102.4 GB" in full
     assert "a larger --engine_memory" in full and "--max_response_tokens" in full
 
 
@@ -259,12 +254,15 @@ def test_a_refusal_names_what_would_help():
 
 
 def test_the_estimate_of_hours_has_the_measured_step_adds_up_and_scales(monkeypatch):
+    made = {shape["num_hidden_layers"]: plan.skeleton(Qwen3Config(**shape)) for shape in (QWEN3_8B, QWEN3_2B)}  # once each
+    monkeypatch.setattr(plan, "skeleton", lambda config: made[config.num_hidden_layers])
+
     def of(shape, flags, processes=8, **changed):
         found, cfg = planned(shape, f"--task {flags}", processes, 80e9)
         about = replace(found, **changed), Qwen3Config(**shape), cfg
         batch = plan.seconds(*about)
-        hours, steps, whole = re.search(r": ([\d.]+) hours, (\d+) batches of ([\d.]+) s: ", line := plan.hours(*about)).groups()
-        assert line.startswith("estimate, not measured") and float(whole) == pytest.approx(sum(batch.values()), rel=0.01)
+        hours, steps, whole = re.search(r": ([\d.]+) hours for (\d+) batches of ([\d.]+) s: ", line := plan.hours(*about)).groups()
+        assert line.startswith("estimate (not measured") and float(whole) == pytest.approx(sum(batch.values()), rel=0.01)
         assert sum(float(part.split()[-1]) for part in line.split(" s: ")[1].split(", ")) == pytest.approx(float(whole), rel=0.01)
         assert float(hours) == pytest.approx(int(steps) * sum(batch.values()) / 3600, rel=0.05)
         return batch | {"steps": int(steps)}
@@ -310,24 +308,25 @@ def config_in(folder, config):
     return folder
 
 
-def test_plan_flag_needs_only_a_config_refuses_after_its_table_and_leaves_nothing_behind(capsys, tmp_path, monkeypatch):
+def test_plan_needs_only_a_config_refuses_after_its_table_and_writes_nothing(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = config_in("model", Qwen3Config(**QWEN3_8B))
     status, out, err = run(capsys, f"--task lcb --plan --model {model} --gpus 1 --gpu_memory 80")
     assert status == 2 and any("together" in line for line in out)
-    assert len(err) == 1 and "error: training needs 223.6 GB on each of 1 GPUs" in err[0]
+    assert len(err) == 1 and "error: training needs 223.6 GB on each GPU (1 x 80.0 GB): " in err[0]
+    assert err[0].endswith("; try more GPUs, --e_optimizer shared")
     status, out, err = run(capsys, f"--task lcb --plan --model {model} --data no/such/file --gpus 8 --gpu_memory 80")
     assert (status, err) == (0, []) and [p.name for p in tmp_path.iterdir()] == ["model"]
-    assert out[0] == ("256 rollouts per batch; M-step: 32 updates per batch, 8 sequences each; "
-                      "E-step: 1 every 5 batches, 256 sequences each")  # fmt: skip
-    assert out[1] == ("tokens at most: 10240 a student's row, 18432 a teacher's, 20480 a micro batch, "
-                      f"{8 * 10240} an M-step update, {256 * 18432} an E-step update")  # fmt: skip
+    assert out[0] == ("256 rollouts per batch; M-step: 32 updates of 8 sequences; "
+                      "E-step, every 5 batches: 1 update of 256 sequences")  # fmt: skip
+    assert out[1] == ("maximum tokens: 10240 per student row, 18432 per teacher row, 20480 per micro-batch, "
+                      f"{8 * 10240} per M-step update, {256 * 18432} per E-step update")  # fmt: skip
     assert out[2].split() == "8.19e+09 parameters; GB on each of 8 GPUs of 80.0 training sampling".split()
     assert out[3].split() == ["weights", "4.10", "4.10"] and out[4].split() == ["AdamW's", "moments", "16.38", "16.38"]
     *cells, together = [[float(line[at : at + 10].strip() or 0) for at in (54, 64)] for line in out if line.startswith("  ")]
     assert together == pytest.approx([sum(column) for column in zip(*cells)], abs=0.1) and together[0] > 50
-    assert out[-2].startswith("host memory 49.1 GB in the process ") and "; on disk: model 16.4 GB, weights with" in out[-2]
-    assert out[-1].startswith("estimate, not measured")
+    assert out[-2].startswith("host memory: 49.1 GB in the process ") and "; disk: 16.4 GB per model, " in out[-2]
+    assert out[-1].startswith("estimate (not measured")
 
 
 def test_plan_of_other_families(tmp_path, capsys):
@@ -341,16 +340,19 @@ def test_plan_of_other_families(tmp_path, capsys):
     assert status == 2 and len(err) == 1 and "no list of decoder layers" in err[0]
 
 
+SCIENCE = f"--task sciknoweval --subset all --data {presets.FIXTURES}/sciknoweval.jsonl"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without GPUs")
-def test_on_a_cpu_the_toy_plan_is_three_lines_and_other_plans_are_refused_in_one(capsys, monkeypatch):
+def test_on_a_cpu_a_local_model_has_a_plan_of_three_lines_and_others_are_refused(capsys, monkeypatch, tmp_path):
     for argv, reason in (
-        ("--task lcb --plan", "say --gpus N --gpu_memory GB"),
+        ("--task lcb --plan", "plan for other GPUs: --plan --gpus N --gpu_memory GB"),
         ("--task lcb --plan --model no/such/model --gpus 1 --gpu_memory 80", "cannot read a model's config from"),
         ("--task lcb --plan --smoke qwen3", "--plan is for the task's own model"),
     ):
         status, out, err = run(capsys, argv)
         assert status == 2 and out == [] and len(err) == 1 and reason in err[0]
-    monkeypatch.chdir(ROOT)
-    status, out, _ = run(capsys, "--task toy --plan")
-    assert status == 0 and len(out) == 3
-    assert out[1].startswith("tokens at most: 356 a student's row, 612 a teacher's, 20480 a micro batch")
+    monkeypatch.chdir(tmp_path)
+    for argv in ("--task toy --plan", f"{SCIENCE} --model tasks/toy_models/trace --plan"):
+        status, out, _ = run(capsys, argv)
+        assert status == 0 and len(out) == 3 and "parameters on a CPU" in out[2], argv

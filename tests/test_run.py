@@ -17,7 +17,7 @@ case "$*" in
   *evaluate.py*|*study*|*--plan*) ;;
   *vpd.py*|*neighbours*) [ -z "$VPD_OUT_FILE" ] || echo runs/here > "$VPD_OUT_FILE" ;;
 esac
-case "$*" in *slow*) trap 'echo "got" >> {told}; exit 143' TERM HUP; echo ready; for i in $(seq 50); do sleep 0.1; done ;; esac
+case "$*" in *--slow*) trap 'echo "got" >> {told}; exit 143' TERM HUP; echo ready; for i in $(seq 50); do sleep 0.1; done ;; esac
 """
 
 
