@@ -9,7 +9,7 @@ file's imports.
     mask (B, T)     1 on response tokens including EOS, 0 on padding
 
 KL always names its arguments: kl(log_p, log_q) is KL(p‖q) = E_p[log p − log q]. Per-token results are (B, T),
-unreduced and unmasked; `sequence_mean` is the only reduction. The teacher is detached wherever it is imitated; in the E-step,
+unreduced and unmasked; `sequence_mean` reduces them. The teacher is detached wherever it is imitated; in the E-step,
 where the teacher learns, the student is.
 """
 
@@ -99,7 +99,7 @@ def divergence(log_s: Tensor, log_t: Tensor, kind: str) -> Tensor:
         u = log_t.clamp(min=-1e4) - log_s.clamp(min=-1e4)
         m_over_s = F.softplus(u, threshold=50) - math.log(2.0)
         return 0.5 * (log_t.exp() * (u - m_over_s) - log_s.exp() * m_over_s).sum(-1)
-    raise ValueError(f"unknown divergence {kind!r}: choose one of kl_student_teacher, kl_teacher_student, js")
+    raise ValueError(f"unknown divergence {kind!r}: the docstring lists the kinds")
 
 
 def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, kind: str, top_k: int | None = None) -> Tensor:

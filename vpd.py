@@ -23,7 +23,7 @@ Where we depart from the paper's text, or had to choose:
     3. A success needs a context too. Where the paper is silent, it borrows that of a failure (feedback.py; --no_borrow).
     4. The E-step uses groups in which both outcomes have a context; --e_groups all follows the paper's text literally.
     5. F counts rollout batches (App. D.6), not gradient updates (Sec. 4).
-    6. The M-step's teacher has the live weights at each update; --teacher ema uses a moving average, as SDPO does.
+    6. The M-step's teacher has the live weights at each update, or a moving average (--teacher ema); the E-step trains them.
     7. VPD's M-step has no importance weights (Sec. 3.4); SDPO's has min(pi/pi_old, 2).
     8. If no row of an update takes part (no context, no advantage), the optimizer does not step.
     9. When vLLM samples, tokens of the M-step are also weighted by min(pi_old/pi_sampler, 2), as in SDPO's code (--mismatch_limit).
@@ -226,7 +226,7 @@ class Config:
     mismatch_limit: str = ROLLOUTS_VLLM("2", "limit of the token weight min(pi_old / pi_sampler, limit); none: no weight")
 
     divide_by_std: bool = GRADIENT(False, "divide advantages by the standard deviation of their group")
-    clip_low: float = GRADIENT(0.2, "lower clip of the ratio pi / pi_old: 1 - clip_low", above=0)
+    clip_low: float = GRADIENT(0.2, "lower clip of the ratio pi / pi_old: 1 - clip_low", above=0, most=1)
     clip_high: float = GRADIENT(0.28, "upper clip of the ratio pi / pi_old: 1 + clip_high", above=0)
     dual_clip: float = GRADIENT(3.0, "upper bound of a token's loss where A < 0, in units of |A|", above=1)
     w_opd: float = GRADIENT(1.0, "weight of the teacher's part in joint and reshape", least=0, **objective_reads("w_opd"))

@@ -72,7 +72,7 @@ def run(main: Callable[[], None], *refused: type[Exception]) -> None:
 def say(message: object, command: str = "", status: int = 2) -> int:
     """Prints one line on what went wrong. Returns the exit status."""
     if isinstance(message, CannotWrite | BrokenPipeError):
-        message, status = f"cannot write {message}", 1
+        message, status = f"cannot write {'standard output' if isinstance(message, BrokenPipeError) else message}", 1
     rank = os.environ.get("RANK", "0")
     process = f"process {rank}: " if rank != "0" else ""
     print(f"{command or Path(sys.argv[0]).name}: error: {process}{' '.join(str(message).split())}", file=sys.stderr)

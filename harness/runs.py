@@ -26,7 +26,7 @@ def config_of(out: Path, needed: Iterable[str]) -> dict:
         kept = [(name, kind, config[name]) for name, kind in KINDS.items() if name in config]
         wrong += [f"its {name} is {value!r}" for name, kind, value in kept if not isinstance(value, kind)]
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        wrong = [one_line(error)]
+        wrong = [getattr(error, "strerror", None) or one_line(error)]
     if wrong:
         raise ValueError(f"{path} is not the configuration of a run: {wrong[0]}")
     return config

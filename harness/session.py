@@ -169,8 +169,9 @@ def launch(cfg, check: Callable, train: Callable, also: Callable = lambda *_: No
         run.end(f"{error}; the log and the last finite weights are in {out}", 1)
     except (checkpoint.Damaged, tasks.BadTask) as error:
         fail(error)
-    except (CannotWrite, BrokenPipeError) as error:  # a pipe: standard output has lost its reader
-        fail(CannotWrite(f"{error}; {checkpoint.last(out)}"))
+    except (CannotWrite, BrokenPipeError) as error:
+        what = "standard output" if isinstance(error, BrokenPipeError) else error
+        fail(CannotWrite(f"{what}; {checkpoint.last(out)}"))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

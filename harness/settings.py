@@ -38,7 +38,7 @@ class Group:
 
 
 def read_by(objective: Callable, name: str) -> bool:
-    """Whether an objective, or a function that it calls by name, reads `cfg.name`. An object of another kind might."""
+    """Whether an objective, or a function that it calls by name, reads an attribute. An object of another kind might."""
     if not isinstance(objective, types.FunctionType):
         return True
     names = objective.__code__.co_names
@@ -123,7 +123,7 @@ def check_flags(cfg) -> None:
             need = " and ".join(f"{LIMITS[name][1]} {limit:g}" for name, limit in limits.items())
             raise ValueError(f"--{field.name} must be {need or 'a finite number'}, not {value}")
         if field.name in cfg.given and value != "" and not field.metadata["reads"](cfg):
-            raise ValueError(f"--{field.name} is for {field.metadata['need']}: this run would ignore it")
+            raise ValueError(f"--{'no_' * (value is False)}{field.name} is for {field.metadata['need']}: this run would ignore it")
 
 
 def check(cfg) -> None:
@@ -135,6 +135,10 @@ def check(cfg) -> None:
     for name in ("minibatch_prompts", "e_minibatch_prompts") if method.e_step else ("minibatch_prompts",):
         if cfg.prompts_per_batch % getattr(cfg, name):
             raise ValueError(f"--{name} {getattr(cfg, name)} does not divide --prompts_per_batch {cfg.prompts_per_batch}")
+    if isinstance(method.objective, types.FunctionType):
+        for name, flag in {"D": "distils", "teacher_logp": "scores", "A": "reinforces"}.items():
+            if read_by(method.objective, name) and not getattr(method, flag):
+                raise ValueError(f"the objective of --method {cfg.method} reads t.{name}: its row of METHODS needs {flag}=True")
     alone = cfg.group_size < 2
     if alone and method.reinforces:
         raise ValueError(f"--method {cfg.method} compares rollouts of one prompt: --group_size 1 gives no advantage")

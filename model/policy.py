@@ -110,7 +110,7 @@ class Policy:
 
         def write() -> None:
             if hub.holds_others(folder):
-                raise CannotWrite(f"{folder}: it is a folder that holds other things than a model")
+                raise CannotWrite(f"{folder}: it is a folder that holds more than a model")
             for left in (part, old):
                 shutil.rmtree(left, ignore_errors=True)
             try:

@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     try:  # before the minutes of training
         args.out.mkdir(parents=True, exist_ok=True)
         if hub.holds_others(args.out):
-            parser.error(f"--out {args.out} holds other things than a model and will not be replaced")
+            parser.error(f"--out {args.out} holds more than a model and will not be replaced")
         if not there:
             args.out.rmdir()
     except OSError as error:

@@ -106,7 +106,8 @@ def json_rows(path: Path) -> Iterator[dict]:
                 if b"\\ud" in line.lower():  # may be a lone surrogate, which no tokenizer accepts
                     row = json.loads(text_of(json.dumps(row, ensure_ascii=False)))
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number} is no JSON object: {one_line(error)}") from None
+                why = getattr(error, "msg", None) or one_line(error)
+                raise ValueError(f"{path}, line {number} is not a JSON object: {why}") from None
             yield row
 
 

@@ -112,7 +112,7 @@ NO_RUN = "/bad/config.json is not the configuration of a run: "
     (None, ROW, f"{NO_RUN}FileNotFoundError"), ('["method"]', ROW, NO_RUN), ("{}", ROW, f"{NO_RUN}it lacks method"),
     (VPD.replace('"vpd"', "1"), ROW, f"{NO_RUN}its method is 1"), (VPD, None, "/log.jsonl'"),
     (VPD, "", "/log.jsonl has no batch"), (VPD, '{"kind": "resume", "step": 0}', "/log.jsonl has no batch"),
-    (VPD, f"{ROW}\n{ROW[:30]}", "/log.jsonl, line 2 is no JSON object"), (VPD, "\0\xff", "/log.jsonl, line 1 is no JSON"),
+    (VPD, f"{ROW}\n{ROW[:30]}", "/log.jsonl, line 2 is not a JSON object"), (VPD, "\0\xff", "/log.jsonl, line 1 is not a JSON"),
     (VPD, ROW.replace("0.5", '"high"'), "could not convert string to float: 'high'"),
 ])  # fmt: skip
 def test_a_run_with_a_missing_or_wrong_file_is_refused_in_one_line(config, log, reason, tmp_path, capsys):

@@ -433,7 +433,7 @@ def test_a_tensor_that_would_broadcast_is_refused_by_its_shape(name):
 
 X, X1, V3 = torch.zeros(2, 3), torch.zeros(1, 3), torch.zeros(2, 3, 4)
 IMPOSSIBLE = [
-    (lambda: L.divergence(V3, V3, "kl"), "unknown divergence.*" + ", ".join(KINDS)),
+    (lambda: L.divergence(V3, V3, "kl"), "unknown divergence"),
     (lambda: L.top_k_with_tail(V3, V3, 0), "k = 0"),
     (lambda: L.top_k_with_tail(V3, V3, 5), "k = 5"),
     (lambda: L.group_advantages(X, 3), "rewards must be"),

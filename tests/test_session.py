@@ -97,7 +97,7 @@ def test_an_existing_run_is_refused_and_overwrite_deletes_only_runs(tmp_path):
     ):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             runs.check(parsed("--out", *map(str, flags)))
-    with pytest.raises(CannotWrite, match="it is a folder that holds other things than a model"):
+    with pytest.raises(CannotWrite, match="it is a folder that holds more than a model"):
         Policy.load(CHOICE).save(out)
 
 

@@ -104,8 +104,8 @@ IMPOSSIBLE = [  # the loop, the flags, and a word of the line
 NAMED = {  # flags of which the line names the first
     vpd: "--lr nan, --lr fast, --beta inf, --shift_rate 0, --temperature 0, --top_p 0, --engine_memory 1.5, --checkpoint_every -1, "
          "--teacher_probe -1, --steps 0 --epochs 0, --minibatch_prompts 5, --e_minibatch_prompts 7, --max_teacher_tokens 20, "
-         "--mismatch_limit -1, --mismatch_limit two, --passed_text well --feedback sibling, --teacher_probe 4 --eval_every 0, "
-         "--no_such_flag 1, --method ppo, --data tests",
+         "--mismatch_limit -1, --mismatch_limit two, --clip_low 2 --method grpo, --passed_text well --feedback sibling, "
+         "--teacher_probe 4 --eval_every 0, --no_such_flag 1, --method ppo, --data tests",
     ovd: "--ovd_threshold -1, --ovd_threshold 50, --max_teacher_tokens 20",
 }  # fmt: skip
 IMPOSSIBLE += [(loop, flags, flags.split()[0].strip("-")) for loop, rows in NAMED.items() for flags in rows.split(", ")]
@@ -121,6 +121,13 @@ def test_impossible_settings_are_one_line_exit_2_and_nothing_written(loop, flags
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and not (tmp_path / "run").exists()
     assert words in error and "hunter2" not in error
+
+
+def test_a_row_of_methods_without_a_flag_that_its_objective_needs_is_refused(monkeypatch, capsys):
+    monkeypatch.setitem(vpd.METHODS, "grpo", vpd.Method(vpd.joint, "ema", "either", reinforces=True))
+    with pytest.raises(SystemExit) as stop:
+        vpd.main(["--method", "grpo"])
+    assert stop.value.code == 2 and "reads t.D: its row of METHODS needs distils=True" in capsys.readouterr().err
 
 
 # ---- A flag that nobody reads --------------------------------------------------------------------------------------

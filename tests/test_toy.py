@@ -224,7 +224,7 @@ def test_a_shipped_model_loads_and_is_small(tokenizer, subset):
 
 @pytest.mark.parametrize("argv, words", [
     *[(["--out", out], "the model's folder") for out in (__file__, f"{__file__}/x/y", "/proc/x")],
-    (["--out", "x", "--steps", "-1"], "--steps"), (["--out", str(Path(__file__).parent)], "holds other things than a model"),
+    (["--out", "x", "--steps", "-1"], "--steps"), (["--out", str(Path(__file__).parent)], "holds more than a model"),
 ])  # fmt: skip
 def test_a_bad_output_folder_is_refused_before_training(argv, words, capsys, monkeypatch):
     monkeypatch.setattr(warm_start, "warm_start", lambda *_: pytest.fail("training began"))
