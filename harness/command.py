@@ -3,6 +3,7 @@ be written, 130 for Ctrl-C. Files are written whole or not at all. Nothing heavy
 """
 
 import argparse
+import errno
 import os
 import sys
 import traceback
@@ -53,26 +54,39 @@ def run(main: Callable[[], None], *refused: type[Exception]) -> None:
         status = 130
     except SystemExit as error:
         status = say(error.code, status=1) if isinstance(error.code, str) else error.code or 0
-    except (CannotWrite, BrokenPipeError, *refused) as error:
-        status = say(error)
-    except BaseException:
-        if not at_once():
+    except BaseException as error:
+        if isinstance(error, refused) or unwritten(error):
+            status = say(error)
+        elif at_once():
+            traceback.print_exc()
+            status = 1
+        else:
             raise
-        traceback.print_exc()
-        status = 1
     if at_once():
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):  # its reader may have gone, or it may be closed
                 stream.flush()
         os._exit(status)
+    try:
+        print(end="", flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter reports it again
+        status = status or say(error)
     if status:
         sys.exit(status)
 
 
+def unwritten(error: object) -> str:
+    """What could not be written and why, "" for any other error. `write` handles files, so the rest is standard output."""
+    if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC):
+        return f"{error.filename or 'standard output'}: {error.strerror}"
+    return str(error) if isinstance(error, CannotWrite) else ""
+
+
 def say(message: object, command: str = "", status: int = 2) -> int:
     """Prints one line on what went wrong. Returns the exit status."""
-    if isinstance(message, CannotWrite | BrokenPipeError):
-        message, status = f"cannot write {'standard output' if isinstance(message, BrokenPipeError) else message}", 1
+    if what := unwritten(message):
+        message, status = f"cannot write {what}", 1
     rank = os.environ.get("RANK", "0")
     process = f"process {rank}: " if rank != "0" else ""
     print(f"{command or Path(sys.argv[0]).name}: error: {process}{' '.join(str(message).split())}", file=sys.stderr)

@@ -29,7 +29,7 @@ import evaluate
 import feedback
 import tasks
 from harness import machine, plan, presets, runs
-from harness.command import CannotWrite, Stopped, fail, write
+from harness.command import CannotWrite, Stopped, fail, unwritten, write
 from harness.log import DIED, BatchLog, Tracker, terminal_line
 from harness.settings import differing
 from model import checkpoint
@@ -169,9 +169,10 @@ def launch(cfg, check: Callable, train: Callable, also: Callable = lambda *_: No
         run.end(f"{error}; the log and the last finite weights are in {out}", 1)
     except (checkpoint.Damaged, tasks.BadTask) as error:
         fail(error)
-    except (CannotWrite, BrokenPipeError) as error:
-        what = "standard output" if isinstance(error, BrokenPipeError) else error
-        fail(CannotWrite(f"{what}; {checkpoint.last(out)}"))
+    except OSError as error:
+        if what := unwritten(error):
+            fail(CannotWrite(f"{what}; {checkpoint.last(out)}"))
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

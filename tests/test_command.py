@@ -83,7 +83,7 @@ def test_links_and_pipes_stay_what_they_are(tmp_path):
 @pytest.mark.parametrize(
     "error, refused, status, said",
     [(KeyboardInterrupt(), (), 130, ""), (command.CannotWrite("x: no space"), (), 1, "c.py: error: cannot write x: no space\n"),
-     (BrokenPipeError(32, "Broken pipe"), (), 1, "c.py: error: cannot write standard output\n"),
+     (BrokenPipeError(32, "Broken pipe"), (), 1, "c.py: error: cannot write standard output: Broken pipe\n"),
      (KeyError("a"), (KeyError,), 2, "c.py: error: 'a'\n"), (SystemExit(143), (), 143, "")],
 )  # fmt: skip
 def test_what_ends_a_command_is_its_exit_status_and_at_most_a_line(error, refused, status, said, monkeypatch, capsys):
@@ -115,3 +115,12 @@ def test_one_of_several_processes_leaves_at_once_with_its_status(ends, status, o
         assert (done.returncode, done.stdout) == (status, told)
         assert said in done.stderr and bool(said) == bool(done.stderr)
     os.close(closed)
+
+
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_output_on_a_full_disk_is_one_line_and_status_1(buffered):
+    code = "from harness import command; command.run(lambda: print('lost'))"
+    with open("/dev/full", "w") as full:
+        pipes = dict(stdout=full, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": buffered})
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, **pipes)
+    assert (done.returncode, done.stderr) == (1, "-c: error: cannot write standard output: No space left on device\n")
