@@ -87,6 +87,8 @@ def say(message: object, command: str = "", status: int = 2) -> int:
     """Prints one line on what went wrong. Returns the exit status."""
     if what := unwritten(message):
         message, status = f"cannot write {what}", 1
+    elif isinstance(message, OSError) and message.filename:
+        message = f"{message.filename}: {message.strerror}"
     rank = os.environ.get("RANK", "0")
     process = f"process {rank}: " if rank != "0" else ""
     print(f"{command or Path(sys.argv[0]).name}: error: {process}{' '.join(str(message).split())}", file=sys.stderr)

@@ -121,9 +121,10 @@ def check_flags(cfg) -> None:
         inside = all(LIMITS[name][0](value, limit) for name, limit in limits.items())
         if field.type in (int, float) and not (inside and math.isfinite(value)):
             need = " and ".join(f"{LIMITS[name][1]} {limit:g}" for name, limit in limits.items())
-            raise ValueError(f"--{field.name} must be {need or 'a finite number'}, not {value}")
+            raise ValueError(f"--{field.name} must be {'a finite number' if inside or not need else need}, not {value}")
         if field.name in cfg.given and value != "" and not field.metadata["reads"](cfg):
-            raise ValueError(f"--{'no_' * (value is False)}{field.name} is for {field.metadata['need']}: this run would ignore it")
+            no = "no_" * (value is False and field.default)
+            raise ValueError(f"--{no}{field.name} is for {field.metadata['need']}: this run would ignore it")
 
 
 def check(cfg) -> None:

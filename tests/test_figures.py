@@ -109,8 +109,8 @@ NO_RUN = "/bad/config.json is not the configuration of a run: "
 
 
 @pytest.mark.parametrize("config, log, reason", [
-    (None, ROW, f"{NO_RUN}FileNotFoundError"), ('["method"]', ROW, NO_RUN), ("{}", ROW, f"{NO_RUN}it lacks method"),
-    (VPD.replace('"vpd"', "1"), ROW, f"{NO_RUN}its method is 1"), (VPD, None, "/log.jsonl'"),
+    (None, ROW, f"{NO_RUN}No such file"), ('["method"]', ROW, NO_RUN), ("{}", ROW, f"{NO_RUN}it lacks method"),
+    (VPD.replace('"vpd"', "1"), ROW, f"{NO_RUN}its method is 1"), (VPD, None, "/log.jsonl: No such file"),
     (VPD, "", "/log.jsonl has no batch"), (VPD, '{"kind": "resume", "step": 0}', "/log.jsonl has no batch"),
     (VPD, f"{ROW}\n{ROW[:30]}", "/log.jsonl, line 2 is not a JSON object"), (VPD, "\0\xff", "/log.jsonl, line 1 is not a JSON"),
     (VPD, ROW.replace("0.5", '"high"'), "could not convert string to float: 'high'"),

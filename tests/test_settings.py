@@ -200,7 +200,7 @@ def test_help_is_quick_lists_every_flag_once_by_heading_and_shows_preset_values(
 
 @pytest.mark.parametrize(
     "config, flags, words",
-    [(None, "", "config.json is not the configuration of a run: FileNotFoundError"), ("3", "", "TypeError"),
+    [(None, "", "config.json is not the configuration of a run: No such file"), ("3", "", "TypeError"),
      ("{", "", "JSONDecodeError"), ('{"task": "toy"}', "", "a run: it lacks "), ("[]", "", "a run: it lacks task"),
      ({"model": 3}, "", "its model is 3"), ({"steps": "two"}, "", "its steps is 'two'"),
      ({"eval_top_p": None}, "", "its eval_top_p is None"), ({"lr": "two"}, "", "argument --lr: invalid float value: 'two'"),
