@@ -308,6 +308,6 @@ def lines(plan: Plan, cfg) -> list[str]:
         table.append(f"  {name:52}{''.join(cells)}".rstrip())
     table.append(f"  {'together':52}{plan.training / 1e9:10.2f}{sum(plan.sampling.values()) / 1e9:10.2f}")
     peak = f"training peaks in {plan.peak}; micro-batches of more than {plan.stored:.0f} tokens recompute layers"
-    cache = f"the engine's share, {plan.share:.2f} of the GPU, leaves {size(max(0, plan.cache))} for keys and values: "
+    cache = f"the engine's share, {max(0, plan.share):.2f} of the GPU, leaves {size(max(0, plan.cache))} for keys and values: "
     cache += f"{plan.cache_token} bytes per token, {int(plan.sequences)} sequences of {plan.longest} tokens"
     return [rows, most, *table, peak, cache, end]

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from feedback import Context
 from tasks.toy import SUBSETS, TEMPLATES
@@ -63,5 +64,6 @@ def smoke_model(task: str, family: str, folder: Path) -> None:
         num_key_value_heads=1, max_position_embeddings=32768, initializer_range=0.05,
         pad_token_id=0, eos_token_id=2, bos_token_id=None,
     )  # fmt: skip
+    logging.disable_progress_bar()
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
