@@ -99,7 +99,9 @@ def read(text: str):
     if not isinstance(value, (sympy.Basic, MatrixBase)) or r"\infty" in latex and not value.has(*INFINITE):
         raise ValueError(f"no value: {text}")  # or an infinity vanished, as in binom(0, oo) = 0
     if isinstance(value, Eq) and isinstance(value.lhs, Tuple):  # (x,y)=(1,2) as x=1,y=2
-        return FiniteSet(*map(Eq, value.lhs, shaped(value.rhs).args))
+        if not isinstance(point := shaped(value.rhs), Tuple):
+            raise ValueError(f"no point: {text}")
+        return FiniteSet(*(Eq(*pair) for pair in zip(value.lhs, point, strict=True)))
     return value
 
 
