@@ -45,7 +45,7 @@ def equal(gold: str, answer: str) -> bool:
     point, names = shaped(left), named(left)
     if names or isinstance(point, Tuple) and not point.has(*INFINITE):  # 1,2 for (1,2), and y=2,x=1
         left = Tuple(*sorted(written(left), key=str)) if names else left
-        if isinstance(right, FiniteSet) and r"\{" not in answer:
+        if isinstance(right, FiniteSet) and not re.search(r"\\\{|\bor\b", answer):
             elements = written(right)
             if len({e.lhs for e in elements if isinstance(e, Eq)}) < sum(isinstance(e, Eq) for e in elements):  # x=1,x=2
                 return False

@@ -162,7 +162,7 @@ PAID = {
 REFUSED = {
     "5": r"5\text{ million} | 5\text{ or }6 | \text{at most }5 | 3=5 | 5>3 | \pm5 | \{3,5\} | 5x | x | "
     r"\text{five} | 5 hundred | 5,5 | 2x-y=5 | 2x=5 | 2(3) | 5:1:1 | 5' | 5\text{ dozen} | 5+0^0-1",
-    "2": r"(1)(1) | 1(1)", "(1,2)": r"x=1,x=2 | y=1,y=2 | x>1 \text{ and } y<2 | (x,y)=(1,2,3)",
+    "2": r"(1)(1) | 1(1)", "(1,2)": r"x=1,x=2 | y=1,y=2 | x>1 \text{ and } y<2 | (x,y)=(1,2,3) | 1 or 2",
     r"\frac73": r"2(1/3) | 2\left(\frac13\right) | (2)\frac13", "1:2:3": r"1:2:4 | \frac16 | 1:6",
     r"5\text{ ft }6\text{ in}": r"6\text{ ft }5\text{ in} | 5 ft 5 in | 30\text{ ft in} | 11\text{ in}", "10:05": r"2 | 4:02",
     "10:30": r"\frac13 | 1:3 | 20:60 | 1/3", "x=3, y=4": r"(4,3) | \{3,4\} | x=4,y=3 | x=3,z=4", "f(x)=2x+1": "x=2x+1",
