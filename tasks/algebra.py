@@ -45,7 +45,7 @@ def equal(gold: str, answer: str) -> bool:
     point, names = shaped(left), named(left)
     if names or isinstance(point, Tuple) and not point.has(*INFINITE):  # 1,2 for (1,2), and y=2,x=1
         left = Tuple(*sorted(written(left), key=str)) if names else left
-        if isinstance(right, FiniteSet) and r"\{" not in answer:
+        if isinstance(right, FiniteSet) and not re.search(r"\\\{|\bor\b", answer):
             elements = written(right)
             if len({e.lhs for e in elements if isinstance(e, Eq)}) < sum(isinstance(e, Eq) for e in elements):  # x=1,x=2
                 return False
@@ -99,7 +99,9 @@ def read(text: str):
     if not isinstance(value, (sympy.Basic, MatrixBase)) or r"\infty" in latex and not value.has(*INFINITE):
         raise ValueError(f"no value: {text}")  # or an infinity vanished, as in binom(0, oo) = 0
     if isinstance(value, Eq) and isinstance(value.lhs, Tuple):  # (x,y)=(1,2) as x=1,y=2
-        return FiniteSet(*map(Eq, value.lhs, shaped(value.rhs).args))
+        if not isinstance(point := shaped(value.rhs), Tuple):
+            raise ValueError(f"no point: {text}")
+        return FiniteSet(*(Eq(*pair) for pair in zip(value.lhs, point, strict=True)))
     return value
 
 

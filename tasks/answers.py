@@ -41,7 +41,8 @@ TIDY = [(re.compile(pattern), new) for pattern, new in (  # one spelling for eve
     (rf"^(?:\\(?:approx|simeq|sim|therefore|Rightarrow|implies)(?![A-Za-z])|{word('about|approximately')}|=)\s*", ""),
     (r"\\mathbb\{R\}\s*(?:\^\{?\+\}?|_\{?(?:>\s*0|\+)\}?)", r"(0,\\infty)"),
     (r"\\backslash(?![a-z])|(?<=\\mathbb\{R\})\s*-\s*(?=\\\{)", r"\\setminus"),
-    (r"^([\[\]])([^()\[\]]+,[^()\[\]]+)([\[\]])$", lambda m: "([)]"[m[1] == "["] + m[2] + ")]"[m[3] == "]"]),  # ]1,2[
+    (r"(?:(?<=^)|(?<=cup)|(?<=in))\s*([\[\]])([^()\[\]]+,[^()\[\]]+)([\[\]])(?=$|\s*\\cup)",  # ]1,2[
+     lambda m: "(["[m[1] == "["] + m[2] + ")]"[m[3] == "]"]),
     (rf"(\\pi.*?)\s*{word('rad|radians?')}$", r"\1"), (r"\bUSD\s*(?=\d)", r"\\$"),
     (rf"(?<=\d)\s*{word('to')}\s*(?=\d)", ":"), (r"(?<=[\w)])\*\*(\w+)", r"^{\1}"),
     (r",\s*(?=[a-z]\s*\\neq?(?![a-z]))", r"\\text{and}"), (r"\\text\{\s*([A-F\d]+)\s*\}(?=\s*_)", r"\1"),  # x>1,x\ne2; AB_{16}
@@ -55,7 +56,7 @@ TIDY = [(re.compile(pattern), new) for pattern, new in (  # one spelling for eve
     (r"^\\\{\s*\w+\s*(?:\\in\s*\\mathbb\{R\}\s*)?(?:\\mid\b|[:|])(.*(?:[<>]|\\[lgn]e).*)\\\}$", r"\1"),  # {x | 2 < x}
     (r"(?<=\d) (?=\d{3}(?!\d|\s*/))", ""),  # a thin space in a number
     (r"(?<![\w.}/^])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),  # 3 1/4
-    (r"(?<![\w.}/^)])(\d+)\s*/\s*(\d+)(?=\s*(?:[a-z(]\b|\\(?:pi|sqrt)))", r"\\frac{\1}{\2}"),  # 3/4\pi
+    (r"(?<![\w.}/^)])(\d+)\s*/\s*(\d+)(?=\s*(?:[a-z(]\b|\\(?:pi|sqrt|l[no]g?)))", r"\\frac{\1}{\2}"),  # 3/4\pi
     (r"(?:\\+|[.,;:\s])+$", ""),
 )]  # fmt: skip
 NAMES = [(re.compile(rf"(?i){long}"), short) for long, short in (  # a unit's spellings

@@ -124,7 +124,7 @@ class Sandbox(AbstractContextManager):
             self._free.put(worker)
         atexit.register(self.close)
         if self.call("f = int", "f", []).status == "internal":  # starts a worker, which reports its layers
-            raise OSError("the sandbox could not start a worker process; what it wrote is above")
+            raise OSError("the sandbox could not start a worker process; if it wrote an error, that is above")
         self._active = self._workers[0].layers
 
     @property
