@@ -175,7 +175,7 @@ def m_step_tokens(logp, D, old_logp, A, A_sdpo, step, s):
     if s.method == "reshape":
         return grpo(logp, old_logp, s.w_rl * A + s.w_opd * A_sdpo, s)  # Eq. B.24, B.25
     assert s.method == "reweight", s.method
-    lam = s.reweight_lam * max(0.0, 1 - step / s.reweight_steps)
+    lam = s.reweight_lam * max(0.0, 1 - step / s.reweight_steps) if s.reweight_steps else 0.0  # 0 steps: over at once
     w = (A.sign() * A_sdpo).exp().clamp(1 - s.reweight_clip, 1 + s.reweight_clip)  # Eq. B.26, B.27
     return grpo(logp, old_logp, A * ((1 - lam) + lam * w), s)  # Eq. B.28
 
