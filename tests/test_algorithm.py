@@ -177,7 +177,8 @@ def rows_of(batch, letters, told, cfg):
     for i, letter in enumerate(letters):
         x = ids(batch.problems[i].messages[0]["content"])
         assert batch.x[i] == x
-        allowed = [x + ids(t) + [5] for t in seen_by(i, letters, told, batch, cfg.feedback)] if cfg.reader() else []
+        room = cfg.max_teacher_tokens - len(x) - 1  # for a text between x and the closing line
+        allowed = [x + ids(t)[:room] + [5] for t in seen_by(i, letters, told, batch, cfg.feedback)] if cfg.reader() else []
         assert batch.xC[i] in (allowed or [x])
         rollout = batch.rollouts[i]
         context = batch.xC[i] if allowed else None
@@ -187,7 +188,7 @@ def rows_of(batch, letters, told, cfg):
 
 SEVERAL = dict(minibatch_prompts=1)  # M-updates in a batch
 CASES = {
-    "vpd": dict(),
+    "vpd": dict(max_prompt_tokens=6, max_teacher_tokens=8),
     "vpd, many updates": SEVERAL | dict(e_minibatch_prompts=2, shift_rate=0.3, e_lr=0.02, mismatch_limit="1.2"),
     "vpd, EMA": SEVERAL | dict(teacher="ema", e_minibatch_prompts=1, divergence="js", feedback="solution_first"),
     "vpd, EMA, one update": dict(teacher="ema", beta=8.0, e_groups="all", feedback="solution_first", shift_rate=1.0),
@@ -234,6 +235,8 @@ def test_the_loop_makes_the_updates_of_the_reference(case, tmp_path):
                 one.taken = taken[: len(one.response)]
         expected = algorithm.one_batch(state, rows, s, compare) | {"lr": lr}
         assert (e_updates, m_updates) == (expected.pop("e_updates"), expected.pop("m_updates"))
+        long = [len(x) + len((C.solution or C.feedback).split()) >= cfg.max_teacher_tokens for x, C in zip(batch.x, batch.C) if C]
+        assert row["contexts_cut"] == sum(long)
         left_out = row["left_out"]
         assert left_out.get("grader failed", 0) == letters.count("x")
         assert left_out.get("m_step: whole update", 0) == 4 // cfg.minibatch_prompts - m_updates
