@@ -246,7 +246,7 @@ SCORES = [0.0, 5.0, 9.0, 4.99, 4.99, 4.0, None, 7.5, 1.0, 2.0, 8.0, 9.0, 2.0, 3.
 @pytest.mark.parametrize(
     "flags",
     [dict(), dict(ovd_ratio="one", teacher="ema"), dict(minibatch_prompts=1, ovd_failed=False)]
-    + [dict(minibatch_prompts=2, ovd_ratio="one")],
+    + [dict(minibatch_prompts=2, ovd_ratio="one", schedule="linear")],
     ids=str,
 )
 def test_ovds_updates_are_the_clipped_policy_gradient_over_the_mixed_groups(flags, tmp_path):
