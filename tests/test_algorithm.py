@@ -161,14 +161,15 @@ def reference(cfg, after):
     return s, state, compare
 
 
-def seen_by(i, letters, told, batch, source):
+def seen_by(i, letters, told, batch, cfg):
     """The texts of which the teacher may see one in row i. If there are none, the row has no context."""
     group = range(i // G * G, i // G * G + G)
     solutions = [text(t for t in batch.y[j] if t != EOS) for j in group if j != i and letters[j] == "s"]
     own = [told[i]] if letters[i] == "f" else []
-    lent = [told[j] for j in group if letters[j] == "f"] if letters[i] == "s" else []
-    by_source = {"sibling": solutions, "solution_first": solutions or own, "environment": own + lent}
-    return [] if letters[i] == "x" else by_source[source]
+    lent = [told[j] for j in group if letters[j] == "f"] if cfg.borrow else []
+    lent = [cfg.passed_text] if cfg.passed_text else lent
+    by_source = {"sibling": solutions, "solution_first": solutions or own, "environment": own or lent * (letters[i] == "s")}
+    return [] if letters[i] == "x" else by_source[cfg.feedback]
 
 
 def rows_of(batch, letters, told, cfg):
@@ -178,7 +179,7 @@ def rows_of(batch, letters, told, cfg):
         x = ids(batch.problems[i].messages[0]["content"])
         assert batch.x[i] == x
         room = cfg.max_teacher_tokens - len(x) - 1  # for a text between x and the closing line
-        allowed = [x + ids(t)[:room] + [5] for t in seen_by(i, letters, told, batch, cfg.feedback)] if cfg.reader() else []
+        allowed = [x + ids(t)[:room] + [5] for t in seen_by(i, letters, told, batch, cfg)] if cfg.reader() else []
         assert batch.xC[i] in (allowed or [x])
         rollout = batch.rollouts[i]
         context = batch.xC[i] if allowed else None
@@ -192,13 +193,13 @@ CASES = {
     "vpd, many updates": SEVERAL | dict(e_minibatch_prompts=2, shift_rate=0.3, e_lr=0.02, mismatch_limit="1.2"),
     "vpd, EMA": SEVERAL | dict(teacher="ema", e_minibatch_prompts=1, divergence="js", feedback="solution_first"),
     "vpd, EMA, one update": dict(teacher="ema", beta=8.0, e_groups="all", feedback="solution_first", shift_rate=1.0),
-    "vpd, fixed prior": dict(prior="fixed", beta=0.6, e_lr=0.003, adam_beta1=0.7),
+    "vpd, fixed prior": dict(prior="fixed", passed_text="w7 w8", beta=0.6, e_lr=0.003, adam_beta1=0.7),
     "vpd, failures spared": dict(e_failures="likelier", e_minibatch_prompts=2, shift_rate=0.5, e_optimizer="shared"),
     "vpd, schedule": dict(e_step_every=2, schedule="linear", warmup_steps=2, divergence="kl_teacher_student", top_k=3),
     "vpd, recomputed": dict(e_groups="all", e_minibatch_prompts=2, feedback="sibling", mismatch_limit="none"),
     "sdpo": dict(divergence="js", top_k=5, weight_decay=0.5, temperature=1.5, top_p=0.9),
     "sdpo, many updates": SEVERAL | dict(ratio_limit=1.05, top_k=2, feedback="sibling"),
-    "sdpo, live": dict(minibatch_prompts=2, teacher="live", divergence="kl_teacher_student", max_grad_norm=0.05),
+    "sdpo, live": dict(minibatch_prompts=2, teacher="live", borrow=False, divergence="kl_teacher_student", max_grad_norm=0.05),
     "grpo": dict(divide_by_std=True, adam_beta2=0.9),
     "grpo, many updates": SEVERAL | dict(clip_low=0.04, clip_high=0.06, dual_clip=1.1, lr=0.02),
     "joint": dict(w_opd=0.6, w_rl=1.4, feedback="sibling"),

@@ -100,8 +100,8 @@ def test_a_row_of_the_log_by_hand():
 
 
 def test_the_terminal_has_a_dozen_short_figures_and_leaves_out_what_is_not_there():
-    row = {"step": 12, "reward": 0.5, "margin": None, "m_grad_norm": 1.2e-5, "response_length": 1234.5678, "entropy": 0.0,
+    row = {"step": 12, "reward": 0.5, "margin": None, "m_grad_norm": 1.2e-3, "response_length": 1234.5678, "entropy": 0.0,
            "lr": 1.0, "seconds": {"a": 1.25, "b": 2.0}}  # fmt: skip
-    line = "  12  reward 0.500  |g| 1.2e-05  entropy 0.000  length 1234.568{}  3.2 s"
+    line = "  12  reward 0.500  |g| 1.2e-03  entropy 0.000  length 1234.568{}  3.2 s"
     assert terminal_line(row | {"sampler_gap": 0.05}) == terminal_line(row) == line.format("")
     assert terminal_line(row | {"sampler_gap": 0.06}) == line.format("  gap 0.060")  # larger than bfloat16 explains
