@@ -83,7 +83,7 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     """95% percentile bootstrap interval of the mean over problems, with a fixed seed, so that tables are reproducible."""
     if len(values) < 2 or np.ptp(values) == 0:
         return float(np.mean(values)), float(np.mean(values))
-    from scipy import stats  # takes most of a second, which commands that need no interval save
+    from scipy import stats  # imported here, since it takes most of a second and --help needs no interval
 
     found = stats.bootstrap((values,), np.mean, n_resamples=9999, method="percentile", rng=np.random.default_rng(0))
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
@@ -184,7 +184,7 @@ def grade(task: tasks.Task, path: Path) -> tuple[list[str], list[dict]]:
 
 
 def settings(argv: list[str] | None = None) -> tuple[Config, dict]:
-    """What a command's flags mean, and what the config.json of --run holds. Raises ValueError for a --run that is none."""
+    """What a command's flags mean, and what the config.json of --run holds. Raises ValueError if --run is no run directory."""
     config = {}
 
     def below(given: dict) -> dict:

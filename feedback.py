@@ -98,7 +98,7 @@ def contexts(
             rows["sibling"] = rng.choice(others)
             shown["solution"] = solutions[rows["sibling"]]
         # With both, a success sees both texts as failures do; the only success of a group sees nothing.
-        with_text = {"sibling": False, "solution_first": r == 0 and not others, "both": r == 0 or bool(others)}.get(source, True)
+        with_text = source in TEXTS or {"sibling": False, "solution_first": r == 0 and not others, "both": r == 0 or others}[source]
         own = r == 0 or passed
         if with_text and (texts[i] if own else borrow and failure):
             rows[kind] = i if own else rng.choice(failure)

@@ -99,7 +99,7 @@ def divergence(log_s: Tensor, log_t: Tensor, kind: str) -> Tensor:
         u = log_t.clamp(min=-1e4) - log_s.clamp(min=-1e4)
         m_over_s = F.softplus(u, threshold=50) - math.log(2.0)
         return 0.5 * (log_t.exp() * (u - m_over_s) - log_s.exp() * m_over_s).sum(-1)
-    raise ValueError(f"unknown divergence {kind!r}: the docstring lists the kinds")
+    raise ValueError(f"unknown divergence {kind!r}: choose one of kl_student_teacher, kl_teacher_student, js")
 
 
 def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, kind: str, top_k: int | None = None) -> Tensor:
@@ -109,7 +109,7 @@ def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, kind: str,
     student's top_k tokens and the tail. Returns (B, T), at least float32, to be reduced by `sequence_mean`. Needs `divergence`,
     `kl`, `top_k_with_tail`. The loop computes the same in chunks of tokens (model/head.py).
 
-    In expectation its gradient takes the probabilities of the prefixes y_<t for constants. The gradient of the sequence KL(π‖q)
+    In expectation its gradient treats the probabilities of the prefixes y_<t as constants. The gradient of the sequence KL(π‖q)
     also has the score-function term E Σₜ ∇log π(yₜ) Σ_{i>t} KLᵢ (tests/test_theory.py).
     """
     if top_k is None:

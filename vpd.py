@@ -23,12 +23,13 @@ Where we depart from the paper's text, or had to choose:
     3. A success needs a context too. Where the paper is silent, it borrows that of a failure (feedback.py; --no_borrow).
     4. The E-step uses groups in which both outcomes have a context; --e_groups all follows the paper's text literally.
     5. F counts rollout batches (App. D.6), not gradient updates (Sec. 4).
-    6. The M-step's teacher has the live weights at each update, or a moving average (--teacher ema); the E-step trains them.
+    6. The M-step's teacher has the live weights at each update, or with --teacher ema a moving average of them. The E-step
+       always trains the live weights.
     7. VPD's M-step has no importance weights (Sec. 3.4); SDPO's has min(pi/pi_old, 2).
     8. If no row of an update takes part (no context, no advantage), the optimizer does not step.
     9. When vLLM samples, tokens of the M-step are also weighted by min(pi_old/pi_sampler, 2), as in SDPO's code (--mismatch_limit).
    10. With --e_failures likelier (off by default) a failure with r~ <= 0 adds nothing to Eq. 9 but counts in n- and delta.
-   11. Each step has its own AdamW state; --e_optimizer shared uses one for both.
+   11. The E-step and the M-step have an AdamW state each; with --e_optimizer shared they have one.
 """
 
 import math

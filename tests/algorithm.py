@@ -175,7 +175,7 @@ def m_step_tokens(logp, D, old_logp, A, A_sdpo, step, s):
     if s.method == "reshape":
         return grpo(logp, old_logp, s.w_rl * A + s.w_opd * A_sdpo, s)  # Eq. B.24, B.25
     assert s.method == "reweight", s.method
-    lam = s.reweight_lam * max(0.0, 1 - step / s.reweight_steps)
+    lam = s.reweight_lam * max(0.0, 1 - step / s.reweight_steps) if s.reweight_steps else 0.0  # 0 steps: over at once
     w = (A.sign() * A_sdpo).exp().clamp(1 - s.reweight_clip, 1 + s.reweight_clip)  # Eq. B.26, B.27
     return grpo(logp, old_logp, A * ((1 - lam) + lam * w), s)  # Eq. B.28
 
@@ -251,8 +251,8 @@ def e_step(state, rows, old_logp, s, after_update):
 
 def m_step(state, rows, old_logp, A, A_sdpo, s, after_update):
     """One update for every minibatch_prompts prompts. Returns the losses, the mean divergence of every distilled row, and the
-    number of rows that took part."""
-    size, losses, divergences, count = s.minibatch_prompts * s.group_size, [], [], 0
+    rows that took part."""
+    size, losses, divergences, taken = s.minibatch_prompts * s.group_size, [], [], []
     for start in range(0, len(rows), size):
         row_losses = []
         for i in range(start, min(start + size, len(rows))):
@@ -261,6 +261,7 @@ def m_step(state, rows, old_logp, A, A_sdpo, s, after_update):
             by_reward = s.method in ("grpo", "reweight", "joint", "reshape", "ovd") and A[i] != 0
             if not (by_teacher or by_reward):
                 continue
+            taken.append(i)
             student = logits(state.model, row.prompt, row.response)  # (T, V)
             now = chosen_logp(student, row.response)  # (T,)
             D = torch.zeros_like(now)  # (T,), without a context
@@ -280,8 +281,7 @@ def m_step(state, rows, old_logp, A, A_sdpo, s, after_update):
             loss = sum(row_losses) / size  # the divisor counts rows that were left out
             update(state, "m", loss, s, after_update)
             losses.append(loss.item())
-            count += len(row_losses)
-    return losses, divergences, count
+    return losses, divergences, taken
 
 
 def teacher_of(state, s):
@@ -303,22 +303,27 @@ def end_of_batch(state, s):
 def one_batch(state, rows, s, after_update=lambda kind, model: None):
     """Steps 3 to 5 on one rollout batch, in place. Returns the numbers of the log."""
     # 3. Freeze log pi_theta(y|x), and the M-step teacher's log q(y|x,C)
-    A_sdpo, old_logp, r_tilde = [], [], {1.0: [], 0.0: []}
+    A_sdpo, old_logp, r_tilde, gaps = [], [], {1.0: [], 0.0: []}, []
     for row in rows:
         with torch.no_grad():
             old_logp.append(logp(state.model, row.prompt, row.response))  # (T,)
             A_sdpo.append(torch.zeros_like(old_logp[-1]))  # (T,), B.3
             if row.has_context and s.method != "grpo":
                 A_sdpo[-1] = logp(teacher_of(state, s), row.teacher_prompt, row.response) - old_logp[-1]
-                r_tilde[row.reward].append(s.beta * A_sdpo[-1].sum().item())  # Eq. 7
-    margin = mean(r_tilde[1.0]) - mean(r_tilde[0.0]) if all(r_tilde.values()) else None  # Fig. 1
-    # 4. E-step, on every F-th batch
+        # 4. E-step, on every F-th batch
     e_due = s.method == "vpd" and state.step % s.e_step_every == 0
     e_losses, died = e_step(state, rows, old_logp, s, after_update) if e_due else ([], [])
     # 5. M-step, then the moving average
     A = future_advantages(state, rows, s) if s.method == "distil" else advantages(rows, s)
-    m_losses, divergences, m_rows = m_step(state, rows, old_logp, A, A_sdpo, s, after_update)
+    m_losses, divergences, taken = m_step(state, rows, old_logp, A, A_sdpo, s, after_update)
+    # The log. Without a freeze it describes the rows that took part.
+    frozen = e_due or s.method == "distil" or len(rows) > s.minibatch_prompts * s.group_size
+    for i in range(len(rows)) if frozen else taken:
+        gaps += (old_logp[i] - torch.tensor(rows[i].sampler_logp)).abs().tolist()
+        if rows[i].has_context and s.method != "grpo":
+            r_tilde[rows[i].reward].append(s.beta * A_sdpo[i].sum().item())  # Eq. 7
+    margin = mean(r_tilde[1.0]) - mean(r_tilde[0.0]) if all(r_tilde.values()) else None  # Fig. 1
     end_of_batch(state, s)
     return {"margin": margin, "shift": state.delta, "e_loss": mean(e_losses), "m_loss": mean(m_losses),
             "divergence": mean(divergences), "e_updates": len(e_losses), "m_updates": len(m_losses),
-            "e_rows": len(died) or None, "e_died": mean(died), "m_rows": m_rows}  # fmt: skip
+            "e_rows": len(died) or None, "e_died": mean(died), "m_rows": len(taken), "sampler_gap": mean(gaps)}  # fmt: skip

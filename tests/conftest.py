@@ -25,6 +25,7 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config):
+    config.option.log_level = config.option.log_level or "WARNING"  # a failing test would print pages of the libraries' records
     config.addinivalue_line("filterwarnings", "ignore:torch.distributed is ")  # pytest forgets the product's own filter
     config.addinivalue_line("markers", "slow: time-outs, throughput, whole data sets; run by `bash run.sh test-slow`")
     config.addinivalue_line("markers", "gpu: what only a CUDA device tells; run by `bash run.sh test-gpu`")

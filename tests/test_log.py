@@ -80,7 +80,7 @@ def test_a_row_of_the_log_by_hand():
     log.skip("nothing", 0)
     log.passed(SimpleNamespace(filled=6, padded=8))
     for loss, norm in ((0.4, 1.0), (0.2, math.nan)):  # the second was left out
-        log.e_update(loss, norm, T([5.0, -5.0, -5.0, 0.0]), T([1, 0, 1, 0]), T([[1.0], [1.0], [1.0], [0.0]]))
+        log.e_update(loss, norm, T([5.0, -5.0, -5.0, 0.0]), T([1, 0, 1, 0]), T([[1.0], [0.0], [1.0], [0.0]]))
     log.m_losses, log.m_norms, log.D_sum, log.with_D = [0.5, math.nan], [2.0, math.nan], 0.25, True
     row = log.row(batch(), lr=0.01, distils=True)
     assert row["entropy"] is row["sampler_gap"] is row["mismatch_truncated"] is None  # no row took part
@@ -88,7 +88,7 @@ def test_a_row_of_the_log_by_hand():
     assert (row["response_length"], row["truncated"], row["with_context"]) == (5 / 3, 1 / 3, 2 / 3)
     assert row["success_given_context"] == {"environment": 0.0, "sibling": 1.0}
     # A success with u = 5 pulls by sigma(-5) = .007, a failure with u = -5 as little; a success with -5
-    # pulls by .99, and the failure with 0 is spared.
+    # pulls by .99, and the failure with 0 is spared. One that has died counts as such, even if its slope is 0.
     assert (row["e_loss"], row["e_grad_norm"], row["e_rows"], row["e_died"]) == (pytest.approx(0.3), 1.0, 8, 0.5)
     assert (row["m_loss"], row["m_grad_norm"], row["divergence"], row["updates_not_finite"]) == (0.5, 2.0, 0.25, 2)
     assert row["left_out"] == {"m_step: no context": 1, "e_step: failure spared": 2}
@@ -100,8 +100,8 @@ def test_a_row_of_the_log_by_hand():
 
 
 def test_the_terminal_has_a_dozen_short_figures_and_leaves_out_what_is_not_there():
-    row = {"step": 12, "reward": 0.5, "margin": None, "m_grad_norm": 1.2e-5, "response_length": 1234.5678, "entropy": 0.0,
+    row = {"step": 12, "reward": 0.5, "margin": None, "m_grad_norm": 1.2e-3, "response_length": 1234.5678, "entropy": 0.0,
            "lr": 1.0, "seconds": {"a": 1.25, "b": 2.0}}  # fmt: skip
-    line = "  12  reward 0.500  |g| 1.2e-05  entropy 0.000  length 1234.568{}  3.2 s"
+    line = "  12  reward 0.500  |g| 1.2e-03  entropy 0.000  length 1234.568{}  3.2 s"
     assert terminal_line(row | {"sampler_gap": 0.05}) == terminal_line(row) == line.format("")
     assert terminal_line(row | {"sampler_gap": 0.06}) == line.format("  gap 0.060")  # larger than bfloat16 explains

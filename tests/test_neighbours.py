@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import algorithm
 import pytest
 import torch
-from test_algorithm import SCRIPT, Sampler, config, reference, rows_of, trained
+from test_algorithm import SCRIPT, Sampler, config, reference, rows_of, trained, weights
 from test_algorithm import text as words_of
 from test_session import run
 
@@ -246,12 +246,13 @@ SCORES = [0.0, 5.0, 9.0, 4.99, 4.99, 4.0, None, 7.5, 1.0, 2.0, 8.0, 9.0, 2.0, 3.
 @pytest.mark.parametrize(
     "flags",
     [dict(), dict(ovd_ratio="one", teacher="ema"), dict(minibatch_prompts=1, ovd_failed=False)]
-    + [dict(minibatch_prompts=2, ovd_ratio="one")],
+    + [dict(minibatch_prompts=2, ovd_ratio="one", schedule="linear")],
     ids=str,
 )
 def test_ovds_updates_are_the_clipped_policy_gradient_over_the_mixed_groups(flags, tmp_path):
     cfg = config("ovd", ovd, log_samples=16, **flags)
-    judge = SimpleNamespace(missing=Counter(), scores=lambda problems, texts, step: list(SCORES))
+    judge = SimpleNamespace(missing=Counter())
+    judge.scores = lambda problems, texts, step: judge.missing.update(one=1) or list(SCORES)
     done = trained(cfg, tmp_path / "run", ovd.train, OVD_SCRIPT, judge)
     s, state, compare = reference(cfg, done.after)
     student = done.sampler.drawn[0][2]
@@ -285,7 +286,7 @@ def test_ovds_updates_are_the_clipped_policy_gradient_over_the_mixed_groups(flag
         graded = [letter for letter in letters if letter != "x"]
         assert row["reward"] == graded.count("s") / len(graded) and row["demonstrations"] == len(shown) / 16
         assert row["demonstration_reward"] == algorithm.mean([float(grade == "s") for grade in shown.values()])
-        counts = {"rejected without a context, kept": len(rejected) - len(asked),
+        counts = {"one": 1, "rejected without a context, kept": len(rejected) - len(asked),
                   "demonstration without a grade, rollout kept": grades.count("x"),
                   "demonstration failed, rollout kept": (len(asked) - len(shown) - grades.count("x"))}  # fmt: skip
         assert {reason: row["left_out"].get(reason, 0) for reason in counts} == counts and shown
@@ -295,6 +296,8 @@ def test_ovds_updates_are_the_clipped_policy_gradient_over_the_mixed_groups(flag
             assert (sample["score"], sample["demonstration"], sample["demonstration_reward"]) == told
         algorithm.end_of_batch(state, s)
     assert len({seed for _, seed, _ in done.sampler.drawn}) == 2 * 3
+    if state.teacher is not None:
+        assert (weights(model) - weights(state.teacher)).abs().max() < 1e-9
 
 
 # ---- A whole run ---------------------------------------------------------------------------------------------

@@ -132,7 +132,9 @@ def test_processes_get_as_many_micro_batches_of_equal_size_as_they_can(policy, r
 
 def test_no_dropout_is_left_in_training_mode():
     sizes = dict(vocab_size=40, hidden_size=16, word_embed_proj_dim=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2)
-    policy = Policy(OPTForCausalLM(OPTConfig(**sizes, dropout=0.5)), NO_TEXT, recompute=0)  # its rate is a plain attribute
+    model = OPTForCausalLM(OPTConfig(**sizes, dropout=0.5))  # its rate is a plain attribute
+    model.model.decoder.project_in = torch.nn.Dropout()
+    policy = Policy(model, NO_TEXT, recompute=0)
     assert torch.equal(*(policy.view(X, Y).hidden for _ in range(2)))
 
 

@@ -284,23 +284,24 @@ def test_a_run_does_not_go_on_with_other_problems_or_another_state(tmp_path, mon
     assert "the checkpoint is from another version of this code: it lacks new" in error
 
 
-def interrupting(monkeypatch, interrupt):
-    """Calls interrupt() while the second batch is sampled."""
-    sample, calls = rollout.HFSampler.sample, []
+def interrupting(monkeypatch, interrupt, where=(rollout.HFSampler, "sample")):
+    """Calls interrupt() while the second batch is sampled, or in another function."""
+    function, calls = getattr(*where), []
 
-    def interrupted(self, *args):
+    def interrupted(*args):
         calls.append(1)
         if len(calls) == 2:
             interrupt()
-        return sample(self, *args)
+        return function(*args)
 
-    monkeypatch.setattr(rollout.HFSampler, "sample", interrupted)
+    monkeypatch.setattr(*where, interrupted)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_saves_the_state_and_the_run_that_goes_on_is_the_same(number, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("number, where", [(signal.SIGTERM, (rollout.HFSampler, "sample")),
+                                           (signal.SIGHUP, (feedback, "batch_contexts"))])  # fmt: skip
+def test_a_signal_saves_the_state_and_the_run_that_goes_on_is_the_same(number, where, tmp_path, monkeypatch, capsys):
     run(tmp_path / "whole", steps=3)
-    interrupting(monkeypatch, lambda: os.kill(os.getpid(), number))
+    interrupting(monkeypatch, lambda: os.kill(os.getpid(), number), where)
     handler = signal.getsignal(number)
     assert "resume with --resume" in ended(143, capsys, tmp_path / "run", steps=3)
     assert signal.getsignal(number) == handler and len(read_log(tmp_path / "run")) == 1  # the batch is drawn again
