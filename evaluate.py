@@ -42,24 +42,24 @@ SAMPLES = Group("Samples", "--model and --run, since responses are graded as the
 class Config:
     """n of avg@n is the paper's (Sec. 5), temperature and top_p are SDPO's. PROTOCOLS holds what other tasks change."""
 
-    model: str = COMMAND("", "folder or hub id")
+    model: str = COMMAND("", "folder or hub id of the model")
     run: str = COMMAND("", "run directory: its first and its last weights, with its own settings")
     responses: str = COMMAND("", 'JSONL of {"id", "response"}, graded without a model; needs --data')
-    out: str = COMMAND("", "file for every problem's rewards, or every response's grade")
-    unsafe_sandbox: bool = COMMAND(False, "run programs although a layer of the sandbox is missing")
+    out: str = COMMAND("", "file for the rewards of each problem, or the grade of each response")
+    unsafe_sandbox: bool = COMMAND(False, "run programs even if this machine lacks a layer of the sandbox")
 
-    task: Literal[*tasks.TASKS] = PROBLEMS("toy", "whose problems and verifier")
-    subset: str = PROBLEMS("", "subset of the task; its first by default")
+    task: Literal[*tasks.TASKS] = PROBLEMS("toy", "the task, whose verifier grades")
+    subset: str = PROBLEMS("", "subset of the task; default: its first")
     data: str = PROBLEMS("", "file of problems in the source's own schema, all of which are used")
 
-    split: Literal["train", "validation", "test"] = SAMPLES("test", "which of the task's problems")
+    split: Literal["train", "validation", "test"] = SAMPLES("test", "problems of the task to use")
     n: int = SAMPLES(4, "samples per problem", above=0)
     seed: int = SAMPLES(0, "seed of the samples")
     temperature: float = SAMPLES(0.6, "sampling temperature; 0: the likeliest token", least=0)
-    top_p: float = SAMPLES(0.95, "sampling from the likeliest tokens that hold this mass", above=0, most=1)
-    max_tokens: int = SAMPLES(8192, "a longer response is cut, and graded as it is", above=0)
-    sampler: Literal["", "vllm", "hf"] = SAMPLES("", "vLLM on a GPU and transformers on a CPU by default")
-    engine_memory: float = SAMPLES(0.6, "vLLM's share of the GPU's memory", above=0, most=1)
+    top_p: float = SAMPLES(0.95, "top_p of sampling", above=0, most=1)
+    max_tokens: int = SAMPLES(8192, "tokens of a response; longer ones are cut and graded", above=0)
+    sampler: Literal["", "vllm", "hf"] = SAMPLES("", "vLLM, or transformers; default: vllm on a GPU, hf on a CPU")
+    engine_memory: float = SAMPLES(0.6, "share of the GPU's memory for vLLM", above=0, most=1)
 
 
 PROTOCOLS = {

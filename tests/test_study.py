@@ -125,7 +125,7 @@ def test_the_report_by_hand(tmp_path, monkeypatch):
     assert page.startswith(study.MARKS[0]) and "10 runs, tuning included, two at a time; their durations add up to 0.1 h" in page
     assert "Hardware: a machine; another. Commits: abc; def." in page and "\npython vpd\n" in page
     assert "| VPD | 3 | 0.820 [0.770, 0.870] | 0.80 0.82 0.84 |  | 0.25 to 0.50 | 1 | 2.0 |" in page
-    assert "| trace/vpd | **lr 2e-3: 0.60 0.60**; lr 1e-3: 0.40 0.40 |" in page
+    assert "<summary>trace/vpd: lr 2e-3: 0.60 0.60</summary>\n\n- lr 1e-3: 0.40 0.40\n\n</details>\n" in page
     assert "| VPD beats GRPO (Tables 1, 2) | 0.820 against 0.223: +0.597 [" in page
 
 
