@@ -330,7 +330,7 @@ class Run:
             tqdm.write(f"{row['e_died']:.2f} of the E-step's rows have almost no gradient: see e_died in docs/log.md")
         self.bar.update()
         self.made += log.updates()
-        self.idle = 0 if log.e_norms or log.m_norms else self.idle + 1
+        self.idle = 0 if log.m_norms else self.idle + 1
         if log.step == self.first_step and done < self.steps:
             tqdm.write(self.outlook(sum(row["seconds"].values()), done))
         if self.evaluations_after(done) < self.evaluations_after(done - 1) or cfg.eval_every and self.idle == 3:

@@ -11,6 +11,7 @@ import itertools
 import random
 from contextlib import nullcontext
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
@@ -192,6 +193,8 @@ def test_a_run_is_refused_if_a_prompt_of_its_source_cannot_fit(tokenizer, source
         refused = pytest.raises(ValueError, match="problem p: .* 1 tokens longer than --max_teacher_tokens")
         with nullcontext() if cfg.max_teacher_tokens == need else refused:
             feedback.check_prompts(tokenizer, [Problem("p", [SYSTEM, QUESTION])], cfg)
+    with mock.patch.object(cfg, "max_prompt_tokens", 1):  # the problem is dropped, so its teacher prompt does not matter
+        feedback.check_prompts(tokenizer, [Problem("p", [SYSTEM, QUESTION])], cfg)
     words, cfg.max_teacher_tokens = dataclasses.replace(words, request=T.request + "x" * need), need
     refused = pytest.raises(ValueError, match="--critique_request: without its texts")
     with refused if source == "critique" else nullcontext():

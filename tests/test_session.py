@@ -26,6 +26,7 @@ import vpd
 from conftest import log_of as read_log
 from harness import plan, runs, session
 from harness.command import CannotWrite
+from model import checkpoint
 from model.policy import Policy
 from tasks import Outcome
 from test_settings import parsed
@@ -344,15 +345,27 @@ def test_five_bad_updates_in_a_row_end_a_run_and_five_in_all_do_not(bad, lasts, 
     assert [row["updates_not_finite"] for row in rows] == [int(i in bad) for i in range(lasts)]
 
 
-def test_the_best_score_outlives_an_interruption(tmp_path, monkeypatch, small_validation):
+def test_the_best_score_and_the_counts_outlive_an_interruption(tmp_path, monkeypatch, small_validation):
     scores, measure = iter([0.5, 0.9, 0.7, 0.8]), evaluate.measure
     monkeypatch.setattr(evaluate, "measure", lambda *a, **k: measure(*a, **k) | {"avg": next(scores)})
     saved, save = [], Policy.save
     monkeypatch.setattr(Policy, "save", lambda self, folder: (saved.append(Path(folder).name), save(self, folder)))
     run(tmp_path / "run", "--eval_every", "1", "--teacher_probe", "0", steps=1)
     assert saved == ["best", "best", "model"]
+
+    counts, restored, restore, batches = {"bad_in_a_row": 4, "idle": 2, "made": 7}, [], checkpoint.restore, session.Run.batches
+
+    def resumed(self):
+        restored.extend([self, {name: getattr(self, name) for name in counts}])
+        self.critic.missing["a critique"] = 1
+        return batches(self)
+
+    monkeypatch.setattr(checkpoint, "restore", lambda *args: restore(*args) | counts)
+    monkeypatch.setattr(session.Run, "batches", resumed)
     resume(tmp_path / "run", steps=3)  # 0.7 and 0.8 are no better
     assert saved[3:] == ["model"]
+    assert restored[1] == counts and restored[0].made == 9
+    assert [row["left_out"].get("a critique") for row in read_log(tmp_path / "run")] == [None, 1, None]
 
 
 @pytest.mark.parametrize("what, said", [

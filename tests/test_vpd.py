@@ -36,9 +36,9 @@ def test_e_step_takes_groups_in_which_both_outcomes_have_a_context():
 
 
 def test_the_advantage_of_a_row_without_a_grade_is_exactly_0():
-    r, graded = torch.tensor([1.0] + [0.0] * 5 + [1.0] * 2), torch.tensor([True] * 6 + [False] * 2)
+    r, graded = torch.tensor([1.0] + [0.0] * 5 + [1.0] * 10), torch.tensor([True] * 6 + [False] * 10)  # the second group has none
     A = vpd.advantages(SimpleNamespace(group_size=8, divide_by_std=False), SimpleNamespace(r=r, graded=graded))
-    torch.testing.assert_close(A, torch.tensor([5 / 6] + [-1 / 6] * 5 + [0.0] * 2))
+    torch.testing.assert_close(A, torch.tensor([5 / 6] + [-1 / 6] * 5 + [0.0] * 10))
     assert not A[6:].any()
 
 
