@@ -306,6 +306,7 @@ def test_a_signal_saves_the_state_and_the_run_that_goes_on_is_the_same(number, w
     handler = signal.getsignal(number)
     assert "resume with --resume" in ended(143, capsys, tmp_path / "run", steps=3)
     assert signal.getsignal(number) == handler and len(read_log(tmp_path / "run")) == 1  # the batch is drawn again
+    assert (tmp_path / "run" / "checkpoints" / "step-000001").is_dir()
     run(tmp_path / "run", "--resume", steps=3)
     assert len(read_log(tmp_path / "run")) == 3 and same(tmp_path / "run" / "model", tmp_path / "whole" / "model")
 
@@ -364,7 +365,7 @@ def test_the_best_score_and_the_counts_outlive_an_interruption(tmp_path, monkeyp
     monkeypatch.setattr(session.Run, "batches", resumed)
     resume(tmp_path / "run", steps=3)  # 0.7 and 0.8 are no better
     assert saved[3:] == ["model"]
-    assert restored[1] == counts and restored[0].made == 9
+    assert restored[1] == counts and (restored[0].made, restored[0].idle) == (9, 0)
     assert [row["left_out"].get("a critique") for row in read_log(tmp_path / "run")] == [None, 1, None]
 
 
