@@ -238,8 +238,10 @@ def main(argv: list[str] | None = None) -> None:
         if cfg.responses and os.environ.get("RANK", "0") != "0":
             return  # the first process grades them all
         task, models = prepare(cfg, config)
-        lines, graded = grade(task, Path(cfg.responses)) if cfg.responses else ([], [])
-        world = World() if cfg.responses else World.start()
+        if cfg.responses:
+            lines, graded = grade(task, Path(cfg.responses))
+        else:
+            world = World.start()
     except (ValueError, OSError) as error:
         fail(error, "evaluate.py")
     if cfg.responses:

@@ -271,17 +271,17 @@ class Run:
         print(f"resuming after {self.first_step} batches; {dropped} later lines removed from the logs")
         return kept is not None
 
-    def _write(self, name: str, row: dict) -> None:
-        """Appends a row to log.jsonl or samples.jsonl, in the first process."""
-        if self.policy.world.rank:
+    def _write(self, name: str, *rows: dict) -> None:
+        """Appends rows to log.jsonl or samples.jsonl, in the first process."""
+        if self.policy.world.rank or not rows:
             return
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}  # nan is not JSON
+        finite = lambda v: None if isinstance(v, float) and not math.isfinite(v) else v  # noqa: E731  # nan is not JSON
         try:
             with (self.out / name).open("a") as file:
-                file.write(json.dumps(finite) + "\n")
+                file.writelines(json.dumps({k: finite(v) for k, v in row.items()}) + "\n" for row in rows)
         except OSError as error:
             raise CannotWrite(f"{self.out / name}: {error.strerror}") from error
-        if name == "log.jsonl":
+        for row in rows if name == "log.jsonl" else ():
             self.tracker.write(row)
 
     # ---- A batch -----------------------------------------------------------------------------------------------
@@ -318,12 +318,14 @@ class Run:
         self.critic.missing.clear()
         row = log.row(batch, cfg.lr * self.rate(log.step), cfg.row().distils)
         self._write("log.jsonl", row)
+        samples = []
         for i in range(min(cfg.log_samples, len(batch.y))):
             context = asdict(batch.C[i]) if batch.C and batch.C[i] else None
             prompt = self.policy.tokenizer.decode(batch.x[i])
             sample = {"step": log.step, "id": batch.problems[i].id, "prompt": prompt, "response": batch.texts[i],
                       "finish": batch.rollouts[i].finish, **asdict(batch.outcomes[i]), "context": context}  # fmt: skip
-            self._write("samples.jsonl", sample | log.samples.get(i, {}))
+            samples.append(sample | log.samples.get(i, {}))
+        self._write("samples.jsonl", *samples)
         tqdm.write(terminal_line(row))
         if (row["e_died"] or 0) > DIED and not self.warned:
             self.warned = True

@@ -70,12 +70,17 @@ def task_of(row: str) -> list[str]:
     return ["--task", "toy", "--subset", subset.removesuffix("-120"), "--method", variant.split()[0]]
 
 
+def mean_avg(runs: dict) -> float:
+    """What ranks settings: the mean over a setting's tuning runs."""
+    return float(np.mean([run["avg"] for run in runs.values()]))
+
+
 def best(row: str, tuned: dict) -> str | None:
     """The flags of the row's setting with the best mean; None until all its settings have run with both tuning seeds."""
     runs = {flags: tuned.get(row, {}).get(flags, {}) for flags in TRIED.get(row, [])}
     if not runs or any(of.keys() != {*TUNING_SEEDS} for of in runs.values()):
         return None
-    return max(runs, key=lambda flags: sum(run["avg"] for run in runs[flags].values()))
+    return max(runs, key=lambda flags: mean_avg(runs[flags]))
 
 
 def reported(tuned: dict) -> dict[str, list[str]]:
@@ -315,7 +320,7 @@ def tried_list(tuned: dict) -> list[str]:
     rates = lambda runs: " ".join(f"{run['avg']:.2f}" for run in runs.values())  # noqa: E731
     lines = []
     for row, settings in tuned.items():
-        ranked = sorted(settings.items(), key=lambda item: -np.mean([run["avg"] for run in item[1].values()]))
+        ranked = sorted(settings.items(), key=lambda item: -mean_avg(item[1]))
         each = [f"{flags.replace('--', '')}: {rates(runs)}" for flags, runs in ranked]
         lines += [f"<details><summary>{row}: {each[0]}</summary>", "", *(f"- {line}" for line in each[1:]), "", "</details>", ""]
     return lines

@@ -5,7 +5,6 @@ The task, its grader and the sampler follow a script: groups with one or both ou
 without a text, rows of one token, cut rows, and a sampler whose log-probs are not the trainer's.
 """
 
-import json
 import random
 from types import SimpleNamespace
 
@@ -17,6 +16,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import feedback
 import vpd
+from conftest import log_of
 from harness import session
 from model.policy import Policy
 from neighbours import distil
@@ -138,8 +138,7 @@ def trained(cfg, out, train=vpd.train, script=SCRIPT, also=None, **how):
     run.end_of_batch = lambda log, batch: (ended.append((batch, len(log.e_norms), len(log.m_norms))), end(log, batch))
     run.save_state = lambda step: None
     train(cfg, run)
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    batches = [(*batch, row) for batch, row in zip(ended, rows, strict=True)]
+    batches = [(*batch, row) for batch, row in zip(ended, log_of(out, None), strict=True)]
     return SimpleNamespace(after=after, batches=batches, calls=calls, drawn=drawn, sampler=sampler)
 
 

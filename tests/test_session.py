@@ -23,7 +23,7 @@ import feedback
 import rollout
 import tasks
 import vpd
-from conftest import log_of as read_log
+from conftest import log_of
 from harness import plan, runs, session
 from harness.command import CannotWrite
 from model import checkpoint
@@ -42,7 +42,7 @@ def run(out, *flags, steps=2):
     more = [] if "--eval_every" in flags else ["--eval_every", "0"]
     more += [] if "--method" in flags and "vpd" not in flags else ["--e_minibatch_prompts", "4"]
     vpd.main([*SMALL, *more, "--steps", str(steps), "--out", str(out), *flags])
-    return read_log(out)
+    return log_of(out)
 
 
 def resume(out, *flags, steps):
@@ -268,9 +268,9 @@ def test_the_end_of_a_run_is_what_is_left_of_batches_and_evaluations(monkeypatch
 def test_a_run_without_a_signal_ends_with_a_line_and_status_1(steps, words, tmp_path, capsys):
     flags = [*own(tmp_path / "own.py"), "--method", "grpo", "--eval_every", "50"]  # all wrong: no advantage
     error, done = ended(1, capsys, tmp_path / "run", *flags, steps=steps), min(steps, 3)
-    steps_of = lambda kind: [row["step"] for row in read_log(tmp_path / "run", kind)]  # noqa: E731
+    steps_of = lambda kind: [row["step"] for row in log_of(tmp_path / "run", kind)]  # noqa: E731
     assert words in error and steps_of("train") == [*range(done)] and steps_of("eval") == [0, done]  # as it ended
-    assert all("teacher_avg" not in row for row in read_log(tmp_path / "run", "eval"))  # there is no teacher to probe
+    assert all("teacher_avg" not in row for row in log_of(tmp_path / "run", "eval"))  # there is no teacher to probe
     assert (tmp_path / "run" / "model" / "config.json").exists()
 
 
@@ -305,10 +305,10 @@ def test_a_signal_saves_the_state_and_the_run_that_goes_on_is_the_same(number, w
     interrupting(monkeypatch, lambda: os.kill(os.getpid(), number), where)
     handler = signal.getsignal(number)
     assert "resume with --resume" in ended(143, capsys, tmp_path / "run", steps=3)
-    assert signal.getsignal(number) == handler and len(read_log(tmp_path / "run")) == 1  # the batch is drawn again
+    assert signal.getsignal(number) == handler and len(log_of(tmp_path / "run")) == 1  # the batch is drawn again
     assert (tmp_path / "run" / "checkpoints" / "step-000001").is_dir()
     run(tmp_path / "run", "--resume", steps=3)
-    assert len(read_log(tmp_path / "run")) == 3 and same(tmp_path / "run" / "model", tmp_path / "whole" / "model")
+    assert len(log_of(tmp_path / "run")) == 3 and same(tmp_path / "run" / "model", tmp_path / "whole" / "model")
 
 
 def test_a_run_under_nohup_goes_on(tmp_path, monkeypatch):
@@ -323,7 +323,7 @@ def test_a_run_under_nohup_goes_on(tmp_path, monkeypatch):
 def test_ctrl_c_leaves_a_usable_directory(tmp_path, monkeypatch, capsys):
     interrupting(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGINT))
     error = ended(130, capsys, tmp_path / "run", steps=5)
-    assert "it has no checkpoint yet: --resume starts again" in error and len(read_log(tmp_path / "run")) == 1
+    assert "it has no checkpoint yet: --resume starts again" in error and len(log_of(tmp_path / "run")) == 1
     Policy.load(str(tmp_path / "run" / "model"))
 
 
@@ -342,7 +342,7 @@ def test_five_bad_updates_in_a_row_end_a_run_and_five_in_all_do_not(bad, lasts, 
         assert same(CHOICE, tmp_path / "run" / "model")
     else:
         run(tmp_path / "run", *flags, steps=7)
-    rows = read_log(tmp_path / "run")
+    rows = log_of(tmp_path / "run")
     assert [row["updates_not_finite"] for row in rows] == [int(i in bad) for i in range(lasts)]
 
 
@@ -366,7 +366,7 @@ def test_the_best_score_and_the_counts_outlive_an_interruption(tmp_path, monkeyp
     resume(tmp_path / "run", steps=3)  # 0.9 and 0.8 are no better
     assert saved[3:] == ["model"]
     assert restored[1] == counts and (restored[0].made, restored[0].idle) == (9, 0)
-    assert [row["left_out"].get("a critique") for row in read_log(tmp_path / "run")] == [None, 1, None]
+    assert [row["left_out"].get("a critique") for row in log_of(tmp_path / "run")] == [None, 1, None]
 
 
 @pytest.mark.parametrize("what, said", [
@@ -400,8 +400,8 @@ def test_tensorboard_holds_the_numbers_of_the_log_also_of_a_run_that_was_resumed
     resume(tmp_path / "run", *track, steps=3)
     board = reading.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     told = lambda name: [(e.step, pytest.approx(e.value)) for e in board.Scalars(name)]  # noqa: E731
-    assert told("train/reward") == [(row["step"] + 1, row["reward"]) for row in read_log(tmp_path / "run")]
-    watched = read_log(tmp_path / "run", "eval")
+    assert told("train/reward") == [(row["step"] + 1, row["reward"]) for row in log_of(tmp_path / "run")]
+    watched = log_of(tmp_path / "run", "eval")
     assert told("eval/avg") == [(row["step"], row["avg"]) for row in watched] and len(watched) == 3
 
 
@@ -445,7 +445,7 @@ def test_the_teacher_is_tested_on_the_same_failures_at_every_evaluation(method, 
     monkeypatch.setattr(evaluate, "measure", watched)
     slow = ["--ema_rate", "0.25"] * (teacher == "ema")
     run(out, "--eval_every", "1", "--method", method, "--lr", "0.01", "--teacher_probe", "3", *slow)
-    assert [row["teacher_avg"] for row in read_log(out, "eval")] == [0.125, 0.25, 0.375]
+    assert [row["teacher_avg"] for row in log_of(out, "eval")] == [0.125, 0.25, 0.375]
     (first, prompts), (second, again), (third, once_more) = shown
     assert prompts == again == once_more  # the contexts are those of the first weights
     kept = json.loads((out / "base_failures.json").read_text())

@@ -9,8 +9,9 @@ import torch
 
 import losses
 import vpd
+from conftest import log_of
 from harness import session
-from test_session import CHOICE, read_log, run, weights
+from test_session import CHOICE, run, weights
 
 
 def test_batches_visit_every_problem_once_an_epoch_and_drop_the_incomplete_last():
@@ -46,7 +47,7 @@ def test_the_advantage_of_a_row_without_a_grade_is_exactly_0():
 def test_every_method_trains_and_writes_a_complete_run_directory(method, tmp_path, small_validation):
     out, distils = tmp_path / "run", method in ("vpd", "sdpo", "joint")
     trained = run(out, "--method", method, "--eval_every", "2", "--lr", "0.001")
-    rows = [(row["kind"], row["step"]) for row in read_log(out, None)]
+    rows = [(row["kind"], row["step"]) for row in log_of(out, None)]
     assert rows == [("eval", 0), ("train", 0), ("train", 1), ("eval", 2)]
     config = json.loads((out / "config.json").read_text())
     assert config["method"] == method and config["seed"] == 0 and {"commit", "command"} <= config.keys()
@@ -89,7 +90,7 @@ def test_a_smoke_run_of_a_real_task_takes_every_step(task, source, family, tmp_p
         pytest.importorskip(task)
     out = tmp_path / "run"
     vpd.main(["--task", task, "--smoke", family, "--feedback", source, "--out", str(out)])
-    trained, watched = read_log(out), read_log(out, "eval")
+    trained, watched = log_of(out), log_of(out, "eval")
     assert len(trained) == 2 and all(math.isfinite(row["m_loss"]) for row in trained)
     assert any(row["e_loss"] is not None for row in trained)  # random weights are right now and then
     assert sum(trained[0]["verdicts"].values()) == 32
